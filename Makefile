@@ -1,0 +1,41 @@
+# `make repro`: set up if needed, run the pipeline, print the table. `make test`: set up if needed, run the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: repro test check format lock
+.DELETE_ON_ERROR:
+
+repro: $(READY)
+	@$(BIN)/dvc repro
+	@$(BIN)/lgp results
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+check: $(READY)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(READY)
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+# --no-build-isolation: the lock pins setuptools too, nothing unpinned is fetched
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# pin anew what pyproject.toml allows: in a fresh environment, never the one in use. torch itself pins its CUDA
+# packages to the digit, and has others on each platform, so they are left to it.
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet setuptools '.[dev]'
+	( grep '^#' requirements.lock; .venv-lock/bin/python -m pip freeze --all --exclude lgp --exclude pip \
+		| grep -v -E '^(nvidia-|cuda-|triton)' ) > requirements.lock.new
+	mv requirements.lock.new requirements.lock && rm -rf .venv-lock
