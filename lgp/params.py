@@ -1,0 +1,270 @@
+"""The parameter file: one section per stage plus small shared ones, checked whole before any work."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lgp.errors import LgpError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+OpenShare = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A section of the file: unknown keys and non-finite numbers are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataParams(Section):
+    """Where the images come from and how they are split."""
+
+    source: str
+    image_size: Count
+    channels: Literal[1, 3]
+    test_share: OpenShare
+    val_share: OpenShare
+    few_label_shares: dict[str, OpenShare]
+    few_label_subsets: Annotated[int, Field(ge=2)]
+    max_unreadable_share: Share
+    max_train_images: Count | None = None
+    max_test_images: Count | None = None
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    mean: list[Share] | None = None
+    std: list[Positive] | None = None
+
+    @model_validator(mode="after")
+    def _statistics_match_channels(self) -> Self:
+        for name in ("mean", "std"):
+            given = getattr(self, name)
+            if given is not None and len(given) != self.channels:
+                raise ValueError(
+                    f"{name} has {len(given)} values for {self.channels} channels: give one a channel, or null"
+                )
+        return self
+
+
+class ModelParams(Section):
+    """The encoder: a plain ViT with a class token."""
+
+    patch_size: Count
+    width: Count
+    depth: Count
+    heads: Count
+
+    @model_validator(mode="after")
+    def _width_divides(self) -> Self:
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of 4, which 2D sin-cos positions need")
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} do not divide width {self.width}: choose a divisor")
+        return self
+
+
+class ViewParams(Section):
+    """Random views. Probabilities, and for the two views of contrastive learning one value each.
+
+    Jitter strengths are torchvision's: a factor is drawn from [1 - s, 1 + s], the hue shift from
+    [-s, s] of a full turn.
+    """
+
+    crop_scale_min: Annotated[float, Field(gt=0, le=1)]
+    flip_p: Share = 0.0
+    jitter_p: Share = 0.0
+    brightness: Share = 0.0
+    contrast: Share = 0.0
+    saturation: Share = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    grayscale_p: Share = 0.0
+    blur_p: tuple[Share, Share] = (0.0, 0.0)
+    solarize_p: tuple[Share, Share] = (0.0, 0.0)
+
+
+class ContrastiveParams(Section):
+    """MoCo v3's heads, loss and views, shared by the CL baseline and the graft."""
+
+    projector_hidden: Count
+    projector_dim: Count
+    predictor_hidden: Count
+    temperature: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    freeze_patch_embed: bool
+    views: ViewParams
+
+
+class TrainingParams(Section):
+    """What every pre-training has. Learning rates are per 256 images: peak lr = base_lr × batch / 256."""
+
+    epochs: Count
+    batch_size: Annotated[int, Field(ge=2)]
+    warmup_epochs: NonNegative
+    weight_decay: NonNegative
+
+    @model_validator(mode="after")
+    def _warmup_within_epochs(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} must be below epochs {self.epochs}")
+        return self
+
+
+class MimParams(TrainingParams):
+    """The masked autoencoder (MAE, He et al. 2022)."""
+
+    base_lr: Positive
+    mask_ratio: OpenShare
+    decoder_width: Count
+    decoder_depth: Count
+    decoder_heads: Count
+    crop_scale_min: Annotated[float, Field(gt=0, le=1)]
+    flip_p: Share
+
+    @model_validator(mode="after")
+    def _decoder_width_divides(self) -> Self:
+        if self.decoder_width % 4 or self.decoder_width % self.decoder_heads:
+            raise ValueError(
+                f"decoder_width {self.decoder_width} must be a multiple of 4 and of decoder_heads {self.decoder_heads}"
+            )
+        return self
+
+    @property
+    def views(self) -> ViewParams:
+        """MAE's augmentation: crop and flip, nothing else (appendix A.1)."""
+        return ViewParams(crop_scale_min=self.crop_scale_min, flip_p=self.flip_p)
+
+
+class ClParams(TrainingParams):
+    """MoCo v3 from scratch: the contrastive baseline."""
+
+    base_lr: Positive
+
+
+class GraftParams(TrainingParams):
+    """MoCo v3 on top of the MAE encoder, one base learning rate per equal group of blocks."""
+
+    stage_base_lrs: Annotated[list[NonNegative], Field(min_length=1)]
+
+
+class LinearParams(Section):
+    """Evaluation with all labels: logistic regression and k-NN on frozen features."""
+
+    c_grid: Annotated[list[Positive], Field(min_length=1)]
+    knn_k: Count
+    knn_temperature: Positive
+
+
+class FewShotParams(Section):
+    """Evaluation with few labels: logistic regression on frozen features."""
+
+    c_grid: Annotated[list[Positive], Field(min_length=1)]
+    c_single: Positive
+    folds: Annotated[int, Field(ge=2)]
+
+
+class ReportParams(Section):
+    """The report."""
+
+    baselines: list[Literal["pixels", "random"]]
+
+
+class RunParams(Section):
+    """How to run, never what comes out: no stage of dvc.yaml lists this section."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: Annotated[int, Field(ge=0)] = 0
+    save_every_s: Positive = 60.0
+    print_every_s: NonNegative = 10.0
+    tracking_uri: str | None = None
+    experiment: str = "lgp"
+
+
+class Params(Section):
+    """The whole file."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    data: DataParams
+    model: ModelParams
+    contrastive: ContrastiveParams
+    mim: MimParams
+    cl: ClParams
+    graft: GraftParams
+    linear: LinearParams
+    fewshot: FewShotParams
+    report: ReportParams
+    run: RunParams = RunParams()
+
+    @model_validator(mode="after")
+    def _stages_agree(self) -> Self:
+        size, patch = self.data.image_size, self.model.patch_size
+        if size % patch:
+            divisors = [d for d in range(1, size + 1) if size % d == 0]
+            raise ValueError(
+                f"model.patch_size {patch} does not divide data.image_size {size}: choose one of {divisors}"
+            )
+        groups = len(self.graft.stage_base_lrs)
+        if self.model.depth % groups:
+            raise ValueError(
+                f"model.depth {self.model.depth} cannot be cut into the {groups} equal groups of "
+                f"graft.stage_base_lrs: give a number of rates that divides the depth"
+            )
+        if int((size // patch) ** 2 * (1 - self.mim.mask_ratio)) < 1:
+            raise ValueError(
+                f"mim.mask_ratio {self.mim.mask_ratio} leaves none of the {(size // patch) ** 2} patches: lower it"
+            )
+        return self
+
+
+def load_params(path: Path) -> Params:
+    """Read and check a parameter file.
+
+    Raises:
+        LgpError: the file is missing, is not YAML, has an unknown key, a value out of range, or
+            sections that contradict each other; the message names key, value and what is valid.
+    """
+    try:
+        text = path.read_text()
+    except OSError as e:
+        raise LgpError(
+            f"cannot read the parameter file {path} ({e.strerror}): run `lgp preset use digits`, or pass --params FILE"
+        ) from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise LgpError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(values, dict):
+        raise LgpError(f"{path} must hold sections ({', '.join(Params.model_fields)}), not {type(values).__name__}")
+    try:
+        return Params.model_validate(values)
+    except ValidationError as e:
+        raise LgpError(f"{path}: " + "; ".join(_explain(error) for error in e.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    """Say one pydantic error as `section.key: what is wrong, what is valid`."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        valid = list(_section_at(error["loc"][:-1]).model_fields)
+        close = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"
+        return f"unknown key {key!r}: {hint}"
+    if error["type"] == "missing":
+        return f"missing key {key!r}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = "" if isinstance(error["input"], dict) else f"{error['input']!r} is not valid: "
+    return f"{key}: {given}{message}" if key else message
+
+
+def _section_at(loc: tuple[str | int, ...]) -> type[Section]:
+    section: type[Section] = Params
+    for part in loc:
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, Section)
+        section = annotation
+    return section

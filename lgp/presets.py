@@ -1,0 +1,33 @@
+"""Whole parameter files by name."""
+
+from pathlib import Path
+
+import yaml
+
+from lgp.errors import LgpError
+
+FOLDER = Path(__file__).resolve().parent.parent / "presets"
+
+
+def names() -> dict[str, str]:
+    """Return preset → the first comment line of its file."""
+    return {p.stem: p.read_text().splitlines()[0].lstrip("# ") for p in sorted(FOLDER.glob("*.yaml"))}
+
+
+def use(name: str, target: Path, force: bool) -> None:
+    """Copy a preset over the parameter file.
+
+    Raises:
+        LgpError: no such preset, or `target` holds edits (equals no preset) and `force` is not set.
+    """
+    source = FOLDER / f"{name}.yaml"
+    if not source.exists():
+        raise LgpError(f"no preset {name!r}: there are {', '.join(names())}")
+    if target.exists() and not force and not _is_a_preset(target):
+        raise LgpError(f"{target} has edits that no preset holds: keep a copy, then add --force to overwrite them")
+    target.write_text(source.read_text())
+
+
+def _is_a_preset(target: Path) -> bool:
+    values = yaml.safe_load(target.read_text())
+    return any(yaml.safe_load(p.read_text()) == values for p in FOLDER.glob("*.yaml"))
