@@ -1,0 +1,236 @@
+"""From a data source to prepared data: decode everything once, split, draw few-label subsets, digest."""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from PIL import Image
+
+from lgp.data.prepared import Prepared, decode
+from lgp.data.sources import Record, open_source
+from lgp.data.splits import cap, few_label_subsets, hold_out
+from lgp.errors import LgpError
+from lgp.params import DataParams
+
+SHARD_BYTES = 512 * 2**20
+ARRAY_BYTES = 4 * 2**30  # above this, images stay encoded even where all have the model's size
+STATISTICS_IMAGES = 10_000
+
+Index = list[dict[str, Any]]
+
+
+def prepare(params: DataParams, seed: int, folder: Path) -> dict[str, Any]:
+    """Write prepared data into `folder` (empty, existing) and return its metrics.
+
+    Args:
+        params: the `data` section.
+        seed: the run's seed; splits and subsets follow from it.
+        folder: where to write.
+
+    Returns:
+        Counts per split, classes, the digest, and the unreadable files with path and reason.
+
+    Raises:
+        LgpError: no such source, a class without a readable image, too many unreadable files.
+    """
+    source = open_source(params.source)
+    wanted = _within_caps(source.records(), params, seed)
+    index, unreadable, content = _store_encoded(source.records(), wanted, params.channels, folder)
+    _check_readable(unreadable, len(index) + len(unreadable), params)
+    table = pd.DataFrame(index)
+    _check_classes(table, source.classes)
+    _split(table, params, seed)
+    if _all_of_size(table, params):
+        _decode_to_array(folder, table, params)
+    table.to_parquet(folder / "index.parquet", index=False)
+    train = np.flatnonzero(table["split"] == "train")
+    subsets = few_label_subsets(
+        table["label"].to_numpy()[train], params.few_label_shares, params.few_label_subsets, seed
+    )
+    ids = {name: [train[s].tolist() for s in drawn] for name, drawn in subsets.items()}
+    (folder / "subsets.json").write_text(json.dumps(ids))
+    digest = hashlib.sha256(content)
+    digest.update(table.to_csv(index=False).encode())
+    digest.update(json.dumps([ids, source.classes, params.image_size, params.eval_crop]).encode())
+    meta = {
+        "classes": source.classes,
+        "image_size": params.image_size,
+        "channels": params.channels,
+        "eval_crop": params.eval_crop,
+        "mean": params.mean,
+        "std": params.std,
+        "digest": digest.hexdigest(),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+    if params.mean is None or params.std is None:
+        mean, std = _statistics(Prepared(folder))
+        meta |= {"mean": params.mean or mean, "std": params.std or std}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2))
+    counts = table["split"].value_counts()
+    return {
+        **{f"images/{split}": int(counts.get(split, 0)) for split in ("train", "unlabeled", "val", "test")},
+        "classes": len(source.classes),
+        **{f"labels/{name}": len(drawn[0]) for name, drawn in ids.items()},
+        "unreadable": unreadable,
+        "unreadable_share": round(len(unreadable) / (len(index) + len(unreadable)), 6),
+        "digest": digest.hexdigest(),
+    }
+
+
+def _within_caps(records: Iterator[Record], params: DataParams, seed: int) -> set[int] | None:
+    """Return the positions of the records to keep, or None for all."""
+    if params.max_train_images is None and params.max_test_images is None:
+        return None
+    seen = [(r.split, r.label) for r in records]
+    splits = np.array([split for split, _ in seen])
+    labels = np.array([label for _, label in seen])
+    kept = np.ones(len(seen), dtype=bool)
+    for split, most in (("train", params.max_train_images), ("test", params.max_test_images)):
+        positions = np.flatnonzero((splits == split) & (labels >= 0))
+        if most is not None and len(positions) > most:
+            kept[positions] = cap(labels[positions], most, seed, split)
+    return set(np.flatnonzero(kept).tolist())
+
+
+def _read(record: Record, channels: int) -> tuple[Record, bytes, tuple[int, int], str]:
+    """Read and decode one record; return it with its bytes, size (height, width), and why it failed or ''."""
+    if record.split != "unlabeled" and record.label < 0:
+        return record, b"", (0, 0), "not inside a class folder"
+    try:
+        data = record.read()
+        if isinstance(data, np.ndarray):
+            data = _png(data)
+        if not data:
+            return record, b"", (0, 0), "empty"
+        image = decode(data, channels)
+        return record, data, (image.height, image.width), ""
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        # PIL's message may name an object's address in memory, which differs from run to run
+        reason = "not an image that can be decoded" if "cannot identify" in str(e) else str(e) or type(e).__name__
+        return record, b"", (0, 0), reason
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze()).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _store_encoded(
+    records: Iterator[Record], wanted: set[int] | None, channels: int, folder: Path
+) -> tuple[Index, list[dict[str, str]], bytes]:
+    """Write the encoded bytes of all readable records to Arrow shards, in order; decoding is threaded."""
+    index: Index = []
+    unreadable: list[dict[str, str]] = []
+    content = hashlib.sha256()
+
+    def readable() -> Iterator[bytes]:
+        chosen = (r for i, r in enumerate(records) if wanted is None or i in wanted)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            while chunk := list(itertools.islice(chosen, 1024)):
+                for record, data, (height, width), reason in pool.map(lambda r: _read(r, channels), chunk):
+                    if reason:
+                        unreadable.append({"path": record.path, "reason": reason})
+                        continue
+                    content.update(hashlib.sha256(data).digest())
+                    row = {"split": record.split, "label": record.label, "path": record.path}
+                    index.append(row | {"height": height, "width": width})
+                    yield data
+
+    _write_shards(readable(), folder)
+    if not index and not unreadable:
+        raise LgpError("the data source holds no image at all")
+    return index, unreadable, content.digest()
+
+
+def _write_shards(images: Iterable[bytes], folder: Path) -> None:
+    schema = pa.schema([("image", pa.large_binary())])
+    pending = iter(images)
+    for number in itertools.count():
+        first = next(pending, None)
+        if first is None:
+            return
+        with pa.ipc.new_file(str(folder / f"images-{number:05d}.arrow"), schema) as writer:
+            written = 0
+            for data in itertools.chain([first], pending):
+                writer.write_batch(pa.record_batch([pa.array([data], pa.large_binary())], schema=schema))
+                written += len(data)
+                if written >= SHARD_BYTES:
+                    break
+
+
+def _check_readable(unreadable: list[dict[str, str]], total: int, params: DataParams) -> None:
+    share = len(unreadable) / total
+    if share > params.max_unreadable_share:
+        few = "; ".join(f"{u['path']} ({u['reason']})" for u in unreadable[:3])
+        raise LgpError(
+            f"{len(unreadable)} of {total} files of {params.source} cannot be read, {share:.1%}, more than "
+            f"data.max_unreadable_share {params.max_unreadable_share:.1%}: {few}{'; …' if len(unreadable) > 3 else ''}"
+        )
+
+
+def _check_classes(table: pd.DataFrame, classes: list[str]) -> None:
+    found = Counter(table.loc[table["split"] == "train", "label"])
+    empty = [name for label, name in enumerate(classes) if not found[label]]
+    if empty:
+        raise LgpError(f"no readable training image in class {', '.join(empty)}: add some, or remove the class")
+
+
+def _split(table: pd.DataFrame, params: DataParams, seed: int) -> None:
+    """Hold out a test part where the source has none, and a validation part, of the labelled training images."""
+    if not (table["split"] == "test").any():
+        _hold_out(table, params.test_share, seed, "test")
+    _hold_out(table, params.val_share, seed, "val")
+
+
+def _hold_out(table: pd.DataFrame, share: float, seed: int, name: str) -> None:
+    train = np.flatnonzero(table["split"] == "train")
+    held = hold_out(table["label"].to_numpy()[train], share, seed, name)
+    table.loc[train[held], "split"] = name
+
+
+def _all_of_size(table: pd.DataFrame, params: DataParams) -> bool:
+    size = params.image_size
+    fits = len(table) * size * size * params.channels <= ARRAY_BYTES
+    return fits and bool((table["height"] == size).all() and (table["width"] == size).all())
+
+
+def _decode_to_array(folder: Path, table: pd.DataFrame, params: DataParams) -> None:
+    """Replace the shards by one array of pixels."""
+    encoded = sorted(folder.glob("images-*.arrow"))
+    shape = (len(table), params.image_size, params.image_size, params.channels)
+    pixels = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+    row = 0
+    for path in encoded:
+        for data in pa.ipc.open_file(pa.memory_map(str(path))).read_all()["image"]:
+            pixels[row] = np.asarray(decode(data.as_py(), params.channels)).reshape(shape[1:])
+            row += 1
+    pixels.flush()
+    for path in encoded:
+        path.unlink()
+
+
+def _statistics(prepared: Prepared) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of (a sample of) the training images, pixels in [0, 1]."""
+    ids = prepared.pretraining_ids
+    ids = ids[:: max(1, len(ids) // STATISTICS_IMAGES)]
+    count, total, squares = 0, np.zeros(prepared.channels), np.zeros(prepared.channels)
+    for start in range(0, len(ids), 256):
+        pixels = prepared.whole(ids[start : start + 256]).numpy() / 255.0
+        count += pixels[:, 0].size
+        total += pixels.sum(axis=(0, 2, 3))
+        squares += (pixels**2).sum(axis=(0, 2, 3))
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    # constant images (one flat colour) must not divide by zero
+    return [round(float(m), 6) for m in mean], [round(max(float(s), 1e-3), 6) for s in std]

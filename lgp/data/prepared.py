@@ -1,0 +1,214 @@
+"""Prepared data on disk: few large files, read by memory map.
+
+`images.npy` (uint8, (N, H, W, C)) where all images already have the model's size, else `images-*.arrow`
+with the encoded bytes; `index.parquet` with a row per image (split, label or -1, source path, height,
+width), whose row number is the image's id; `subsets.json` with the few-label subsets as lists of ids;
+`meta.json` with class names, mean and standard deviation per channel and a digest of it all.
+"""
+
+import io
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tvf
+
+from lgp.errors import LgpError
+
+MODES = {1: "L", 3: "RGB"}
+
+
+def decode(data: bytes, channels: int) -> Image.Image:
+    """Decode one image to grey (1 channel) or RGB (3), 8 bits."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.convert(MODES[channels])
+
+
+def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Cut a box out of each image and resize it bilinearly, in one batched call.
+
+    Equals torchvision's `resized_crop` where the box is not larger than `size` (then its antialiasing
+    does nothing): sample positions are held inside the box, so nothing outside bleeds in.
+
+    Args:
+        images: (B, C, H, W) float.
+        boxes: (B, 4) top, left, height, width in pixels.
+        size: side of the result in pixels.
+
+    Returns:
+        (B, C, size, size) float.
+    """
+    height, width = images.shape[-2:]
+    steps = (torch.arange(size, dtype=images.dtype) + 0.5) / size
+
+    def positions(start: Tensor, length: Tensor, whole: int) -> Tensor:
+        start, length = start[:, None].to(images.dtype), length[:, None].to(images.dtype)
+        centres = (start + steps * length).clamp(min=start + 0.5, max=start + length - 0.5)
+        return centres * (2 / whole) - 1
+
+    y = positions(boxes[:, 0], boxes[:, 2], height)
+    x = positions(boxes[:, 1], boxes[:, 3], width)
+    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+class Prepared:
+    """What `prepare` wrote, opened for reading."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open `folder`; raise `LgpError` when it does not hold prepared data."""
+        self.folder = folder
+        try:
+            self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        except OSError:
+            raise LgpError(f"no prepared data in {folder}: run `lgp prepare` first") from None
+
+    @property
+    def digest(self) -> str:
+        """Digest of images, splits, labels and subsets."""
+        return str(self.meta["digest"])
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names; a label is an index into them."""
+        return list(self.meta["classes"])
+
+    @property
+    def channels(self) -> int:
+        """1 (grey) or 3 (RGB)."""
+        return int(self.meta["channels"])
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that the encoder sees, in pixels."""
+        return int(self.meta["image_size"])
+
+    @property
+    def mean(self) -> list[float]:
+        """Mean per channel, of pixels in [0, 1]."""
+        return list(self.meta["mean"])
+
+    @property
+    def std(self) -> list[float]:
+        """Standard deviation per channel, of pixels in [0, 1]."""
+        return list(self.meta["std"])
+
+    @cached_property
+    def _index(self) -> Any:
+        import pandas as pd
+
+        return pd.read_parquet(self.folder / "index.parquet")
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(N,) class index per image, -1 where unlabelled."""
+        return self._index["label"].to_numpy(dtype=np.int64)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(N, 2) height and width of each image as stored, in pixels."""
+        return self._index[["height", "width"]].to_numpy(dtype=np.int64)
+
+    def ids(self, split: str) -> np.ndarray:
+        """Return the sorted ids of `train` (labelled), `unlabeled`, `val` or `test`."""
+        return np.flatnonzero(self._index["split"].to_numpy() == split)
+
+    @cached_property
+    def pretraining_ids(self) -> np.ndarray:
+        """The images that pre-training sees: train and unlabeled, never val or test."""
+        return np.sort(np.concatenate([self.ids("train"), self.ids("unlabeled")]))
+
+    def subsets(self, name: str) -> list[np.ndarray]:
+        """Return the few-label subsets of one share, each a sorted array of ids.
+
+        Raises:
+            LgpError: no such share; the message lists those there are.
+        """
+        subsets = json.loads((self.folder / "subsets.json").read_text())
+        if name not in subsets:
+            raise LgpError(f"no few-label share {name!r}: prepared are {', '.join(subsets)} (data.few_label_shares)")
+        return [np.array(ids, dtype=np.int64) for ids in subsets[name]]
+
+    @cached_property
+    def _array(self) -> np.ndarray | None:
+        path = self.folder / "images.npy"
+        return np.load(path, mmap_mode="r") if path.exists() else None
+
+    @cached_property
+    def _shards(self) -> tuple[np.ndarray, list[Any]]:
+        import pyarrow as pa
+
+        paths = sorted(self.folder.glob("images-*.arrow"))
+        columns = [pa.ipc.open_file(pa.memory_map(str(p))).read_all()["image"] for p in paths]
+        return np.cumsum([0, *(len(c) for c in columns)]), columns
+
+    def open_image(self, image_id: int) -> Image.Image:
+        """Return one image as stored."""
+        if self._array is not None:
+            return Image.fromarray(self._array[image_id].squeeze())
+        starts, columns = self._shards
+        shard = int(np.searchsorted(starts, image_id, side="right")) - 1
+        return decode(columns[shard][int(image_id - starts[shard])].as_py(), self.channels)
+
+    def crops(self, ids: np.ndarray, boxes: Tensor) -> Tensor:
+        """Cut V boxes out of each image, resized to the model's size; each image is decoded once.
+
+        Args:
+            ids: (B,) image ids.
+            boxes: (B, V, 4) top, left, height, width in pixels of the stored image.
+
+        Returns:
+            (B, V, C, S, S) uint8.
+        """
+        size, views = self.image_size, boxes.shape[1]
+        if self._array is not None:
+            pixels = torch.from_numpy(self._array[ids]).permute(0, 3, 1, 2).float()
+            cut = crop_and_resize(pixels.repeat_interleave(views, dim=0), boxes.flatten(0, 1), size)
+            return cut.round().to(torch.uint8).unflatten(0, (-1, views))
+        return torch.stack(
+            [
+                torch.stack([_resized_crop(image, box, size) for box in of_image])
+                for image, of_image in zip(map(self.open_image, ids.tolist()), boxes.tolist(), strict=True)
+            ]
+        )
+
+    def whole(self, ids: np.ndarray) -> Tensor:
+        """Return the images as evaluation sees them.
+
+        Images of the model's size as they are; others with the shorter side resized to S / eval_crop,
+        then the centre S × S (torchvision's evaluation recipe).
+
+        Returns:
+            (B, C, S, S) uint8.
+        """
+        if self._array is not None:
+            return torch.from_numpy(self._array[ids]).permute(0, 3, 1, 2).contiguous()
+        size = self.image_size
+        shorter = round(size / self.meta["eval_crop"])
+        images = [tvf.resize(self.open_image(i), shorter, antialias=True) for i in ids.tolist()]
+        return torch.stack([tvf.pil_to_tensor(tvf.center_crop(image, [size, size])) for image in images])
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Turn uint8 (…, C, H, W), or floats in [0, 1], into what the encoder expects."""
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        return (images - mean) / std
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Invert `normalize`: (B, C, H, W) as the encoder sees them → floats in about [0, 1]."""
+        return images * torch.tensor(self.std).view(-1, 1, 1) + torch.tensor(self.mean).view(-1, 1, 1)
+
+
+def _resized_crop(image: Image.Image, box: list[int], size: int) -> Tensor:
+    top, left, height, width = box
+    cut = tvf.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BILINEAR, antialias=True)
+    return tvf.pil_to_tensor(cut)
