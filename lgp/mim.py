@@ -1,0 +1,54 @@
+"""Masked image modelling of the encoder (MAE, He et al. 2022): the lower half of the graft."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lgp.checkpoint import StateStore
+from lgp.data.loading import StepCrops
+from lgp.data.prepared import Prepared
+from lgp.engine import Observer
+from lgp.figures import plot_reconstructions
+from lgp.models.mae import MAE
+from lgp.models.vit import build_encoder, init_encoder_as_mae
+from lgp.optim import peak_rate
+from lgp.params import Params
+from lgp.pretrain import Pretrained, fit_arm
+from lgp.randomness import generator, seeded
+
+BETAS = (0.9, 0.95)  # MAE, table 8
+RECONSTRUCTIONS = 10  # images in the picture
+
+
+def pretrain_mim(data: Prepared, params: Params, store: StateStore, observer: Observer) -> Pretrained:
+    """Train a masked autoencoder from scratch (MAE, He et al. 2022)."""
+    with seeded(params.seed, "mim/init"):
+        encoder = build_encoder(params.model, params.data)
+        init_encoder_as_mae(encoder)
+        mim = params.mim
+        mae = MAE(encoder, mim.mask_ratio, mim.decoder_width, mim.decoder_depth, mim.decoder_heads)
+    patches = encoder.patch_embed.num_patches
+
+    def loss_of(crops: Tensor, step: int) -> Tensor:
+        noise = torch.rand(len(crops), patches, generator=generator(params.seed, "mim/mask", step))
+        loss: Tensor = mae(data.normalize(crops[:, 0]), noise.to(crops.device))
+        return loss
+
+    crops = StepCrops(data, mim.views, 1, mim.batch_size, params.seed, "mim")
+    rate = peak_rate(mim.base_lr, mim.batch_size)
+    rates = {name: rate for name, _ in mae.named_parameters()}
+    return fit_arm("mim", mae, loss_of, crops, rates, BETAS, mim, params, store, observer)
+
+
+def draw_reconstructions(folder: Path, result: Pretrained, data: Prepared, seed: int) -> Path:
+    """Draw validation images, masked and painted in by the decoder; returns the picture's path."""
+    mae = result.model
+    assert isinstance(mae, MAE)
+    mae.eval()
+    images = data.whole(data.ids("val")[:RECONSTRUCTIONS])
+    noise = torch.rand(len(images), mae.encoder.patch_embed.num_patches, generator=generator(seed, "mim/picture"))
+    painted, masked = mae.reconstruct(data.normalize(images), noise)
+    path = folder / "reconstructions.png"
+    plot_reconstructions(path, images.float() / 255, data.denormalize(masked), data.denormalize(painted))
+    return path

@@ -1,0 +1,1 @@
+"""The encoder and the two objectives: masked autoencoder and momentum contrast."""

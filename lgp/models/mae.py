@@ -1,0 +1,126 @@
+"""Masked autoencoder (MAE, He et al. 2022, arXiv 2111.06377)."""
+
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from lgp.models.vit import embed, encode_tokens, init_as_mae, sincos_positions
+
+NORM_EPS = 1e-6
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images into patches: (B, C, H, W) → (B, N, p·p·C), row by row, channels last within a patch."""
+    b, c, height, width = images.shape
+    p = patch_size
+    patches = images.reshape(b, c, height // p, p, width // p, p)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(b, (height // p) * (width // p), p * p * c)
+
+
+def unpatchify(patches: Tensor, patch_size: int, channels: int) -> Tensor:
+    """Invert `patchify` for square images: (B, N, p·p·C) → (B, C, H, W)."""
+    b, n, _ = patches.shape
+    grid, p = int(n**0.5), patch_size
+    images = patches.reshape(b, grid, grid, p, p, channels)
+    return images.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, grid * p, grid * p)
+
+
+def normalize_patches(patches: Tensor) -> Tensor:
+    """Give each patch zero mean and unit (unbiased) variance, the target of MAE, section 3."""
+    mean = patches.mean(dim=-1, keepdim=True)
+    variance = patches.var(dim=-1, keepdim=True)
+    return (patches - mean) / (variance + NORM_EPS).sqrt()
+
+
+def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the patches to keep by sorting noise: the smallest stay.
+
+    Args:
+        noise: (B, N) uniform noise.
+        mask_ratio: share removed.
+
+    Returns:
+        ids_keep (B, n) with n = int(N · (1 - mask_ratio)); ids_restore (B, N), the inverse of the sorting
+        permutation; mask (B, N), 0 is keep, 1 is remove.
+    """
+    keep = int(noise.shape[1] * (1 - mask_ratio))
+    ids_shuffle = noise.argsort(dim=1)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    mask = (ids_restore >= keep).to(noise.dtype)
+    return ids_shuffle[:, :keep], ids_restore, mask
+
+
+class MAE(nn.Module):
+    """An encoder on the visible patches and a light decoder that predicts the removed ones."""
+
+    def __init__(
+        self, encoder: VisionTransformer, mask_ratio: float, decoder_width: int, decoder_depth: int, decoder_heads: int
+    ) -> None:
+        """Put a decoder on `encoder`; the decoder is initialised here, the encoder is taken as it is."""
+        super().__init__()
+        self.encoder = encoder
+        self.mask_ratio = mask_ratio
+        projection = encoder.patch_embed.proj
+        self.patch_size, self.channels = projection.kernel_size[0], projection.in_channels
+        grid = encoder.patch_embed.grid_size[0]
+        self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_width, grid), requires_grad=False)
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.decoder_blocks = nn.Sequential(
+            *(Block(decoder_width, decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(decoder_depth))
+        )
+        self.decoder_norm = norm(decoder_width)
+        self.decoder_pred = nn.Linear(decoder_width, self.patch_size**2 * self.channels)
+        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
+            init_as_mae(module)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def encode(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode the kept patches: returns latent (B, 1 + n, D), mask (B, N), ids_restore (B, N)."""
+        ids_keep, ids_restore, mask = random_masking(noise, self.mask_ratio)
+        tokens = embed(self.encoder, images)
+        kept = tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]))
+        return encode_tokens(self.encoder, kept), mask, ids_restore
+
+    def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """Predict every patch, (B, N, p·p·C), from the latent of the kept ones."""
+        tokens = self.decoder_embed(latent)
+        b, n = ids_restore.shape
+        mask_tokens = self.mask_token.to(tokens.dtype).expand(b, n + 1 - tokens.shape[1], -1)
+        patches = torch.cat([tokens[:, 1:], mask_tokens], dim=1)
+        patches = patches.gather(1, ids_restore[:, :, None].expand(-1, -1, tokens.shape[2]))
+        tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
+        return self.decoder_pred(self.decoder_norm(self.decoder_blocks(tokens)))[:, 1:]
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Return the loss: squared error to the normalised patches, averaged over the removed ones.
+
+        Args:
+            images: (B, C, H, W), normalised per channel.
+            noise: (B, N) uniform, decides the mask.
+        """
+        latent, mask, ids_restore = self.encode(images, noise)
+        prediction = self.decode(latent, ids_restore)
+        target = normalize_patches(patchify(images, self.patch_size))
+        loss = (prediction.float() - target).square().mean(dim=-1)
+        return (loss * mask).sum() / mask.sum()
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the decoder paints and the masked input, both (B, C, H, W).
+
+        Predictions are of normalised patches, so they are painted with the mean and variance of the
+        original patch (as MAE's demonstration does); kept patches are shown as they are.
+        """
+        latent, mask, ids_restore = self.encode(images, noise)
+        prediction = self.decode(latent, ids_restore)
+        patches = patchify(images, self.patch_size)
+        std = (patches.var(dim=-1, keepdim=True) + NORM_EPS).sqrt()
+        painted = prediction * std + patches.mean(dim=-1, keepdim=True)
+        removed = mask[:, :, None]
+        result = unpatchify(painted * removed + patches * (1 - removed), self.patch_size, self.channels)
+        # in normalised space 0 is the mean colour
+        return result, unpatchify(patches * (1 - removed), self.patch_size, self.channels)

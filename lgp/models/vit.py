@@ -1,0 +1,106 @@
+"""The encoder: timm's ViT with fixed 2D sin-cos positions, initialised as MAE or MoCo v3 do."""
+
+import math
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lgp.params import DataParams, ModelParams
+
+# any timm ViT: model_args say the rest, and travel in the encoder folder's config.json
+ARCHITECTURE = "vit_base_patch16_224"
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Compute fixed 2D sin-cos positions (MoCo v3, section 5; MAE, appendix A.1).
+
+    A patch in column x and row y gets `[sin(xω), cos(xω), sin(yω), cos(yω)]` with
+    ω_k = 10000^(-k / (width / 4)), k = 0 … width/4 - 1. The class token gets zeros.
+
+    Args:
+        width: embedding width, a multiple of 4.
+        grid: patches per side.
+
+    Returns:
+        (1, 1 + grid², width) float32.
+    """
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    places = torch.arange(grid, dtype=torch.float64)
+    y, x = torch.meshgrid(places, places, indexing="ij")
+    angles_x, angles_y = x.flatten()[:, None] * omega, y.flatten()[:, None] * omega
+    patches = torch.cat([angles_x.sin(), angles_x.cos(), angles_y.sin(), angles_y.cos()], dim=1)
+    return torch.cat([torch.zeros(1, width), patches.float()])[None]
+
+
+def model_args(model: ModelParams, data: DataParams) -> dict[str, Any]:
+    """Return the arguments that make timm's `ARCHITECTURE` our encoder."""
+    return {
+        "img_size": data.image_size,
+        "patch_size": model.patch_size,
+        "in_chans": data.channels,
+        "embed_dim": model.width,
+        "depth": model.depth,
+        "num_heads": model.heads,
+    }
+
+
+def build_encoder(model: ModelParams, data: DataParams) -> VisionTransformer:
+    """Build the encoder, without a head; features are the class token after the final norm, (B, width)."""
+    encoder: VisionTransformer = timm.create_model(ARCHITECTURE, num_classes=0, **model_args(model, data))
+    with torch.no_grad():
+        encoder.pos_embed.copy_(sincos_positions(model.width, data.image_size // model.patch_size))
+    encoder.pos_embed.requires_grad_(False)
+    return encoder
+
+
+def init_as_mae(module: nn.Module) -> None:
+    """Initialise every linear and norm layer below `module` as MAE does: Xavier uniform, zero bias."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+def init_encoder_as_mae(encoder: VisionTransformer) -> None:
+    """Initialise the encoder as MAE does: as above, patches as a linear layer, class token N(0, 0.02²)."""
+    init_as_mae(encoder)
+    projection = encoder.patch_embed.proj
+    nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+    nn.init.zeros_(projection.bias)
+    nn.init.normal_(encoder.cls_token, std=0.02)
+
+
+def init_encoder_as_moco(encoder: VisionTransformer) -> None:
+    """Initialise the encoder as MoCo v3 does.
+
+    Xavier uniform, where queries, keys and values count as three layers, and the patch projection as a
+    linear layer of patch pixels to width; class token N(0, 1e-6²).
+    """
+    init_as_mae(encoder)
+    for block in encoder.blocks:
+        weight = block.attn.qkv.weight
+        bound = math.sqrt(6.0 / (weight.shape[0] // 3 + weight.shape[1]))
+        nn.init.uniform_(weight, -bound, bound)
+    projection = encoder.patch_embed.proj
+    bound = math.sqrt(6.0 / (projection.weight[0].numel() + projection.weight.shape[0]))
+    nn.init.uniform_(projection.weight, -bound, bound)
+    nn.init.zeros_(projection.bias)
+    nn.init.normal_(encoder.cls_token, std=1e-6)
+
+
+def embed(encoder: VisionTransformer, images: Tensor) -> Tensor:
+    """Turn images (B, C, H, W) into patch tokens with their positions, (B, N, width), no class token."""
+    return encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
+
+
+def encode_tokens(encoder: VisionTransformer, tokens: Tensor) -> Tensor:
+    """Put the class token before tokens (B, n, width), run blocks and final norm: (B, 1 + n, width)."""
+    cls_token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+    return encoder.norm(encoder.blocks(torch.cat([cls_token, tokens], dim=1)))
