@@ -1,0 +1,183 @@
+"""Encoder folders that plain timm loads, and the state from which an interrupted training goes on."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+
+from lgp.data.prepared import Prepared
+from lgp.errors import LgpError
+from lgp.models.vit import ARCHITECTURE, model_args
+from lgp.params import DataParams, ModelParams
+
+WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "provenance.json"
+DIGEST_BYTES = 32
+
+
+def save_encoder(
+    folder: Path, encoder: VisionTransformer, model: ModelParams, data: DataParams, prepared: Prepared, provenance: Any
+) -> None:
+    """Write an encoder folder: `timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)` loads it.
+
+    Args:
+        folder: to write into; made if missing.
+        encoder: the trained encoder; key names are timm's.
+        model: its dimensions.
+        data: size and channels of its images.
+        prepared: whose mean and standard deviation it was trained with.
+        provenance: parameters, data digest, code; written beside the weights.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS)
+    config = {
+        "architecture": ARCHITECTURE,
+        "num_classes": 0,
+        "num_features": model.width,
+        "global_pool": "token",
+        "model_args": model_args(model, data),
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [data.channels, data.image_size, data.image_size],
+            "fixed_input_size": True,
+            "mean": prepared.mean,
+            "std": prepared.std,
+            "interpolation": "bilinear",
+            "crop_pct": data.eval_crop,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
+
+
+def load_encoder(folder: Path) -> VisionTransformer:
+    """Load an encoder folder, strictly.
+
+    Raises:
+        LgpError: no encoder there, or its tensors are not those of its configuration; names them.
+    """
+    if not (folder / WEIGHTS).exists():
+        raise LgpError(f"no encoder in {folder}: run the stage that trains it first (`lgp {folder.parent.name}`)")
+    config = json.loads((folder / CONFIG).read_text())
+    encoder: VisionTransformer = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
+    try:
+        encoder.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    except RuntimeError as e:
+        raise LgpError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {' '.join(str(e).split())}") from None
+    return encoder
+
+
+def check_encoder_fits(folder: Path, model: ModelParams, data: DataParams) -> None:
+    """Raise `LgpError` unless the encoder in `folder` has the dimensions that the parameters ask for."""
+    if not (folder / CONFIG).exists():
+        raise LgpError(f"no encoder in {folder}: run the stage that trains it first (`lgp {folder.parent.name}`)")
+    found, wanted = json.loads((folder / CONFIG).read_text())["model_args"], model_args(model, data)
+    if found != wanted:
+        raise LgpError(
+            f"the encoder in {folder} was trained with {found}, but the parameters say {wanted}: train it anew"
+        )
+
+
+class StateStore:
+    """The resume state of one training: two files in turn, each with its digest, under a lock.
+
+    A state that is torn (power loss in the middle of a write) is noticed by its digest, and the one
+    before it used. Code that differs writes files of other names, so its states are kept, not used.
+    """
+
+    def __init__(self, folder: Path, code_digest: str) -> None:
+        """Keep states of this code in `folder`, made if missing."""
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.latest = folder / f"state-{code_digest[:16]}.pt"
+        self.previous = self.latest.with_suffix(".previous.pt")
+        self._lock = FileLock(folder / "lock")
+
+    def acquire(self) -> None:
+        """Take the lock; raise `LgpError` with the holder's process id where another trainer has it."""
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            holder = (self.folder / "pid").read_text().strip()
+            raise LgpError(
+                f"process {holder} is training the same thing (it holds {self.folder}): wait for it, or stop it"
+            ) from None
+        (self.folder / "pid").write_text(f"{os.getpid()}\n")
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._lock.release()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a state durably (write, fsync, rename).
+
+        Raises:
+            OSError: as the file system does; the states before stay usable.
+        """
+        payload = io.BytesIO()
+        torch.save(state, payload)
+        new = self.latest.with_suffix(".new")
+        try:
+            with new.open("wb") as file:
+                file.write(hashlib.sha256(payload.getbuffer()).digest())
+                file.write(payload.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
+        if self.latest.exists():
+            self.latest.replace(self.previous)
+        new.replace(self.latest)
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the newest whole state, or None."""
+        for path in (self.latest, self.previous):
+            if path.exists():
+                data = path.read_bytes()
+                payload = memoryview(data)[DIGEST_BYTES:]
+                if hashlib.sha256(payload).digest() == data[:DIGEST_BYTES]:
+                    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+                    return state
+        return None
+
+    def has_state(self) -> bool:
+        """Whether an interrupted training left a state."""
+        return self.latest.exists() or self.previous.exists()
+
+    def forget(self) -> None:
+        """Remove the states of this code."""
+        self.latest.unlink(missing_ok=True)
+        self.previous.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove the folder, after the results are published."""
+        self.release()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def check_disk_space(folder: Path, needed_bytes: int) -> None:
+    """Raise `LgpError` where the disk of `folder` has less than `needed_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise LgpError(
+            f"disk full: {folder.absolute()} has {free / 2**20:.0f} MiB free, this needs about "
+            f"{needed_bytes / 2**20:.0f} MiB for its state and results: free some space and run again"
+        )
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Tell whether an error of the file system means that no space, or no quota, is left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,0 +1,1 @@
+"""The label-efficiency protocol on frozen features."""

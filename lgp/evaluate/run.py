@@ -1,0 +1,28 @@
+"""An evaluation as a stage: features of an arm's encoder in, metrics, predictions and a picture out."""
+
+import tempfile
+from pathlib import Path
+
+from lgp.checkpoint import load_encoder
+from lgp.data.prepared import Prepared
+from lgp.engine import choose_device
+from lgp.evaluate.features import Features, class_token_of
+from lgp.evaluate.outcome import Outcome
+from lgp.figures import plot_confusion
+from lgp.params import RunParams
+from lgp.stage import StageRun
+
+
+def encoder_features(folder: Path, data: Prepared, settings: RunParams) -> Features:
+    """Extract the features of the encoder in `folder` for train, val and test."""
+    return Features.of(class_token_of(load_encoder(folder), choose_device(settings.device)), data)
+
+
+def publish_outcome(run: StageRun, metrics: Path, predictions: Path, outcome: Outcome, data: Prepared) -> None:
+    """Write the metric file and the predictions, and track both, with the confusion matrix as a picture."""
+    outcome.predictions.to_parquet(run.out(predictions), index=False)
+    run.write_metrics(metrics, dict(outcome.metrics))
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "confusion.png"
+        plot_confusion(picture, outcome.predictions, data.classes)
+        run.tracker.log_figure(picture)

@@ -1,0 +1,73 @@
+"""The pictures: label efficiency, loss curves, reconstructions, confusion."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from torch import Tensor
+
+COLOURS = {"pixels": "0.6", "random": "0.4", "mim": "tab:blue", "cl": "tab:orange", "graft": "tab:green"}
+DPI = 120
+
+
+def plot_label_efficiency(path: Path, table: pd.DataFrame) -> None:
+    """Draw accuracy over the number of labels, a line with error bars per arm."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for arm, rows in table[table["task"] != "knn"].groupby("arm", sort=False):
+        rows = rows.sort_values("labels")
+        axes.errorbar(
+            rows["labels"],
+            rows["top1_mean"],
+            rows["top1_std"],
+            label=arm,
+            marker="o",
+            capsize=3,
+            color=COLOURS.get(str(arm)),
+        )
+    axes.set(xscale="log", xlabel="labelled images", ylabel="test top-1, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_curves(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:
+    """Draw the training loss over epochs of each arm, side by side: the losses are not comparable."""
+    figure = Figure(figsize=(3.4 * len(curves), 3), layout="constrained")
+    all_axes = figure.subplots(1, len(curves), squeeze=False)
+    for axes, (arm, curve) in zip(all_axes[0], curves.items(), strict=True):
+        axes.plot(curve["epoch"], curve["train/loss"], color=COLOURS.get(arm))
+        axes.set(title=arm, xlabel="epoch", ylabel="loss")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_reconstructions(path: Path, originals: Tensor, masked: Tensor, painted: Tensor) -> None:
+    """Draw rows of original, masked input and reconstruction; each (B, C, H, W) in [0, 1]."""
+    rows = [originals, masked, painted]
+    figure = Figure(figsize=(len(originals) * 0.9, 3), layout="constrained")
+    all_axes = figure.subplots(3, len(originals), squeeze=False)
+    for images, row_axes, title in zip(rows, all_axes, ("original", "masked", "painted"), strict=True):
+        for image, axes in zip(images, row_axes, strict=True):
+            axes.imshow(image.clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+        row_axes[0].set_ylabel(title)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_confusion(path: Path, predictions: pd.DataFrame, classes: list[str]) -> None:
+    """Draw the confusion matrix over all subsets, each row (true class) in percent."""
+    counts = np.zeros((len(classes), len(classes)))
+    np.add.at(counts, (predictions["label"].to_numpy(), predictions["prediction"].to_numpy()), 1)
+    share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    if len(classes) <= 20:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="predicted", ylabel="true")
+    figure.colorbar(image, label="% of the true class")
+    figure.savefig(path, dpi=DPI)

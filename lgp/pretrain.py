@@ -1,0 +1,108 @@
+"""What every pre-training shares: from an objective and its batches to an arm's folder."""
+
+import csv
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from lgp.checkpoint import StateStore, check_disk_space, save_encoder
+from lgp.data.loading import StepCrops
+from lgp.data.prepared import Prepared
+from lgp.engine import Observer, Progression, Trainer, choose_device
+from lgp.models.mae import MAE
+from lgp.models.moco import MoCo
+from lgp.optim import adamw, parameter_groups, warmup_cosine
+from lgp.params import Params, TrainingParams
+from lgp.stage import StageRun, encoder_digest
+
+HEADS = "heads.safetensors"
+STATE_BYTES_PER_PARAMETER = 4 * 4 * 2  # weight, momentum copy or gradient, two moments; two states on disk
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A finished pre-training, before it is written."""
+
+    model: MAE | MoCo
+    progression: Progression
+
+    @property
+    def encoder(self) -> VisionTransformer:
+        """The encoder to keep: the one the gradient trained."""
+        return self.model.encoder
+
+
+def fit_arm(
+    name: str,
+    model: MAE | MoCo,
+    loss_of: Callable[[Tensor, int], Tensor],
+    crops: StepCrops,
+    rates: Mapping[str, float],
+    betas: tuple[float, float],
+    stage: TrainingParams,
+    params: Params,
+    store: StateStore,
+    observer: Observer,
+) -> Pretrained:
+    """Train `model` on the device of the parameters, as every arm is trained.
+
+    Args:
+        name: the stage.
+        model: the objective with its encoder, on the CPU; comes back there.
+        loss_of: (crops, step) → loss.
+        crops: the batch of each step.
+        rates: parameter name → peak learning rate.
+        betas: AdamW's.
+        stage: epochs, warm-up and weight decay.
+        params: all parameters.
+        store: resume states.
+        observer: told of every epoch.
+    """
+    device = choose_device(params.run.device)
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    check_disk_space(store.folder, STATE_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
+    model.to(device)
+    optimizer = adamw(parameter_groups(model, rates, stage.weight_decay), betas)
+    steps = stage.epochs * crops.steps_per_epoch
+    schedule = warmup_cosine(optimizer, steps, round(stage.warmup_epochs * crops.steps_per_epoch))
+    trainer = Trainer(
+        name, model, loss_of, crops, optimizer, schedule, stage.epochs, device, params.run, store, observer
+    )
+    progression = trainer.fit()
+    return Pretrained(model.cpu(), progression)
+
+
+def publish_arm(run: StageRun, folder: Path, metrics: Path, result: Pretrained, data: Prepared) -> None:
+    """Write what every arm leaves, and log its encoder as a model of the registry.
+
+    Args:
+        run: the stage.
+        folder: of the arm: gets `encoder/`, the other modules as `heads.safetensors`, and `curves.csv`.
+        metrics: the metric file.
+        result: the finished pre-training.
+        data: the images it was trained on.
+    """
+    out, params, history = run.out(folder), run.params, result.progression.history
+    heads = {
+        name: tensor.detach().contiguous()
+        for name, tensor in result.model.state_dict().items()
+        if not name.startswith(("encoder.", "momentum_"))
+    }
+    save_file(heads, out / HEADS)
+    with (out / "curves.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["epoch", "train/loss", "train/lr"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, "epoch": int(row["epoch"])} for row in history)
+    values = {
+        "train/loss": round(history[-1]["train/loss"], 6),
+        "train/pflop": round(result.progression.train_flops / 1e15, 9),
+        "encoder_parameters": sum(p.numel() for p in result.encoder.parameters()),
+    }
+    save_encoder(out / "encoder", result.encoder, params.model, params.data, data, run.provenance | {"metrics": values})
+    run.write_metrics(metrics, values)
+    run.tracker.log_encoder(out / "encoder", run.spec.arm, encoder_digest(out / "encoder"))

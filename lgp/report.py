@@ -1,0 +1,130 @@
+"""From metric files to the results table and the report page."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lgp.data.prepared import Prepared
+from lgp.engine import choose_device
+from lgp.evaluate.baselines import evaluate_baseline
+from lgp.evaluate.outcome import ArmResults, Metrics
+from lgp.figures import plot_curves, plot_label_efficiency
+from lgp.params import Params
+from lgp.results import wide_rows
+
+COLUMNS = ["arm", "task", "labels", "top1_mean", "top1_std", "subsets"]
+
+
+def read_arm(metrics: Path, arm: str, shares: list[str]) -> ArmResults:
+    """Read the metric files of an arm from the folder `metrics`."""
+
+    def read(task: str) -> Metrics:
+        values: Metrics = json.loads((metrics / f"{arm}-{task}.json").read_text())
+        return values
+
+    return ArmResults(arm, read("linear"), {share: read(f"fewshot-{share}") for share in shares})
+
+
+def results_table(arms: list[ArmResults]) -> pd.DataFrame:
+    """Build the table `arm,task,labels,top1_mean,top1_std,subsets`, accuracies in percent."""
+    rows: list[list[Any]] = []
+    for a in arms:
+        labels = int(a.linear["labels"])
+        rows.append([a.arm, "knn", labels, a.linear["test/knn_top1"], 0.0, 1])
+        rows.append([a.arm, "linear", labels, a.linear["test/top1"], 0.0, 1])
+        for share, m in a.fewshot.items():
+            task = f"fewshot-{share}"
+            rows.append([a.arm, task, int(m["labels"]), m["test/top1"], m["test/top1_std"], int(m["subsets"])])
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table.round({"top1_mean": 2, "top1_std": 2})
+
+
+def paired_gap(a: Metrics, b: Metrics) -> tuple[float, float, int, int]:
+    """Compare two arms on the same subsets: mean gap in points, its standard error, subsets won, subsets."""
+    names = [n for n in a if n.startswith("test/top1_subset")]
+    gaps = np.array([a[n] - b[n] for n in names])
+    return float(gaps.mean()), float(gaps.std(ddof=1) / np.sqrt(len(gaps))), int((gaps > 0).sum()), len(gaps)
+
+
+def champion(arms: list[ArmResults]) -> str:
+    """Return the arm with the best validation accuracy at the smallest share of labels."""
+    share = min(arms[0].fewshot, key=lambda s: arms[0].fewshot[s]["labels"])
+    return max(arms, key=lambda a: a.fewshot[share]["val/top1"]).arm
+
+
+def write_page(
+    path: Path, table: pd.DataFrame, arms: list[ArmResults], compute: Mapping[str, float], best: str
+) -> None:
+    """Write report.md.
+
+    Args:
+        path: of the page; pictures lie beside it in `figures/`.
+        table: of `results_table`.
+        arms: the trained ones.
+        compute: arm → PFLOP of its pre-training, the MIM half of a graft included.
+        best: the champion's name.
+    """
+    header, rows = wide_rows([{str(k): str(v) for k, v in row.items()} for row in table.to_dict("records")])
+    lines = [
+        "# Label efficiency",
+        "",
+        "Top-1 accuracy on test in percent; ± is the standard deviation over subsets.",
+        "",
+    ]
+    lines += _markdown(header, rows)
+    lines += ["", "## Paired over the same subsets", ""]
+    graft = next(a for a in arms if a.arm == "graft")
+    gaps = []
+    for other in (a for a in arms if a is not graft):
+        for share, metrics in graft.fewshot.items():
+            gap, error, won, of = paired_gap(metrics, other.fewshot[share])
+            row = [f"graft over {other.arm}", share.replace("pct", " %"), f"{gap:+.1f} ± {error:.1f}", f"{won} of {of}"]
+            gaps.append(row)
+    lines += _markdown(["", "labels", "points (± standard error)", "subsets won"], gaps)
+    lines += ["", "## Compute", "", "Pre-training, counted on the first step; the graft includes its MIM half.", ""]
+    lines += _markdown(["arm", "PFLOP"], [[arm, f"{value:.3g}"] for arm, value in compute.items()])
+    lines += ["", f"Champion (best validation accuracy at the fewest labels): **{best}**", ""]
+    for figure in ("label_efficiency", "curves", "reconstructions"):
+        lines += [f"![{figure.replace('_', ' ')}](figures/{figure}.png)", ""]
+    path.write_text("\n".join(lines))
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
+
+
+def write_report(
+    params: Params, data: Prepared, metrics: Path, arms: Mapping[str, Path], table: Path, page: Path, figures: Path
+) -> str:
+    """Write the table, the page and the pictures.
+
+    Args:
+        params: shares of labels, and which baselines to evaluate.
+        data: prepared images, for the baselines.
+        metrics: folder of the metric files.
+        arms: arm → folder of its pre-training.
+        table: results.csv.
+        page: report.md; names the pictures as `figures/…`.
+        figures: existing folder for the pictures.
+
+    Returns:
+        The champion: the arm with the best validation accuracy at the fewest labels.
+    """
+    device = choose_device(params.run.device)
+    baselines = [evaluate_baseline(name, data, params, device) for name in params.report.baselines]
+    trained = [read_arm(metrics, arm, list(params.data.few_label_shares)) for arm in arms]
+    results = results_table([*baselines, *trained])
+    results.to_csv(table, index=False)
+    best = champion(trained)
+    plot_label_efficiency(figures / "label_efficiency.png", results)
+    plot_curves(figures / "curves.png", {arm: pd.read_csv(folder / "curves.csv") for arm, folder in arms.items()})
+    shutil.copyfile(arms["mim"] / "reconstructions.png", figures / "reconstructions.png")
+    compute = {arm: json.loads((metrics / f"{arm}-pretrain.json").read_text())["train/pflop"] for arm in arms}
+    compute["graft"] += compute["mim"]
+    write_page(page, results, trained, compute, best)
+    return best

@@ -1,0 +1,34 @@
+"""results.csv as people read it: a line per arm, a column per task. Light, for the command line."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from lgp.errors import LgpError
+
+
+def read_results(path: Path) -> list[dict[str, str]]:
+    """Read results.csv as text cells; raise `LgpError` where there is none."""
+    if not path.exists():
+        raise LgpError(f"no results in {path}: run `dvc repro` (or `make repro`) first")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def wide_rows(results: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
+    """Turn rows of results.csv into a header and one line per arm: k-NN, linear, then the shares."""
+    tasks = list(dict.fromkeys(r["task"] for r in results))
+    arms = list(dict.fromkeys(r["arm"] for r in results))
+    header = ["arm", *(_heading(task, next(r["labels"] for r in results if r["task"] == task)) for task in tasks)]
+    cells = {(r["arm"], r["task"]): _cell(r) for r in results}
+    return header, [[arm, *(cells.get((arm, task), "–") for task in tasks)] for arm in arms]
+
+
+def _heading(task: str, labels: str) -> str:
+    name = task.removeprefix("fewshot-").replace("pct", " %") if task.startswith("fewshot-") else task
+    return f"{name} ({labels} labels)"
+
+
+def _cell(row: Mapping[str, str]) -> str:
+    mean = f"{float(row['top1_mean']):.1f}"
+    return mean if int(row["subsets"]) == 1 else f"{mean} ± {float(row['top1_std']):.1f}"

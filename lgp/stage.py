@@ -1,0 +1,160 @@
+"""What surrounds the work of a stage: digests before and after, tracking, publishing the results whole."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from lgp import tracking
+from lgp.checkpoint import StateStore
+from lgp.errors import LgpError
+from lgp.params import Params, load_params
+from lgp.provenance import code_digest, file_digest, git_state, input_digest, params_digest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """A stage as it is called once.
+
+    Attributes:
+        name: mim, fewshot, …; also the name of its file in `stages/`.
+        sections: of the parameters that it reads.
+        reads: inputs, files or folders; all must exist.
+        writes: outputs, files or folders.
+        arm: whose encoder it is about, if any.
+        task: pretrain, linear, fewshot-1pct, …
+    """
+
+    name: str
+    sections: Sequence[str]
+    reads: Sequence[Path]
+    writes: Sequence[Path]
+    arm: str
+    task: str
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A running stage: where to write, what to note, whom to tell."""
+
+    spec: StageSpec
+    params: Params
+    provenance: dict[str, Any]
+    tracker: "tracking.Tracker"
+    store: StateStore
+    _partial: dict[Path, Path]
+
+    def out(self, path: Path) -> Path:
+        """Return where to write the output `path`; it is moved there when the stage ends well."""
+        return self._partial[path]
+
+    def tag_upstream(self, encoder: Path) -> None:
+        """Tag the tracked run with the one that trained the encoder in this folder."""
+        self.tracker.tag_upstream(encoder_digest(encoder))
+
+    def write_metrics(self, path: Path, metrics: dict[str, Any]) -> None:
+        """Write a metric file, and track its numbers."""
+        self.out(path).write_text(json.dumps(metrics, indent=2) + "\n")
+        self.tracker.log_metrics({k: v for k, v in metrics.items() if isinstance(v, int | float)})
+
+
+@contextmanager
+def stage(spec: StageSpec, params_file: Path, fresh: bool = False) -> Iterator[StageRun]:
+    """Run the block as a stage; `fresh` forgets what an interrupted run of it left.
+
+    Inputs, parameters and code are digested at the start and compared at the end: DVC records them as they
+    are when a command ends, so a stage whose inputs changed while it ran fails, naming them.
+
+    Raises:
+        LgpError: parameters or inputs are not right, another process runs the same stage on the same
+            inputs, or something it reads changed meanwhile.
+    """
+    params = load_params(params_file)
+    for path in spec.reads:
+        if not path.exists():
+            raise LgpError(f"{spec.name} needs {path}, which does not exist: {_remedy(path)}, or `dvc repro`")
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    entry = Path("stages") / f"{spec.name}.py"
+    before = _digests(spec, params, entry)
+    provenance = {
+        "stage": spec.name,
+        "arm": spec.arm,
+        "task": spec.task,
+        "params": params.model_dump(mode="json", include=set(spec.sections)),
+        "digests": before,
+        "commit": git_state(ROOT)["commit"],
+    }
+    key = sha256(json.dumps([before["parameters"], before["inputs"]], sort_keys=True).encode()).hexdigest()[:16]
+    store = StateStore(root / ".lgp" / "resume" / f"{spec.arm}-{spec.task}" / key, before["code"])
+    store.acquire()
+    run_id_file = store.folder / "run_id"
+    if fresh:
+        store.forget()
+    if not store.has_state():
+        run_id_file.unlink(missing_ok=True)
+    try:
+        partial = {path: _start_output(path) for path in spec.writes}
+        with tracking.run(spec, params, before, git_state(ROOT), root, run_id_file) as tracker:
+            yield StageRun(spec, params, provenance, tracker, store, partial)
+            _check_unchanged(spec, before, params_file, entry)
+        for path, written in partial.items():
+            _publish(written, path)
+    except BaseException:
+        store.release()
+        raise
+    store.remove()
+
+
+def _remedy(path: Path) -> str:
+    if path.name == "model.safetensors":
+        arm = path.parent.parent.name
+        return f"there is no encoder of arm {arm!r} yet, run `lgp {arm}`"
+    return "run the stage that writes it"
+
+
+def _digests(spec: StageSpec, params: Params, entry: Path) -> dict[str, Any]:
+    return {
+        "parameters": params_digest(params, spec.sections),
+        "inputs": {path.as_posix(): input_digest(path) for path in spec.reads},
+        "code": code_digest(entry, ROOT),
+    }
+
+
+def _check_unchanged(spec: StageSpec, before: dict[str, Any], params_file: Path, entry: Path) -> None:
+    after = _digests(spec, load_params(params_file), entry)
+    changed = [name for name in ("parameters", "code") if after[name] != before[name]]
+    changed += [path for path, digest in after["inputs"].items() if digest != before["inputs"][path]]
+    if changed:
+        raise LgpError(
+            f"{spec.name}: {', '.join(changed)} changed while it ran, so its result belongs to neither state and is "
+            "not kept: run again"
+        )
+
+
+def _start_output(path: Path) -> Path:
+    """Return where an output is written first: beside its place, so that moving it there is one rename."""
+    partial = path.with_name(f".{path.name}.partial")
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    if not path.suffix:
+        partial.mkdir()
+    return partial
+
+
+def _publish(written: Path, path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    written.replace(path)
+
+
+def encoder_digest(folder: Path) -> str:
+    """Digest the weights of an encoder folder: how tracking knows an encoder again."""
+    return file_digest(folder / "model.safetensors")

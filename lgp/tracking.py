@@ -1,0 +1,299 @@
+"""Experiment tracking, the only module that imports mlflow (the file that a registered model carries aside).
+
+MLflow is a view of the files that the stages write. Where it is absent or does not answer, a stage says so
+once and writes JSON lines instead; nothing that was computed is lost.
+"""
+
+import io
+import json
+import os
+import sqlite3
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from filelock import FileLock
+
+from lgp.errors import LgpError
+from lgp.params import Params
+
+if TYPE_CHECKING:
+    from lgp.stage import StageSpec
+
+T = TypeVar("T")
+REGISTRY = "lgp-encoder"
+CHAMPION = "champion"
+FLUSH_EVERY_S = 2.0
+REGISTERED_CODE = Path(__file__).with_name("registered_encoder.py")
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# a server that is down must not hold up a training for minutes
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+# a stage prints its own few lines
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+def store_uri(configured: str | None, root: Path) -> str:
+    """Return the tracking address: `MLFLOW_TRACKING_URI`, else the parameter, else SQLite in `root`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or configured or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+
+
+class _Mlflow:
+    """One open run of an MLflow store."""
+
+    def __init__(self, uri: str, experiment: str, root: Path) -> None:
+        import mlflow
+
+        self.mlflow = mlflow
+        mlflow.set_tracking_uri(uri)
+        self.client = mlflow.MlflowClient(uri)
+        (root / ".lgp").mkdir(exist_ok=True)
+        # two processes that both create the tables of a fresh store crash
+        with FileLock(root / ".lgp" / "mlflow.lock"):
+            self.experiment_id = self._open_experiment(uri, experiment, root)
+
+    def _open_experiment(self, uri: str, experiment: str, root: Path) -> str:
+        if uri.startswith("sqlite:///"):
+            with sqlite3.connect(uri.removeprefix("sqlite:///")) as database:
+                database.execute("PRAGMA journal_mode=WAL")
+            database.close()
+        found = self.client.get_experiment_by_name(experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        local = (root / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite:///") else None
+        return str(self.client.create_experiment(experiment, artifact_location=local))
+
+    def start(self, name: str, tags: dict[str, str], params: dict[str, str], resume: str | None) -> str:
+        from mlflow.entities import Param
+
+        self.logged_epochs = 0
+        if resume is not None:
+            self.run_id = resume
+            self.client.update_run(resume, status="RUNNING")
+            history = self.client.get_metric_history(resume, "train/loss")
+            self.logged_epochs = max((m.step for m in history), default=0)
+            return self.run_id
+        run = self.client.create_run(self.experiment_id, tags=tags, run_name=name)
+        self.run_id = str(run.info.run_id)
+        self.client.log_batch(self.run_id, params=[Param(k, v[:6000]) for k, v in params.items()])
+        return self.run_id
+
+    def log(self, rows: list[tuple[int, dict[str, float]]]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, float(value), now, step) for step, values in rows for name, value in values.items()]
+        for start in range(0, len(metrics), 1000):
+            self.client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+
+    def log_encoder(self, folder: Path, tags: dict[str, str]) -> str:
+        """Log an encoder folder as a model and register it; return its version."""
+        import numpy as np
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+        config = json.loads((folder / "config.json").read_text())
+        channels, height, width = config["pretrained_cfg"]["input_size"]
+        signature = ModelSignature(
+            inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, height, width, channels))]),
+            outputs=Schema([TensorSpec(np.dtype("float32"), (-1, config["num_features"]))]),
+        )
+        with self.mlflow.start_run(run_id=self.run_id), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")  # it asks for an input example, which would load the model
+            info = self.mlflow.pyfunc.log_model(
+                name=f"encoder-{tags['arm']}",
+                python_model=str(REGISTERED_CODE),
+                artifacts={"encoder": str(folder)},
+                pip_requirements=[f"{p}=={version(p)}" for p in ("mlflow", "timm", "torch", "torchvision", "numpy")],
+                signature=signature,
+                registered_model_name=REGISTRY,
+            )
+        number = str(info.registered_model_version)
+        for key, value in tags.items():
+            self.client.set_model_version_tag(REGISTRY, number, key, value)
+        return number
+
+    def version_of(self, encoder_digest: str) -> str | None:
+        """Return the newest registered version with this digest."""
+        found = self.client.search_model_versions(f"name='{REGISTRY}' and tag.encoder_digest='{encoder_digest}'")
+        return max((str(v.version) for v in found), key=int, default=None)
+
+
+class Tracker:
+    """One run of one stage, in MLflow or, where that fails, in a file of JSON lines."""
+
+    def __init__(self, lines: Path) -> None:
+        """Begin without MLflow: `lines` is the file that takes what MLflow does not."""
+        self._mlflow: _Mlflow | None = None
+        self._lines = lines
+        self._epochs: list[tuple[int, dict[str, float]]] = []
+        self._flushed = time.monotonic()
+
+    def attempt(self, action: Callable[[_Mlflow], T], record: dict[str, Any]) -> T | None:
+        """Do something in MLflow; where it fails say so once, and from then on write `record` to the file."""
+        if self._mlflow is not None:
+            try:
+                return action(self._mlflow)
+            except Exception as e:  # noqa: BLE001 - whatever goes wrong with tracking must not end a training
+                self.give_up(e)
+        if record:
+            self._lines.parent.mkdir(parents=True, exist_ok=True)
+            with self._lines.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        return None
+
+    def give_up(self, reason: Exception) -> None:
+        """Go on without MLflow."""
+        self._mlflow = None
+        text = " ".join(str(reason).split())[:200]
+        print(
+            f"warning: MLflow tracking failed ({type(reason).__name__}: {text}); writing to {self._lines}", flush=True
+        )
+
+    def open(self, uri: str, experiment: str, root: Path) -> None:
+        """Connect to the store."""
+        try:
+            self._mlflow = _Mlflow(uri, experiment, root)
+        except Exception as e:  # noqa: BLE001
+            self.give_up(e)
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run, None without MLflow."""
+        return getattr(self._mlflow, "run_id", None)
+
+    def log_epoch(self, values: dict[str, float]) -> None:
+        """Take the values of one epoch (key `epoch`, from 1); sent on every few seconds, for calls are slow."""
+        epoch = int(values["epoch"])
+        if self._mlflow is not None and epoch <= self._mlflow.logged_epochs:
+            return
+        self._epochs.append((epoch, {k: v for k, v in values.items() if k != "epoch"}))
+        if time.monotonic() - self._flushed >= FLUSH_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send the epochs taken so far."""
+        rows, self._epochs = self._epochs, []
+        if rows:
+            self.attempt(lambda m: m.log(rows), {"epochs": rows})
+        self._flushed = time.monotonic()
+
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        """Log final metrics, all in one call; the first is the headline of the compare page."""
+        self.attempt(lambda m: m.log([(0, metrics)]), {"metrics": metrics})
+
+    def log_figure(self, path: Path) -> None:
+        """Log a picture (or page) at the artifact root, where the compare page looks."""
+        self.attempt(lambda m: m.client.log_artifact(m.run_id, str(path)), {"figure": str(path)})
+
+    def log_encoder(self, folder: Path, arm: str, digest: str) -> None:
+        """Log an encoder folder as a version of the registry."""
+        tags = {"arm": arm, "encoder_digest": digest}
+        self.attempt(lambda m: m.client.set_tag(m.run_id, "encoder_digest", digest), {})
+        self.attempt(lambda m: m.log_encoder(folder, tags), {"encoder": str(folder), **tags})
+
+    def tag_upstream(self, digest: str) -> None:
+        """Tag the run with the one that trained the encoder it works on, where the store knows it."""
+
+        def tag(m: _Mlflow) -> None:
+            runs = m.client.search_runs([m.experiment_id], f"tags.encoder_digest = '{digest}'", max_results=1)
+            if runs:
+                m.client.set_tag(m.run_id, "upstream_run", runs[0].info.run_id)
+
+        self.attempt(tag, {})
+
+    def crown(self, folder: Path, arm: str, digest: str) -> None:
+        """Point the alias `champion` at this encoder's version, registering it first if the store lacks it."""
+
+        def point(m: _Mlflow) -> None:
+            known = m.version_of(digest)
+            number = known or m.log_encoder(folder, {"arm": arm, "encoder_digest": digest})
+            m.client.set_registered_model_alias(REGISTRY, CHAMPION, number)
+
+        self.attempt(point, {"champion": arm, "encoder_digest": digest})
+
+    def end(self, status: str) -> None:
+        """Close the run as FINISHED, FAILED or KILLED."""
+        self.flush()
+        self.attempt(lambda m: m.client.set_terminated(m.run_id, status), {"status": status})
+
+
+@contextmanager
+def run(
+    spec: "StageSpec", params: Params, digests: dict[str, Any], git: dict[str, Any], root: Path, resume_file: Path
+) -> Iterator[Tracker]:
+    """Open the run of a stage, named `<arm> / <task>`, and close it with how the block ended.
+
+    Args:
+        spec: the stage.
+        params: the sections it reads are logged as `section.key`.
+        digests: of parameters and inputs, logged as tags.
+        git: commit and dirty flag.
+        root: where the default store lies.
+        resume_file: holds the id of the run to go on with, where there is one; takes this run's.
+    """
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    tracker = Tracker(root / ".lgp" / "tracking" / f"{spec.arm}-{spec.task}-{stamp}-{os.getpid()}.jsonl")
+    tracker.open(store_uri(params.run.tracking_uri, root), params.run.experiment, root)
+    tags = {
+        "stage": spec.name,
+        "arm": spec.arm,
+        "task": spec.task,
+        "git_commit": git["commit"],
+        "git_dirty": str(git["dirty"]).lower(),
+        "params_digest": digests["parameters"],
+        "data_digest": next((d for p, d in digests["inputs"].items() if p.endswith("prepared")), ""),
+        "dvc_experiment": os.environ.get("DVC_EXP_NAME", ""),
+        "mlflow.source.name": f"lgp {spec.name}",
+    }
+    values = flatten(params.model_dump(mode="json", include=set(spec.sections)))
+    values |= {"arm": spec.arm, "task": spec.task}
+    resume = resume_file.read_text().strip() if resume_file.exists() else None
+    name = f"{spec.arm} / {spec.task}"
+    started = tracker.attempt(
+        lambda m: m.start(name, {k: v for k, v in tags.items() if v}, values, resume),
+        {"run": name, "tags": tags, "params": values},
+    )
+    if started:
+        resume_file.write_text(f"{started}\n")
+    try:
+        yield tracker
+    except BaseException as e:
+        tracker.end("KILLED" if isinstance(e, KeyboardInterrupt) else "FAILED")
+        raise
+    tracker.end("FINISHED")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Turn nested values into `{"section.key": "text"}`."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: str(value)}
+    return flat
+
+
+def serve(uri: str, port: int) -> None:
+    """Start MLflow's interface on 127.0.0.1 and stay until it is stopped.
+
+    Raises:
+        LgpError: mlflow is not installed, or the server ends with an error.
+    """
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    with suppress(KeyboardInterrupt):
+        code = subprocess.run(command, check=False).returncode
+        if code > 0:
+            raise LgpError(
+                f"the MLflow server ended with code {code}; is port {port} taken? try `lgp ui --port {port + 1}`"
+            )
