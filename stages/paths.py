@@ -1,0 +1,29 @@
+"""Where the stages find each other's files."""
+
+from pathlib import Path
+
+PREPARED = Path("data/prepared")
+METRICS = Path("metrics")
+PREDICTIONS = Path("predictions")
+REPORTS = Path("reports")
+ARMS = ("mim", "cl", "graft")
+
+
+def arm_folder(arm: str) -> Path:
+    """What a pre-training leaves: `encoder/`, `heads.safetensors`, `curves.csv`."""
+    return Path("models") / arm
+
+
+def encoder_folder(arm: str) -> Path:
+    """The encoder that timm loads."""
+    return arm_folder(arm) / "encoder"
+
+
+def metrics_file(arm: str, task: str) -> Path:
+    """The flat metrics of an arm and task."""
+    return METRICS / f"{arm}-{task}.json"
+
+
+def predictions_file(arm: str, task: str) -> Path:
+    """A row per test image and subset."""
+    return PREDICTIONS / f"{arm}-{task}.parquet"
