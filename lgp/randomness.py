@@ -19,7 +19,8 @@ def counted_seed(seed: int, *place: str | int) -> int:
     that neighbouring places give unrelated streams.
     """
     words = [zlib.crc32(p.encode()) if isinstance(p, str) else p for p in place]
-    high, low = np.random.SeedSequence([seed, *words]).generate_state(2, np.uint32)
+    # the length goes in too: SeedSequence does not tell (1, 2) from (1, 2, 0)
+    high, low = np.random.SeedSequence([len(words), seed, *words]).generate_state(2, np.uint32)
     return (int(high) << 31) ^ int(low)
 
 

@@ -28,7 +28,6 @@ class Encoder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.std = torch.tensor(config["std"]).view(-1, 1, 1)
         self.encoder = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
 
-    # no type hints: MLflow would read them as a schema of its own and warn
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Return the class token of each image after the final norm."""
         images = np.asarray(model_input)

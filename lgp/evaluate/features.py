@@ -53,9 +53,10 @@ def standardizer(reference: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
     Features that do not vary there are only centred.
     """
-    mean, std = reference.mean(axis=0), reference.std(axis=0)
+    # in single precision the mean of a constant misses it by a little, which the division would blow up to 1
+    mean, std = reference.mean(axis=0, dtype=np.float64), reference.std(axis=0, dtype=np.float64)
     std[std < 1e-6] = 1.0
-    return lambda features: (features - mean) / std
+    return lambda features: ((features - mean) / std).astype(np.float32)
 
 
 @dataclass(frozen=True)

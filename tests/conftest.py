@@ -1,0 +1,63 @@
+"""A small parameter set and prepared digits that the tests share."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lgp.data.prepare import prepare
+from lgp.data.prepared import Prepared
+from lgp.params import Params
+
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+SMALL = {
+    "data": {"max_train_images": 300},
+    "model": {"width": 16, "depth": 3, "heads": 2},
+    "contrastive": {"projector_hidden": 32, "projector_dim": 16, "predictor_hidden": 32},
+    "mim": {"epochs": 2, "warmup_epochs": 1, "decoder_width": 16},
+    "cl": {"epochs": 2, "warmup_epochs": 1},
+    "graft": {"epochs": 2, "warmup_epochs": 1},
+    "run": {"device": "cpu", "print_every_s": 1000},
+}
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Lay nested changes over a nested base."""
+    result = copy.deepcopy(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+@pytest.fixture
+def values() -> dict[str, Any]:
+    """The small parameter file as nested values."""
+    return merged(yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text()), SMALL)
+
+
+@pytest.fixture
+def params(values: dict[str, Any]) -> Params:
+    return Params.model_validate(values)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Prepared digits, 300 for training and test."""
+    folder = tmp_path_factory.mktemp("prepared")
+    small = merged(yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text()), SMALL)
+    prepare(Params.model_validate(small).data, 0, folder)
+    return Prepared(folder)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

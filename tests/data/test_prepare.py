@@ -1,0 +1,197 @@
+"""From every kind of source to prepared data."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from lgp.data.prepare import prepare
+from lgp.data.prepared import Prepared
+from lgp.errors import LgpError
+from lgp.params import DataParams, Params
+
+RNG = np.random.default_rng(0)
+
+
+def png(size: tuple[int, int] = (8, 8)) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(RNG.integers(0, 256, (*size, 3), dtype=np.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def data_params(params: Params, **changes: Any) -> DataParams:
+    base = {"channels": 3, "max_train_images": None, "max_unreadable_share": 0.2}
+    return DataParams.model_validate(params.data.model_dump() | base | changes)
+
+
+def folder(root: Path, classes: dict[str, int], split: str = "train", size: tuple[int, int] = (8, 8)) -> Path:
+    for name, count in classes.items():
+        (root / split / name).mkdir(parents=True)
+        for i in range(count):
+            (root / split / name / f"{i}.png").write_bytes(png(size))
+    return root
+
+
+def prepared_from(source: Path, tmp_path: Path, params: Params, **changes: Any) -> tuple[dict[str, Any], Prepared]:
+    out = tmp_path / "prepared"
+    out.mkdir()
+    return prepare(data_params(params, source=str(source), **changes), 0, out), Prepared(out)
+
+
+def test_digits_keep_their_pixels_and_labels(prepared: Prepared) -> None:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    row = int(prepared._index["path"].iloc[5].split("/")[1])
+    assert np.array_equal(np.asarray(prepared.open_image(5)), np.round(digits.images[row] * 255 / 16))
+    assert prepared.labels[5] == digits.target[row]
+
+
+def test_parts_are_disjoint_and_cover_everything(prepared: Prepared) -> None:
+    parts = [prepared.ids(split) for split in ("train", "val", "test")]
+    together = np.concatenate(parts)
+    assert len(np.unique(together)) == len(together) == len(prepared.labels)
+    assert np.array_equal(prepared.pretraining_ids, prepared.ids("train"))
+    for share in ("1pct", "10pct"):
+        for subset in prepared.subsets(share):
+            assert np.isin(subset, prepared.ids("train")).all()
+
+
+def test_normalised_training_images_have_zero_mean_and_unit_deviation(prepared: Prepared) -> None:
+    images = prepared.normalize(prepared.whole(prepared.ids("train")))
+    assert images.mean().item() == pytest.approx(0, abs=1e-4)
+    assert images.std().item() == pytest.approx(1, abs=1e-3)
+    back = prepared.denormalize(images)
+    assert (back * 255 - prepared.whole(prepared.ids("train"))).abs().max() < 1e-3
+
+
+def test_image_folder_with_test_and_unlabeled_parts(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "images", {"ant": 10, "bee": 12})
+    folder(source, {"ant": 3, "bee": 4}, "test")
+    (source / "unlabeled" / "deep").mkdir(parents=True)
+    (source / "unlabeled" / "deep" / "x.png").write_bytes(png())
+    metrics, data = prepared_from(source, tmp_path, params)
+    assert data.classes == ["ant", "bee"]
+    assert [metrics[f"images/{s}"] for s in ("train", "unlabeled", "val", "test")] == [20, 1, 2, 7]
+    assert len(data.pretraining_ids) == 21
+    assert data.labels[data.ids("unlabeled")].tolist() == [-1]
+    assert (tmp_path / "prepared" / "images.npy").exists()
+
+
+def test_images_of_other_sizes_stay_encoded(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "images", {"ant": 10, "bee": 10}, size=(20, 14))
+    _, data = prepared_from(source, tmp_path, params)
+    assert not (tmp_path / "prepared" / "images.npy").exists()
+    assert data.sizes[0].tolist() == [20, 14]
+    assert data.whole(data.ids("train")[:3]).shape == (3, 3, 8, 8)
+    expected = np.asarray(Image.open(source / data._index["path"].iloc[7]))
+    assert np.array_equal(np.asarray(data.open_image(7)), expected)
+
+
+def test_shards_are_read_back_across_their_borders(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lgp.data.prepare.SHARD_BYTES", 1500)
+    source = folder(tmp_path / "images", {"ant": 10, "bee": 10}, size=(20, 14))
+    _, data = prepared_from(source, tmp_path, params)
+    assert len(list((tmp_path / "prepared").glob("*.arrow"))) > 3
+    for i in range(20):
+        expected = np.asarray(Image.open(source / data._index["path"].iloc[i]))
+        assert np.array_equal(np.asarray(data.open_image(i)), expected)
+
+
+def write_parquet(path: Path, labels: list[int | None], names: list[str] | None, broken: int = 0) -> None:
+    images = [{"bytes": b"" if i < broken else png(), "path": f"{i}.png"} for i in range(len(labels))]
+    table = pa.table({"image": images, "label": pa.array(labels, pa.int64())})
+    if names:
+        features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({b"huggingface": json.dumps(features).encode()})
+    pq.write_table(table, path)
+
+
+def test_hugging_face_parquet(tmp_path: Path, params: Params) -> None:
+    source = tmp_path / "hub"
+    source.mkdir()
+    write_parquet(source / "train-00000-of-00002.parquet", [0, 1] * 8, ["cat", "dog"])
+    write_parquet(source / "train-00001-of-00002.parquet", [0, 1, None, -1], ["cat", "dog"])
+    write_parquet(source / "test-00000-of-00001.parquet", [0, 1, 1], ["cat", "dog"], broken=1)
+    metrics, data = prepared_from(source, tmp_path, params)
+    assert data.classes == ["cat", "dog"]
+    assert [metrics[f"images/{s}"] for s in ("train", "unlabeled", "val", "test")] == [16, 2, 2, 2]
+    assert metrics["unreadable"] == [{"path": "test-00000-of-00001.parquet#0", "reason": "empty"}]
+
+
+def test_parquet_without_class_names_numbers_them(tmp_path: Path, params: Params) -> None:
+    source = tmp_path / "hub"
+    source.mkdir()
+    write_parquet(source / "train.parquet", [0, 1, 2] * 6, None)
+    assert prepared_from(source, tmp_path, params)[1].classes == ["0", "1", "2"]
+
+
+def test_unreadable_files_are_listed_with_reason(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "images", {"ant": 10, "bee": 12})
+    (source / "train" / "ant" / "broken.png").write_bytes(png()[:60])
+    (source / "train" / "ant" / "empty.png").write_bytes(b"")
+    (source / "train" / "bee" / "notes.txt").write_text("not an image")
+    (source / "train" / "stray.png").write_bytes(png())
+    (source / "train" / "bee" / ".hidden").write_text("")
+    metrics, data = prepared_from(source, tmp_path, params)
+    reasons = {u["path"]: u["reason"] for u in metrics["unreadable"]}
+    assert reasons.keys() == {f"train/{p}" for p in ("ant/broken.png", "ant/empty.png", "bee/notes.txt", "stray.png")}
+    assert reasons["train/ant/empty.png"] == "empty"
+    assert reasons["train/bee/notes.txt"] == "not an image that can be decoded"
+    assert reasons["train/stray.png"] == "not inside a class folder"
+    assert len(data.labels) == 22
+
+
+def test_too_many_unreadable_files_fail(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "images", {"ant": 10, "bee": 12})
+    (source / "train" / "ant" / "empty.png").write_bytes(b"")
+    with pytest.raises(
+        LgpError, match=r"1 of 23 files .* 4\.3%, more than data\.max_unreadable_share 1\.0%.*empty\.png"
+    ):
+        prepared_from(source, tmp_path, params, max_unreadable_share=0.01)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "does not exist"),
+        (lambda root: root.mkdir(), "neither train/CLASS"),
+        (lambda root: (root / "train").mkdir(parents=True), "has no class folder"),
+        (
+            lambda root: (folder(root, {"ant": 9}), (root / "train" / "bee").mkdir()),
+            "no readable training image in class bee",
+        ),
+        (lambda root: folder(folder(root, {"ant": 9}), {"wasp": 2}, "test"), "classes that train lacks: wasp"),
+        (lambda root: (root.mkdir(), write_parquet(root / "some.parquet", [0], None)), "cannot tell the split"),
+        (
+            lambda root: (root.mkdir(), write_parquet(root / "test.parquet", [0], None)),
+            "no Parquet file of a train split",
+        ),
+    ],
+)
+def test_unusable_source_is_explained(tmp_path: Path, params: Params, make: Any, message: str) -> None:
+    make(tmp_path / "source")
+    with pytest.raises(LgpError, match=message):
+        prepared_from(tmp_path / "source", tmp_path, params)
+
+
+def test_preparing_twice_gives_the_same_digest_and_another_seed_another(tmp_path: Path, params: Params) -> None:
+    digests = []
+    for i, seed in enumerate((0, 0, 1)):
+        out = tmp_path / str(i)
+        out.mkdir()
+        digests.append(prepare(params.data, seed, out)["digest"])
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_unknown_share_names_those_there_are(prepared: Prepared) -> None:
+    with pytest.raises(LgpError, match=r"no few-label share '5pct': prepared are 1pct, 10pct"):
+        prepared.subsets("5pct")

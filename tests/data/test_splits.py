@@ -1,0 +1,42 @@
+"""Splits and few-label subsets."""
+
+import numpy as np
+import pytest
+
+from lgp.data.splits import cap, few_label_subsets, hold_out
+from lgp.errors import LgpError
+
+LABELS = np.repeat(np.arange(5), [100, 50, 200, 7, 60])
+
+
+def test_held_out_part_is_stratified_and_seeded() -> None:
+    held = hold_out(LABELS, 0.2, 0, "test")
+    shares = [held[c == LABELS].mean() for c in range(5)]
+    assert shares == pytest.approx([0.2, 0.2, 0.2, 1 / 7, 0.2])
+    assert np.array_equal(held, hold_out(LABELS, 0.2, 0, "test"))
+    assert not np.array_equal(held, hold_out(LABELS, 0.2, 1, "test"))
+    assert not np.array_equal(held, hold_out(LABELS, 0.2, 0, "val"))
+
+
+def test_holding_out_leaves_and_takes_at_least_one() -> None:
+    labels = np.array([0, 0, 1, 1])
+    for share in (0.01, 0.99):
+        held = hold_out(labels, share, 0, "test")
+        assert [held[labels == c].sum() for c in (0, 1)] == [1, 1]
+    with pytest.raises(LgpError, match="class number 1 has 1 image"):
+        hold_out(np.array([0, 0, 1]), 0.5, 0, "test")
+
+
+def test_subsets_are_balanced_nested_and_distinct() -> None:
+    subsets = few_label_subsets(LABELS, {"10pct": 0.1, "1pct": 0.01}, 5, 0)
+    for small, large in zip(subsets["1pct"], subsets["10pct"], strict=True):
+        assert set(small) <= set(large)
+        assert np.bincount(LABELS[small]).tolist() == [1] * 5
+        assert np.bincount(LABELS[large]).tolist() == [8, 8, 8, 7, 8]  # a class gives what it has
+        assert large == sorted(set(large))
+    assert len({tuple(s) for s in subsets["10pct"]}) == 5
+
+
+def test_cap_keeps_the_proportions() -> None:
+    kept = cap(LABELS, 100, 0, "train")
+    assert np.bincount(LABELS[kept]).tolist() == [24, 12, 48, 2, 14]

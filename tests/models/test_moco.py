@@ -1,0 +1,93 @@
+"""MoCo v3 against a slow reference written from its algorithm 1."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lgp.models.moco import MoCo, contrastive_loss, mlp, momentum_at
+from lgp.models.vit import build_encoder, init_encoder_as_moco
+from lgp.params import Params
+
+
+@pytest.fixture
+def moco(params: Params) -> MoCo:
+    encoder = build_encoder(params.model, params.data)
+    init_encoder_as_moco(encoder)
+    return MoCo(encoder, 32, 16, 24, temperature=0.2, freeze_patch_embed=True)
+
+
+def slow_loss(queries: Tensor, keys: Tensor, temperature: float) -> float:
+    def cosine(a: Tensor, b: Tensor) -> float:
+        return (a @ b / (a.norm() * b.norm())).item()
+
+    total = 0.0
+    for i, q in enumerate(queries):
+        logits = [cosine(q, k) / temperature for k in keys]
+        total += -logits[i] + math.log(sum(math.exp(v) for v in logits))
+    return 2 * temperature * total / len(queries)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
+def test_loss_equals_the_slow_reference(temperature: float) -> None:
+    queries, keys = torch.randn(7, 5).double() * 3, torch.randn(7, 5).double()
+    assert contrastive_loss(queries, keys, temperature).item() == pytest.approx(
+        slow_loss(queries, keys, temperature), rel=1e-6
+    )
+
+
+def test_heads_have_the_papers_layers() -> None:
+    projector = mlp(3, 768, 4096, 256)
+    assert [type(m).__name__ for m in projector] == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear", "BatchNorm1d"]
+    linears = [m for m in projector if isinstance(m, nn.Linear)]
+    assert [(m.in_features, m.out_features, m.bias) for m in linears] == [
+        (768, 4096, None),
+        (4096, 4096, None),
+        (4096, 256, None),
+    ]
+    assert [m.affine for m in projector if isinstance(m, nn.BatchNorm1d)] == [True, True, False]
+
+
+def test_momentum_goes_from_base_to_one() -> None:
+    assert momentum_at(0.0, 0.99) == pytest.approx(0.99)
+    assert momentum_at(0.5, 0.99) == pytest.approx(0.995)
+    assert momentum_at(1.0, 0.99) == pytest.approx(1.0)
+    values = [momentum_at(i / 50, 0.9) for i in range(51)]
+    assert values == sorted(values)
+
+
+def test_momentum_encoder_is_the_running_mean(moco: MoCo) -> None:
+    with torch.no_grad():
+        for p in moco.encoder.parameters():
+            p.add_(torch.randn_like(p))
+    before = copy.deepcopy(moco.momentum_encoder.state_dict())
+    moco.update_momentum_encoder(0.9)
+    for name, key in moco.momentum_encoder.state_dict().items():
+        expected = 0.9 * before[name] + 0.1 * moco.encoder.state_dict()[name]
+        assert torch.allclose(key, expected, atol=1e-6), name
+
+
+def test_forward_is_symmetric_and_moves_momentum_first(moco: MoCo) -> None:
+    view1, view2 = torch.randn(6, 1, 8, 8), torch.randn(6, 1, 8, 8)
+    reference = copy.deepcopy(moco)
+    with torch.no_grad():
+        reference.update_momentum_encoder(0.7)
+    queries = [reference.predictor(reference.projector(reference.encoder(v))) for v in (view1, view2)]
+    keys = [reference.momentum_projector(reference.momentum_encoder(v)) for v in (view1, view2)]
+    expected = slow_loss(queries[0], keys[1], 0.2) + slow_loss(queries[1], keys[0], 0.2)
+    assert moco(view1, view2, 0.7).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_reaches_the_query_side_only(moco: MoCo) -> None:
+    moco(torch.randn(6, 1, 8, 8), torch.randn(6, 1, 8, 8), 0.99).backward()
+    without = {name.split(".")[0] + "." + name.split(".")[1] for name, p in moco.named_parameters() if p.grad is None}
+    momentum = {f"{n.split('.')[0]}.{n.split('.')[1]}" for n, _ in moco.named_parameters() if n.startswith("momentum_")}
+    assert without == momentum | {"encoder.patch_embed", "encoder.pos_embed"}
+
+
+def test_patch_embedding_trains_unless_frozen(params: Params) -> None:
+    moco = MoCo(build_encoder(params.model, params.data), 32, 16, 24, 0.2, freeze_patch_embed=False)
+    assert moco.encoder.patch_embed.proj.weight.requires_grad
+    assert not moco.encoder.pos_embed.requires_grad

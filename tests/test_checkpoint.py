@@ -1,0 +1,132 @@
+"""Encoder folders and resume states."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from lgp.checkpoint import StateStore, check_disk_space, load_encoder, save_encoder
+from lgp.data.prepared import Prepared
+from lgp.errors import LgpError
+from lgp.models.vit import build_encoder, init_encoder_as_mae
+from lgp.params import Params
+
+
+@pytest.fixture
+def folder(tmp_path: Path, params: Params, prepared: Prepared) -> Path:
+    encoder = build_encoder(params.model, params.data)
+    init_encoder_as_mae(encoder)
+    save_encoder(tmp_path / "mim" / "encoder", encoder, params.model, params.data, prepared, {"commit": "abc"})
+    return tmp_path / "mim" / "encoder"
+
+
+def test_plain_timm_gives_our_features(folder: Path, prepared: Prepared) -> None:
+    images = prepared.normalize(prepared.whole(prepared.ids("test")))
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    with torch.inference_mode():
+        assert torch.allclose(theirs(images), load_encoder(folder).eval()(images), atol=1e-6)
+    config = timm.data.resolve_model_data_config(theirs)
+    assert config["input_size"] == (1, 8, 8)
+    assert list(config["mean"]) == prepared.mean
+    assert list(config["std"]) == prepared.std
+
+
+def test_missing_and_unexpected_tensors_are_named(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["surplus"] = tensors.pop("norm.weight")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(LgpError, match=r'Missing key.*"norm\.weight".*Unexpected key.*"surplus"'):
+        load_encoder(folder)
+
+
+def test_absent_encoder_says_which_stage_trains_it(tmp_path: Path) -> None:
+    with pytest.raises(LgpError, match=r"run the stage that trains it first .`lgp graft`."):
+        load_encoder(tmp_path / "graft" / "encoder")
+
+
+def test_provenance_lies_beside_the_weights(folder: Path) -> None:
+    assert json.loads((folder / "provenance.json").read_text()) == {"commit": "abc"}
+
+
+def test_state_comes_back(tmp_path: Path) -> None:
+    store = StateStore(tmp_path, "code")
+    assert store.load() is None
+    store.save({"step": 1, "w": torch.ones(2)})
+    store.save({"step": 2, "w": torch.ones(2)})
+    state = store.load()
+    assert state is not None
+    assert state["step"] == 2
+    assert torch.equal(state["w"], torch.ones(2))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_torn_state_gives_way_to_the_one_before(tmp_path: Path, damage: str) -> None:
+    store = StateStore(tmp_path, "code")
+    store.save({"step": 1})
+    store.save({"step": 2})
+    data = bytearray(store.latest.read_bytes())
+    data[-100] ^= 1
+    store.latest.write_bytes({"cut": bytes(data[:-50]), "flip": bytes(data), "empty": b""}[damage])
+    state = store.load()
+    assert state is not None
+    assert state["step"] == 1
+
+
+def test_failed_write_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StateStore(tmp_path, "code")
+    store.save({"step": 1})
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        store.save({"step": 2})
+    state = store.load()
+    assert state is not None
+    assert state["step"] == 1
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_state_of_other_code_is_kept_but_not_used(tmp_path: Path) -> None:
+    old = StateStore(tmp_path, "a" * 64)
+    old.save({"step": 1})
+    new = StateStore(tmp_path, "b" * 64)
+    assert new.load() is None
+    new.save({"step": 2})
+    new.forget()
+    state = old.load()
+    assert state is not None
+    assert state["step"] == 1
+
+
+def _hold(folder: Path, ready: "multiprocessing.synchronize.Event", done: "multiprocessing.synchronize.Event") -> None:
+    store = StateStore(folder, "code")
+    store.acquire()
+    ready.set()
+    done.wait(60)
+
+
+def test_second_trainer_is_refused_with_the_first_ones_id(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    first = context.Process(target=_hold, args=(tmp_path, ready, done))
+    first.start()
+    assert ready.wait(60)
+    try:
+        with pytest.raises(LgpError, match=f"process {first.pid} is training the same thing"):
+            StateStore(tmp_path, "code").acquire()
+    finally:
+        done.set()
+        first.join()
+    StateStore(tmp_path, "code").acquire()
+
+
+def test_full_disk_is_told_before_any_work(tmp_path: Path) -> None:
+    check_disk_space(tmp_path, 1)
+    with pytest.raises(LgpError, match=r"disk full: .* MiB free, this needs about 1073741824 MiB"):
+        check_disk_space(tmp_path, 2**50)

@@ -1,0 +1,240 @@
+"""The command line, run as its users do: stages by hand in a folder of their own, and every error as one line."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from conftest import ROOT, merged
+from typer.testing import CliRunner
+
+from cli import app
+from lgp.checkpoint import load_encoder
+from lgp.data.prepared import Prepared
+from lgp.evaluate.features import class_token_of, extract
+
+RUNNER = CliRunner()
+
+
+def lgp(*arguments: str) -> Any:
+    return RUNNER.invoke(app, list(arguments))
+
+
+@pytest.fixture
+def project(tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with small parameters, where tracking is kept out of the way."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    write(values)
+    return tmp_path
+
+
+def write(values: dict[str, Any]) -> None:
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+
+
+def error_of(result: Any) -> str:
+    """Return the one line that a failing command prints."""
+    assert result.exit_code == 1, result.output
+    lines = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.output
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project in which every stage ran once, by hand."""
+    from conftest import SMALL
+
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("DVC_ROOT", raising=False)
+        write(merged(yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text()), SMALL))
+        commands = [["prepare"], ["mim"], ["cl"], ["graft"]]
+        commands += [["linear", arm] for arm in ("mim", "cl", "graft")]
+        commands += [["fewshot", arm, share] for arm in ("mim", "cl", "graft") for share in ("1pct", "10pct")]
+        for command in [*commands, ["report"]]:
+            result = lgp(*command)
+            assert result.exit_code == 0, (command, result.output, result.exception)
+        yield folder
+
+
+def test_stages_by_hand_end_in_a_report(finished: Path) -> None:
+    table = (finished / "reports" / "results.csv").read_text().splitlines()
+    assert table[0] == "arm,task,labels,top1_mean,top1_std,subsets"
+    assert {line.split(",")[0] for line in table[1:]} == {"pixels", "random", "mim", "cl", "graft"}
+    assert len(table) == 1 + 5 * 4
+    page = (finished / "reports" / "report.md").read_text()
+    for name in ("label_efficiency", "curves", "reconstructions"):
+        assert (finished / "reports" / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert f"figures/{name}.png" in page
+    result = lgp("results", str(finished / "reports" / "results.csv"))
+    assert result.exit_code == 0
+    assert "graft" in result.output
+
+
+def test_nothing_partial_and_no_resume_state_is_left(finished: Path) -> None:
+    assert not list(finished.rglob("*.partial"))
+    assert not list((finished / ".lgp" / "resume").rglob("state*"))
+
+
+def test_metric_files_hold_nothing_that_changes_by_itself(finished: Path) -> None:
+    metrics = json.loads((finished / "metrics" / "graft-fewshot-1pct.json").read_text())
+    assert {"test/top1", "test/top1_std", "val/top1", "labels", "subsets"} <= metrics.keys()
+    assert not any("time" in key or "run" in key for key in metrics)
+
+
+def test_plain_timm_without_lgp_gives_the_same_features(finished: Path, tmp_path: Path) -> None:
+    data = Prepared(finished / "data" / "prepared")
+    encoder = finished / "models" / "graft" / "encoder"
+    ids = data.ids("test")
+    ours = extract(class_token_of(load_encoder(encoder), torch.device("cpu")), data, ids)
+    np.save(tmp_path / "images.npy", data.normalize(data.whole(ids)).numpy())
+    code = f"""
+import sys, numpy as np, timm, torch
+model = timm.create_model("local-dir:{encoder}", pretrained=True, num_classes=0).eval()
+with torch.inference_mode():
+    np.save("theirs.npy", model(torch.from_numpy(np.load("images.npy"))).numpy())
+assert "lgp" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert np.abs(np.load(tmp_path / "theirs.npy") - ours).max() < 1e-5
+    assert timm.create_model(f"local-dir:{encoder}", pretrained=True, num_classes=0).num_features == 16
+
+
+def test_every_stage_has_a_run_with_the_contracts_tags(finished: Path) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("lgp")
+    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id], max_results=100)}
+    assert len(runs) == 14
+    assert all(r.info.status == "FINISHED" for r in runs.values())
+    graft, evaluation = runs["graft / pretrain"], runs["graft / fewshot-1pct"]
+    assert graft.data.tags["upstream_run"] == runs["mim / pretrain"].info.run_id
+    assert evaluation.data.tags["upstream_run"] == graft.info.run_id
+    assert {"git_commit", "git_dirty", "params_digest", "data_digest", "stage"} <= evaluation.data.tags.keys()
+    assert graft.data.params["graft.epochs"] == "2"
+    history = client.get_metric_history(graft.info.run_id, "train/loss")
+    assert [m.step for m in history if m.step] == [1, 2]
+    assert evaluation.data.metrics["test/top1"] > 0
+    pictures = {a.path for a in client.list_artifacts(evaluation.info.run_id)}
+    assert "confusion.png" in pictures
+
+
+def test_registered_champion_turns_images_into_features_without_lgp(finished: Path, tmp_path: Path) -> None:
+    data = Prepared(finished / "data" / "prepared")
+    ids = data.ids("test")
+    np.save(tmp_path / "images.npy", data.whole(ids).permute(0, 2, 3, 1).numpy())
+    code = f"""
+import sys
+sys.path = [p for p in sys.path if p not in ("", {str(ROOT)!r})]
+sys.modules["lgp"] = None
+import mlflow, numpy as np
+mlflow.set_tracking_uri("sqlite:///{finished / "mlflow.db"}")
+model = mlflow.pyfunc.load_model("models:/lgp-encoder@champion")
+np.save("theirs.npy", model.predict(np.load("images.npy")))
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    scores = {a: json.loads((finished / f"metrics/{a}-fewshot-1pct.json").read_text()) for a in ("mim", "cl", "graft")}
+    best = max(scores, key=lambda a: scores[a]["val/top1"])
+    ours = extract(class_token_of(load_encoder(finished / "models" / best / "encoder"), torch.device("cpu")), data, ids)
+    assert np.abs(np.load(tmp_path / "theirs.npy") - ours).max() < 1e-5
+
+
+def test_tracking_that_fails_warns_once_and_loses_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(project / "params.yaml") + "/no-store")
+    result = lgp("prepare")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("warning: MLflow tracking failed") == 1
+    lines = [json.loads(line) for f in (project / ".lgp/tracking").iterdir() for line in f.read_text().splitlines()]
+    assert any("images/train" in line.get("metrics", {}) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "command", "message"),
+    [
+        ({"mim": {"epoch": 5}}, ["mim"], "unknown key 'mim.epoch': did you mean 'epochs'?"),
+        ({"cl": {"base_lr": -1}}, ["cl"], "cl.base_lr: -1 is not valid"),
+        ({"data": {"source": "nowhere"}}, ["prepare"], "data.source 'nowhere' does not exist"),
+        ({}, ["mim"], "mim needs data/prepared, which does not exist"),
+        ({}, ["preset", "use", "cifar"], "no preset 'cifar': there are"),
+        ({}, ["results"], "no results in reports/results.csv"),
+    ],
+)
+def test_mistake_is_one_line(project: Path, values: Any, change: Any, command: list[str], message: str) -> None:
+    write(merged(values, change))
+    assert message in error_of(lgp(*command))
+
+
+def test_mistakes_found_with_the_data_at_hand(project: Path, values: dict[str, Any]) -> None:
+    assert lgp("prepare").exit_code == 0
+    write(merged(values, {"mim": {"batch_size": 4096}}))
+    assert "mim.batch_size 4096 is larger than the 220 images" in error_of(lgp("mim"))
+    assert "there is no encoder of arm 'graft' yet, run `lgp graft`" in error_of(lgp("linear", "graft"))
+    assert "there is no encoder of arm 'mim' yet, run `lgp mim`" in error_of(lgp("graft"))
+    assert not (project / "models" / "mim").exists()
+
+
+def test_full_disk_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lgp("prepare").exit_code == 0
+    import shutil
+
+    usage = shutil.disk_usage(project)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    assert "disk full: " in error_of(lgp("mim"))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "images.npy")
+
+    monkeypatch.setattr("lgp.data.prepare._decode_to_array", full)
+    assert "disk full while writing images.npy: free some space and run again" in error_of(lgp("prepare"))
+
+
+def test_debug_shows_the_traceback(project: Path, values: dict[str, Any]) -> None:
+    write(merged(values, {"data": {"source": "nowhere"}}))
+    result = lgp("prepare", "--debug")
+    assert type(result.exception).__name__ == "LgpError"
+
+
+def test_parameters_edited_while_a_stage_runs_fail_it(
+    project: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lgp.data import prepare as module
+
+    assert lgp("prepare").exit_code == 0
+    before = (project / "metrics" / "prepare.json").read_bytes()
+    split = module._split
+
+    def edited_meanwhile(*args: Any) -> None:
+        write(merged(values, {"data": {"val_share": 0.2}}))
+        split(*args)
+
+    monkeypatch.setattr(module, "_split", edited_meanwhile)
+    assert "prepare: parameters changed while it ran" in error_of(lgp("prepare"))
+    assert (project / "metrics" / "prepare.json").read_bytes() == before
+
+
+def test_preset_use_keeps_edits_unless_forced(project: Path, values: dict[str, Any]) -> None:
+    assert "has edits that no preset holds" in error_of(lgp("preset", "use", "digits"))
+    assert lgp("preset", "use", "digits", "--force").exit_code == 0
+    assert Path("params.yaml").read_text() == (ROOT / "presets" / "digits.yaml").read_text()
+    assert lgp("preset", "use", "cifar10-cpu").exit_code == 0
+    listed = lgp("preset", "list").output
+    assert all(p.stem in listed for p in (ROOT / "presets").glob("*.yaml"))
+
+
+def test_help_lists_every_command() -> None:
+    listed = lgp("--help").output
+    assert all(
+        name in listed
+        for name in ("prepare", "mim", "cl", "graft", "linear", "fewshot", "report", "preset", "ui", "results")
+    )
