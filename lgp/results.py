@@ -25,8 +25,8 @@ def wide_rows(results: list[dict[str, str]]) -> tuple[list[str], list[list[str]]
 
 
 def _heading(task: str, labels: str) -> str:
-    name = task.removeprefix("fewshot-").replace("pct", " %") if task.startswith("fewshot-") else task
-    return f"{name} ({labels} labels)"
+    names = {"knn": "k-NN", "linear": "linear"}
+    return f"{names.get(task, task.removeprefix('fewshot-').replace('pct', ' %'))} ({labels} labels)"
 
 
 def _cell(row: Mapping[str, str]) -> str:

@@ -41,7 +41,7 @@ def test_table_has_the_contracts_columns_and_rows() -> None:
 def test_table_is_printed_a_line_per_arm(tmp_path: Path) -> None:
     results_table(ARMS).to_csv(tmp_path / "results.csv", index=False)
     header, rows = wide_rows(read_results(tmp_path / "results.csv"))
-    assert header == ["arm", "knn (1000 labels)", "linear (1000 labels)", "1 % (10 labels)", "10 % (100 labels)"]
+    assert header == ["arm", "k-NN (1000 labels)", "linear (1000 labels)", "1 % (10 labels)", "10 % (100 labels)"]
     assert rows[2] == ["graft", "88.0", "95.1", "56.0 ± 1.0", "86.0 ± 1.0"]
 
 
