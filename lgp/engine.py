@@ -83,6 +83,7 @@ class Trainer:
             self.observer.log_epoch(values)
         self._unchecked: list[Tensor] = []
         self._saved_at, self._save_took = time.monotonic(), 0.0
+        self._disk_full = False
         per_epoch, total = self.crops.steps_per_epoch, self.epochs * self.crops.steps_per_epoch
         progress = Progress(
             self.name, self.epochs, per_epoch, self.crops.batch_size, self.now.step, self.settings.print_every_s
@@ -134,12 +135,14 @@ class Trainer:
             if not math.isfinite(value):
                 raise LgpError(
                     f"{self.name}: the loss is {value} at step {step}, learning rate {self._rate:.3g}: lower the "
-                    f"learning rate of {self.name} or lengthen its warm-up; the last good state is kept in "
-                    f"{self.store.folder}"
+                    f"learning rate of {self.name} or lengthen its warm-up{self._kept()}"
                 )
         self._unchecked.clear()
         self.now.loss_sum += math.fsum(values)
         return float(values[-1])
+
+    def _kept(self) -> str:
+        return f"; the last good state is kept in {self.store.folder}" if self.store.has_state() else ""
 
     def _end_epoch(self) -> None:
         values = {
@@ -162,14 +165,18 @@ class Trainer:
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise LgpError(
                 f"{self.name}: a weight stopped being finite by step {self.now.step}, learning rate {self._rate:.3g}: "
-                f"lower the learning rate of {self.name}; the last good state is kept in {self.store.folder}"
+                f"lower the learning rate of {self.name}{self._kept()}"
             )
         try:
             self.store.save(self._state())
         except OSError as e:
             if not is_disk_full(e):
                 raise
-            print(f"{self.name}: disk full, this state was not saved; the one before it stays, training goes on")
+            if not self._disk_full:
+                print(f"{self.name}: disk full, states are not saved; the last one stays, training goes on", flush=True)
+            self._disk_full = True
+        else:
+            self._disk_full = False
         self._saved_at = time.monotonic()
         self._save_took = self._saved_at - started
 

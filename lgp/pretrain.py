@@ -21,7 +21,8 @@ from lgp.params import Params, TrainingParams
 from lgp.stage import StageRun, encoder_digest
 
 HEADS = "heads.safetensors"
-STATE_BYTES_PER_PARAMETER = 4 * 4 * 2  # weight, momentum copy or gradient, two moments; two states on disk
+# two resume states of weight, momentum copy and two moments; the result here, in DVC's cache and in MLflow
+DISK_BYTES_PER_PARAMETER = 4 * (2 * 4 + 3)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def fit_arm(
     """
     device = choose_device(params.run.device)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-    check_disk_space(store.folder, STATE_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
+    check_disk_space(store.folder, DISK_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
     model.to(device)
     optimizer = adamw(parameter_groups(model, rates, stage.weight_decay), betas)
     steps = stage.epochs * crops.steps_per_epoch

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lgp import tracking
-from lgp.checkpoint import StateStore
+from lgp.checkpoint import StateStore, check_disk_space
 from lgp.errors import LgpError
 from lgp.params import Params, load_params
 from lgp.provenance import code_digest, file_digest, git_state, input_digest, params_digest
 
 ROOT = Path(__file__).resolve().parent.parent
+RESERVE_BYTES = 64 * 2**20  # what tracking, metrics and pictures may need beside the results
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,11 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False) -> Iterator[S
             inputs, or something it reads changed meanwhile.
     """
     params = load_params(params_file)
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    check_disk_space(root, RESERVE_BYTES)
     for path in spec.reads:
         if not path.exists():
             raise LgpError(f"{spec.name} needs {path}, which does not exist: {_remedy(path)}, or `dvc repro`")
-    root = Path(os.environ.get("DVC_ROOT", "."))
     entry = Path("stages") / f"{spec.name}.py"
     before = _digests(spec, params, entry)
     provenance = {
@@ -107,7 +109,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False) -> Iterator[S
         for path, written in partial.items():
             _publish(written, path)
     except BaseException:
-        store.release()
+        store.release() if store.has_state() else store.remove()
         raise
     store.remove()
 
