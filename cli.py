@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lgp.errors import LgpError
+from lgp.errors import LgpError, is_disk_full
 from stages.cl import cl
 from stages.fewshot import fewshot
 from stages.graft import graft
@@ -32,18 +32,18 @@ class OneLineErrors(TyperGroup):
             if ctx.find_root().meta.get("lgp.debug"):
                 raise
             if isinstance(e, KeyboardInterrupt):
-                print("stopped; run the same command again to go on", file=sys.stderr)
+                print(
+                    "stopped: run the same command again, a training goes on where its last state was saved",
+                    file=sys.stderr,
+                )
                 raise typer.Exit(130) from None
             print(f"error: {_line(e)}", file=sys.stderr)
             raise typer.Exit(1) from None
 
 
-def _line(error: Exception) -> str:
-    if isinstance(error, OSError):
-        import errno
-
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"disk full while writing {error.filename or 'a file'}: free some space and run again"
+def _line(error: BaseException) -> str:
+    if isinstance(error, OSError) and is_disk_full(error):
+        return f"disk full while writing {error.filename or 'a file'}: free some space and run again"
     return " ".join(str(error).split())
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import timm
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from lgp.data.prepared import Prepared
 from lgp.errors import LgpError
@@ -39,7 +41,7 @@ def save_encoder(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS)
+    save_tensors(tensors, folder / WEIGHTS)
     config = {
         "architecture": ARCHITECTURE,
         "num_classes": 0,
@@ -62,27 +64,42 @@ def save_encoder(
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; raise `OSError` where the disk is full (the library has an error of its own)."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as e:
+        if "No space left" in str(e):
+            raise OSError(errno.ENOSPC, str(e), str(path)) from None
+        raise
+
+
 def load_encoder(folder: Path) -> VisionTransformer:
     """Load an encoder folder, strictly.
 
     Raises:
         LgpError: no encoder there, or its tensors are not those of its configuration; names them.
     """
-    if not (folder / WEIGHTS).exists():
-        raise LgpError(f"no encoder in {folder}: run the stage that trains it first (`lgp {folder.parent.name}`)")
+    _check_present(folder)
     config = json.loads((folder / CONFIG).read_text())
     encoder: VisionTransformer = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
     try:
         encoder.load_state_dict(load_file(folder / WEIGHTS), strict=True)
-    except RuntimeError as e:
-        raise LgpError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {' '.join(str(e).split())}") from None
+    except (RuntimeError, SafetensorError) as e:
+        raise LgpError(
+            f"{folder / WEIGHTS} is damaged or does not fit its {CONFIG}: {' '.join(str(e).split())}"
+        ) from None
     return encoder
+
+
+def _check_present(folder: Path) -> None:
+    if not (folder / WEIGHTS).exists() or not (folder / CONFIG).exists():
+        raise LgpError(f"no encoder in {folder}: run the stage that trains it first (`lgp {folder.parent.name}`)")
 
 
 def check_encoder_fits(folder: Path, model: ModelParams, data: DataParams) -> None:
     """Raise `LgpError` unless the encoder in `folder` has the dimensions that the parameters ask for."""
-    if not (folder / CONFIG).exists():
-        raise LgpError(f"no encoder in {folder}: run the stage that trains it first (`lgp {folder.parent.name}`)")
+    _check_present(folder)
     found, wanted = json.loads((folder / CONFIG).read_text())["model_args"], model_args(model, data)
     if found != wanted:
         raise LgpError(
@@ -103,22 +120,21 @@ class StateStore:
         folder.mkdir(parents=True, exist_ok=True)
         self.latest = folder / f"state-{code_digest[:16]}.pt"
         self.previous = self.latest.with_suffix(".previous.pt")
-        self._lock = FileLock(folder / "lock")
+        self.run_id_file = folder / f"run_id-{code_digest[:16]}"
+        # one lock for all parameters: two runs of a stage write to the same place
+        self._lock = FileLock(folder.parent / "lock")
+        self._pid_file = folder.parent / "pid"
 
     def acquire(self) -> None:
         """Take the lock; raise `LgpError` with the holder's process id where another trainer has it."""
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            holder = (self.folder / "pid").read_text().strip()
+            holder = self._pid_file.read_text().strip()
             raise LgpError(
-                f"process {holder} is training the same thing (it holds {self.folder}): wait for it, or stop it"
+                f"process {holder} is training the same thing (it holds {self.folder.parent}): wait for it, or stop it"
             ) from None
-        (self.folder / "pid").write_text(f"{os.getpid()}\n")
-
-    def release(self) -> None:
-        """Give the lock back."""
-        self._lock.release()
+        self._pid_file.write_text(f"{os.getpid()}\n")
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a state durably (write, fsync, rename).
@@ -162,22 +178,12 @@ class StateStore:
         self.latest.unlink(missing_ok=True)
         self.previous.unlink(missing_ok=True)
 
-    def remove(self) -> None:
-        """Remove the folder, after the results are published."""
-        self.release()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def check_disk_space(folder: Path, needed_bytes: int) -> None:
-    """Raise `LgpError` where the disk of `folder` has less than `needed_bytes` free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise LgpError(
-            f"disk full: {folder.absolute()} has {free / 2**20:.0f} MiB free, this needs about "
-            f"{needed_bytes / 2**20:.0f} MiB for its state and results: free some space and run again"
-        )
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Tell whether an error of the file system means that no space, or no quota, is left."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    def close(self, succeeded: bool) -> None:
+        """Give the lock back; after success forget the states, and remove the folder once nothing in it is of use."""
+        if succeeded:
+            self.forget()
+        if not self.has_state():
+            self.run_id_file.unlink(missing_ok=True)
+        if not any(self.folder.glob("state-*")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()

@@ -70,4 +70,4 @@ def contrast(
         loss: Tensor = moco(view1, view2, momentum_at(step / total, params.contrastive.momentum))
         return loss
 
-    return fit_arm(name, moco, loss_of, crops, rates, BETAS, stage, params, store, observer)
+    return fit_arm(name, moco, moco.encoder, loss_of, crops, rates, BETAS, stage, params, store, observer)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from lgp.checkpoint import StateStore, is_disk_full
+from lgp.checkpoint import StateStore
 from lgp.data.loading import StepCrops, loader
-from lgp.errors import LgpError
+from lgp.errors import LgpError, is_disk_full
 from lgp.params import RunParams
 from lgp.progress import Progress
 
@@ -81,7 +81,7 @@ class Trainer:
         self._resume()
         for values in self.now.history:
             self.observer.log_epoch(values)
-        self._unchecked: list[Tensor] = []
+        self._unchecked: list[tuple[Tensor, float]] = []
         self._saved_at, self._save_took = time.monotonic(), 0.0
         self._disk_full = False
         per_epoch, total = self.crops.steps_per_epoch, self.epochs * self.crops.steps_per_epoch
@@ -114,7 +114,7 @@ class Trainer:
         else:
             loss = self._backward(batch, step)
         self.optimizer.step()
-        self._unchecked.append(loss)
+        self._unchecked.append((loss, self._rate))
         self.now.step += 1
 
     def _backward(self, batch: Tensor, step: int) -> Tensor:
@@ -130,11 +130,12 @@ class Trainer:
         """Read the losses since the last look and return the newest; raise at the first that is not finite."""
         if not self._unchecked:
             return None
-        values = torch.stack(self._unchecked).tolist()
-        for step, value in enumerate(values, start=self.now.step - len(values)):
+        values = torch.stack([loss for loss, _ in self._unchecked]).tolist()
+        first = self.now.step - len(values)
+        for i, (value, (_, rate)) in enumerate(zip(values, self._unchecked, strict=True)):
             if not math.isfinite(value):
                 raise LgpError(
-                    f"{self.name}: the loss is {value} at step {step}, learning rate {self._rate:.3g}: lower the "
+                    f"{self.name}: the loss is {value} at step {first + i}, learning rate {rate:.3g}: lower the "
                     f"learning rate of {self.name} or lengthen its warm-up{self._kept()}"
                 )
         self._unchecked.clear()
@@ -195,10 +196,3 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.now = Progression(**state["progression"])
         print(f"{self.name}: going on from step {self.now.step}", flush=True)
-
-
-def choose_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu` or `cuda` into a device; raise `LgpError` where CUDA is asked for and absent."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise LgpError("run.device is cuda, but torch finds no CUDA device: set it to auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

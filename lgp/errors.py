@@ -1,4 +1,8 @@
-"""The one exception that callers' mistakes raise; the command line prints it as one line."""
+"""Errors that people can act on, as the command line prints them: one line."""
+
+import errno
+import shutil
+from pathlib import Path
 
 
 class LgpError(Exception):
@@ -6,3 +10,18 @@ class LgpError(Exception):
 
     The message says what was given, what is valid and what to do, in one line.
     """
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Tell whether an error of the file system means that no space, or no quota, is left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def check_disk_space(folder: Path, needed_bytes: int) -> None:
+    """Raise `LgpError` where the disk of `folder` has less than `needed_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise LgpError(
+            f"disk full: {folder.absolute()} has {free / 2**20:.0f} MiB free, this needs about "
+            f"{needed_bytes / 2**20:.0f} MiB for its state and results: free some space and run again"
+        )

@@ -44,13 +44,14 @@ def plot_curves(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:
     figure.savefig(path, dpi=DPI)
 
 
-def plot_reconstructions(path: Path, originals: Tensor, masked: Tensor, painted: Tensor) -> None:
-    """Draw rows of original, masked input and reconstruction; each (B, C, H, W) in [0, 1]."""
-    rows = [originals, masked, painted]
-    figure = Figure(figsize=(len(originals) * 0.9, 3), layout="constrained")
-    all_axes = figure.subplots(3, len(originals), squeeze=False)
-    for images, row_axes, title in zip(rows, all_axes, ("original", "masked", "painted"), strict=True):
-        for image, axes in zip(images, row_axes, strict=True):
+def plot_reconstructions(path: Path, images: Mapping[str, Tensor]) -> None:
+    """Draw the rows `original`, `masked` (the input) and `painted`; each (B, C, H, W) in [0, 1]."""
+    titles = ("original", "masked", "painted")
+    columns = len(images["original"])
+    figure = Figure(figsize=(columns * 0.9, 3), layout="constrained")
+    all_axes = figure.subplots(len(titles), columns, squeeze=False)
+    for title, row_axes in zip(titles, all_axes, strict=True):
+        for image, axes in zip(images[title], row_axes, strict=True):
             axes.imshow(image.clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
         row_axes[0].set_ylabel(title)

@@ -5,11 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lgp.checkpoint import StateStore
+from lgp.checkpoint import StateStore, save_tensors
 from lgp.data.loading import StepCrops
 from lgp.data.prepared import Prepared
 from lgp.engine import Observer
-from lgp.figures import plot_reconstructions
 from lgp.models.mae import MAE
 from lgp.models.vit import build_encoder, init_encoder_as_mae
 from lgp.optim import peak_rate
@@ -38,17 +37,25 @@ def pretrain_mim(data: Prepared, params: Params, store: StateStore, observer: Ob
     crops = StepCrops(data, mim.views, 1, mim.batch_size, params.seed, "mim")
     rate = peak_rate(mim.base_lr, mim.batch_size)
     rates = {name: rate for name, _ in mae.named_parameters()}
-    return fit_arm("mim", mae, loss_of, crops, rates, BETAS, mim, params, store, observer)
+    return fit_arm("mim", mae, encoder, loss_of, crops, rates, BETAS, mim, params, store, observer)
 
 
-def draw_reconstructions(folder: Path, result: Pretrained, data: Prepared, seed: int) -> Path:
-    """Draw validation images, masked and painted in by the decoder; returns the picture's path."""
+def write_reconstructions(path: Path, result: Pretrained, data: Prepared, seed: int) -> dict[str, Tensor]:
+    """Write validation images, their masked input and what the decoder paints in, for the report to draw.
+
+    Returns:
+        What is written: `original`, `masked`, `painted`, each (B, C, H, W) in about [0, 1].
+    """
     mae = result.model
     assert isinstance(mae, MAE)
     mae.eval()
     images = data.whole(data.ids("val")[:RECONSTRUCTIONS])
     noise = torch.rand(len(images), mae.encoder.patch_embed.num_patches, generator=generator(seed, "mim/picture"))
     painted, masked = mae.reconstruct(data.normalize(images), noise)
-    path = folder / "reconstructions.png"
-    plot_reconstructions(path, images.float() / 255, data.denormalize(masked), data.denormalize(painted))
-    return path
+    tensors = {
+        "original": images.float() / 255,
+        "masked": data.denormalize(masked),
+        "painted": data.denormalize(painted),
+    }
+    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return tensors

@@ -18,7 +18,8 @@ def peak_rate(base_lr: float, batch_size: int) -> float:
 def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, object]]:
     """Group the trainable parameters by learning rate and decay; each is in exactly one group.
 
-    Parameters of one dimension (biases, norms) are not decayed, as in MAE; the class and mask tokens are.
+    Parameters of one dimension (biases, norms) are not decayed, as in MAE and LGP; the class and mask tokens
+    are. MoCo v3's released code decays all of them: with us the baseline differs from the graft in its start alone.
 
     Args:
         model: whose trainable parameters to group.

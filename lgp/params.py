@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lgp.errors import LgpError
 
@@ -13,7 +13,19 @@ Share = Annotated[float, Field(ge=0, le=1)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+
+
+def _whole(value: Any) -> Any:
+    """Read `1e2`, which PyYAML takes for text, as the whole number it is."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return value
+    return int(number) if isinstance(value, str) and number.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Whole, Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -31,13 +43,19 @@ class DataParams(Section):
     test_share: OpenShare
     val_share: OpenShare
     few_label_shares: dict[str, OpenShare]
-    few_label_subsets: Annotated[int, Field(ge=2)]
+    few_label_subsets: Annotated[Whole, Field(ge=2)]
     max_unreadable_share: Share
     max_train_images: Count | None = None
     max_test_images: Count | None = None
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
     mean: list[Share] | None = None
     std: list[Positive] | None = None
+
+    @model_validator(mode="after")
+    def _both_shares(self) -> Self:
+        if set(self.few_label_shares) != {"1pct", "10pct"}:
+            raise ValueError("few_label_shares must give 1pct and 10pct, the two that the pipeline evaluates")
+        return self
 
     @model_validator(mode="after")
     def _statistics_match_channels(self) -> Self:
@@ -102,7 +120,7 @@ class TrainingParams(Section):
     """What every pre-training has. Learning rates are per 256 images: peak lr = base_lr × batch / 256."""
 
     epochs: Count
-    batch_size: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[Whole, Field(ge=2)]
     warmup_epochs: NonNegative
     weight_decay: NonNegative
 
@@ -163,7 +181,7 @@ class FewShotParams(Section):
 
     c_grid: Annotated[list[Positive], Field(min_length=1)]
     c_single: Positive
-    folds: Annotated[int, Field(ge=2)]
+    folds: Annotated[Whole, Field(ge=2)]
 
 
 class ReportParams(Section):
@@ -176,7 +194,7 @@ class RunParams(Section):
     """How to run, never what comes out: no stage of dvc.yaml lists this section."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[Whole, Field(ge=0)] = 0
     save_every_s: Positive = 60.0
     print_every_s: NonNegative = 10.0
     tracking_uri: str | None = None
@@ -186,7 +204,7 @@ class RunParams(Section):
 class Params(Section):
     """The whole file."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)]
     data: DataParams
     model: ModelParams
     contrastive: ContrastiveParams
@@ -201,10 +219,11 @@ class Params(Section):
     @model_validator(mode="after")
     def _stages_agree(self) -> Self:
         size, patch = self.data.image_size, self.model.patch_size
-        if size % patch:
-            divisors = [d for d in range(1, size + 1) if size % d == 0]
+        divisors = [d for d in range(1, size + 1) if size % d == 0 and d * d * self.data.channels > 1]
+        if patch not in divisors:
             raise ValueError(
-                f"model.patch_size {patch} does not divide data.image_size {size}: choose one of {divisors}"
+                f"model.patch_size {patch} does not divide data.image_size {size} into patches of two values or more: "
+                f"choose one of {divisors}"
             )
         groups = len(self.graft.stage_base_lrs)
         if self.model.depth % groups:
@@ -228,9 +247,10 @@ def load_params(path: Path) -> Params:
     """
     try:
         text = path.read_text()
-    except OSError as e:
+    except (OSError, UnicodeDecodeError) as e:
         raise LgpError(
-            f"cannot read the parameter file {path} ({e.strerror}): run `lgp preset use digits`, or pass --params FILE"
+            f"cannot read the parameter file {path} ({getattr(e, 'strerror', 'not text')}): go to the project's "
+            "folder, run `lgp preset use digits` there if it has none, or pass --params FILE"
         ) from None
     try:
         values = yaml.safe_load(text)

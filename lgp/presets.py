@@ -29,5 +29,8 @@ def use(name: str, target: Path, force: bool) -> None:
 
 
 def _is_a_preset(target: Path) -> bool:
-    values = yaml.safe_load(target.read_text())
+    try:
+        values = yaml.safe_load(target.read_text())
+    except yaml.YAMLError:
+        return False
     return any(yaml.safe_load(p.read_text()) == values for p in FOLDER.glob("*.yaml"))

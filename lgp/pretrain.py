@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
-from lgp.checkpoint import StateStore, check_disk_space, save_encoder
+from lgp.checkpoint import StateStore, save_encoder, save_tensors
 from lgp.data.loading import StepCrops
 from lgp.data.prepared import Prepared
-from lgp.engine import Observer, Progression, Trainer, choose_device
-from lgp.models.mae import MAE
-from lgp.models.moco import MoCo
+from lgp.device import choose_device
+from lgp.engine import Observer, Progression, Trainer
+from lgp.errors import LgpError, check_disk_space
 from lgp.optim import adamw, parameter_groups, warmup_cosine
 from lgp.params import Params, TrainingParams
 from lgp.stage import StageRun, encoder_digest
@@ -29,18 +28,15 @@ DISK_BYTES_PER_PARAMETER = 4 * (2 * 4 + 3)
 class Pretrained:
     """A finished pre-training, before it is written."""
 
-    model: MAE | MoCo
+    model: nn.Module
+    encoder: VisionTransformer  # of the model: the one that the gradient trained
     progression: Progression
-
-    @property
-    def encoder(self) -> VisionTransformer:
-        """The encoder to keep: the one the gradient trained."""
-        return self.model.encoder
 
 
 def fit_arm(
     name: str,
-    model: MAE | MoCo,
+    model: nn.Module,
+    encoder: VisionTransformer,
     loss_of: Callable[[Tensor, int], Tensor],
     crops: StepCrops,
     rates: Mapping[str, float],
@@ -54,7 +50,8 @@ def fit_arm(
 
     Args:
         name: the stage.
-        model: the objective with its encoder, on the CPU; comes back there.
+        model: the objective, on the CPU; comes back there.
+        encoder: the part of it to keep.
         loss_of: (crops, step) → loss.
         crops: the batch of each step.
         rates: parameter name → peak learning rate.
@@ -64,18 +61,31 @@ def fit_arm(
         store: resume states.
         observer: told of every epoch.
     """
+    check_batches(len(crops.data.pretraining_ids), params)
     device = choose_device(params.run.device)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     check_disk_space(store.folder, DISK_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
     model.to(device)
     optimizer = adamw(parameter_groups(model, rates, stage.weight_decay), betas)
     steps = stage.epochs * crops.steps_per_epoch
-    schedule = warmup_cosine(optimizer, steps, round(stage.warmup_epochs * crops.steps_per_epoch))
+    warmup_steps = min(round(stage.warmup_epochs * crops.steps_per_epoch), steps - 1)
+    schedule = warmup_cosine(optimizer, steps, warmup_steps)
     trainer = Trainer(
         name, model, loss_of, crops, optimizer, schedule, stage.epochs, device, params.run, store, observer
     )
     progression = trainer.fit()
-    return Pretrained(model.cpu(), progression)
+    return Pretrained(model.cpu(), encoder, progression)
+
+
+def check_batches(images: int, params: Params) -> None:
+    """Raise `LgpError` where any arm's batch is larger than the training part, before the first arm trains."""
+    for name in ("mim", "cl", "graft"):
+        batch_size = getattr(params, name).batch_size
+        if batch_size > images:
+            raise LgpError(
+                f"{name}.batch_size {batch_size} is larger than the {images} images of the training part: "
+                "choose at most that"
+            )
 
 
 def publish_arm(run: StageRun, folder: Path, metrics: Path, result: Pretrained, data: Prepared) -> None:
@@ -94,7 +104,7 @@ def publish_arm(run: StageRun, folder: Path, metrics: Path, result: Pretrained, 
         for name, tensor in result.model.state_dict().items()
         if not name.startswith(("encoder.", "momentum_"))
     }
-    save_file(heads, out / HEADS)
+    save_tensors(heads, out / HEADS)
     with (out / "curves.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", "train/loss", "train/lr"], lineterminator="\n")
         writer.writeheader()
@@ -106,4 +116,4 @@ def publish_arm(run: StageRun, folder: Path, metrics: Path, result: Pretrained, 
     }
     save_encoder(out / "encoder", result.encoder, params.model, params.data, data, run.provenance | {"metrics": values})
     run.write_metrics(metrics, values)
-    run.tracker.log_encoder(out / "encoder", run.spec.arm, encoder_digest(out / "encoder"))
+    run.tracker.will_register(folder / "encoder", run.spec.arm, encoder_digest(out / "encoder"))

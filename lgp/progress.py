@@ -21,10 +21,10 @@ class Progress:
         self._task: Any = None
 
     @contextmanager
-    def showing(self) -> Iterator["Progress"]:
+    def showing(self) -> Iterator[None]:
         """Show the bar inside the block, where standard output is a terminal."""
         if not sys.stdout.isatty():
-            yield self
+            yield
             return
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -33,7 +33,7 @@ class Progress:
         with Bar(*(TextColumn(c) if isinstance(c, str) else c for c in columns)) as self._bar:
             total = self.epochs * self.steps_per_epoch
             self._task = self._bar.add_task(self.name, total=total, completed=self.first, numbers="")
-            yield self
+            yield
 
     def step(self, done: int, loss: float | None) -> None:
         """Show that `done` steps of the training are over; `loss` is the latest known."""

@@ -13,7 +13,6 @@ from lgp.params import Params
 # what surrounds a stage: shows, draws, records or checks a run without a say in its numbers. An edit there must
 # not train for days again, so no stage depends on it.
 SURROUNDINGS = (
-    "lgp/figures.py",
     "lgp/progress.py",
     "lgp/provenance.py",
     "lgp/registered_encoder.py",
@@ -97,7 +96,7 @@ def code_digest(entry: Path, root: Path) -> str:
 
 
 def git_state(root: Path) -> dict[str, Any]:
-    """Return commit (or `unknown`) and whether tracked files differ from it."""
+    """Return commit (or `unknown`) and whether the code differs from it (results that a run rewrites do not count)."""
 
     def git(*args: str) -> str | None:
         try:
@@ -107,4 +106,4 @@ def git_state(root: Path) -> dict[str, Any]:
         return result.stdout.strip()
 
     commit = git("rev-parse", "HEAD")
-    return {"commit": commit or "unknown", "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    return {"commit": commit or "unknown", "dirty": bool(git("status", "--porcelain", "--", "lgp", "stages", "cli.py"))}

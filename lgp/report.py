@@ -1,19 +1,19 @@
 """From metric files to the results table and the report page."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from safetensors.torch import load_file
 
 from lgp.data.prepared import Prepared
-from lgp.engine import choose_device
+from lgp.device import choose_device
 from lgp.evaluate.baselines import evaluate_baseline
 from lgp.evaluate.outcome import ArmResults, Metrics
-from lgp.figures import plot_curves, plot_label_efficiency
+from lgp.figures import plot_curves, plot_label_efficiency, plot_reconstructions
 from lgp.params import Params
 from lgp.results import wide_rows
 
@@ -123,7 +123,7 @@ def write_report(
     best = champion(trained)
     plot_label_efficiency(figures / "label_efficiency.png", results)
     plot_curves(figures / "curves.png", {arm: pd.read_csv(folder / "curves.csv") for arm, folder in arms.items()})
-    shutil.copyfile(arms["mim"] / "reconstructions.png", figures / "reconstructions.png")
+    plot_reconstructions(figures / "reconstructions.png", load_file(arms["mim"] / "reconstructions.safetensors"))
     compute = {arm: json.loads((metrics / f"{arm}-pretrain.json").read_text())["train/pflop"] for arm in arms}
     compute["graft"] += compute["mim"]
     write_page(page, results, trained, compute, best)

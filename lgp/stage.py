@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lgp import tracking
-from lgp.checkpoint import StateStore, check_disk_space
-from lgp.errors import LgpError
+from lgp.checkpoint import StateStore
+from lgp.errors import LgpError, check_disk_space
 from lgp.params import Params, load_params
 from lgp.provenance import code_digest, file_digest, git_state, input_digest, params_digest
 
@@ -63,7 +63,9 @@ class StageRun:
     def write_metrics(self, path: Path, metrics: dict[str, Any]) -> None:
         """Write a metric file, and track its numbers."""
         self.out(path).write_text(json.dumps(metrics, indent=2) + "\n")
-        self.tracker.log_metrics({k: v for k, v in metrics.items() if isinstance(v, int | float)})
+        # the loss is tracked epoch by epoch already
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "train/loss"}
+        self.tracker.log_metrics(numbers)
 
 
 @contextmanager
@@ -85,33 +87,35 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False) -> Iterator[S
             raise LgpError(f"{spec.name} needs {path}, which does not exist: {_remedy(path)}, or `dvc repro`")
     entry = Path("stages") / f"{spec.name}.py"
     before = _digests(spec, params, entry)
+    git = git_state(ROOT)
     provenance = {
         "stage": spec.name,
         "arm": spec.arm,
         "task": spec.task,
         "params": params.model_dump(mode="json", include=set(spec.sections)),
         "digests": before,
-        "commit": git_state(ROOT)["commit"],
+        **git,
     }
     key = sha256(json.dumps([before["parameters"], before["inputs"]], sort_keys=True).encode()).hexdigest()[:16]
     store = StateStore(root / ".lgp" / "resume" / f"{spec.arm}-{spec.task}" / key, before["code"])
     store.acquire()
-    run_id_file = store.folder / "run_id"
-    if fresh:
-        store.forget()
-    if not store.has_state():
-        run_id_file.unlink(missing_ok=True)
+    succeeded = False
     try:
+        if fresh:
+            store.forget()
+        if not store.has_state():
+            store.run_id_file.unlink(missing_ok=True)
         partial = {path: _start_output(path) for path in spec.writes}
-        with tracking.run(spec, params, before, git_state(ROOT), root, run_id_file) as tracker:
+        with tracking.run(spec, params, before, git, root, store.run_id_file) as tracker:
             yield StageRun(spec, params, provenance, tracker, store, partial)
             _check_unchanged(spec, before, params_file, entry)
-        for path, written in partial.items():
-            _publish(written, path)
-    except BaseException:
-        store.release() if store.has_state() else store.remove()
-        raise
-    store.remove()
+            for path, written in partial.items():
+                _publish(written, path)
+            # only what is published and true may be registered
+            tracker.register()
+        succeeded = True
+    finally:
+        store.close(succeeded)
 
 
 def _remedy(path: Path) -> str:

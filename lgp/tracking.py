@@ -8,10 +8,11 @@ import io
 import json
 import os
 import sqlite3
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, redirect_stderr, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,9 @@ from lgp.errors import LgpError
 from lgp.params import Params
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
     from lgp.stage import StageSpec
 
 T = TypeVar("T")
@@ -31,13 +35,21 @@ CHAMPION = "champion"
 FLUSH_EVERY_S = 2.0
 REGISTERED_CODE = Path(__file__).with_name("registered_encoder.py")
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# a server that is down must not hold up a training for minutes
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-# a stage prints its own few lines
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # a server that is down must not hold up a training for minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # a stage prints its own few lines
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+def _configure() -> None:
+    """Set what MLflow reads from the environment when it is imported, where the user has not."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def store_uri(configured: str | None, root: Path) -> str:
@@ -49,21 +61,22 @@ class _Mlflow:
     """One open run of an MLflow store."""
 
     def __init__(self, uri: str, experiment: str, root: Path) -> None:
+        _configure()
         import mlflow
 
         self.mlflow = mlflow
-        mlflow.set_tracking_uri(uri)
-        self.client = mlflow.MlflowClient(uri)
+        self.run_id = ""
         (root / ".lgp").mkdir(exist_ok=True)
-        # two processes that both create the tables of a fresh store crash
+        # the client creates the tables of a fresh store at once; two processes that both do crash
         with FileLock(root / ".lgp" / "mlflow.lock"):
+            if uri.startswith("sqlite:///"):
+                with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
+                    database.execute("PRAGMA journal_mode=WAL")
+            mlflow.set_tracking_uri(uri)
+            self.client = mlflow.MlflowClient(uri)
             self.experiment_id = self._open_experiment(uri, experiment, root)
 
     def _open_experiment(self, uri: str, experiment: str, root: Path) -> str:
-        if uri.startswith("sqlite:///"):
-            with sqlite3.connect(uri.removeprefix("sqlite:///")) as database:
-                database.execute("PRAGMA journal_mode=WAL")
-            database.close()
         found = self.client.get_experiment_by_name(experiment)
         if found is not None:
             return str(found.experiment_id)
@@ -74,9 +87,7 @@ class _Mlflow:
         from mlflow.entities import Param
 
         self.logged_epochs = 0
-        if resume is not None:
-            self.run_id = resume
-            self.client.update_run(resume, status="RUNNING")
+        if resume is not None and self._reopen(resume):
             history = self.client.get_metric_history(resume, "train/loss")
             self.logged_epochs = max((m.step for m in history), default=0)
             return self.run_id
@@ -84,6 +95,15 @@ class _Mlflow:
         self.run_id = str(run.info.run_id)
         self.client.log_batch(self.run_id, params=[Param(k, v[:6000]) for k, v in params.items()])
         return self.run_id
+
+    def _reopen(self, run_id: str) -> bool:
+        """Go on with a run; False where this store does not know it (the address changed meanwhile)."""
+        try:
+            self.client.update_run(run_id, status="RUNNING")
+        except self.mlflow.exceptions.MlflowException:
+            return False
+        self.run_id = run_id
+        return True
 
     def log(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         from mlflow.entities import Metric
@@ -115,6 +135,8 @@ class _Mlflow:
                 signature=signature,
                 registered_model_name=REGISTRY,
             )
+        # leaving the block above has ended the run, which goes on
+        self.client.update_run(self.run_id, status="RUNNING")
         number = str(info.registered_model_version)
         for key, value in tags.items():
             self.client.set_model_version_tag(REGISTRY, number, key, value)
@@ -135,6 +157,7 @@ class Tracker:
         self._lines = lines
         self._epochs: list[tuple[int, dict[str, float]]] = []
         self._flushed = time.monotonic()
+        self._to_register: tuple[Path, dict[str, str]] | None = None
 
     def attempt(self, action: Callable[[_Mlflow], T], record: dict[str, Any]) -> T | None:
         """Do something in MLflow; where it fails say so once, and from then on write `record` to the file."""
@@ -193,11 +216,36 @@ class Tracker:
         """Log a picture (or page) at the artifact root, where the compare page looks."""
         self.attempt(lambda m: m.client.log_artifact(m.run_id, str(path)), {"figure": str(path)})
 
-    def log_encoder(self, folder: Path, arm: str, digest: str) -> None:
-        """Log an encoder folder as a version of the registry."""
-        tags = {"arm": arm, "encoder_digest": digest}
-        self.attempt(lambda m: m.client.set_tag(m.run_id, "encoder_digest", digest), {})
-        self.attempt(lambda m: m.log_encoder(folder, tags), {"encoder": str(folder), **tags})
+    def log_confusion(self, predictions: "pd.DataFrame", classes: list[str]) -> None:
+        """Draw and log the confusion matrix."""
+        self._log_drawing("confusion.png", lambda figures, path: figures.plot_confusion(path, predictions, classes))
+
+    def log_reconstructions(self, images: "Mapping[str, Tensor]") -> None:
+        """Draw and log what a masked autoencoder paints in."""
+        self._log_drawing("reconstructions.png", lambda figures, path: figures.plot_reconstructions(path, images))
+
+    def _log_drawing(self, name: str, draw: Callable[[Any, Path], None]) -> None:
+        from lgp import figures
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            draw(figures, path)
+            self.log_figure(path)
+
+    def tag(self, name: str, value: str) -> None:
+        """Set a tag of the run."""
+        self.attempt(lambda m: m.client.set_tag(m.run_id, name, value), {"tag": {name: value}})
+
+    def will_register(self, folder: Path, arm: str, digest: str) -> None:
+        """Note the encoder that `register` is to log, once the stage has published it."""
+        self._to_register = (folder, {"arm": arm, "encoder_digest": digest})
+
+    def register(self) -> None:
+        """Log the noted encoder, if any, as a version of the registry."""
+        if self._to_register is not None:
+            folder, tags = self._to_register
+            self.tag("encoder_digest", tags["encoder_digest"])
+            self.attempt(lambda m: m.log_encoder(folder, tags), {"encoder": str(folder), **tags})
 
     def tag_upstream(self, digest: str) -> None:
         """Tag the run with the one that trained the encoder it works on, where the store knows it."""
@@ -289,6 +337,9 @@ def serve(uri: str, port: int) -> None:
     import subprocess
     import sys
 
+    if not uri.startswith("sqlite:"):
+        raise LgpError(f"runs are tracked at {uri}: open that address, `lgp ui` serves this project's own store only")
+    _configure()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     with suppress(KeyboardInterrupt):

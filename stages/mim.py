@@ -1,13 +1,13 @@
 """Stage `mim`: masked image modelling of the encoder (MAE, He et al. 2022)."""
 
 from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile
-from stages.paths import PREPARED, arm_folder, metrics_file
+from stages.paths import PREPARED, RECONSTRUCTIONS, arm_folder, metrics_file
 
 
 def mim(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: Debug = False) -> None:
     """Pre-train an encoder by masked image modelling, without labels."""
     from lgp.data.prepared import Prepared
-    from lgp.mim import draw_reconstructions, pretrain_mim
+    from lgp.mim import pretrain_mim, write_reconstructions
     from lgp.pretrain import publish_arm
     from lgp.stage import StageSpec, stage
 
@@ -16,6 +16,6 @@ def mim(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: D
     with stage(spec, params_file, fresh) as run:
         data = Prepared(PREPARED)
         result = pretrain_mim(data, run.params, run.store, run.tracker)
-        picture = draw_reconstructions(run.out(folder), result, data, run.params.seed)
+        pictures = write_reconstructions(run.out(folder) / RECONSTRUCTIONS, result, data, run.params.seed)
         publish_arm(run, folder, metrics, result, data)
-        run.tracker.log_figure(picture)
+        run.tracker.log_reconstructions(pictures)

@@ -6,6 +6,7 @@ PREPARED = Path("data/prepared")
 METRICS = Path("metrics")
 PREDICTIONS = Path("predictions")
 REPORTS = Path("reports")
+RECONSTRUCTIONS = "reconstructions.safetensors"
 ARMS = ("mim", "cl", "graft")
 
 

@@ -17,5 +17,6 @@ def prepare(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debu
     with stage(spec, params_file, fresh) as run:
         metrics = prepare_data(run.params.data, run.params.seed, run.out(PREPARED))
         run.write_metrics(metrics_path, metrics)
+        run.tracker.tag("data_digest", metrics["digest"])
         for unreadable in metrics["unreadable"]:
             print(f"prepare: left out {unreadable['path']} ({unreadable['reason']})")

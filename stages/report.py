@@ -1,7 +1,7 @@
 """Stage `report`: all results in one table and one page, and the champion of the registry."""
 
 from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile
-from stages.paths import ARMS, METRICS, PREPARED, REPORTS, arm_folder, encoder_folder, metrics_file
+from stages.paths import ARMS, METRICS, PREPARED, RECONSTRUCTIONS, REPORTS, arm_folder, encoder_folder, metrics_file
 
 
 def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: Debug = False) -> None:
@@ -15,7 +15,7 @@ def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
     tasks = ["pretrain", "linear", *(f"fewshot-{share}" for share in shares)]
     reads = [PREPARED, *(metrics_file(arm, task) for arm in ARMS for task in tasks)]
     reads += [arm_folder(arm) / "curves.csv" for arm in ARMS]
-    reads += [arm_folder("mim") / "reconstructions.png", *(encoder_folder(arm) / "model.safetensors" for arm in ARMS)]
+    reads += [arm_folder("mim") / RECONSTRUCTIONS, *(encoder_folder(arm) / "model.safetensors" for arm in ARMS)]
     page, table, figures = REPORTS / "report.md", REPORTS / "results.csv", REPORTS / "figures"
     sections = ["seed", "data", "model", "linear", "fewshot", "report"]
     spec = StageSpec("report", sections, reads, [table, page, figures], "all", "report")

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lgp.checkpoint import StateStore, check_disk_space, load_encoder, save_encoder
+from lgp.checkpoint import StateStore, load_encoder, save_encoder, save_tensors
 from lgp.data.prepared import Prepared
-from lgp.errors import LgpError
+from lgp.errors import LgpError, check_disk_space, is_disk_full
 from lgp.models.vit import build_encoder, init_encoder_as_mae
 from lgp.params import Params
 
@@ -112,18 +113,51 @@ def _hold(folder: Path, ready: "multiprocessing.synchronize.Event", done: "multi
 
 
 def test_second_trainer_is_refused_with_the_first_ones_id(tmp_path: Path) -> None:
+    folder = tmp_path / "mim-pretrain" / "parameters"
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
-    first = context.Process(target=_hold, args=(tmp_path, ready, done))
+    first = context.Process(target=_hold, args=(folder, ready, done))
     first.start()
     assert ready.wait(60)
     try:
         with pytest.raises(LgpError, match=f"process {first.pid} is training the same thing"):
-            StateStore(tmp_path, "code").acquire()
+            StateStore(tmp_path / "mim-pretrain" / "other-parameters", "code").acquire()
     finally:
         done.set()
         first.join()
-    StateStore(tmp_path, "code").acquire()
+    StateStore(folder, "code").acquire()
+
+
+def test_failed_stage_keeps_states_and_removes_what_is_of_no_use(tmp_path: Path) -> None:
+    old, new = (StateStore(tmp_path / "key", code * 64) for code in "ab")
+    old.save({"step": 1})
+    new.acquire()
+    new.run_id_file.write_text("x")
+    new.close(succeeded=False)
+    assert old.has_state()
+    assert not new.run_id_file.exists()
+    old.acquire()
+    old.close(succeeded=False)
+    assert old.has_state()
+    old.acquire()
+    old.close(succeeded=True)
+    assert not old.folder.exists()
+
+
+def test_damaged_weights_are_named(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(LgpError, match=r"model\.safetensors is damaged"):
+        load_encoder(folder)
+
+
+def test_full_disk_while_writing_weights_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("lgp.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        save_tensors({}, tmp_path / "x.safetensors")
+    assert is_disk_full(error.value)
 
 
 def test_full_disk_is_told_before_any_work(tmp_path: Path) -> None:

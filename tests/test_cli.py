@@ -32,6 +32,7 @@ def project(tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPa
     """An empty folder with small parameters, where tracking is kept out of the way."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it in the process that used it
     write(values)
     return tmp_path
 
@@ -124,7 +125,7 @@ def test_every_stage_has_a_run_with_the_contracts_tags(finished: Path) -> None:
     assert {"git_commit", "git_dirty", "params_digest", "data_digest", "stage"} <= evaluation.data.tags.keys()
     assert graft.data.params["graft.epochs"] == "2"
     history = client.get_metric_history(graft.info.run_id, "train/loss")
-    assert [m.step for m in history if m.step] == [1, 2]
+    assert [m.step for m in history] == [1, 2]
     assert evaluation.data.metrics["test/top1"] > 0
     pictures = {a.path for a in client.list_artifacts(evaluation.info.run_id)}
     assert "confusion.png" in pictures
@@ -179,6 +180,10 @@ def test_mistakes_found_with_the_data_at_hand(project: Path, values: dict[str, A
     assert lgp("prepare").exit_code == 0
     write(merged(values, {"mim": {"batch_size": 4096}}))
     assert "mim.batch_size 4096 is larger than the 220 images" in error_of(lgp("mim"))
+    write(merged(values, {"graft": {"batch_size": 4096}}))
+    assert "graft.batch_size 4096 is larger than the 220 images" in error_of(lgp("mim"))
+    write(values)
+    assert "unknown arm 'grfat': choose one of mim, cl, graft" in error_of(lgp("linear", "grfat"))
     assert "there is no encoder of arm 'graft' yet, run `lgp graft`" in error_of(lgp("linear", "graft"))
     assert "there is no encoder of arm 'mim' yet, run `lgp mim`" in error_of(lgp("graft"))
     assert not (project / "models" / "mim").exists()
@@ -192,11 +197,15 @@ def test_full_disk_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
     assert "disk full: " in error_of(lgp("mim"))
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device", "images.npy")
+    assert "disk full: " in error_of(lgp("prepare"))
+    monkeypatch.undo()
+    monkeypatch.chdir(project)
 
-    monkeypatch.setattr("lgp.data.prepare._decode_to_array", full)
-    assert "disk full while writing images.npy: free some space and run again" in error_of(lgp("prepare"))
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "images.arrow")
+
+    monkeypatch.setattr("lgp.data.prepare._write_shards", full)
+    assert "disk full while writing images.arrow: free some space and run again" in error_of(lgp("prepare"))
 
 
 def test_debug_shows_the_traceback(project: Path, values: dict[str, Any]) -> None:
@@ -221,6 +230,71 @@ def test_parameters_edited_while_a_stage_runs_fail_it(
     monkeypatch.setattr(module, "_split", edited_meanwhile)
     assert "prepare: parameters changed while it ran" in error_of(lgp("prepare"))
     assert (project / "metrics" / "prepare.json").read_bytes() == before
+
+
+def test_interrupted_stage_goes_on_in_the_same_run(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    from lgp.engine import Trainer
+
+    assert lgp("prepare").exit_code == 0
+    step = Trainer._step
+
+    def interrupted(self: Trainer, batch: Any, total: int) -> None:
+        if self.now.step == 4:
+            raise KeyboardInterrupt
+        step(self, batch, total)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", interrupted)
+        stopped = lgp("mim")
+    assert stopped.exit_code == 130
+    assert "stopped: run the same command again" in stopped.output
+    assert not Path("models/mim").exists()
+    resumed = lgp("mim")
+    assert "mim: going on from step 3" in resumed.output
+    encoder = Path("models/mim/encoder/model.safetensors").read_bytes()
+    client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("lgp").experiment_id
+    (run,) = client.search_runs([experiment], "tags.stage = 'mim'")
+    assert run.info.status == "FINISHED"
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2]
+    again = lgp("mim", "--fresh")
+    assert "going on" not in again.output
+    assert Path("models/mim/encoder/model.safetensors").read_bytes() == encoder
+
+
+def test_stages_read_only_the_sections_they_list(
+    project: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a stage reads beyond the sections that DVC watches would make DVC record a lie."""
+    from lgp.params import Params
+    from lgp.stage import StageSpec
+
+    read: set[str] = set()
+    allowed: list[set[str]] = []
+    plain, created = Params.__getattribute__, StageSpec.__init__
+
+    def watched(self: Params, name: str) -> Any:
+        if name in Params.model_fields:
+            read.add(name)
+        return plain(self, name)
+
+    def noted(self: StageSpec, *args: Any, **kwargs: Any) -> None:
+        created(self, *args, **kwargs)
+        allowed.append(set(self.sections))
+
+    monkeypatch.setattr("lgp.pretrain.check_batches", lambda *_: None)  # looks at all arms, decides nothing
+    monkeypatch.setattr(StageSpec, "__init__", noted)
+    commands = ["prepare"], ["mim"], ["cl"], ["graft"], ["linear", "graft"], ["fewshot", "graft", "1pct"]
+    for command in commands:
+        with monkeypatch.context() as patch:
+            loaded = Params.model_validate(values)
+            patch.setattr("lgp.stage.load_params", lambda _, loaded=loaded: loaded)
+            patch.setattr(Params, "__getattribute__", watched)
+            read.clear()
+            assert lgp(*command).exit_code == 0, command
+            assert read - {"run"} <= allowed[-1], command
 
 
 def test_preset_use_keeps_edits_unless_forced(project: Path, values: dict[str, Any]) -> None:

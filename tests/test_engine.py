@@ -9,7 +9,8 @@ import torch
 from lgp.checkpoint import StateStore
 from lgp.cl import pretrain_cl
 from lgp.data.prepared import Prepared
-from lgp.engine import Trainer, choose_device
+from lgp.device import choose_device
+from lgp.engine import Trainer
 from lgp.errors import LgpError
 from lgp.mim import pretrain_mim
 from lgp.params import Params

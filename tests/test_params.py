@@ -44,10 +44,10 @@ def test_exponent_without_dot_is_a_number(tmp_path: Path, values: dict[str, Any]
         ({"mim": {"epochs": 0}}, "mim.epochs: 0 is not valid: input should be greater than or equal to 1"),
         ({"mim": {"warmup_epochs": 2}}, "warmup_epochs 2 must be below epochs 2"),
         ({"cl": {"base_lr": float("nan")}}, "cl.base_lr: nan is not valid"),
-        (
-            {"model": {"patch_size": 3}},
-            "model.patch_size 3 does not divide data.image_size 8: choose one of [1, 2, 4, 8]",
-        ),
+        ({"model": {"patch_size": 3}}, "model.patch_size 3 does not divide data.image_size 8"),
+        ({"model": {"patch_size": 1}}, "into patches of two values or more: choose one of [2, 4, 8]"),
+        ({"data": {"few_label_shares": {"5pct": 0.05}}}, "few_label_shares must give 1pct and 10pct"),
+        ({"mim": {"epochs": "1.5"}}, "mim.epochs: '1.5' is not valid"),
         ({"model": {"depth": 4}}, "model.depth 4 cannot be cut into the 3 equal groups of graft.stage_base_lrs"),
         ({"model": {"heads": 3}}, "heads 3 do not divide width 16"),
         ({"data": {"mean": [0.5, 0.5, 0.5]}}, "mean has 3 values for 1 channels"),
@@ -61,6 +61,10 @@ def test_mistake_is_named_with_what_is_valid(
         load(tmp_path, merged(values, change))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_exponent_is_a_whole_number_where_one_is_wanted(tmp_path: Path, values: dict[str, Any]) -> None:
+    assert load(tmp_path, merged(values, {"mim": {"epochs": "1e2"}})).mim.epochs == 100
 
 
 def test_missing_section_and_missing_file_are_named(tmp_path: Path, values: dict[str, Any]) -> None:

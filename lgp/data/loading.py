@@ -7,7 +7,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from lgp.data.prepared import Prepared
 from lgp.data.views import flip, random_boxes
-from lgp.errors import LgpError
 from lgp.params import ViewParams
 from lgp.randomness import generator
 
@@ -20,19 +19,10 @@ class StepCrops(Dataset[Tensor]):
     """
 
     def __init__(self, data: Prepared, params: ViewParams, views: int, batch_size: int, seed: int, name: str) -> None:
-        """Batches for the stage `name`, which keeps its draws apart from other stages'.
-
-        Raises:
-            LgpError: the batch is larger than the number of pre-training images.
-        """
+        """Batches for the stage `name`, which keeps its draws apart from other stages'."""
         self.data, self.params, self.views = data, params, views
         self.batch_size, self.seed, self.name = batch_size, seed, name
         self.steps_per_epoch = len(data.pretraining_ids) // batch_size
-        if not self.steps_per_epoch:
-            raise LgpError(
-                f"{name}.batch_size {batch_size} is larger than the {len(data.pretraining_ids)} images of the "
-                f"training part: choose at most that"
-            )
         self._latest_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def _order(self, epoch: int) -> np.ndarray:

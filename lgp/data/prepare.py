@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ from PIL import Image
 from lgp.data.prepared import Prepared, decode
 from lgp.data.sources import Record, open_source
 from lgp.data.splits import cap, few_label_subsets, hold_out
-from lgp.errors import LgpError
+from lgp.errors import LgpError, check_disk_space
 from lgp.params import DataParams
 
 SHARD_BYTES = 512 * 2**20
@@ -59,9 +60,6 @@ def prepare(params: DataParams, seed: int, folder: Path) -> dict[str, Any]:
     )
     ids = {name: [train[s].tolist() for s in drawn] for name, drawn in subsets.items()}
     (folder / "subsets.json").write_text(json.dumps(ids))
-    digest = hashlib.sha256(content)
-    digest.update(table.to_csv(index=False).encode())
-    digest.update(json.dumps([ids, source.classes, params.image_size, params.eval_crop]).encode())
     meta = {
         "classes": source.classes,
         "image_size": params.image_size,
@@ -69,12 +67,15 @@ def prepare(params: DataParams, seed: int, folder: Path) -> dict[str, Any]:
         "eval_crop": params.eval_crop,
         "mean": params.mean,
         "std": params.std,
-        "digest": digest.hexdigest(),
     }
     (folder / "meta.json").write_text(json.dumps(meta))
     if params.mean is None or params.std is None:
         mean, std = _statistics(Prepared(folder))
         meta |= {"mean": params.mean or mean, "std": params.std or std}
+    digest = hashlib.sha256(content)
+    digest.update(table.to_csv(index=False).encode())
+    digest.update(json.dumps([ids, meta], sort_keys=True).encode())
+    meta["digest"] = digest.hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta, indent=2))
     counts = table["split"].value_counts()
     return {
@@ -105,7 +106,7 @@ def _within_caps(records: Iterator[Record], params: DataParams, seed: int) -> se
 def _read(record: Record, channels: int) -> tuple[Record, bytes, tuple[int, int], str]:
     """Read and decode one record; return it with its bytes, size (height, width), and why it failed or ''."""
     if record.split != "unlabeled" and record.label < 0:
-        return record, b"", (0, 0), "not inside a class folder"
+        return record, b"", (0, 0), "without a label: not inside a class folder, or none in its row"
     try:
         data = record.read()
         if isinstance(data, np.ndarray):
@@ -114,7 +115,7 @@ def _read(record: Record, channels: int) -> tuple[Record, bytes, tuple[int, int]
             return record, b"", (0, 0), "empty"
         image = decode(data, channels)
         return record, data, (image.height, image.width), ""
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+    except Exception as e:  # noqa: BLE001 - decoders of damaged files raise whatever they like
         # PIL's message may name an object's address in memory, which differs from run to run
         reason = "not an image that can be decoded" if "cannot identify" in str(e) else str(e) or type(e).__name__
         return record, b"", (0, 0), reason
@@ -184,6 +185,15 @@ def _check_classes(table: pd.DataFrame, classes: list[str]) -> None:
     empty = [name for label, name in enumerate(classes) if not found[label]]
     if empty:
         raise LgpError(f"no readable training image in class {', '.join(empty)}: add some, or remove the class")
+    if len(classes) < 2:
+        raise LgpError(f"the only class is {classes[0]!r}: evaluation needs two or more, add another class folder")
+    needed = 2 if (table["split"] == "test").any() else 3
+    scarce = [f"{name} ({found[label]})" for label, name in enumerate(classes) if found[label] < needed]
+    if scarce:
+        raise LgpError(
+            f"fewer than {needed} readable training images in class {', '.join(scarce)}: one each is held out for "
+            "validation (and for test, without a test part), add some or remove the class"
+        )
 
 
 def _split(table: pd.DataFrame, params: DataParams, seed: int) -> None:
@@ -209,6 +219,8 @@ def _decode_to_array(folder: Path, table: pd.DataFrame, params: DataParams) -> N
     """Replace the shards by one array of pixels."""
     encoded = sorted(folder.glob("images-*.arrow"))
     shape = (len(table), params.image_size, params.image_size, params.channels)
+    # writing through a map on a full disk would be killed by the system, not raise
+    check_disk_space(folder, math.prod(shape))
     pixels = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
     row = 0
     for path in encoded:

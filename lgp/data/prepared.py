@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
@@ -26,13 +26,23 @@ MODES = {1: "L", 3: "RGB"}
 
 
 def decode(data: bytes, channels: int) -> Image.Image:
-    """Decode one image to grey (1 channel) or RGB (3), 8 bits."""
+    """Decode one image to grey (1 channel) or RGB (3), 8 bits, upright as its EXIF says.
+
+    Raises:
+        ValueError: pixels of 32 bits or floats, whose range nobody knows.
+    """
     with Image.open(io.BytesIO(data)) as image:
-        return image.convert(MODES[channels])
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):
+            # Pillow's own conversion would clip at 255
+            upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
+        if upright.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {upright.mode}, neither 8 nor 16 bits")
+        return upright.convert(MODES[channels])
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut a box out of each image and resize it bilinearly, in one batched call.
+    """Cut a box out of each image and resize it bilinearly (MAE: bicubically), in one batched call.
 
     Equals torchvision's `resized_crop` where the box is not larger than `size` (then its antialiasing
     does nothing): sample positions are held inside the box, so nothing outside bleeds in.
@@ -69,11 +79,6 @@ class Prepared:
             self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
         except OSError:
             raise LgpError(f"no prepared data in {folder}: run `lgp prepare` first") from None
-
-    @property
-    def digest(self) -> str:
-        """Digest of images, splits, labels and subsets."""
-        return str(self.meta["digest"])
 
     @property
     def classes(self) -> list[str]:

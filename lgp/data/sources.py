@@ -1,6 +1,7 @@
 """Data sources: each yields records of one image, in a fixed order, decoding nothing."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ import numpy as np
 
 from lgp.errors import LgpError
 
-PARQUET_SPLITS = {"train": "train", "test": "test", "validation": "test", "valid": "test", "unlabeled": "unlabeled"}
+PARQUET_SPLITS = {
+    "train": "train",
+    "test": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "unlabeled": "unlabeled",
+}
 
 
 @dataclass(frozen=True)
@@ -45,17 +53,18 @@ def open_source(source: str) -> Source:
     """
     if source == "digits":
         return _digits()
-    path = Path(source).expanduser()
+    # relative to the project, also where an experiment runs in a copy of it
+    path = Path(os.environ.get("DVC_ROOT", ".")) / Path(source).expanduser()
     if not path.exists():
         raise LgpError(
             f"data.source {source!r} does not exist (looked at {path.absolute()}): give `digits`, an image folder "
             "with train/CLASS/*.jpg, or a folder of Parquet files train-*.parquet"
         )
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    if path.is_dir() and (path / "train").is_dir() and not files:
-        return _image_folder(path)
-    if files and all(f.suffix == ".parquet" for f in files):
+    files = [path] if path.suffix == ".parquet" else sorted([*path.glob("*.parquet"), *path.glob("*/*.parquet")])
+    if files:
         return _parquet(path, files)
+    if (path / "train").is_dir():
+        return _image_folder(path)
     raise LgpError(
         f"data.source {source!r} holds neither train/CLASS/*.jpg nor train-*.parquet: arrange it as one of the two"
     )
@@ -109,56 +118,71 @@ def _image_folder(root: Path) -> Source:
 
 
 def _files_below(entry: Path) -> list[Path]:
-    if entry.is_file():
+    if not entry.is_dir():
         return [entry]
-    return [p for p in sorted(entry.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    # a link that leads nowhere is no folder either, and will be listed as unreadable
+    inside = (p for p in sorted(entry.rglob("*")) if not p.is_dir())
+    return [p for p in inside if not any(part.startswith(".") for part in p.relative_to(entry).parts)]
 
 
 def _parquet(root: Path, files: list[Path]) -> Source:
     """Parquet as `datasets` writes images: `image` = struct(bytes, path), `label` = int64.
 
-    The split is the first known word of the file name (`train-00000-of-00004.parquet`); class names are
-    in the schema's metadata under `huggingface`, or the label numbers themselves.
+    The split is the first known word of the file name (`train-00000-of-00004.parquet`), or of the folder;
+    a validation split stands for test where there is none, else it is left out. Class names are in the
+    schema's metadata under `huggingface`, else the labels found are the names. Training images without a
+    label (none, or negative) serve pre-training; test images without one are of no use, and listed.
     """
     import pyarrow.parquet as pq
 
     splits = {f: _parquet_split(f) for f in files}
     if "train" not in splits.values():
         raise LgpError(f"{root} has no Parquet file of a train split: name one train-*.parquet")
-    classes = _parquet_classes(pq.read_schema(files[0]))
-    labelled = [f for f in files if splits[f] != "unlabeled"]
-    for file in files:
-        schema = pq.read_schema(file)
-        wanted = ["image", "label"] if file in labelled else ["image"]
-        missing = [c for c in wanted if c not in schema.names]
-        if missing:
-            raise LgpError(
-                f"{file} has no column {' and no '.join(missing)} (it has {', '.join(schema.names)}): expected `image` "
-                "as struct(bytes, path) and `label` as int64"
-            )
-    if not classes:
-        found: set[int] = set()
-        for file in labelled:
-            found |= set(pq.read_table(file, columns=["label"])["label"].drop_null().to_pylist())
-        classes = [str(i) for i in range(max(found, default=-1) + 1)]
+    stands_for_test = "test" if "test" in splits.values() else "validation"
+    chosen = {
+        f: "test" if s == stands_for_test else s
+        for f, s in splits.items()
+        if s in ("train", "unlabeled", stands_for_test)
+    }
+    for file, split in chosen.items():
+        _check_parquet(file, labelled=split != "unlabeled")
+    train = [f for f, s in chosen.items() if s == "train"]
+    names = _parquet_classes(pq.read_schema(train[0]))
+    found = {v for f in train for v in pq.read_table(f, columns=["label"])["label"].drop_null().unique().to_pylist()}
+    index = {i: i for i in range(len(names))} or {
+        label: i for i, label in enumerate(sorted(v for v in found if v >= 0))
+    }
 
     def records() -> Iterator[Record]:
-        for file in files:
-            labels = splits[file] != "unlabeled"
-            columns = ["image", "label"] if labels else ["image"]
-            row = 0
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=256, columns=columns):
-                for item in batch.to_pylist():
-                    label = item["label"] if labels and item["label"] is not None else -1
-                    data = (item["image"] or {}).get("bytes") or b""
-                    # without a usable label it can still serve pre-training
-                    split = splits[file] if 0 <= label < len(classes) else "unlabeled"
-                    yield Record(
-                        split, label if split != "unlabeled" else -1, f"{file.name}#{row}", partial(_same, data)
-                    )
-                    row += 1
+        for file, split in chosen.items():
+            columns = ["image"] if split == "unlabeled" else ["image", "label"]
+            rows = (row for b in pq.ParquetFile(file).iter_batches(256, columns=columns) for row in b.to_pylist())
+            for number, row in enumerate(rows):
+                label = index.get(row.get("label"), -1)
+                data = (row["image"] or {}).get("bytes") or b""
+                of_row = "unlabeled" if split == "train" and label < 0 else split
+                yield Record(of_row, label, f"{file.name}#{number}", partial(_same, data))
 
-    return Source(classes, records)
+    return Source(names or [str(label) for label in index], records)
+
+
+def _check_parquet(file: Path, labelled: bool) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(file)
+    except (pa.ArrowException, OSError) as e:
+        raise LgpError(f"{file} cannot be read as Parquet: {' '.join(str(e).split())}") from None
+    types = dict(zip(schema.names, schema.types, strict=True))
+    image, label = types.get("image"), types.get("label")
+    fields = {image.field(i).name for i in range(image.num_fields)} if image and pa.types.is_struct(image) else set()
+    if "bytes" not in fields:
+        raise LgpError(
+            f"{file}: column `image` is {image or 'absent'}: expected struct(bytes, path), as `datasets` writes it"
+        )
+    if labelled and not (label and pa.types.is_integer(label)):
+        raise LgpError(f"{file}: column `label` is {label or 'absent'}: expected integers, as `datasets` writes it")
 
 
 def _parquet_split(file: Path) -> str:
@@ -169,6 +193,6 @@ def _parquet_split(file: Path) -> str:
 
 
 def _parquet_classes(schema: Any) -> list[str]:
-    raw = (schema.metadata or {}).get(b"huggingface")
-    feature = json.loads(raw)["info"]["features"].get("label", {}) if raw else {}
-    return list(feature.get("names", []))
+    raw = (schema.metadata or {}).get(b"huggingface", b"{}")
+    label = json.loads(raw).get("info", {}).get("features", {}).get("label", {})
+    return list(label.get("names", []))

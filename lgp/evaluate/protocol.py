@@ -4,16 +4,22 @@ Test labels decide nothing: with all labels the regularisation is chosen on the 
 by cross-validation within the labelled images, or fixed where a class has a single one.
 """
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline
 
 from lgp.evaluate.features import Features
 from lgp.evaluate.knn import knn_predict
 from lgp.evaluate.outcome import Outcome
 from lgp.params import FewShotParams, LinearParams
+
+Classifier = Any  # of scikit-learn, with fit, predict and predict_proba
 
 MAX_ITER = 5000
 TOP5_FROM = 10  # classes from which on top-5 says something
@@ -65,21 +71,27 @@ def evaluate_fewshot(features: Features, subsets: list[np.ndarray], params: FewS
     return Outcome(metrics, pd.concat(tables, ignore_index=True))
 
 
-def _fit_fewshot(x: np.ndarray, y: np.ndarray, params: FewShotParams) -> tuple[LogisticRegression, float]:
-    """Fit with C from cross-validation where every class has two images or more, else with `c_single`."""
+def _fit_fewshot(x: np.ndarray, y: np.ndarray, params: FewShotParams) -> tuple[Classifier, float]:
+    """Fit with C from cross-validation where every class has two images or more, else with `c_single`.
+
+    With more features than images the features are first rotated into the span of the images (PCA, nothing
+    dropped): an L2-penalised linear model has its weights in that span, so it stays the same, and is found faster.
+    """
     folds = min(params.folds, int(np.bincount(y)[np.unique(y)].min()))
-    if folds < 2:
-        return _regression(params.c_single).fit(x, y), params.c_single
-    # unshuffled folds: the subsets are random already, and nothing is left to chance
-    search = GridSearchCV(_regression(1.0), {"C": params.c_grid}, cv=StratifiedKFold(folds)).fit(x, y)
-    return search.best_estimator_, float(search.best_params_["C"])
+    model: Classifier = _regression(params.c_single)
+    if folds >= 2:
+        # unshuffled folds: the subsets are random already, and nothing is left to chance
+        model = GridSearchCV(_regression(1.0), {"C": params.c_grid}, cv=StratifiedKFold(folds))
+    rotated = [PCA(svd_solver="full")] if x.shape[1] > x.shape[0] else []
+    pipeline = make_pipeline(*rotated, model).fit(x, y)
+    return pipeline, float(model.best_params_["C"] if folds >= 2 else params.c_single)
 
 
 def _regression(c: float) -> LogisticRegression:
     return LogisticRegression(C=c, max_iter=MAX_ITER)
 
 
-def _scores(model: LogisticRegression, features: Features) -> dict[str, float]:
+def _scores(model: Classifier, features: Features) -> dict[str, float]:
     scores = {}
     for split in ("test", "val"):
         x, y = features.x[split], features.y[split]

@@ -1,14 +1,12 @@
 """An evaluation as a stage: features of an arm's encoder in, metrics, predictions and a picture out."""
 
-import tempfile
 from pathlib import Path
 
 from lgp.checkpoint import load_encoder
 from lgp.data.prepared import Prepared
-from lgp.engine import choose_device
+from lgp.device import choose_device
 from lgp.evaluate.features import Features, class_token_of
 from lgp.evaluate.outcome import Outcome
-from lgp.figures import plot_confusion
 from lgp.params import RunParams
 from lgp.stage import StageRun
 
@@ -22,7 +20,4 @@ def publish_outcome(run: StageRun, metrics: Path, predictions: Path, outcome: Ou
     """Write the metric file and the predictions, and track both, with the confusion matrix as a picture."""
     outcome.predictions.to_parquet(run.out(predictions), index=False)
     run.write_metrics(metrics, dict(outcome.metrics))
-    with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder) / "confusion.png"
-        plot_confusion(picture, outcome.predictions, data.classes)
-        run.tracker.log_figure(picture)
+    run.tracker.log_confusion(outcome.predictions, data.classes)

@@ -1,12 +1,10 @@
 """Batches as a function of the step."""
 
 import numpy as np
-import pytest
 import torch
 
 from lgp.data.loading import StepCrops, loader
 from lgp.data.prepared import Prepared
-from lgp.errors import LgpError
 from lgp.params import ViewParams
 
 VIEWS = ViewParams(crop_scale_min=0.4, flip_p=0.5)
@@ -33,8 +31,3 @@ def test_an_epoch_visits_every_image_at_most_once_in_a_new_order(prepared: Prepa
         assert len(np.unique(ids)) == len(ids) == per_epoch * 64
         assert np.isin(ids, prepared.pretraining_ids).all()
     assert not np.array_equal(epochs[0], epochs[1])
-
-
-def test_batch_larger_than_the_data_is_refused(prepared: Prepared) -> None:
-    with pytest.raises(LgpError, match=r"cl\.batch_size 4096 is larger than the \d+ images"):
-        crops(prepared, 4096)

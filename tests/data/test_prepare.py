@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lgp.data.prepare import prepare
-from lgp.data.prepared import Prepared
+from lgp.data.prepared import Prepared, decode
 from lgp.errors import LgpError
 from lgp.params import DataParams, Params
 
@@ -115,23 +115,81 @@ def write_parquet(path: Path, labels: list[int | None], names: list[str] | None,
     pq.write_table(table, path)
 
 
-def test_hugging_face_parquet(tmp_path: Path, params: Params) -> None:
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
     source = tmp_path / "hub"
     source.mkdir()
-    write_parquet(source / "train-00000-of-00002.parquet", [0, 1] * 8, ["cat", "dog"])
-    write_parquet(source / "train-00001-of-00002.parquet", [0, 1, None, -1], ["cat", "dog"])
-    write_parquet(source / "test-00000-of-00001.parquet", [0, 1, 1], ["cat", "dog"], broken=1)
-    metrics, data = prepared_from(source, tmp_path, params)
+    return source
+
+
+def test_hugging_face_parquet(hub: Path, tmp_path: Path, params: Params) -> None:
+    write_parquet(hub / "train-00000-of-00002.parquet", [0, 1] * 8, ["cat", "dog"])
+    write_parquet(hub / "train-00001-of-00002.parquet", [0, 1, None, -1], ["cat", "dog"])
+    write_parquet(hub / "validation.parquet", [0, 1], ["cat", "dog"])  # left out: there is a test part
+    write_parquet(hub / "test-00000-of-00001.parquet", [0, 1, 1], ["cat", "dog"], broken=1)
+    metrics, data = prepared_from(hub, tmp_path, params)
     assert data.classes == ["cat", "dog"]
     assert [metrics[f"images/{s}"] for s in ("train", "unlabeled", "val", "test")] == [16, 2, 2, 2]
     assert metrics["unreadable"] == [{"path": "test-00000-of-00001.parquet#0", "reason": "empty"}]
 
 
-def test_parquet_without_class_names_numbers_them(tmp_path: Path, params: Params) -> None:
-    source = tmp_path / "hub"
-    source.mkdir()
-    write_parquet(source / "train.parquet", [0, 1, 2] * 6, None)
-    assert prepared_from(source, tmp_path, params)[1].classes == ["0", "1", "2"]
+def test_unlabelled_test_images_never_reach_pretraining(hub: Path, tmp_path: Path, params: Params) -> None:
+    write_parquet(hub / "train.parquet", [0, 1] * 8, ["cat", "dog"])
+    write_parquet(hub / "test.parquet", [0, 1, -1, None], ["cat", "dog"])
+    metrics, data = prepared_from(hub, tmp_path, params)
+    assert [u["path"] for u in metrics["unreadable"]] == ["test.parquet#2", "test.parquet#3"]
+    assert not any("test" in path for path in data._index["path"].iloc[data.pretraining_ids])
+
+
+def test_validation_stands_for_an_absent_test_part(hub: Path, tmp_path: Path, params: Params) -> None:
+    write_parquet(hub / "train.parquet", [0, 1] * 8, ["cat", "dog"])
+    write_parquet(hub / "validation.parquet", [0, 1, 1], ["cat", "dog"])
+    assert prepared_from(hub, tmp_path, params)[0]["images/test"] == 3
+
+
+def test_parquet_without_class_names_takes_the_labels_found(hub: Path, tmp_path: Path, params: Params) -> None:
+    write_parquet(hub / "train.parquet", [1, 5, 7] * 6, None)
+    data = prepared_from(hub, tmp_path, params)[1]
+    assert data.classes == ["1", "5", "7"]
+    assert set(data.labels) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": [b"x"], "label": [0]}, r"column `image` is binary: expected struct\(bytes, path\)"),
+        ({"image": [{"bytes": b"x"}], "label": ["cat"]}, "column `label` is string: expected integers"),
+        ({"image": [{"bytes": b"x"}]}, "column `label` is absent"),
+        (None, "cannot be read as Parquet"),
+    ],
+)
+def test_parquet_of_another_layout_is_explained(
+    hub: Path, tmp_path: Path, params: Params, columns: dict[str, Any] | None, message: str
+) -> None:
+    path = hub / "train.parquet"
+    pq.write_table(pa.table(columns), path) if columns else path.write_bytes(b"")
+    with pytest.raises(LgpError, match=message):
+        prepared_from(hub, tmp_path, params)
+
+
+def test_sixteen_bit_images_keep_their_range_and_floats_are_refused() -> None:
+    buffer = io.BytesIO()
+    values = np.array([[0, 257, 25700, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(buffer, "png")
+    assert np.asarray(decode(buffer.getvalue(), 1)).tolist() == [[0, 1, 100, 255]]
+    buffer = io.BytesIO()
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(buffer, "tiff")
+    with pytest.raises(ValueError, match="mode F, neither 8 nor 16 bits"):
+        decode(buffer.getvalue(), 1)
+
+
+def test_photographs_are_turned_upright() -> None:
+    image = Image.new("RGB", (16, 8))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, "jpeg", exif=exif)
+    assert decode(buffer.getvalue(), 3).size == (8, 16)
 
 
 def test_unreadable_files_are_listed_with_reason(tmp_path: Path, params: Params) -> None:
@@ -141,12 +199,17 @@ def test_unreadable_files_are_listed_with_reason(tmp_path: Path, params: Params)
     (source / "train" / "bee" / "notes.txt").write_text("not an image")
     (source / "train" / "stray.png").write_bytes(png())
     (source / "train" / "bee" / ".hidden").write_text("")
+    (source / "train" / "bee" / ".cache").mkdir()
+    (source / "train" / "bee" / ".cache" / "copy.png").write_bytes(png())
+    (source / "train" / "bee" / "gone.png").symlink_to(source / "nowhere.png")
     metrics, data = prepared_from(source, tmp_path, params)
     reasons = {u["path"]: u["reason"] for u in metrics["unreadable"]}
-    assert reasons.keys() == {f"train/{p}" for p in ("ant/broken.png", "ant/empty.png", "bee/notes.txt", "stray.png")}
+    assert reasons.keys() == {
+        f"train/{p}" for p in ("ant/broken.png", "ant/empty.png", "bee/notes.txt", "bee/gone.png", "stray.png")
+    }
     assert reasons["train/ant/empty.png"] == "empty"
     assert reasons["train/bee/notes.txt"] == "not an image that can be decoded"
-    assert reasons["train/stray.png"] == "not inside a class folder"
+    assert reasons["train/stray.png"].startswith("without a label: not inside a class folder")
     assert len(data.labels) == 22
 
 
@@ -170,6 +233,8 @@ def test_too_many_unreadable_files_fail(tmp_path: Path, params: Params) -> None:
             "no readable training image in class bee",
         ),
         (lambda root: folder(folder(root, {"ant": 9}), {"wasp": 2}, "test"), "classes that train lacks: wasp"),
+        (lambda root: folder(root, {"ant": 9}), "the only class is 'ant'"),
+        (lambda root: folder(root, {"ant": 9, "bee": 2}), r"fewer than 3 readable training images in class bee \(2\)"),
         (lambda root: (root.mkdir(), write_parquet(root / "some.parquet", [0], None)), "cannot tell the split"),
         (
             lambda root: (root.mkdir(), write_parquet(root / "test.parquet", [0], None)),

@@ -10,7 +10,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from lgp.data.prepared import Prepared
 from lgp.evaluate.features import Features, pixels, standardizer
-from lgp.evaluate.protocol import evaluate_fewshot, evaluate_linear
+from lgp.evaluate.protocol import _fit_fewshot, evaluate_fewshot, evaluate_linear
 from lgp.params import FewShotParams, LinearParams, Params
 
 
@@ -83,6 +83,17 @@ def test_more_images_a_class_are_cross_validated_within_the_labelled(
     metrics = evaluate_fewshot(features, [ids, ids], fewshot).metrics
     assert metrics["c"] == search.best_params_["C"]
     assert metrics["test/top1"] == pytest.approx(100 * search.score(features.x["test"], features.y["test"]), abs=1e-3)
+
+
+def test_rotation_for_many_features_changes_no_prediction(fewshot: FewShotParams) -> None:
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(4), 10)
+    x = rng.normal(size=(40, 300)) + y[:, None] * 0.1
+    queries = rng.normal(size=(500, 300))
+    model, c = _fit_fewshot(x, y, fewshot)
+    plain = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(x, y)
+    assert np.mean(model.predict(queries) == plain.predict(queries)) > 0.99
+    assert np.allclose(model.predict_proba(queries), plain.predict_proba(queries), atol=2e-2)
 
 
 def test_shuffling_test_labels_changes_no_choice(
