@@ -22,6 +22,8 @@ from lgp.params import FewShotParams, LinearParams
 Classifier = Any  # of scikit-learn, with fit, predict and predict_proba
 
 MAX_ITER = 5000
+# few images are separable: at scikit-learn's 1e-4 and in single precision the weights depend on the solver's path
+FEWSHOT_TOL = 1e-6
 TOP5_FROM = 10  # classes from which on top-5 says something
 
 
@@ -77,18 +79,19 @@ def _fit_fewshot(x: np.ndarray, y: np.ndarray, params: FewShotParams) -> tuple[C
     With more features than images the features are first rotated into the span of the images (PCA, nothing
     dropped): an L2-penalised linear model has its weights in that span, so it stays the same, and is found faster.
     """
+    x = x.astype(np.float64)
     folds = min(params.folds, int(np.bincount(y)[np.unique(y)].min()))
-    model: Classifier = _regression(params.c_single)
+    model: Classifier = _regression(params.c_single, FEWSHOT_TOL)
     if folds >= 2:
         # unshuffled folds: the subsets are random already, and nothing is left to chance
-        model = GridSearchCV(_regression(1.0), {"C": params.c_grid}, cv=StratifiedKFold(folds))
+        model = GridSearchCV(_regression(1.0, FEWSHOT_TOL), {"C": params.c_grid}, cv=StratifiedKFold(folds))
     rotated = [PCA(svd_solver="full")] if x.shape[1] > x.shape[0] else []
     pipeline = make_pipeline(*rotated, model).fit(x, y)
     return pipeline, float(model.best_params_["C"] if folds >= 2 else params.c_single)
 
 
-def _regression(c: float) -> LogisticRegression:
-    return LogisticRegression(C=c, max_iter=MAX_ITER)
+def _regression(c: float, tol: float = 1e-4) -> LogisticRegression:
+    return LogisticRegression(C=c, max_iter=MAX_ITER, tol=tol)
 
 
 def _scores(model: Classifier, features: Features) -> dict[str, float]:

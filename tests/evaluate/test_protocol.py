@@ -63,8 +63,8 @@ def test_single_image_classes_take_the_fixed_strength(
     scores = []
     for ids in subsets:
         rows = np.searchsorted(features.ids["train"], ids)
-        model = LogisticRegression(C=fewshot.c_single, max_iter=5000)
-        model.fit(features.x["train"][rows], features.y["train"][rows])
+        model = LogisticRegression(C=fewshot.c_single, max_iter=5000, tol=1e-6)
+        model.fit(features.x["train"][rows].astype(np.float64), features.y["train"][rows])
         scores.append(100 * model.score(features.x["test"], features.y["test"]))
     assert outcome.metrics["c"] == fewshot.c_single
     assert outcome.metrics["test/top1"] == pytest.approx(np.mean(scores), abs=1e-3)
@@ -77,9 +77,9 @@ def test_more_images_a_class_are_cross_validated_within_the_labelled(
 ) -> None:
     ids = prepared.subsets("10pct")[0]
     rows = np.searchsorted(features.ids["train"], ids)
-    x, y = features.x["train"][rows], features.y["train"][rows]
+    x, y = features.x["train"][rows].astype(np.float64), features.y["train"][rows]
     folds = StratifiedKFold(min(fewshot.folds, np.bincount(y).min()))
-    search = GridSearchCV(LogisticRegression(max_iter=5000), {"C": fewshot.c_grid}, cv=folds).fit(x, y)
+    search = GridSearchCV(LogisticRegression(max_iter=5000, tol=1e-6), {"C": fewshot.c_grid}, cv=folds).fit(x, y)
     metrics = evaluate_fewshot(features, [ids, ids], fewshot).metrics
     assert metrics["c"] == search.best_params_["C"]
     assert metrics["test/top1"] == pytest.approx(100 * search.score(features.x["test"], features.y["test"]), abs=1e-3)
