@@ -5,30 +5,28 @@ from collections.abc import Mapping
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from lgp.checkpoint import StateStore
 from lgp.data.loading import StepCrops
-from lgp.data.prepared import Prepared
 from lgp.data.views import photometric
-from lgp.engine import Observer
 from lgp.models.moco import MoCo, momentum_at
 from lgp.models.vit import build_encoder, init_encoder_as_moco
 from lgp.optim import peak_rate
 from lgp.params import Params, TrainingParams
-from lgp.pretrain import Pretrained, fit_arm
+from lgp.pretrain import Objective, Pretrained, Session, fit_arm
 from lgp.randomness import generator, seeded
 
 BETAS = (0.9, 0.999)  # MoCo v3 names none: AdamW's own
 
 
-def pretrain_cl(data: Prepared, params: Params, store: StateStore, observer: Observer) -> Pretrained:
+def pretrain_cl(session: Session) -> Pretrained:
     """Train MoCo v3 from scratch (Chen et al. 2021): the contrastive baseline."""
+    params = session.params
     with seeded(params.seed, "cl/init"):
         encoder = build_encoder(params.model, params.data)
         init_encoder_as_moco(encoder)
         moco = build_moco(encoder, params)
     rate = peak_rate(params.cl.base_lr, params.cl.batch_size)
     rates = {name: rate for name, _ in moco.named_parameters()}
-    return contrast("cl", moco, rates, params.cl, data, params, store, observer)
+    return contrast("cl", moco, rates, params.cl, session)
 
 
 def build_moco(encoder: VisionTransformer, params: Params) -> MoCo:
@@ -38,16 +36,7 @@ def build_moco(encoder: VisionTransformer, params: Params) -> MoCo:
     return MoCo(encoder, c.projector_hidden, c.projector_dim, c.predictor_hidden, c.temperature, c.freeze_patch_embed)
 
 
-def contrast(
-    name: str,
-    moco: MoCo,
-    rates: Mapping[str, float],
-    stage: TrainingParams,
-    data: Prepared,
-    params: Params,
-    store: StateStore,
-    observer: Observer,
-) -> Pretrained:
+def contrast(name: str, moco: MoCo, rates: Mapping[str, float], stage: TrainingParams, session: Session) -> Pretrained:
     """Train MoCo v3 as the stage `name`.
 
     Args:
@@ -55,11 +44,9 @@ def contrast(
         moco: encoder, momentum encoder and heads.
         rates: parameter name → peak learning rate.
         stage: epochs, batch, warm-up and weight decay.
-        data: images.
-        params: all parameters.
-        store: resume states.
-        observer: told of every epoch.
+        session: images, parameters, resume states and observer.
     """
+    data, params = session.data, session.params
     views = params.contrastive.views
     crops = StepCrops(data, views, 2, stage.batch_size, params.seed, name)
     total = stage.epochs * crops.steps_per_epoch
@@ -70,4 +57,4 @@ def contrast(
         loss: Tensor = moco(view1, view2, momentum_at(step / total, params.contrastive.momentum))
         return loss
 
-    return fit_arm(name, moco, moco.encoder, loss_of, crops, rates, BETAS, stage, params, store, observer)
+    return fit_arm(Objective(name, moco, moco.encoder, loss_of, crops), rates, BETAS, stage, session)

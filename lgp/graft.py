@@ -3,14 +3,11 @@
 import re
 from pathlib import Path
 
-from lgp.checkpoint import StateStore, check_encoder_fits, load_encoder
+from lgp.checkpoint import check_encoder_fits, load_encoder
 from lgp.cl import build_moco, contrast
-from lgp.data.prepared import Prepared
-from lgp.engine import Observer
 from lgp.errors import LgpError
 from lgp.optim import peak_rate
-from lgp.params import Params
-from lgp.pretrain import Pretrained
+from lgp.pretrain import Pretrained, Session
 from lgp.randomness import seeded
 
 BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
@@ -49,16 +46,15 @@ def stage_rates(parameter_names: list[str], depth: int, rates: list[float]) -> d
     return {name: rate(name) for name in parameter_names}
 
 
-def pretrain_graft(
-    data: Prepared, mim_encoder: Path, params: Params, store: StateStore, observer: Observer
-) -> Pretrained:
+def pretrain_graft(session: Session, mim_encoder: Path) -> Pretrained:
     """Continue MoCo v3 from the MAE encoder, lower blocks slower (LGP, section 3.3).
 
     Encoder and momentum encoder both start as the encoder in the folder `mim_encoder`, the heads anew.
     """
+    params = session.params
     check_encoder_fits(mim_encoder, params.model, params.data)
     with seeded(params.seed, "graft/init"):
         moco = build_moco(load_encoder(mim_encoder), params)
     peaks = [peak_rate(lr, params.graft.batch_size) for lr in params.graft.stage_base_lrs]
     rates = stage_rates([name for name, _ in moco.named_parameters()], params.model.depth, peaks)
-    return contrast("graft", moco, rates, params.graft, data, params, store, observer)
+    return contrast("graft", moco, rates, params.graft, session)

@@ -5,23 +5,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lgp.checkpoint import StateStore, save_tensors
+from lgp.checkpoint import save_tensors
 from lgp.data.loading import StepCrops
 from lgp.data.prepared import Prepared
-from lgp.engine import Observer
 from lgp.models.mae import MAE
 from lgp.models.vit import build_encoder, init_encoder_as_mae
 from lgp.optim import peak_rate
-from lgp.params import Params
-from lgp.pretrain import Pretrained, fit_arm
+from lgp.pretrain import Objective, Pretrained, Session, fit_arm
 from lgp.randomness import generator, seeded
 
 BETAS = (0.9, 0.95)  # MAE, table 8
 RECONSTRUCTIONS = 10  # images in the picture
 
 
-def pretrain_mim(data: Prepared, params: Params, store: StateStore, observer: Observer) -> Pretrained:
+def pretrain_mim(session: Session) -> Pretrained:
     """Train a masked autoencoder from scratch (MAE, He et al. 2022)."""
+    data, params = session.data, session.params
     with seeded(params.seed, "mim/init"):
         encoder = build_encoder(params.model, params.data)
         init_encoder_as_mae(encoder)
@@ -37,7 +36,7 @@ def pretrain_mim(data: Prepared, params: Params, store: StateStore, observer: Ob
     crops = StepCrops(data, mim.views, 1, mim.batch_size, params.seed, "mim")
     rate = peak_rate(mim.base_lr, mim.batch_size)
     rates = {name: rate for name, _ in mae.named_parameters()}
-    return fit_arm("mim", mae, encoder, loss_of, crops, rates, BETAS, mim, params, store, observer)
+    return fit_arm(Objective("mim", mae, encoder, loss_of, crops), rates, BETAS, mim, session)
 
 
 def write_reconstructions(path: Path, result: Pretrained, data: Prepared, seed: int) -> dict[str, Tensor]:

@@ -25,56 +25,84 @@ DISK_BYTES_PER_PARAMETER = 4 * (2 * 4 + 3)
 
 
 @dataclass(frozen=True)
+class Session:
+    """What a pre-training is given: images, parameters, where its resume states are, who is told of epochs."""
+
+    data: Prepared
+    params: Params
+    store: StateStore
+    observer: Observer
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is trained.
+
+    Attributes:
+        name: the stage.
+        model: with everything that has parameters, on the CPU.
+        encoder: the part of it to keep, the one that the gradient trains.
+        loss_of: (crops (B, V, C, S, S) uint8, step) → scalar loss.
+        crops: the batch of each step.
+    """
+
+    name: str
+    model: nn.Module
+    encoder: VisionTransformer
+    loss_of: Callable[[Tensor, int], Tensor]
+    crops: StepCrops
+
+
+@dataclass(frozen=True)
 class Pretrained:
     """A finished pre-training, before it is written."""
 
     model: nn.Module
-    encoder: VisionTransformer  # of the model: the one that the gradient trained
+    encoder: VisionTransformer
     progression: Progression
 
 
 def fit_arm(
-    name: str,
-    model: nn.Module,
-    encoder: VisionTransformer,
-    loss_of: Callable[[Tensor, int], Tensor],
-    crops: StepCrops,
+    objective: Objective,
     rates: Mapping[str, float],
     betas: tuple[float, float],
     stage: TrainingParams,
-    params: Params,
-    store: StateStore,
-    observer: Observer,
+    session: Session,
 ) -> Pretrained:
-    """Train `model` on the device of the parameters, as every arm is trained.
+    """Train an objective on the device of the parameters, as every arm is trained.
 
     Args:
-        name: the stage.
-        model: the objective, on the CPU; comes back there.
-        encoder: the part of it to keep.
-        loss_of: (crops, step) → loss.
-        crops: the batch of each step.
+        objective: what to train.
         rates: parameter name → peak learning rate.
         betas: AdamW's.
         stage: epochs, warm-up and weight decay.
-        params: all parameters.
-        store: resume states.
-        observer: told of every epoch.
+        session: images, parameters, resume states and observer.
     """
+    params, model, crops = session.params, objective.model, objective.crops
     check_batches(len(crops.data.pretraining_ids), params)
     device = choose_device(params.run.device)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-    check_disk_space(store.folder, DISK_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
+    check_disk_space(session.store.folder, DISK_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
     model.to(device)
     optimizer = adamw(parameter_groups(model, rates, stage.weight_decay), betas)
     steps = stage.epochs * crops.steps_per_epoch
     warmup_steps = min(round(stage.warmup_epochs * crops.steps_per_epoch), steps - 1)
     schedule = warmup_cosine(optimizer, steps, warmup_steps)
     trainer = Trainer(
-        name, model, loss_of, crops, optimizer, schedule, stage.epochs, device, params.run, store, observer
+        objective.name,
+        model,
+        objective.loss_of,
+        crops,
+        optimizer,
+        schedule,
+        stage.epochs,
+        device,
+        params.run,
+        session.store,
+        session.observer,
     )
     progression = trainer.fit()
-    return Pretrained(model.cpu(), encoder, progression)
+    return Pretrained(model.cpu(), objective.encoder, progression)
 
 
 def check_batches(images: int, params: Params) -> None:

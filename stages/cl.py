@@ -8,7 +8,7 @@ def cl(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: De
     """Pre-train an encoder by contrastive learning, without labels."""
     from lgp.cl import pretrain_cl
     from lgp.data.prepared import Prepared
-    from lgp.pretrain import publish_arm
+    from lgp.pretrain import Session, publish_arm
     from lgp.stage import StageSpec, stage
 
     folder, metrics = arm_folder("cl"), metrics_file("cl", "pretrain")
@@ -16,5 +16,5 @@ def cl(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: De
     spec = StageSpec("cl", sections, [PREPARED], [folder, metrics], "cl", "pretrain")
     with stage(spec, params_file, fresh) as run:
         data = Prepared(PREPARED)
-        result = pretrain_cl(data, run.params, run.store, run.tracker)
+        result = pretrain_cl(Session(data, run.params, run.store, run.tracker))
         publish_arm(run, folder, metrics, result, data)

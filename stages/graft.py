@@ -8,7 +8,7 @@ def graft(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug:
     """Continue contrastive learning from the encoder of `mim`, lower blocks slower."""
     from lgp.data.prepared import Prepared
     from lgp.graft import pretrain_graft
-    from lgp.pretrain import publish_arm
+    from lgp.pretrain import Session, publish_arm
     from lgp.stage import StageSpec, stage
 
     folder, metrics, start = arm_folder("graft"), metrics_file("graft", "pretrain"), encoder_folder("mim")
@@ -18,5 +18,5 @@ def graft(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug:
     with stage(spec, params_file, fresh) as run:
         data = Prepared(PREPARED)
         run.tag_upstream(start)
-        result = pretrain_graft(data, start, run.params, run.store, run.tracker)
+        result = pretrain_graft(Session(data, run.params, run.store, run.tracker), start)
         publish_arm(run, folder, metrics, result, data)

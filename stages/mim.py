@@ -8,14 +8,14 @@ def mim(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: D
     """Pre-train an encoder by masked image modelling, without labels."""
     from lgp.data.prepared import Prepared
     from lgp.mim import pretrain_mim, write_reconstructions
-    from lgp.pretrain import publish_arm
+    from lgp.pretrain import Session, publish_arm
     from lgp.stage import StageSpec, stage
 
     folder, metrics = arm_folder("mim"), metrics_file("mim", "pretrain")
     spec = StageSpec("mim", ["seed", "data", "model", "mim"], [PREPARED], [folder, metrics], "mim", "pretrain")
     with stage(spec, params_file, fresh) as run:
         data = Prepared(PREPARED)
-        result = pretrain_mim(data, run.params, run.store, run.tracker)
+        result = pretrain_mim(Session(data, run.params, run.store, run.tracker))
         pictures = write_reconstructions(run.out(folder) / RECONSTRUCTIONS, result, data, run.params.seed)
         publish_arm(run, folder, metrics, result, data)
         run.tracker.log_reconstructions(pictures)

@@ -14,7 +14,7 @@ from lgp.engine import Trainer
 from lgp.errors import LgpError
 from lgp.mim import pretrain_mim
 from lgp.params import Params
-from lgp.pretrain import Pretrained
+from lgp.pretrain import Pretrained, Session
 
 PRETRAIN = {"mim": pretrain_mim, "cl": pretrain_cl}
 
@@ -43,7 +43,7 @@ def test_two_runs_are_bitwise_equal_and_another_seed_differs(
     arm: str, tmp_path: Path, prepared: Prepared, params: Params
 ) -> None:
     results = [
-        bytes_of(PRETRAIN[arm](prepared, p, StateStore(tmp_path / str(i), "code"), Notes()))
+        bytes_of(PRETRAIN[arm](Session(prepared, p, StateStore(tmp_path / str(i), "code"), Notes())))
         for i, p in enumerate([params, params, params.model_copy(update={"seed": 1})])
     ]
     assert results[0] == results[1]
@@ -56,7 +56,7 @@ def test_resumed_equals_uninterrupted(
     arm: str, stop_at: int, tmp_path: Path, prepared: Prepared, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes = Notes()
-    whole = PRETRAIN[arm](prepared, params, StateStore(tmp_path / "whole", "code"), notes)
+    whole = PRETRAIN[arm](Session(prepared, params, StateStore(tmp_path / "whole", "code"), notes))
     always = params.model_copy(update={"run": params.run.model_copy(update={"save_every_s": 1e-9})})
     step = Trainer._step
 
@@ -68,11 +68,11 @@ def test_resumed_equals_uninterrupted(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", interrupted)
         with pytest.raises(StopError):
-            PRETRAIN[arm](prepared, always, StateStore(tmp_path / "state", "code"), Notes())
+            PRETRAIN[arm](Session(prepared, always, StateStore(tmp_path / "state", "code"), Notes()))
     resumed_notes = Notes()
     steps: list[int] = []
     monkeypatch.setattr(Trainer, "_step", lambda self, b, t: (steps.append(self.now.step), step(self, b, t))[1])
-    resumed = PRETRAIN[arm](prepared, params, StateStore(tmp_path / "state", "code"), resumed_notes)
+    resumed = PRETRAIN[arm](Session(prepared, params, StateStore(tmp_path / "state", "code"), resumed_notes))
     assert steps[0] == stop_at
     assert bytes_of(resumed) == bytes_of(whole)
     assert resumed_notes.epochs == notes.epochs == whole.progression.history
@@ -81,7 +81,7 @@ def test_resumed_equals_uninterrupted(
 
 def test_loss_falls(tmp_path: Path, prepared: Prepared, params: Params) -> None:
     longer = params.model_copy(update={"mim": params.mim.model_copy(update={"epochs": 8})})
-    history = pretrain_mim(prepared, longer, StateStore(tmp_path, "code"), Notes()).progression.history
+    history = pretrain_mim(Session(prepared, longer, StateStore(tmp_path, "code"), Notes())).progression.history
     assert [h["epoch"] for h in history] == list(range(1, 9))
     assert history[-1]["train/loss"] < 0.9 * history[0]["train/loss"]
 
@@ -98,7 +98,7 @@ def test_loss_that_is_not_finite_stops_with_step_and_rate_and_keeps_the_last_goo
     monkeypatch.setattr(Trainer, "_backward", poisoned)
     store = StateStore(tmp_path, "code")
     with pytest.raises(LgpError, match=r"mim: the loss is nan at step 4, learning rate [\d.e-]+: lower") as error:
-        pretrain_mim(prepared, params, store, Notes())
+        pretrain_mim(Session(prepared, params, store, Notes()))
     assert str(tmp_path) in str(error.value)
     state = store.load()
     assert state is not None
@@ -119,7 +119,7 @@ def test_weights_that_are_not_finite_are_never_saved(
 
     monkeypatch.setattr(Trainer, "_step", poisoned)
     with pytest.raises(LgpError, match="a weight stopped being finite by step 6"):
-        pretrain_mim(prepared, params, StateStore(tmp_path, "code"), Notes())
+        pretrain_mim(Session(prepared, params, StateStore(tmp_path, "code"), Notes()))
 
 
 def test_full_disk_while_saving_does_not_stop_training(
@@ -135,7 +135,7 @@ def test_full_disk_while_saving_does_not_stop_training(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store, "save", full)
-    assert pretrain_mim(prepared, params, store, Notes()).progression.step == 6
+    assert pretrain_mim(Session(prepared, params, store, Notes())).progression.step == 6
     assert "disk full" in capsys.readouterr().out
 
 
@@ -143,7 +143,7 @@ def test_progress_lines_name_epoch_loss_speed_and_time_left(
     tmp_path: Path, prepared: Prepared, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chatty = params.model_copy(update={"run": params.run.model_copy(update={"print_every_s": 0})})
-    pretrain_mim(prepared, chatty, StateStore(tmp_path, "code"), Notes())
+    pretrain_mim(Session(prepared, chatty, StateStore(tmp_path, "code"), Notes()))
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.startswith("mim: epoch 2/2  loss ")
     assert "images/s  left 0:00" in last

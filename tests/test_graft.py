@@ -12,6 +12,7 @@ from lgp.errors import LgpError
 from lgp.graft import pretrain_graft, stage_rates
 from lgp.models.vit import build_encoder, init_encoder_as_mae
 from lgp.params import Params
+from lgp.pretrain import Session
 
 
 class Silent:
@@ -50,7 +51,7 @@ def test_zero_rates_keep_the_lower_blocks_bitwise(
 ) -> None:
     graft = params.graft.model_copy(update={"stage_base_lrs": [0.0, 0.0, 8e-3], "weight_decay": 0.0})
     params = params.model_copy(update={"graft": graft})
-    result = pretrain_graft(prepared, mim_encoder, params, StateStore(tmp_path / "state", "code"), Silent())
+    result = pretrain_graft(Session(prepared, params, StateStore(tmp_path / "state", "code"), Silent()), mim_encoder)
     start = load_encoder(mim_encoder).state_dict()
     for name, tensor in result.encoder.state_dict().items():
         moved = name.startswith(("blocks.2.", "norm."))
@@ -62,4 +63,4 @@ def test_encoder_of_other_dimensions_is_refused(
 ) -> None:
     other = params.model_copy(update={"model": params.model.model_copy(update={"width": 32})})
     with pytest.raises(LgpError, match=r"was trained with .*'embed_dim': 16.*train it anew"):
-        pretrain_graft(prepared, mim_encoder, other, StateStore(tmp_path / "state", "code"), Silent())
+        pretrain_graft(Session(prepared, other, StateStore(tmp_path / "state", "code"), Silent()), mim_encoder)
