@@ -114,11 +114,16 @@ def ui(
     from lgp.tracking import serve, store_uri
 
     run = load_params(params_file).run
-    print(f"MLflow starts on http://127.0.0.1:{port} (about 15 s); Ctrl-C ends it.")
-    print(f"There: 'Model training' (top left, it opens as 'GenAI'), then Experiments > {run.experiment} > Runs.")
-    print("To compare arms: search for tags.task = 'fewshot-1pct', tick the runs, 'Compare'; a click on confusion.png")
-    print("under Artifacts shows the pictures side by side. Encoders are under 'Model registry'.", flush=True)
-    serve(store_uri(run.tracking_uri, Path(os.environ.get("DVC_ROOT", "."))), port)
+
+    def announce() -> None:
+        print(f"MLflow starts on http://127.0.0.1:{port} (about 15 s); Ctrl-C ends it.")
+        print(f"There: 'Model training' (top left, it opens as 'GenAI'), then Experiments > {run.experiment} > Runs.")
+        print(
+            "To compare arms: search for tags.task = 'fewshot-1pct', tick the runs, 'Compare'; a click on confusion.png"
+        )
+        print("under Artifacts shows the pictures side by side. Encoders are under 'Model registry'.", flush=True)
+
+    serve(store_uri(run.tracking_uri, Path(os.environ.get("DVC_ROOT", "."))), port, announce)
 
 
 if __name__ == "__main__":

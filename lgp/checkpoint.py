@@ -97,6 +97,18 @@ def _check_present(folder: Path) -> None:
         raise LgpError(f"no encoder in {folder}: run the stage that trains it first (`lgp {folder.parent.name}`)")
 
 
+def check_input_size(folder: Path, data: Prepared) -> None:
+    """Raise `LgpError` unless the encoder in `folder` takes images like the prepared ones."""
+    _check_present(folder)
+    takes = json.loads((folder / CONFIG).read_text())["pretrained_cfg"]["input_size"]
+    given = [data.channels, data.image_size, data.image_size]
+    if takes != given:
+        raise LgpError(
+            f"the encoder in {folder} takes images of {takes} (channels, height, width), the prepared ones are "
+            f"{given}: run `lgp {folder.parent.name}` on them first"
+        )
+
+
 def check_encoder_fits(folder: Path, model: ModelParams, data: DataParams) -> None:
     """Raise `LgpError` unless the encoder in `folder` has the dimensions that the parameters ask for."""
     _check_present(folder)

@@ -194,6 +194,7 @@ class RunParams(Section):
     """How to run, never what comes out: no stage of dvc.yaml lists this section."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count | None = None
     workers: Annotated[Whole, Field(ge=0)] = 0
     save_every_s: Positive = 60.0
     print_every_s: NonNegative = 10.0

@@ -80,7 +80,7 @@ def fit_arm(
     """
     params, model, crops = session.params, objective.model, objective.crops
     check_batches(len(crops.data.pretraining_ids), params)
-    device = choose_device(params.run.device)
+    device = choose_device(params.run)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     check_disk_space(session.store.folder, DISK_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
     model.to(device)

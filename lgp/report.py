@@ -115,7 +115,7 @@ def write_report(
     Returns:
         The champion: the arm with the best validation accuracy at the fewest labels.
     """
-    device = choose_device(params.run.device)
+    device = choose_device(params.run)
     baselines = [evaluate_baseline(name, data, params, device) for name in params.report.baselines]
     trained = [read_arm(metrics, arm, list(params.data.few_label_shares)) for arm in arms]
     results = results_table([*baselines, *trained])

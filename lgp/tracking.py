@@ -7,16 +7,18 @@ once and writes JSON lines instead; nothing that was computed is lost.
 import io
 import json
 import os
+import socket
 import sqlite3
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, redirect_stderr, suppress
+from contextlib import closing, contextmanager, redirect_stderr
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from filelock import FileLock
 
@@ -328,23 +330,23 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def serve(uri: str, port: int) -> None:
-    """Start MLflow's interface on 127.0.0.1 and stay until it is stopped.
+def serve(uri: str, port: int, announce: Callable[[], None]) -> NoReturn:
+    """Become MLflow's server on 127.0.0.1, after `announce` has told where.
 
     Raises:
-        LgpError: mlflow is not installed, or the server ends with an error.
+        LgpError: the port is in use, or the runs are not in a store of this project's own.
     """
-    import subprocess
-    import sys
-
     if not uri.startswith("sqlite:"):
         raise LgpError(f"runs are tracked at {uri}: open that address, `lgp ui` serves this project's own store only")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise LgpError(f"port {port} is in use: choose another, e.g. `lgp ui --port {port + 1}`") from None
     _configure()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with suppress(KeyboardInterrupt):
-        code = subprocess.run(command, check=False).returncode
-        if code > 0:
-            raise LgpError(
-                f"the MLflow server ended with code {code}; is port {port} taken? try `lgp ui --port {port + 1}`"
-            )
+    announce()
+    # in our place, so that whoever stops us stops the server
+    os.execv(sys.executable, command)

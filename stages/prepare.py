@@ -18,5 +18,7 @@ def prepare(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debu
         metrics = prepare_data(run.params.data, run.params.seed, run.out(PREPARED))
         run.write_metrics(metrics_path, metrics)
         run.tracker.tag("data_digest", metrics["digest"])
+        counts = ", ".join(f"{metrics[f'images/{s}']} {s}" for s in ("train", "unlabeled", "val", "test"))
+        print(f"prepare: {counts} images in {metrics['classes']} classes", flush=True)
         for unreadable in metrics["unreadable"]:
             print(f"prepare: left out {unreadable['path']} ({unreadable['reason']})")

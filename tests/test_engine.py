@@ -13,7 +13,7 @@ from lgp.device import choose_device
 from lgp.engine import Trainer
 from lgp.errors import LgpError
 from lgp.mim import pretrain_mim
-from lgp.params import Params
+from lgp.params import Params, RunParams
 from lgp.pretrain import Pretrained, Session
 
 PRETRAIN = {"mim": pretrain_mim, "cl": pretrain_cl}
@@ -151,6 +151,6 @@ def test_progress_lines_name_epoch_loss_speed_and_time_left(
 
 def test_absent_cuda_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto").type == "cpu"
+    assert choose_device(RunParams()).type == "cpu"
     with pytest.raises(LgpError, match=r"run\.device is cuda, but torch finds no CUDA device"):
-        choose_device("cuda")
+        choose_device(RunParams(device="cuda"))

@@ -173,10 +173,11 @@ def _write_shards(images: Iterable[bytes], folder: Path) -> None:
 def _check_readable(unreadable: list[dict[str, str]], total: int, params: DataParams) -> None:
     share = len(unreadable) / total
     if share > params.max_unreadable_share:
-        few = "; ".join(f"{u['path']} ({u['reason']})" for u in unreadable[:3])
+        few = "; ".join(f"{u['path']} ({u['reason']})" for u in unreadable[:3]) + ("; …" if len(unreadable) > 3 else "")
         raise LgpError(
             f"{len(unreadable)} of {total} files of {params.source} cannot be read, {share:.1%}, more than "
-            f"data.max_unreadable_share {params.max_unreadable_share:.1%}: {few}{'; …' if len(unreadable) > 3 else ''}"
+            f"data.max_unreadable_share {params.max_unreadable_share:.1%}: {few}; "
+            "remove them, or raise that share"
         )
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lgp.checkpoint import load_encoder
+from lgp.checkpoint import check_input_size, load_encoder
 from lgp.data.prepared import Prepared
 from lgp.device import choose_device
 from lgp.evaluate.features import Features, class_token_of
@@ -13,11 +13,13 @@ from lgp.stage import StageRun
 
 def encoder_features(folder: Path, data: Prepared, settings: RunParams) -> Features:
     """Extract the features of the encoder in `folder` for train, val and test."""
-    return Features.of(class_token_of(load_encoder(folder), choose_device(settings.device)), data)
+    check_input_size(folder, data)
+    return Features.of(class_token_of(load_encoder(folder), choose_device(settings)), data)
 
 
 def publish_outcome(run: StageRun, metrics: Path, predictions: Path, outcome: Outcome, data: Prepared) -> None:
     """Write the metric file and the predictions, and track both, with the confusion matrix as a picture."""
     outcome.predictions.to_parquet(run.out(predictions), index=False)
     run.write_metrics(metrics, dict(outcome.metrics))
+    print(f"{run.spec.arm} / {run.spec.task}: {outcome.metrics['test/top1']:.1f} % top-1 on test", flush=True)
     run.tracker.log_confusion(outcome.predictions, data.classes)
