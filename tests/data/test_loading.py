@@ -1,6 +1,7 @@
 """Batches as a function of the step."""
 
 import numpy as np
+import pytest
 import torch
 
 from lgp.data.loading import StepCrops, loader
@@ -14,6 +15,7 @@ def crops(prepared: Prepared, batch_size: int = 64, seed: int = 0) -> StepCrops:
     return StepCrops(prepared, VIEWS, 2, batch_size, seed, "cl")
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core
 def test_workers_give_the_same_batches(prepared: Prepared) -> None:
     alone = list(loader(crops(prepared), 2, 7, workers=0, pin=False))
     helped = list(loader(crops(prepared), 2, 7, workers=2, pin=False))
