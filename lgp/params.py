@@ -239,6 +239,20 @@ class Params(Section):
         return self
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader, which takes the last of two equal keys, made to refuse them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, each key once."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def load_params(path: Path) -> Params:
     """Read and check a parameter file.
 
@@ -254,7 +268,11 @@ def load_params(path: Path) -> Params:
             "folder, run `lgp preset use digits` there if it has none, or pass --params FILE"
         ) from None
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _UniqueKeys)
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise LgpError(f"{path} is not valid YAML{place}: {e.problem}") from None
     except yaml.YAMLError as e:
         raise LgpError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):

@@ -78,6 +78,13 @@ def test_missing_section_and_missing_file_are_named(tmp_path: Path, values: dict
 def test_broken_yaml_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text("seed: [1\nmim: }")
-    with pytest.raises(LgpError, match="not valid YAML") as error:
+    with pytest.raises(LgpError, match=r"is not valid YAML, line 2, column [0-9]+: ") as error:
         load_params(path)
     assert "\n" not in str(error.value)
+
+
+def test_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("seed: 0\nmim:\n  epochs: 1\n  epochs: 2\n")
+    with pytest.raises(LgpError, match="line 4, column 3: the key 'epochs' twice"):
+        load_params(path)
