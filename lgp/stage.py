@@ -100,6 +100,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False) -> Iterator[S
     store = StateStore(root / ".lgp" / "resume" / f"{spec.arm}-{spec.task}" / key, before["code"])
     store.acquire()
     succeeded = False
+    partial: dict[Path, Path] = {}
     try:
         if fresh:
             store.forget()
@@ -115,6 +116,8 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False) -> Iterator[S
             tracker.register()
         succeeded = True
     finally:
+        for written in partial.values():
+            _remove(written)
         store.close(succeeded)
 
 
@@ -122,7 +125,7 @@ def _remedy(path: Path) -> str:
     if path.name == "model.safetensors":
         arm = path.parent.parent.name
         return f"there is no encoder of arm {arm!r} yet, run `lgp {arm}`"
-    return "run the stage that writes it"
+    return "run `lgp prepare`" if path.name == "prepared" else "run the stage that writes it"
 
 
 def _digests(spec: StageSpec, params: Params, entry: Path) -> dict[str, Any]:
@@ -147,8 +150,7 @@ def _check_unchanged(spec: StageSpec, before: dict[str, Any], params_file: Path,
 def _start_output(path: Path) -> Path:
     """Return where an output is written first: beside its place, so that moving it there is one rename."""
     partial = path.with_name(f".{path.name}.partial")
-    if partial.is_dir():
-        shutil.rmtree(partial)
+    _remove(partial)
     partial.parent.mkdir(parents=True, exist_ok=True)
     if not path.suffix:
         partial.mkdir()
@@ -156,9 +158,15 @@ def _start_output(path: Path) -> Path:
 
 
 def _publish(written: Path, path: Path) -> None:
+    _remove(path)
+    written.replace(path)
+
+
+def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
-    written.replace(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def encoder_digest(folder: Path) -> str:

@@ -166,7 +166,7 @@ def test_tracking_that_fails_warns_once_and_loses_nothing(project: Path, monkeyp
         ({"mim": {"epoch": 5}}, ["mim"], "unknown key 'mim.epoch': did you mean 'epochs'?"),
         ({"cl": {"base_lr": -1}}, ["cl"], "cl.base_lr: -1 is not valid"),
         ({"data": {"source": "nowhere"}}, ["prepare"], "data.source 'nowhere' does not exist"),
-        ({}, ["mim"], "mim needs data/prepared, which does not exist"),
+        ({}, ["mim"], "mim needs data/prepared, which does not exist: run `lgp prepare`"),
         ({}, ["preset", "use", "cifar"], "no preset 'cifar': there are"),
         ({}, ["results"], "no results in reports/results.csv"),
     ],
@@ -206,6 +206,7 @@ def test_full_disk_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("lgp.data.prepare._write_shards", full)
     assert "disk full while writing images.arrow: free some space and run again" in error_of(lgp("prepare"))
+    assert not list(project.rglob("*.partial"))
 
 
 def test_debug_shows_the_traceback(project: Path, values: dict[str, Any]) -> None:
@@ -304,6 +305,10 @@ def test_preset_use_keeps_edits_unless_forced(project: Path, values: dict[str, A
     assert lgp("preset", "use", "cifar10-cpu").exit_code == 0
     listed = lgp("preset", "list").output
     assert all(p.stem in listed for p in (ROOT / "presets").glob("*.yaml"))
+
+
+def test_version_is_shown() -> None:
+    assert lgp("--version").output.split(".")[0].isdigit()
 
 
 def test_help_lists_every_command() -> None:
