@@ -65,8 +65,11 @@ def open_source(source: str) -> Source:
         return _parquet(path, files)
     if (path / "train").is_dir():
         return _image_folder(path)
+    folders = [p.name for p in _visible(path) if p.is_dir()] if path.is_dir() else []
+    found = f" (found the folders {', '.join(folders[:3])}: are these classes? then move them into train/)"
     raise LgpError(
         f"data.source {source!r} holds neither train/CLASS/*.jpg nor train-*.parquet: arrange it as one of the two"
+        + (found if folders else "")
     )
 
 

@@ -260,3 +260,9 @@ def test_preparing_twice_gives_the_same_digest_and_another_seed_another(tmp_path
 def test_unknown_share_names_those_there_are(prepared: Prepared) -> None:
     with pytest.raises(LgpError, match=r"no few-label share '5pct': prepared are 1pct, 10pct"):
         prepared.subsets("5pct")
+
+
+def test_class_folders_without_a_train_folder_are_recognised(tmp_path: Path, params: Params) -> None:
+    folder(tmp_path, {"ant": 2, "bee": 2}, split=".")
+    with pytest.raises(LgpError, match=r"found the folders ant, bee: are these classes\? then move them into train/"):
+        prepare(data_params(params, source=str(tmp_path)), 0, tmp_path)
