@@ -49,13 +49,30 @@ def _line(error: BaseException) -> str:
 
 app = typer.Typer(
     cls=OneLineErrors,
-    help="Layer Grafted Pre-training: from a folder of images to a label-efficient encoder.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 for command in (prepare, mim, cl, graft, linear, fewshot, report):
     app.command(rich_help_panel=PIPELINE)(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("lgp"))
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Layer Grafted Pre-training: from a folder of images to a label-efficient encoder."""
+
 
 preset_app = typer.Typer(help="Whole parameter files.", no_args_is_help=True)
 app.add_typer(preset_app, name="preset", rich_help_panel=TOOLS)

@@ -58,12 +58,13 @@ def champion(arms: list[ArmResults]) -> str:
 
 
 def write_page(
-    path: Path, table: pd.DataFrame, arms: list[ArmResults], compute: Mapping[str, float], best: str
+    path: Path, setting: str, table: pd.DataFrame, arms: list[ArmResults], compute: Mapping[str, float], best: str
 ) -> None:
     """Write report.md.
 
     Args:
         path: of the page; pictures lie beside it in `figures/`.
+        setting: what was trained on what, a sentence.
         table: of `results_table`.
         arms: the trained ones.
         compute: arm → PFLOP of its pre-training, the MIM half of a graft included.
@@ -72,6 +73,8 @@ def write_page(
     header, rows = wide_rows([{str(k): str(v) for k, v in row.items()} for row in table.to_dict("records")])
     lines = [
         "# Label efficiency",
+        "",
+        setting,
         "",
         "Top-1 accuracy on test in percent; ± is the standard deviation over subsets.",
         "",
@@ -126,5 +129,15 @@ def write_report(
     plot_reconstructions(figures / "reconstructions.png", load_file(arms["mim"] / "reconstructions.safetensors"))
     compute = {arm: json.loads((metrics / f"{arm}-pretrain.json").read_text())["train/pflop"] for arm in arms}
     compute["graft"] += compute["mim"]
-    write_page(page, results, trained, compute, best)
+    write_page(page, _setting(params, data), results, trained, compute, best)
     return best
+
+
+def _setting(params: Params, data: Prepared) -> str:
+    model, size = params.model, data.image_size
+    counts = ", ".join(f"{len(data.ids(split))} {split}" for split in ("train", "unlabeled", "val", "test"))
+    return (
+        f"`{params.data.source}`: {counts} images of {size}×{size}×{data.channels} in {len(data.classes)} classes. "
+        f"ViT of width {model.width}, depth {model.depth}, {model.heads} heads, patch {model.patch_size}; "
+        f"seed {params.seed}."
+    )

@@ -59,11 +59,19 @@ def test_champion_is_chosen_on_validation_not_test() -> None:
 
 
 def test_page_names_gaps_compute_and_pictures(tmp_path: Path) -> None:
-    write_page(tmp_path / "report.md", results_table(ARMS), ARMS, {"mim": 0.5, "cl": 2, "graft": 1.5}, "cl")
+    write_page(
+        tmp_path / "report.md",
+        "What was trained.",
+        results_table(ARMS),
+        ARMS,
+        {"mim": 0.5, "cl": 2, "graft": 1.5},
+        "cl",
+    )
     page = (tmp_path / "report.md").read_text()
     assert "| graft over mim | 1 % | +5.0 ± 0.0 | 3 of 3 |" in page
     assert "| graft over cl | 10 % | +3.0 ± 0.0 | 3 of 3 |" in page
     assert "| graft | 1.5 |" in page
+    assert "What was trained." in page
     assert "(figures/label_efficiency.png)" in page
 
 
