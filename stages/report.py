@@ -1,5 +1,7 @@
 """Stage `report`: all results in one table and one page, and the champion of the registry."""
 
+import json
+
 from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile
 from stages.paths import ARMS, METRICS, PREPARED, RECONSTRUCTIONS, REPORTS, arm_folder, encoder_folder, metrics_file
 
@@ -17,8 +19,10 @@ def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
     reads += [arm_folder(arm) / "curves.csv" for arm in ARMS]
     reads += [arm_folder("mim") / RECONSTRUCTIONS, *(encoder_folder(arm) / "model.safetensors" for arm in ARMS)]
     page, table, figures = REPORTS / "report.md", REPORTS / "results.csv", REPORTS / "figures"
+    # not in git, unlike the rest: so a fresh clone runs this stage, and its registry gets a champion
+    champion = REPORTS / "champion.json"
     sections = ["seed", "data", "model", "linear", "fewshot", "report"]
-    spec = StageSpec("report", sections, reads, [table, page, figures], "all", "report")
+    spec = StageSpec("report", sections, reads, [table, page, figures, champion], "all", "report")
     with stage(spec, params_file, fresh) as run:
         folders = {arm: arm_folder(arm) for arm in ARMS}
         best = write_report(
@@ -26,4 +30,6 @@ def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
         )
         for picture in sorted(run.out(figures).iterdir()):
             run.tracker.log_figure(picture)
-        run.tracker.crown(encoder_folder(best), best, encoder_digest(encoder_folder(best)))
+        digest = encoder_digest(encoder_folder(best))
+        run.out(champion).write_text(json.dumps({"arm": best, "encoder_digest": digest}) + "\n")
+        run.tracker.crown(encoder_folder(best), best, digest)
