@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import yaml
-
 from lgp.errors import LgpError
 
 FOLDER = Path(__file__).resolve().parent.parent / "presets"
@@ -23,14 +21,7 @@ def use(name: str, target: Path, force: bool) -> None:
     source = FOLDER / f"{name}.yaml"
     if not source.exists():
         raise LgpError(f"no preset {name!r}: there are {', '.join(names())}")
-    if target.exists() and not force and not _is_a_preset(target):
+    text = source.read_text()
+    if target.exists() and not force and target.read_text() not in {p.read_text() for p in FOLDER.glob("*.yaml")}:
         raise LgpError(f"{target} has edits that no preset holds: keep a copy, then add --force to overwrite them")
-    target.write_text(source.read_text())
-
-
-def _is_a_preset(target: Path) -> bool:
-    try:
-        values = yaml.safe_load(target.read_text())
-    except yaml.YAMLError:
-        return False
-    return any(yaml.safe_load(p.read_text()) == values for p in FOLDER.glob("*.yaml"))
+    target.write_text(text)
