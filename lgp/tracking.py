@@ -7,6 +7,7 @@ once and writes JSON lines instead; nothing that was computed is lost.
 import io
 import json
 import os
+import shutil
 import socket
 import sqlite3
 import sys
@@ -189,11 +190,6 @@ class Tracker:
         except Exception as e:  # noqa: BLE001
             self.give_up(e)
 
-    @property
-    def run_id(self) -> str | None:
-        """MLflow's id of the run, None without MLflow."""
-        return getattr(self._mlflow, "run_id", None)
-
     def log_epoch(self, values: dict[str, float]) -> None:
         """Take the values of one epoch (key `epoch`, from 1); sent on every few seconds, for calls are slow."""
         epoch = int(values["epoch"])
@@ -233,6 +229,10 @@ class Tracker:
             path = Path(folder) / name
             draw(figures, path)
             self.log_figure(path)
+            if self._mlflow is None:
+                kept = self._lines.with_suffix("")
+                kept.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, kept)
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag of the run."""
