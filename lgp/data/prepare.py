@@ -172,7 +172,7 @@ def _write_shards(images: Iterable[bytes], folder: Path) -> None:
 
 def _check_readable(unreadable: list[dict[str, str]], total: int, params: DataParams) -> None:
     share = len(unreadable) / total
-    if share > params.max_unreadable_share:
+    if len(unreadable) == total or share > params.max_unreadable_share:
         few = "; ".join(f"{u['path']} ({u['reason']})" for u in unreadable[:3]) + ("; …" if len(unreadable) > 3 else "")
         raise LgpError(
             f"{len(unreadable)} of {total} files of {params.source} cannot be read, {share:.1%}, more than "

@@ -161,7 +161,13 @@ def _parquet(root: Path, files: list[Path]) -> Source:
             columns = ["image"] if split == "unlabeled" else ["image", "label"]
             rows = (row for b in pq.ParquetFile(file).iter_batches(256, columns=columns) for row in b.to_pylist())
             for number, row in enumerate(rows):
-                label = index.get(row.get("label"), -1)
+                given = row.get("label")
+                label = index.get(given, -1)
+                if label < 0 and given is not None and given >= 0:
+                    raise LgpError(
+                        f"{file}: row {number} has the label {given}, which is none of the {len(index)} classes "
+                        f"({'named in the schema' if names else 'found in train'}): mend or remove it"
+                    )
                 data = (row["image"] or {}).get("bytes") or b""
                 of_row = "unlabeled" if split == "train" and label < 0 else split
                 yield Record(of_row, label, f"{file.name}#{number}", partial(_same, data))
