@@ -13,13 +13,13 @@ DPI = 120
 
 
 def plot_label_efficiency(path: Path, table: pd.DataFrame) -> None:
-    """Draw accuracy over the number of labels, a line with error bars per arm."""
+    """Draw accuracy over the share of labels, a line with error bars per arm."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for arm, rows in table[table["task"] != "knn"].groupby("arm", sort=False):
         rows = rows.sort_values("labels")
         axes.errorbar(
-            rows["labels"],
+            100 * rows["labels"] / table["labels"].max(),
             rows["top1_mean"],
             rows["top1_std"],
             label=arm,
@@ -27,7 +27,7 @@ def plot_label_efficiency(path: Path, table: pd.DataFrame) -> None:
             capsize=3,
             color=COLOURS.get(str(arm)),
         )
-    axes.set(xscale="log", xlabel="labelled images", ylabel="test top-1, %")
+    axes.set(xscale="log", xlabel="share of the labels, %", ylabel="test top-1, %")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=DPI)
