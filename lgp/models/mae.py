@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from lgp.models.vit import embed, encode_tokens, init_as_mae, sincos_positions
+from lgp.models.vit import embed, encode_tokens, init_as_mae, keep_patches, sincos_positions
 
 NORM_EPS = 1e-6
 
@@ -81,8 +81,7 @@ class MAE(nn.Module):
     def encode(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode the kept patches: returns latent (B, 1 + n, D), mask (B, N), ids_restore (B, N)."""
         ids_keep, ids_restore, mask = random_masking(noise, self.mask_ratio)
-        tokens = embed(self.encoder, images)
-        kept = tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]))
+        kept = keep_patches(embed(self.encoder, images), ids_keep)
         return encode_tokens(self.encoder, kept), mask, ids_restore
 
     def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ class MAE(nn.Module):
         b, n = ids_restore.shape
         mask_tokens = self.mask_token.to(tokens.dtype).expand(b, n + 1 - tokens.shape[1], -1)
         patches = torch.cat([tokens[:, 1:], mask_tokens], dim=1)
-        patches = patches.gather(1, ids_restore[:, :, None].expand(-1, -1, tokens.shape[2]))
+        patches = keep_patches(patches, ids_restore)
         tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
         return self.decoder_pred(self.decoder_norm(self.decoder_blocks(tokens)))[:, 1:]
 
@@ -105,7 +104,7 @@ class MAE(nn.Module):
         latent, mask, ids_restore = self.encode(images, noise)
         prediction = self.decode(latent, ids_restore)
         target = normalize_patches(patchify(images, self.patch_size))
-        loss = (prediction.float() - target).square().mean(dim=-1)
+        loss = (prediction.to(target.dtype) - target).square().mean(dim=-1)
         return (loss * mask).sum() / mask.sum()
 
     @torch.no_grad()

@@ -9,36 +9,28 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-
-def mlp(layers: int, width_in: int, hidden: int, width_out: int) -> nn.Sequential:
-    """Build a head of MoCo v3: linear layers without bias, each followed by BatchNorm, ReLU between.
-
-    The last BatchNorm has no affine parameters.
-    """
-    modules: list[nn.Module] = []
-    for i in range(layers):
-        last = i == layers - 1
-        wide_in, wide_out = width_in if i == 0 else hidden, width_out if last else hidden
-        modules += [nn.Linear(wide_in, wide_out, bias=False), nn.BatchNorm1d(wide_out, affine=not last)]
-        if not last:
-            modules.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*modules)
+from lgp.distributed import gather, rank
+from lgp.models.heads import mlp
+from lgp.models.vit import View, class_token
 
 
 def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
     """InfoNCE in MoCo v3's scaling, 2T · cross-entropy (algorithm 1): the i-th key is the i-th query's positive.
 
+    The keys of all processes are the candidates.
+
     Args:
         queries: (B, D), of any length.
-        keys: (B, D), the momentum encoder's, of any length.
+        keys: (B, D), the momentum encoder's, of any length, without gradient.
         temperature: T.
 
     Returns:
-        The mean loss of the batch.
+        The mean loss of this process's queries.
     """
-    queries, keys = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+    queries, keys = F.normalize(queries, dim=1), gather(F.normalize(keys, dim=1))
     logits = queries @ keys.T / temperature
-    return F.cross_entropy(logits, torch.arange(len(queries), device=queries.device)) * (2 * temperature)
+    positives = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
+    return F.cross_entropy(logits, positives) * (2 * temperature)
 
 
 def momentum_at(progress: float, base: float) -> float:
@@ -56,13 +48,11 @@ class MoCo(nn.Module):
         projector_dim: int,
         predictor_hidden: int,
         temperature: float,
-        freeze_patch_embed: bool,
+        momentum: float,
     ) -> None:
-        """Put heads on `encoder` and copy it; the patch embedding stays as it is where frozen (section 4.1)."""
+        """Put heads on `encoder` and copy it; `momentum` is the first, it goes to 1 along a cosine."""
         super().__init__()
-        self.temperature = temperature
-        if freeze_patch_embed:
-            encoder.patch_embed.requires_grad_(False)
+        self.temperature, self.momentum = temperature, momentum
         self.encoder = encoder
         self.projector = mlp(3, encoder.embed_dim, projector_hidden, projector_dim)
         self.predictor = mlp(2, projector_dim, predictor_hidden, projector_dim)
@@ -77,12 +67,15 @@ class MoCo(nn.Module):
         queries = [*self.encoder.parameters(), *self.projector.parameters()]
         average([k.detach() for k in keys], [q.detach() for q in queries], 0)
 
-    def forward(self, view1: Tensor, view2: Tensor, momentum: float) -> Tensor:
-        """Return the symmetric loss of two views (B, C, H, W), after moving the momentum encoder."""
-        query1 = self.predictor(self.projector(self.encoder(view1)))
-        query2 = self.predictor(self.projector(self.encoder(view2)))
+    def forward(self, view1: View, view2: View, progress: float) -> Tensor:
+        """Return the symmetric loss of two views of each image, after moving the momentum encoder.
+
+        The momentum encoder sees the views whole. `progress`, in [0, 1] of the training, sets the momentum.
+        """
+        query1 = self.predictor(self.projector(class_token(self.encoder, view1)))
+        query2 = self.predictor(self.projector(class_token(self.encoder, view2)))
         with torch.no_grad():
-            self.update_momentum_encoder(momentum)
-            key1 = self.momentum_projector(self.momentum_encoder(view1))
-            key2 = self.momentum_projector(self.momentum_encoder(view2))
+            self.update_momentum_encoder(momentum_at(progress, self.momentum))
+            key1 = self.momentum_projector(self.momentum_encoder(view1.images))
+            key2 = self.momentum_projector(self.momentum_encoder(view2.images))
         return contrastive_loss(query1, key2, self.temperature) + contrastive_loss(query2, key1, self.temperature)

@@ -1,7 +1,7 @@
 """The encoder: timm's ViT with fixed 2D sin-cos positions, initialised as MAE or MoCo v3 do."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -95,6 +95,13 @@ def init_encoder_as_moco(encoder: VisionTransformer) -> None:
     nn.init.normal_(encoder.cls_token, std=1e-6)
 
 
+class View(NamedTuple):
+    """A view of each image of a batch, as a contrastive model takes it."""
+
+    images: Tensor  # (B, C, S, S), normalised
+    ids_keep: Tensor | None = None  # (B, n), the patches that the learning encoder sees; None: all
+
+
 def embed(encoder: VisionTransformer, images: Tensor) -> Tensor:
     """Turn images (B, C, H, W) into patch tokens with their positions, (B, N, width), no class token."""
     return encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
@@ -104,3 +111,16 @@ def encode_tokens(encoder: VisionTransformer, tokens: Tensor) -> Tensor:
     """Put the class token before tokens (B, n, width), run blocks and final norm: (B, 1 + n, width)."""
     cls_token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
     return encoder.norm(encoder.blocks(torch.cat([cls_token, tokens], dim=1)))
+
+
+def keep_patches(tokens: Tensor, ids_keep: Tensor) -> Tensor:
+    """Pick the patch tokens (B, N, D) named by `ids_keep` (B, n): (B, n, D)."""
+    return tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def class_token(encoder: VisionTransformer, view: View) -> Tensor:
+    """Encode a view, or only the patches of it that are to be seen: the class token after the final norm, (B, D)."""
+    if view.ids_keep is None:
+        whole: Tensor = encoder(view.images)
+        return whole
+    return encode_tokens(encoder, keep_patches(embed(encoder, view.images), view.ids_keep))[:, 0]

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lgp.models.moco import MoCo, contrastive_loss, mlp, momentum_at
-from lgp.models.vit import build_encoder, init_encoder_as_moco
+from lgp.cl import build_contrastive
+from lgp.models.heads import mlp
+from lgp.models.moco import MoCo, contrastive_loss, momentum_at
+from lgp.models.vit import View, build_encoder, class_token, init_encoder_as_moco
 from lgp.params import Params
 
 
@@ -16,7 +18,9 @@ from lgp.params import Params
 def moco(params: Params) -> MoCo:
     encoder = build_encoder(params.model, params.data)
     init_encoder_as_moco(encoder)
-    return MoCo(encoder, 32, 16, 24, temperature=0.2, freeze_patch_embed=True)
+    moco = build_contrastive(encoder, params.contrastive.model_copy(update={"momentum": 0.7}))
+    assert isinstance(moco, MoCo)
+    return moco
 
 
 def slow_loss(queries: Tensor, keys: Tensor, temperature: float) -> float:
@@ -77,17 +81,39 @@ def test_forward_is_symmetric_and_moves_momentum_first(moco: MoCo) -> None:
     queries = [reference.predictor(reference.projector(reference.encoder(v))) for v in (view1, view2)]
     keys = [reference.momentum_projector(reference.momentum_encoder(v)) for v in (view1, view2)]
     expected = slow_loss(queries[0], keys[1], 0.2) + slow_loss(queries[1], keys[0], 0.2)
-    assert moco(view1, view2, 0.7).item() == pytest.approx(expected, rel=1e-5)
+    assert moco(View(view1), View(view2), 0.0).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_gradient_reaches_the_query_side_only(moco: MoCo) -> None:
-    moco(torch.randn(6, 1, 8, 8), torch.randn(6, 1, 8, 8), 0.99).backward()
+    moco(View(torch.randn(6, 1, 8, 8)), View(torch.randn(6, 1, 8, 8)), 0.5).backward()
     without = {name.split(".")[0] + "." + name.split(".")[1] for name, p in moco.named_parameters() if p.grad is None}
     momentum = {f"{n.split('.')[0]}.{n.split('.')[1]}" for n, _ in moco.named_parameters() if n.startswith("momentum_")}
     assert without == momentum | {"encoder.patch_embed", "encoder.pos_embed"}
 
 
 def test_patch_embedding_trains_unless_frozen(params: Params) -> None:
-    moco = MoCo(build_encoder(params.model, params.data), 32, 16, 24, 0.2, freeze_patch_embed=False)
+    free = params.contrastive.model_copy(update={"freeze_patch_embed": False})
+    moco = build_contrastive(build_encoder(params.model, params.data), free)
     assert moco.encoder.patch_embed.proj.weight.requires_grad
     assert not moco.encoder.pos_embed.requires_grad
+
+
+def test_learning_encoder_sees_kept_patches_only_and_momentum_encoder_all(moco: MoCo) -> None:
+    moco.eval()
+    images, ids_keep = torch.randn(6, 1, 8, 8), torch.tensor([[0, 5, 9]]).expand(6, -1)
+    other = images.clone()
+    other[:, :, 4:, 6:] += 1  # patches 11 and 15 of the 4×4 grid
+    query = class_token(moco.encoder, View(images, ids_keep))
+    assert torch.equal(query, class_token(moco.encoder, View(other, ids_keep)))
+    assert not torch.allclose(query, class_token(moco.encoder, View(images)))
+    assert not torch.allclose(
+        moco(View(images, ids_keep), View(images, ids_keep), 1.0),
+        moco(View(other, ids_keep), View(other, ids_keep), 1.0),
+    )
+
+
+def test_keeping_every_patch_is_seeing_the_view_whole(moco: MoCo) -> None:
+    moco.eval()
+    images = torch.randn(3, 1, 8, 8)
+    kept = class_token(moco.encoder, View(images, torch.arange(16).expand(3, -1)))
+    assert torch.allclose(kept, class_token(moco.encoder, View(images)), atol=1e-6)

@@ -1,0 +1,51 @@
+"""A simple framework for contrastive learning (SimCLR, Chen et al. 2020, arXiv 2002.05709)."""
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lgp.distributed import gather, rank
+from lgp.models.heads import mlp
+from lgp.models.vit import View, class_token
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """Normalised temperature-scaled cross-entropy (equation 1): of 2N views each has one positive, 2N - 2 negatives.
+
+    The views of all processes are candidates.
+
+    Args:
+        z1: (B, D) projections of the first views, of any length.
+        z2: (B, D) of the second views of the same images.
+        temperature: τ.
+
+    Returns:
+        The mean loss of this process's 2B views.
+    """
+    z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    anchors, candidates = torch.cat([z1, z2]), torch.cat([gather(z1), gather(z2)])
+    n = len(candidates) // 2
+    first = torch.arange(len(z1), device=z1.device) + rank() * len(z1)
+    itself, positives = torch.cat([first, first + n]), torch.cat([first + n, first])
+    similarity = anchors @ candidates.T / temperature
+    similarity = similarity.scatter(1, itself[:, None], float("-inf"))  # a view is no candidate of its own
+    return F.cross_entropy(similarity, positives)
+
+
+class SimCLR(nn.Module):
+    """An encoder with a projector of two layers."""
+
+    def __init__(
+        self, encoder: VisionTransformer, projector_hidden: int, projector_dim: int, temperature: float
+    ) -> None:
+        """Put the projector on `encoder`."""
+        super().__init__()
+        self.temperature = temperature
+        self.encoder = encoder
+        self.projector = mlp(2, encoder.embed_dim, projector_hidden, projector_dim)
+
+    def forward(self, view1: View, view2: View, progress: float) -> Tensor:
+        """Return the loss of two views of each image; it is the same at any `progress`."""
+        z1, z2 = (self.projector(class_token(self.encoder, view)) for view in (view1, view2))
+        return nt_xent(z1, z2, self.temperature)

@@ -1,0 +1,60 @@
+"""Variance-invariance-covariance regularisation (VICReg, Bardes et al. 2022, arXiv 2105.04906)."""
+
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lgp.distributed import gather
+from lgp.models.heads import mlp
+from lgp.models.vit import View, class_token
+from lgp.params import VicregWeights
+
+EPS = 1e-4  # section 4.1
+GAMMA = 1.0  # the deviation that each dimension is to reach, section 4.1
+
+
+def variance_term(z: Tensor) -> Tensor:
+    """Hinge on the deviation of each dimension of (N, D), averaged over dimensions (equations 1 and 2)."""
+    return F.relu(GAMMA - (z.var(dim=0) + EPS).sqrt()).mean()
+
+
+def covariance_term(z: Tensor) -> Tensor:
+    """Sum the squared covariances between different dimensions of (N, D), divided by D (equations 3 and 4)."""
+    z = z - z.mean(dim=0)
+    squares = (z.T @ z / (len(z) - 1)).square()
+    return (squares.sum() - squares.diagonal().sum()) / z.shape[1]
+
+
+def vicreg_loss(z1: Tensor, z2: Tensor, weights: VicregWeights) -> Tensor:
+    """Weigh and sum the three terms, over the batch of all processes (algorithm 1).
+
+    The invariance term is the mean over images and dimensions, as in algorithm 1; equation 5 sums over dimensions.
+
+    Args:
+        z1: (B, D) expanded embeddings of the first views, not normalised.
+        z2: (B, D) of the second views of the same images.
+        weights: of the terms.
+    """
+    z1, z2 = gather(z1), gather(z2)
+    invariance = F.mse_loss(z1, z2)
+    variance = variance_term(z1) + variance_term(z2)
+    covariance = covariance_term(z1) + covariance_term(z2)
+    return weights.invariance * invariance + weights.variance * variance + weights.covariance * covariance
+
+
+class VICReg(nn.Module):
+    """An encoder with an expander of three layers, whose last has no BatchNorm."""
+
+    def __init__(
+        self, encoder: VisionTransformer, expander_hidden: int, expander_dim: int, weights: VicregWeights
+    ) -> None:
+        """Put the expander on `encoder`."""
+        super().__init__()
+        self.weights = weights
+        self.encoder = encoder
+        self.projector = mlp(3, encoder.embed_dim, expander_hidden, expander_dim, last_norm=False)
+
+    def forward(self, view1: View, view2: View, progress: float) -> Tensor:
+        """Return the loss of two views of each image; it is the same at any `progress`."""
+        z1, z2 = (self.projector(class_token(self.encoder, view)) for view in (view1, view2))
+        return vicreg_loss(z1, z2, self.weights)
