@@ -11,14 +11,16 @@ from lgp.errors import LgpError, is_disk_full
 from stages.cl import cl
 from stages.fewshot import fewshot
 from stages.graft import graft
+from stages.joint import joint
 from stages.linear import linear
 from stages.mim import mim
 from stages.options import DEFAULT_PARAMS, ParamsFile
 from stages.paths import REPORTS
 from stages.prepare import prepare
 from stages.report import report
+from stages.reverse import reverse
 
-PIPELINE, TOOLS = "Pipeline", "Tools"
+PIPELINE, CONTROLS, TOOLS = "Pipeline", "Controls of the paper", "Tools"
 
 
 class OneLineErrors(TyperGroup):
@@ -55,6 +57,8 @@ app = typer.Typer(
 )
 for command in (prepare, mim, cl, graft, linear, fewshot, report):
     app.command(rich_help_panel=PIPELINE)(command)
+for command in (joint, reverse):
+    app.command(rich_help_panel=CONTROLS)(command)
 
 
 def _print_version(wanted: bool) -> None:

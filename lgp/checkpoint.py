@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lgp.data.prepared import Prepared
-from lgp.errors import LgpError
+from lgp.errors import LgpError, no_encoder
 from lgp.models.vit import ARCHITECTURE, model_args
 from lgp.params import DataParams, ModelParams
 
@@ -94,7 +94,7 @@ def load_encoder(folder: Path) -> VisionTransformer:
 
 def _check_present(folder: Path) -> None:
     if not (folder / WEIGHTS).exists() or not (folder / CONFIG).exists():
-        raise LgpError(f"no encoder in {folder}: run the stage that trains it first (`lgp {folder.parent.name}`)")
+        raise LgpError(f"{no_encoder(folder.parent.name)} (looked in {folder})")
 
 
 def check_input_size(folder: Path, data: Prepared) -> None:
@@ -120,7 +120,7 @@ def check_encoder_fits(folder: Path, model: ModelParams, data: DataParams) -> No
 
 
 class StateStore:
-    """The resume state of one training: two files in turn, each with its digest, under a lock.
+    """The resume state of one training: two files in turn, each with its digest, under locks.
 
     A state that is torn (power loss in the middle of a write) is noticed by its digest, and the one
     before it used. Code that differs writes files of other names, so its states are kept, not used.
@@ -133,20 +133,28 @@ class StateStore:
         self.latest = folder / f"state-{code_digest[:16]}.pt"
         self.previous = self.latest.with_suffix(".previous.pt")
         self.run_id_file = folder / f"run_id-{code_digest[:16]}"
-        # one lock for all parameters: two runs of a stage write to the same place
-        self._lock = FileLock(folder.parent / "lock")
-        self._pid_file = folder.parent / "pid"
+        # two trainers clash over a state (the same parameters) or over a result (the same stage in the same folder;
+        # DVC's experiments run in folders of their own, and share this one's states)
+        here = hashlib.sha256(os.getcwd().encode()).hexdigest()[:16]
+        self._locks = [FileLock(folder.parent / f"{name}.lock") for name in (folder.name, f"in-{here}")]
 
     def acquire(self) -> None:
-        """Take the lock; raise `LgpError` with the holder's process id where another trainer has it."""
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            holder = self._pid_file.read_text().strip()
-            raise LgpError(
-                f"process {holder} is training the same thing (it holds {self.folder.parent}): wait for it, or stop it"
-            ) from None
-        self._pid_file.write_text(f"{os.getpid()}\n")
+        """Take the locks; raise `LgpError` with the holder's process id where another trainer has one."""
+        for lock in self._locks:
+            holder = Path(lock.lock_file).with_suffix(".pid")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                self._release()
+                pid = holder.read_text().strip() if holder.exists() else "unknown"
+                raise LgpError(
+                    f"process {pid} is training the same thing (it holds {lock.lock_file}): wait for it, or stop it"
+                ) from None
+            holder.write_text(f"{os.getpid()}\n")
+
+    def _release(self) -> None:
+        for lock in self._locks:
+            lock.release()
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a state durably (write, fsync, rename).
@@ -198,4 +206,4 @@ class StateStore:
             self.run_id_file.unlink(missing_ok=True)
         if not any(self.folder.glob("state-*")):
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.release()
+        self._release()

@@ -1,60 +1,114 @@
-"""Contrastive learning (MoCo v3, Chen et al. 2021): the baseline, and what the graft continues with."""
+"""Contrastive learning: the baseline (MoCo v3, Chen et al. 2021), and what the graft continues with."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lgp.data.loading import StepCrops
 from lgp.data.views import photometric
-from lgp.models.moco import MoCo, momentum_at
-from lgp.models.vit import build_encoder, init_encoder_as_moco
+from lgp.models.mae import random_masking
+from lgp.models.moco import MoCo
+from lgp.models.simclr import SimCLR
+from lgp.models.vicreg import VICReg
+from lgp.models.vit import View, build_encoder, init_encoder_as_moco
 from lgp.optim import peak_rate
-from lgp.params import Params, TrainingParams
+from lgp.params import ContrastiveParams, TrainingParams
 from lgp.pretrain import Objective, Pretrained, Session, fit_arm
 from lgp.randomness import generator, seeded
 
 BETAS = (0.9, 0.999)  # MoCo v3 names none: AdamW's own
 
+Contrastive = MoCo | SimCLR | VICReg
+Contrast = Callable[[Tensor, int], Tensor]
+
 
 def pretrain_cl(session: Session) -> Pretrained:
-    """Train MoCo v3 from scratch (Chen et al. 2021): the contrastive baseline."""
+    """Train contrastively from scratch, by MoCo v3 unless told otherwise: the contrastive baseline."""
     params = session.params
     with seeded(params.seed, "cl/init"):
         encoder = build_encoder(params.model, params.data)
         init_encoder_as_moco(encoder)
-        moco = build_moco(encoder, params)
+        model = build_contrastive(encoder, params.contrastive)
     rate = peak_rate(params.cl.base_lr, params.cl.batch_size)
-    rates = {name: rate for name, _ in moco.named_parameters()}
-    return contrast("cl", moco, rates, params.cl, session)
+    rates = {name: rate for name, _ in model.named_parameters()}
+    return contrast("cl", model, rates, params.cl, session)
 
 
-def build_moco(encoder: VisionTransformer, params: Params) -> MoCo:
-    """Put MoCo v3's heads on an encoder; positions stay fixed."""
+def build_contrastive(encoder: VisionTransformer, params: ContrastiveParams) -> Contrastive:
+    """Put the heads of `objective` on an encoder; positions stay fixed, the patch embedding where asked.
+
+    A random patch embedding, frozen, is what keeps MoCo v3 stable (section 4.1).
+    """
     encoder.pos_embed.requires_grad_(False)
-    c = params.contrastive
-    return MoCo(encoder, c.projector_hidden, c.projector_dim, c.predictor_hidden, c.temperature, c.freeze_patch_embed)
+    if params.freeze_patch_embed:
+        encoder.patch_embed.requires_grad_(False)
+    hidden, dim, temperature = params.projector_hidden, params.projector_dim, params.temperature
+    if params.objective == "simclr":
+        return SimCLR(encoder, hidden, dim, temperature)
+    if params.objective == "vicreg":
+        return VICReg(encoder, hidden, dim, params.vicreg)
+    return MoCo(encoder, hidden, dim, params.predictor_hidden, temperature, params.momentum)
 
 
-def contrast(name: str, moco: MoCo, rates: Mapping[str, float], stage: TrainingParams, session: Session) -> Pretrained:
-    """Train MoCo v3 as the stage `name`.
+def contrastive_loss_of(name: str, model: Contrastive, total: int, session: Session) -> Contrast:
+    """Return the loss as a function of (crops (B, V ≥ 2, C, S, S) uint8, step), on the first two crops.
+
+    Args:
+        name: the stage, which keeps its draws apart from other stages'.
+        model: encoder and heads.
+        total: steps of the training.
+        session: images and parameters.
+    """
+    data, params = session.data, session.params
+    views, mask_ratio = params.contrastive.views, params.contrastive.mask_ratio
+    patches = model.encoder.patch_embed.num_patches
+
+    def seen(images: Tensor, step: int, view: int) -> Tensor | None:
+        if not mask_ratio:
+            return None
+        noise = torch.rand(len(images), patches, generator=generator(params.seed, f"{name}/mask", step, view))
+        return random_masking(noise.to(images.device), mask_ratio)[0]
+
+    def loss_of(crops: Tensor, step: int) -> Tensor:
+        rng = generator(params.seed, f"{name}/colours", step)
+        images = [data.normalize(photometric(crops[:, v].float() / 255, v, views, rng)) for v in (0, 1)]
+        view1, view2 = (View(of_view, seen(of_view, step, v)) for v, of_view in enumerate(images))
+        loss: Tensor = model(view1, view2, step / total)
+        return loss
+
+    return loss_of
+
+
+def _no_penalty() -> float:
+    return 0.0
+
+
+def contrast(
+    name: str,
+    model: Contrastive,
+    rates: Mapping[str, float],
+    stage: TrainingParams,
+    session: Session,
+    penalty: Callable[[], Tensor | float] = _no_penalty,
+    held: frozenset[str] = frozenset(),
+) -> Pretrained:
+    """Train contrastively as the stage `name`.
 
     Args:
         name: `cl` or `graft`.
-        moco: encoder, momentum encoder and heads.
+        model: encoder and heads.
         rates: parameter name → peak learning rate.
         stage: epochs, batch, warm-up and weight decay.
         session: images, parameters, resume states and observer.
+        penalty: added to the loss of every step.
+        held: parameters that the penalty keeps near their start, so that they may hardly move.
     """
-    data, params = session.data, session.params
-    views = params.contrastive.views
-    crops = StepCrops(data, views, 2, stage.batch_size, params.seed, name)
-    total = stage.epochs * crops.steps_per_epoch
+    crops = StepCrops(session.data, session.params.contrastive.views, 2, stage.batch_size, session.params.seed, name)
+    contrastive = contrastive_loss_of(name, model, stage.epochs * crops.steps_per_epoch, session)
 
     def loss_of(batch: Tensor, step: int) -> Tensor:
-        rng = generator(params.seed, f"{name}/colours", step)
-        view1, view2 = (data.normalize(photometric(batch[:, view].float() / 255, view, views, rng)) for view in (0, 1))
-        loss: Tensor = moco(view1, view2, momentum_at(step / total, params.contrastive.momentum))
-        return loss
+        return contrastive(batch, step) + penalty()
 
-    return fit_arm(Objective(name, moco, moco.encoder, loss_of, crops), rates, BETAS, stage, session)
+    return fit_arm(Objective(name, model, model.encoder, loss_of, crops, held), rates, BETAS, stage, session)

@@ -1,8 +1,10 @@
 """Masked image modelling of the encoder (MAE, He et al. 2022): the lower half of the graft."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lgp.checkpoint import save_tensors
@@ -11,6 +13,7 @@ from lgp.data.prepared import Prepared
 from lgp.models.mae import MAE
 from lgp.models.vit import build_encoder, init_encoder_as_mae
 from lgp.optim import peak_rate
+from lgp.params import MimParams
 from lgp.pretrain import Objective, Pretrained, Session, fit_arm
 from lgp.randomness import generator, seeded
 
@@ -20,23 +23,41 @@ RECONSTRUCTIONS = 10  # images in the picture
 
 def pretrain_mim(session: Session) -> Pretrained:
     """Train a masked autoencoder from scratch (MAE, He et al. 2022)."""
-    data, params = session.data, session.params
+    data, params, mim = session.data, session.params, session.params.mim
     with seeded(params.seed, "mim/init"):
         encoder = build_encoder(params.model, params.data)
         init_encoder_as_mae(encoder)
-        mim = params.mim
-        mae = MAE(encoder, mim.mask_ratio, mim.decoder_width, mim.decoder_depth, mim.decoder_heads)
-    patches = encoder.patch_embed.num_patches
-
-    def loss_of(crops: Tensor, step: int) -> Tensor:
-        noise = torch.rand(len(crops), patches, generator=generator(params.seed, "mim/mask", step))
-        loss: Tensor = mae(data.normalize(crops[:, 0]), noise.to(crops.device))
-        return loss
-
+        mae = build_mae(encoder, mim)
+    masked_loss = masked_loss_of("mim", mae, session)
     crops = StepCrops(data, mim.views, 1, mim.batch_size, params.seed, "mim")
     rate = peak_rate(mim.base_lr, mim.batch_size)
     rates = {name: rate for name, _ in mae.named_parameters()}
-    return fit_arm(Objective("mim", mae, encoder, loss_of, crops), rates, BETAS, mim, session)
+    objective = Objective("mim", mae, encoder, lambda batch, step: masked_loss(batch[:, 0], step), crops)
+    return fit_arm(objective, rates, BETAS, mim, session)
+
+
+def build_mae(encoder: VisionTransformer, mim: MimParams) -> MAE:
+    """Put MAE's decoder on an encoder; positions stay fixed."""
+    encoder.pos_embed.requires_grad_(False)
+    return MAE(encoder, mim.mask_ratio, mim.decoder_width, mim.decoder_depth, mim.decoder_heads)
+
+
+def masked_loss_of(name: str, mae: MAE, session: Session) -> Callable[[Tensor, int], Tensor]:
+    """Return the loss as a function of (images (B, C, S, S) uint8, step).
+
+    Args:
+        name: the stage, which keeps its draws apart from other stages'.
+        mae: encoder and decoder.
+        session: images and parameters.
+    """
+    patches = mae.encoder.patch_embed.num_patches
+
+    def loss_of(images: Tensor, step: int) -> Tensor:
+        noise = torch.rand(len(images), patches, generator=generator(session.params.seed, f"{name}/mask", step))
+        loss: Tensor = mae(session.data.normalize(images), noise.to(images.device))
+        return loss
+
+    return loss_of
 
 
 def write_reconstructions(path: Path, result: Pretrained, data: Prepared, seed: int) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -24,8 +24,17 @@ def _whole(value: Any) -> Any:
     return int(number) if isinstance(value, str) and number.is_integer() else value
 
 
+def _several(value: Any) -> Any:
+    """Take one name for a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[Whole, Field(ge=1)]
+Rates = Annotated[list[NonNegative], Field(min_length=1)]
+# no hyphen: file names are ARM-TASK
+ArmName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
+Policy = Literal["stage_lr", "layer_decay", "freeze", "l1", "scratch_end", "cl_end"]
 
 
 class Section(BaseModel):
@@ -55,6 +64,8 @@ class DataParams(Section):
     def _both_shares(self) -> Self:
         if set(self.few_label_shares) != {"1pct", "10pct"}:
             raise ValueError("few_label_shares must give 1pct and 10pct, the two that the pipeline evaluates")
+        if not self.few_label_shares["1pct"] < self.few_label_shares["10pct"]:
+            raise ValueError("few_label_shares: 1pct must be the smaller of the two shares")
         return self
 
     @model_validator(mode="after")
@@ -104,9 +115,23 @@ class ViewParams(Section):
     solarize_p: tuple[Share, Share] = (0.0, 0.0)
 
 
-class ContrastiveParams(Section):
-    """MoCo v3's heads, loss and views, shared by the CL baseline and the graft."""
+class VicregWeights(Section):
+    """Weights of VICReg's three terms (Bardes et al. 2022, section 4.1)."""
 
+    invariance: NonNegative = 25.0
+    variance: NonNegative = 25.0
+    covariance: NonNegative = 1.0
+
+
+class ContrastiveParams(Section):
+    """Objective, heads and views of contrastive learning, shared by the CL baseline and the graft.
+
+    `temperature` is of mocov3 and simclr, `predictor_hidden` and `momentum` of mocov3, `vicreg` of vicreg.
+    """
+
+    objective: Literal["mocov3", "simclr", "vicreg"] = "mocov3"
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    vicreg: VicregWeights = VicregWeights()
     projector_hidden: Count
     projector_dim: Count
     predictor_hidden: Count
@@ -162,10 +187,92 @@ class ClParams(TrainingParams):
     base_lr: Positive
 
 
-class GraftParams(TrainingParams):
-    """MoCo v3 on top of the MAE encoder, one base learning rate per equal group of blocks."""
+class StageLrParams(Section):
+    """One base learning rate per equal group of blocks, from the lowest (LGP, section 3.3)."""
 
-    stage_base_lrs: Annotated[list[NonNegative], Field(min_length=1)]
+    base_lrs: Rates
+
+
+class LayerDecayParams(Section):
+    """A base learning rate for heads and final norm, `decay` times less with every block below."""
+
+    base_lr: Positive
+    decay: Annotated[float, Field(gt=0, le=1)]
+
+
+class LowerBlocks(Section):
+    """Where the encoder is cut: that many of the lowest blocks, with the embeddings, are the lower part."""
+
+    lower_blocks: Annotated[Whole, Field(ge=0)]
+
+
+class L1Params(LowerBlocks):
+    """Weight of the summed L1 distance of the lower part to the weights that it started from."""
+
+    weight: Positive
+
+
+class GraftParams(TrainingParams):
+    """Contrastive learning on top of another arm's encoder.
+
+    `policy` names one or more of the sections below; exactly one of `stage_lr` and `layer_decay` is among them,
+    `scratch_end` and `cl_end` exclude each other. Sections that it does not name are not used.
+    """
+
+    start: ArmName
+    end: ArmName
+    policy: Annotated[tuple[Policy, ...], BeforeValidator(_several), Field(min_length=1)]
+    stage_lr: StageLrParams | None = None
+    layer_decay: LayerDecayParams | None = None
+    freeze: LowerBlocks | None = None
+    l1: L1Params | None = None
+    scratch_end: LowerBlocks | None = None
+    cl_end: LowerBlocks | None = None
+
+    @model_validator(mode="after")
+    def _policies_agree(self) -> Self:
+        absent = [name for name in self.policy if getattr(self, name) is None]
+        if absent:
+            raise ValueError(f"policy names {absent[0]}, but graft has no section {absent[0]}: add it")
+        if ("stage_lr" in self.policy) == ("layer_decay" in self.policy):
+            raise ValueError(
+                f"policy {', '.join(self.policy)} must name exactly one of stage_lr and layer_decay, which give the "
+                "learning rates"
+            )
+        if "scratch_end" in self.policy and "cl_end" in self.policy:
+            raise ValueError("policy names both scratch_end and cl_end: the upper blocks start anew or from an arm")
+        if "cl_end" in self.policy and self.end == self.start:
+            raise ValueError(
+                f"policy cl_end takes the upper blocks from end, which is start, {self.start}: set it to cl"
+            )
+        if "cl_end" not in self.policy and self.end != self.start:
+            raise ValueError(f"end {self.end} is read by the policy cl_end only: add it, or set end to {self.start}")
+        end = next(
+            (getattr(self, name).lower_blocks for name in ("scratch_end", "cl_end") if name in self.policy), None
+        )
+        for name in ("freeze", "l1"):
+            if name in self.policy and end is not None and getattr(self, name).lower_blocks > end:
+                raise ValueError(
+                    f"{name}.lower_blocks {getattr(self, name).lower_blocks} reaches into the blocks that "
+                    f"do not start from {self.start}, from {end} on: lower it"
+                )
+        fixed = self.freeze.lower_blocks if self.freeze and "freeze" in self.policy else -1
+        if self.l1 and "l1" in self.policy and self.l1.lower_blocks <= fixed:
+            raise ValueError("l1 pulls only what freeze fixes anyway: raise l1.lower_blocks, or drop l1 from policy")
+        return self
+
+
+class JointParams(TrainingParams):
+    """The paper's control: the losses of MIM (times `mim_weight`) and CL summed on one encoder."""
+
+    base_lr: Positive
+    mim_weight: Positive = 1.0
+
+
+class ReverseParams(TrainingParams):
+    """The paper's control: MIM on top of the CL encoder, one base learning rate per equal group of blocks."""
+
+    base_lrs: Rates
 
 
 class LinearParams(Section):
@@ -182,6 +289,15 @@ class FewShotParams(Section):
     c_grid: Annotated[list[Positive], Field(min_length=1)]
     c_single: Positive
     folds: Annotated[Whole, Field(ge=2)]
+
+
+class ConflictParams(Section):
+    """How `lgp conflict` measures: heads fitted to the frozen encoder, then gradients over some batches."""
+
+    head_epochs: Count = 10
+    batches: Annotated[Whole, Field(ge=2)] = 50
+    batch_size: Annotated[Whole, Field(ge=2)] = 64
+    base_lr: Positive = 4e-3
 
 
 class ReportParams(Section):
@@ -206,14 +322,18 @@ class Params(Section):
     """The whole file."""
 
     seed: Annotated[Whole, Field(ge=0, lt=2**32)]
+    arms: Annotated[list[ArmName], Field(min_length=1)]
     data: DataParams
     model: ModelParams
     contrastive: ContrastiveParams
     mim: MimParams
     cl: ClParams
     graft: GraftParams
+    joint: JointParams | None = None
+    reverse: ReverseParams | None = None
     linear: LinearParams
     fewshot: FewShotParams
+    conflict: ConflictParams = ConflictParams()
     report: ReportParams
     run: RunParams = RunParams()
 
@@ -226,16 +346,38 @@ class Params(Section):
                 f"model.patch_size {patch} does not divide data.image_size {size} into patches of two values or more: "
                 f"choose one of {divisors}"
             )
-        groups = len(self.graft.stage_base_lrs)
-        if self.model.depth % groups:
-            raise ValueError(
-                f"model.depth {self.model.depth} cannot be cut into the {groups} equal groups of "
-                f"graft.stage_base_lrs: give a number of rates that divides the depth"
-            )
-        if int((size // patch) ** 2 * (1 - self.mim.mask_ratio)) < 1:
-            raise ValueError(
-                f"mim.mask_ratio {self.mim.mask_ratio} leaves none of the {(size // patch) ** 2} patches: lower it"
-            )
+        for name, ratio in (("mim", self.mim.mask_ratio), ("contrastive", self.contrastive.mask_ratio)):
+            if int((size // patch) ** 2 * (1 - ratio)) < 1:
+                raise ValueError(
+                    f"{name}.mask_ratio {ratio} leaves none of the {(size // patch) ** 2} patches: lower it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_are_there(self) -> Self:
+        graft, depth = self.graft, self.model.depth
+        groups = {"graft.stage_lr.base_lrs": graft.stage_lr.base_lrs if graft.stage_lr else []}
+        groups |= {"reverse.base_lrs": self.reverse.base_lrs if self.reverse else []}
+        for name, rates in groups.items():
+            if rates and depth % len(rates):
+                raise ValueError(
+                    f"model.depth {depth} cannot be cut into the {len(rates)} equal groups of {name}: "
+                    "give a number of rates that divides the depth"
+                )
+        for name in ("freeze", "l1", "scratch_end", "cl_end"):
+            section = getattr(graft, name)
+            if name in graft.policy and section.lower_blocks > depth:
+                raise ValueError(f"graft.{name}.lower_blocks {section.lower_blocks} is more than model.depth {depth}")
+        return self
+
+    @model_validator(mode="after")
+    def _arms_are_there(self) -> Self:
+        twice = {arm for arm in self.arms if self.arms.count(arm) > 1}
+        if twice:
+            raise ValueError(f"arms names {', '.join(sorted(twice))} twice")
+        for arm in ("joint", "reverse"):
+            if arm in self.arms and getattr(self, arm) is None:
+                raise ValueError(f"arms names {arm}, but there is no section {arm}: add it (the preset digits has one)")
         return self
 
 
@@ -244,12 +386,11 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping, each key once."""
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", key_node.start_mark)
-            seen.add(key)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
         return super().construct_mapping(node, deep)
 
 
@@ -303,7 +444,5 @@ def _section_at(loc: tuple[str | int, ...]) -> type[Section]:
     section: type[Section] = Params
     for part in loc:
         annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, Section)
-        section = annotation
+        section = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, Section))
     return section

@@ -1,7 +1,8 @@
 """What every pre-training shares: from an objective and its batches to an arm's folder."""
 
 import csv
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,17 +10,20 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lgp.checkpoint import StateStore, save_encoder, save_tensors
+from lgp.checkpoint import PROVENANCE, StateStore, save_encoder, save_tensors
 from lgp.data.loading import StepCrops
 from lgp.data.prepared import Prepared
 from lgp.device import choose_device
 from lgp.engine import Observer, Progression, Trainer
 from lgp.errors import LgpError, check_disk_space
+from lgp.evaluate.features import class_token_of, extract
 from lgp.optim import adamw, parameter_groups, warmup_cosine
 from lgp.params import Params, TrainingParams
 from lgp.stage import StageRun, encoder_digest
+from lgp.trained import movement, spread, weights_of
 
-HEADS = "heads.safetensors"
+HEADS, METRICS = "heads.safetensors", "metrics.json"
+SHOWN_IMAGES = 1024  # whose features are looked at after the training
 # two resume states of weight, momentum copy and two moments; the result here, in DVC's cache and in MLflow
 DISK_BYTES_PER_PARAMETER = 4 * (2 * 4 + 3)
 
@@ -44,6 +48,7 @@ class Objective:
         encoder: the part of it to keep, the one that the gradient trains.
         loss_of: (crops (B, V, C, S, S) uint8, step) → scalar loss.
         crops: the batch of each step.
+        held: parameters that the loss itself keeps near their start, so that they may hardly move.
     """
 
     name: str
@@ -51,15 +56,17 @@ class Objective:
     encoder: VisionTransformer
     loss_of: Callable[[Tensor, int], Tensor]
     crops: StepCrops
+    held: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A finished pre-training, before it is written."""
+    """A finished pre-training, before it is written; `trained` are the metrics of `lgp.trained`."""
 
     model: nn.Module
     encoder: VisionTransformer
     progression: Progression
+    trained: Mapping[str, float]
 
 
 def fit_arm(
@@ -77,12 +84,17 @@ def fit_arm(
         betas: AdamW's.
         stage: epochs, warm-up and weight decay.
         session: images, parameters, resume states and observer.
+
+    Raises:
+        LgpError: a batch is larger than the data, the disk is full, the loss stopped being finite, or the model
+            did not train.
     """
     params, model, crops = session.params, objective.model, objective.crops
     check_batches(len(crops.data.pretraining_ids), params)
     device = choose_device(params.run)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     check_disk_space(session.store.folder, DISK_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
+    initial = weights_of(model)
     model.to(device)
     optimizer = adamw(parameter_groups(model, rates, stage.weight_decay), betas)
     steps = stage.epochs * crops.steps_per_epoch
@@ -102,12 +114,15 @@ def fit_arm(
         session.observer,
     )
     progression = trainer.fit()
-    return Pretrained(model.cpu(), objective.encoder, progression)
+    trained = movement(model, initial, rates, steps, objective.held)
+    shown = crops.data.pretraining_ids[:SHOWN_IMAGES]
+    trained |= spread(extract(class_token_of(objective.encoder, device), crops.data, shown))
+    return Pretrained(model.cpu(), objective.encoder, progression, trained)
 
 
 def check_batches(images: int, params: Params) -> None:
     """Raise `LgpError` where any arm's batch is larger than the training part, before the first arm trains."""
-    for name in ("mim", "cl", "graft"):
+    for name in ("mim", "cl", "graft", *({"joint", "reverse"} & set(params.arms))):
         batch_size = getattr(params, name).batch_size
         if batch_size > images:
             raise LgpError(
@@ -116,32 +131,41 @@ def check_batches(images: int, params: Params) -> None:
             )
 
 
-def publish_arm(run: StageRun, folder: Path, metrics: Path, result: Pretrained, data: Prepared) -> None:
+def publish_arm(run: StageRun, folder: Path, result: Pretrained, data: Prepared, starts: Sequence[Path] = ()) -> None:
     """Write what every arm leaves, and log its encoder as a model of the registry.
 
     Args:
         run: the stage.
-        folder: of the arm: gets `encoder/`, the other modules as `heads.safetensors`, and `curves.csv`.
-        metrics: the metric file.
+        folder: of the arm: gets `encoder/`, the other modules as `heads.safetensors`, `curves.csv`, `metrics.json`.
         result: the finished pre-training.
         data: the images it was trained on.
+        starts: encoder folders that it started from; their compute counts into `train/pflop_total`.
     """
     out, params, history = run.out(folder), run.params, result.progression.history
     heads = {
         name: tensor.detach().contiguous()
         for name, tensor in result.model.state_dict().items()
-        if not name.startswith(("encoder.", "momentum_"))
+        if not any(part == "encoder" or part.startswith("momentum_") for part in name.split("."))
     }
     save_tensors(heads, out / HEADS)
     with (out / "curves.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", "train/loss", "train/lr"], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, "epoch": int(row["epoch"])} for row in history)
+    pflop = result.progression.train_flops / 1e15
     values = {
         "train/loss": round(history[-1]["train/loss"], 6),
-        "train/pflop": round(result.progression.train_flops / 1e15, 9),
+        "train/pflop": round(pflop, 9),
+        "train/pflop_total": round(pflop + sum(_pflop_of(start) for start in starts), 9),
+        **result.trained,
         "encoder_parameters": sum(p.numel() for p in result.encoder.parameters()),
     }
     save_encoder(out / "encoder", result.encoder, params.model, params.data, data, run.provenance | {"metrics": values})
-    run.write_metrics(metrics, values)
+    run.write_metrics(out / METRICS, values)
     run.tracker.will_register(folder / "encoder", run.spec.arm, encoder_digest(out / "encoder"))
+
+
+def _pflop_of(encoder: Path) -> float:
+    """Return the compute that went into an encoder, 0 where nobody counted it (an imported one)."""
+    provenance = json.loads((encoder / PROVENANCE).read_text())
+    return float(provenance["metrics"].get("train/pflop_total", 0))

@@ -1,7 +1,7 @@
 """From metric files to the results table and the report page."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lgp.figures import plot_curves, plot_label_efficiency, plot_reconstructions
 from lgp.params import Params
 from lgp.results import wide_rows
 
+RECONSTRUCTIONS = "reconstructions.safetensors"  # in the folder of an arm that has a decoder
 COLUMNS = ["arm", "task", "labels", "top1_mean", "top1_std", "subsets"]
 
 
@@ -58,17 +59,24 @@ def champion(arms: list[ArmResults]) -> str:
 
 
 def write_page(
-    path: Path, setting: str, table: pd.DataFrame, arms: list[ArmResults], compute: Mapping[str, float], best: str
+    path: Path,
+    setting: str,
+    table: pd.DataFrame,
+    arms: list[ArmResults],
+    compute: Mapping[str, float],
+    best: str,
+    figures: Sequence[str],
 ) -> None:
     """Write report.md.
 
     Args:
-        path: of the page; pictures lie beside it in `figures/`.
+        path: of the page.
         setting: what was trained on what, a sentence.
         table: of `results_table`.
         arms: the trained ones.
-        compute: arm → PFLOP of its pre-training, the MIM half of a graft included.
+        compute: arm → PFLOP of its pre-training, what it started from included.
         best: the champion's name.
+        figures: file names of the pictures, which will lie in `figures/` beside the page.
     """
     header, rows = wide_rows([{str(k): str(v) for k, v in row.items()} for row in table.to_dict("records")])
     lines = [
@@ -81,19 +89,19 @@ def write_page(
     ]
     lines += _markdown(header, rows)
     lines += ["", "## Paired over the same subsets", ""]
-    graft = next(a for a in arms if a.arm == "graft")
+    reference = next((a for a in arms if a.arm == "graft"), arms[-1])
     gaps = []
-    for other in (a for a in arms if a is not graft):
-        for share, metrics in graft.fewshot.items():
+    for other in (a for a in arms if a is not reference):
+        for share, metrics in reference.fewshot.items():
             gap, error, won, of = paired_gap(metrics, other.fewshot[share])
-            row = [f"graft over {other.arm}", share.replace("pct", " %"), f"{gap:+.1f} ± {error:.1f}", f"{won} of {of}"]
-            gaps.append(row)
+            pair, labels = f"{reference.arm} over {other.arm}", share.replace("pct", " %")
+            gaps.append([pair, labels, f"{gap:+.1f} ± {error:.1f}", f"{won} of {of}"])
     lines += _markdown(["", "labels", "points (± standard error)", "subsets won"], gaps)
-    lines += ["", "## Compute", "", "Pre-training, counted on the first step; the graft includes its MIM half.", ""]
+    lines += ["", "## Compute", "", "Pre-training, counted on the first step, what an arm started from included.", ""]
     lines += _markdown(["arm", "PFLOP"], [[arm, f"{value:.3g}"] for arm, value in compute.items()])
     lines += ["", f"Champion (best validation accuracy at the fewest labels): **{best}**", ""]
-    for figure in ("label_efficiency", "curves", "reconstructions"):
-        lines += [f"![{figure.replace('_', ' ')}](figures/{figure}.png)", ""]
+    for figure in figures:
+        lines += [f"![{Path(figure).stem.replace('_', ' ')}](figures/{figure})", ""]
     path.write_text("\n".join(lines))
 
 
@@ -125,11 +133,18 @@ def write_report(
     results.to_csv(table, index=False)
     best = champion(trained)
     plot_label_efficiency(figures / "label_efficiency.png", results)
-    plot_curves(figures / "curves.png", {arm: pd.read_csv(folder / "curves.csv") for arm, folder in arms.items()})
-    plot_reconstructions(figures / "reconstructions.png", load_file(arms["mim"] / "reconstructions.safetensors"))
-    compute = {arm: json.loads((metrics / f"{arm}-pretrain.json").read_text())["train/pflop"] for arm in arms}
-    compute["graft"] += compute["mim"]
-    write_page(page, _setting(params, data), results, trained, compute, best)
+    curves = {arm: folder / "curves.csv" for arm, folder in arms.items() if (folder / "curves.csv").exists()}
+    if curves:
+        plot_curves(figures / "curves.png", {arm: pd.read_csv(curve) for arm, curve in curves.items()})
+    pictures = [folder / RECONSTRUCTIONS for folder in arms.values() if (folder / RECONSTRUCTIONS).exists()]
+    if pictures:
+        plot_reconstructions(figures / "reconstructions.png", load_file(pictures[0]))
+    trainings = {arm: json.loads((folder / "metrics.json").read_text()) for arm, folder in arms.items()}
+    compute = {arm: m["train/pflop_total"] for arm, m in trainings.items() if "train/pflop_total" in m}
+    drawn = [
+        name for name in ("label_efficiency.png", "curves.png", "reconstructions.png") if (figures / name).exists()
+    ]
+    write_page(page, _setting(params, data), results, trained, compute, best, drawn)
     return best
 
 

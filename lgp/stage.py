@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lgp import tracking
 from lgp.checkpoint import StateStore
-from lgp.errors import LgpError, check_disk_space
+from lgp.errors import LgpError, check_disk_space, no_encoder
 from lgp.params import Params, load_params
 from lgp.provenance import code_digest, file_digest, git_state, input_digest, params_digest
 
@@ -60,9 +61,9 @@ class StageRun:
         """Tag the tracked run with the one that trained the encoder in this folder."""
         self.tracker.tag_upstream(encoder_digest(encoder))
 
-    def write_metrics(self, path: Path, metrics: dict[str, Any]) -> None:
-        """Write a metric file, and track its numbers."""
-        self.out(path).write_text(json.dumps(metrics, indent=2) + "\n")
+    def write_metrics(self, written: Path, metrics: dict[str, Any]) -> None:
+        """Write a metric file (at or below an `out` path), and track its numbers."""
+        written.write_text(json.dumps(metrics, indent=2) + "\n")
         # the loss is tracked epoch by epoch already
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "train/loss"}
         self.tracker.log_metrics(numbers)
@@ -94,6 +95,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False) -> Iterator[S
         "task": spec.task,
         "params": params.model_dump(mode="json", include=set(spec.sections)),
         "digests": before,
+        "environment": {"torch": version("torch"), "device": params.run.device, "threads": params.run.threads},
         **git,
     }
     key = sha256(json.dumps([before["parameters"], before["inputs"]], sort_keys=True).encode()).hexdigest()[:16]
@@ -123,8 +125,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False) -> Iterator[S
 
 def _remedy(path: Path) -> str:
     if path.name == "model.safetensors":
-        arm = path.parent.parent.name
-        return f"there is no encoder of arm {arm!r} yet, run `lgp {arm}`"
+        return no_encoder(path.parent.parent.name)
     return "run `lgp prepare`" if path.name == "prepared" else "run the stage that writes it"
 
 

@@ -1,7 +1,7 @@
 """Stage `fewshot`: accuracy of an arm's encoder with a small share of the labels."""
 
 from stages.options import DEFAULT_PARAMS, Arm, Debug, Fraction, Fresh, ParamsFile
-from stages.paths import PREPARED, encoder_folder, metrics_file, predictions_file
+from stages.paths import PREPARED, encoder_files, encoder_folder, metrics_file, predictions_file
 
 
 def fewshot(
@@ -19,11 +19,11 @@ def fewshot(
 
     encoder, task = encoder_folder(arm), f"fewshot-{fraction}"
     metrics, predictions = metrics_file(arm, task), predictions_file(arm, task)
-    reads = [PREPARED, encoder / "model.safetensors", encoder / "config.json"]
+    reads = [PREPARED, *encoder_files(arm)]
     spec = StageSpec("fewshot", ["fewshot"], reads, [metrics, predictions], arm, task)
     with stage(spec, params_file, fresh) as run:
         data = Prepared(PREPARED)
         subsets = data.subsets(fraction)
         run.tag_upstream(encoder)
         outcome = evaluate_fewshot(encoder_features(encoder, data, run.params.run), subsets, run.params.fewshot)
-        publish_outcome(run, metrics, predictions, outcome, data)
+        publish_outcome(run, encoder, metrics, predictions, outcome, data)

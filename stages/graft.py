@@ -1,22 +1,25 @@
-"""Stage `graft`: contrastive learning on top of the MAE encoder (LGP, Jiang et al. 2023)."""
+"""Stage `graft`: contrastive learning on top of another arm's encoder (LGP, Jiang et al. 2023)."""
 
 from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile
-from stages.paths import PREPARED, arm_folder, encoder_folder, metrics_file
+from stages.paths import PREPARED, arm_folder, encoder_files, encoder_folder
 
 
 def graft(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: Debug = False) -> None:
-    """Continue contrastive learning from the encoder of `mim`, lower blocks slower."""
+    """Continue contrastive learning from the encoder of `graft.start`, as `graft.policy` says."""
     from lgp.data.prepared import Prepared
     from lgp.graft import pretrain_graft
+    from lgp.params import load_params
     from lgp.pretrain import Session, publish_arm
     from lgp.stage import StageSpec, stage
 
-    folder, metrics, start = arm_folder("graft"), metrics_file("graft", "pretrain"), encoder_folder("mim")
-    sections = ["seed", "data", "model", "contrastive", "graft"]
-    reads = [PREPARED, start / "model.safetensors", start / "config.json"]
-    spec = StageSpec("graft", sections, reads, [folder, metrics], "graft", "pretrain")
+    arms = load_params(params_file).graft
+    start, end = encoder_folder(arms.start), encoder_folder(arms.end)
+    folder, reads = arm_folder("graft"), [PREPARED, *encoder_files(arms.start)]
+    if end != start:
+        reads += encoder_files(arms.end)
+    spec = StageSpec("graft", ["seed", "data", "model", "contrastive", "graft"], reads, [folder], "graft", "pretrain")
     with stage(spec, params_file, fresh) as run:
         data = Prepared(PREPARED)
         run.tag_upstream(start)
-        result = pretrain_graft(Session(data, run.params, run.store, run.tracker), start)
-        publish_arm(run, folder, metrics, result, data)
+        result = pretrain_graft(Session(data, run.params, run.store, run.tracker), start, end)
+        publish_arm(run, folder, result, data, starts=sorted({start, end}))

@@ -1,7 +1,7 @@
 """Stage `mim`: masked image modelling of the encoder (MAE, He et al. 2022)."""
 
 from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile
-from stages.paths import PREPARED, RECONSTRUCTIONS, arm_folder, metrics_file
+from stages.paths import PREPARED, RECONSTRUCTIONS, arm_folder
 
 
 def mim(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: Debug = False) -> None:
@@ -11,11 +11,11 @@ def mim(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: D
     from lgp.pretrain import Session, publish_arm
     from lgp.stage import StageSpec, stage
 
-    folder, metrics = arm_folder("mim"), metrics_file("mim", "pretrain")
-    spec = StageSpec("mim", ["seed", "data", "model", "mim"], [PREPARED], [folder, metrics], "mim", "pretrain")
+    folder = arm_folder("mim")
+    spec = StageSpec("mim", ["seed", "data", "model", "mim"], [PREPARED], [folder], "mim", "pretrain")
     with stage(spec, params_file, fresh) as run:
         data = Prepared(PREPARED)
         result = pretrain_mim(Session(data, run.params, run.store, run.tracker))
         pictures = write_reconstructions(run.out(folder) / RECONSTRUCTIONS, result, data, run.params.seed)
-        publish_arm(run, folder, metrics, result, data)
+        publish_arm(run, folder, result, data)
         run.tracker.log_reconstructions(pictures)

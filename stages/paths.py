@@ -7,17 +7,21 @@ METRICS = Path("metrics")
 PREDICTIONS = Path("predictions")
 REPORTS = Path("reports")
 RECONSTRUCTIONS = "reconstructions.safetensors"
-ARMS = ("mim", "cl", "graft")
 
 
 def arm_folder(arm: str) -> Path:
-    """What a pre-training leaves: `encoder/`, `heads.safetensors`, `curves.csv`."""
+    """What a pre-training leaves: `encoder/`, `heads.safetensors`, `curves.csv`, `metrics.json`."""
     return Path("models") / arm
 
 
 def encoder_folder(arm: str) -> Path:
     """The encoder that timm loads."""
     return arm_folder(arm) / "encoder"
+
+
+def encoder_files(arm: str) -> list[Path]:
+    """The files of an encoder folder that decide its features."""
+    return [encoder_folder(arm) / "model.safetensors", encoder_folder(arm) / "config.json"]
 
 
 def metrics_file(arm: str, task: str) -> Path:

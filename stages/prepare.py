@@ -16,7 +16,7 @@ def prepare(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debu
     spec = StageSpec("prepare", ["seed", "data"], reads, [PREPARED, metrics_path], arm="data", task="prepare")
     with stage(spec, params_file, fresh) as run:
         metrics = prepare_data(run.params.data, run.params.seed, run.out(PREPARED))
-        run.write_metrics(metrics_path, metrics)
+        run.write_metrics(run.out(metrics_path), metrics)
         run.tracker.tag("data_digest", metrics["digest"])
         counts = ", ".join(f"{metrics[f'images/{s}']} {s}" for s in ("train", "unlabeled", "val", "test"))
         print(f"prepare: {counts} images in {metrics['classes']} classes", flush=True)

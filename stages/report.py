@@ -3,28 +3,28 @@
 import json
 
 from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile
-from stages.paths import ARMS, METRICS, PREPARED, RECONSTRUCTIONS, REPORTS, arm_folder, encoder_folder, metrics_file
+from stages.paths import METRICS, PREPARED, REPORTS, arm_folder, encoder_folder, metrics_file
 
 
 def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: Debug = False) -> None:
-    """Write reports/ from all metrics, with raw pixels and a random encoder beside the arms."""
+    """Write reports/ from the metrics of all `arms`, with raw pixels and a random encoder beside them."""
     from lgp.data.prepared import Prepared
     from lgp.params import load_params
     from lgp.report import write_report
     from lgp.stage import StageSpec, encoder_digest, stage
 
-    shares = list(load_params(params_file).data.few_label_shares)
-    tasks = ["pretrain", "linear", *(f"fewshot-{share}" for share in shares)]
-    reads = [PREPARED, *(metrics_file(arm, task) for arm in ARMS for task in tasks)]
-    reads += [arm_folder(arm) / "curves.csv" for arm in ARMS]
-    reads += [arm_folder("mim") / RECONSTRUCTIONS, *(encoder_folder(arm) / "model.safetensors" for arm in ARMS)]
+    params = load_params(params_file)
+    tasks = ["linear", *(f"fewshot-{share}" for share in params.data.few_label_shares)]
+    # an arm's curves and pictures belong to its encoder, whose digest is in its metrics
+    reads = [PREPARED, *(metrics_file(arm, task) for arm in params.arms for task in tasks)]
+    reads += [arm_folder(arm) for arm in params.arms]
     page, table, figures = REPORTS / "report.md", REPORTS / "results.csv", REPORTS / "figures"
     # not in git, unlike the rest: so a fresh clone runs this stage, and its registry gets a champion
     champion = REPORTS / "champion.json"
-    sections = ["seed", "data", "model", "linear", "fewshot", "report"]
+    sections = ["seed", "arms", "data", "model", "linear", "fewshot", "report"]
     spec = StageSpec("report", sections, reads, [table, page, figures, champion], "all", "report")
     with stage(spec, params_file, fresh) as run:
-        folders = {arm: arm_folder(arm) for arm in ARMS}
+        folders = {arm: arm_folder(arm) for arm in run.params.arms}
         best = write_report(
             run.params, Prepared(PREPARED), METRICS, folders, run.out(table), run.out(page), run.out(figures)
         )

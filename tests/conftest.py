@@ -24,7 +24,9 @@ SMALL = {
     "contrastive": {"projector_hidden": 32, "projector_dim": 16, "predictor_hidden": 32},
     "mim": {"epochs": 2, "warmup_epochs": 1, "decoder_width": 16},
     "cl": {"epochs": 2, "warmup_epochs": 1},
-    "graft": {"epochs": 2, "warmup_epochs": 1},
+    "graft": {"epochs": 2, "warmup_epochs": 1, "scratch_end": {"lower_blocks": 2}, "cl_end": {"lower_blocks": 2}},
+    "joint": {"epochs": 2, "warmup_epochs": 1},
+    "reverse": {"epochs": 2, "warmup_epochs": 1},
     "run": {"device": "cpu", "print_every_s": 1000},
 }
 
@@ -36,6 +38,13 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = merged(result[key], value) if both else value
     return result
+
+
+class Silent:
+    """An observer that takes no notice."""
+
+    def log_epoch(self, values: dict[str, float]) -> None:
+        """Take nothing."""
 
 
 @pytest.fixture

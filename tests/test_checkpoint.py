@@ -45,7 +45,7 @@ def test_missing_and_unexpected_tensors_are_named(folder: Path) -> None:
 
 
 def test_absent_encoder_says_which_stage_trains_it(tmp_path: Path) -> None:
-    with pytest.raises(LgpError, match=r"run the stage that trains it first .`lgp graft`."):
+    with pytest.raises(LgpError, match="there is no encoder of arm 'graft' yet, run `lgp graft`"):
         load_encoder(tmp_path / "graft" / "encoder")
 
 

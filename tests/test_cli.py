@@ -183,7 +183,8 @@ def test_mistakes_found_with_the_data_at_hand(project: Path, values: dict[str, A
     write(merged(values, {"graft": {"batch_size": 4096}}))
     assert "graft.batch_size 4096 is larger than the 220 images" in error_of(lgp("mim"))
     write(values)
-    assert "unknown arm 'grfat': choose one of mim, cl, graft" in error_of(lgp("linear", "grfat"))
+    assert "no encoder of arm 'grfat' yet, train one of mim, cl, graft, joint" in error_of(lgp("linear", "grfat"))
+    assert "'a-b' is no name of an arm" in error_of(lgp("linear", "a-b"))
     assert "there is no encoder of arm 'graft' yet, run `lgp graft`" in error_of(lgp("linear", "graft"))
     assert "there is no encoder of arm 'mim' yet, run `lgp mim`" in error_of(lgp("graft"))
     assert not (project / "models" / "mim").exists()
@@ -287,11 +288,14 @@ def test_stages_read_only_the_sections_they_list(
 
     monkeypatch.setattr("lgp.pretrain.check_batches", lambda *_: None)  # looks at all arms, decides nothing
     monkeypatch.setattr(StageSpec, "__init__", noted)
-    commands = ["prepare"], ["mim"], ["cl"], ["graft"], ["linear", "graft"], ["fewshot", "graft", "1pct"]
-    for command in commands:
+    trainings = [["prepare"], ["mim"], ["cl"], ["graft"], ["joint"], ["reverse"]]
+    tasks = [["linear"], ["fewshot", "1pct"], ["fewshot", "10pct"]]
+    evaluations = [[task[0], arm, *task[1:]] for arm in ("mim", "cl", "graft") for task in tasks]
+    for command in [*trainings, *evaluations, ["report"]]:
         with monkeypatch.context() as patch:
             loaded = Params.model_validate(values)
-            patch.setattr("lgp.stage.load_params", lambda _, loaded=loaded: loaded)
+            for module in ("lgp.stage", "lgp.params"):
+                patch.setattr(f"{module}.load_params", lambda _, loaded=loaded: loaded)
             patch.setattr(Params, "__getattribute__", watched)
             read.clear()
             assert lgp(*command).exit_code == 0, command
@@ -315,5 +319,18 @@ def test_help_lists_every_command() -> None:
     listed = lgp("--help").output
     assert all(
         name in listed
-        for name in ("prepare", "mim", "cl", "graft", "linear", "fewshot", "report", "preset", "ui", "results")
+        for name in (
+            "prepare",
+            "mim",
+            "cl",
+            "graft",
+            "linear",
+            "fewshot",
+            "report",
+            "joint",
+            "reverse",
+            "preset",
+            "ui",
+            "results",
+        )
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lgp.models.moco import MoCo
+from lgp.cl import build_contrastive
 from lgp.models.vit import build_encoder
 from lgp.optim import adamw, parameter_groups, peak_rate, warmup_cosine
 from lgp.params import Params
@@ -17,7 +17,7 @@ def test_rate_scales_with_the_batch() -> None:
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group(params: Params) -> None:
-    moco = MoCo(build_encoder(params.model, params.data), 32, 16, 24, 0.2, freeze_patch_embed=True)
+    moco = build_contrastive(build_encoder(params.model, params.data), params.contrastive)
     rates = {name: (0.1 if "blocks.0" in name else 0.2) for name, _ in moco.named_parameters()}
     groups = parameter_groups(moco, rates, 0.05)
     grouped = [id(p) for g in groups for p in g["params"]]

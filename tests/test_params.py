@@ -48,7 +48,7 @@ def test_exponent_without_dot_is_a_number(tmp_path: Path, values: dict[str, Any]
         ({"model": {"patch_size": 1}}, "into patches of two values or more: choose one of [2, 4, 8]"),
         ({"data": {"few_label_shares": {"5pct": 0.05}}}, "few_label_shares must give 1pct and 10pct"),
         ({"mim": {"epochs": "1.5"}}, "mim.epochs: '1.5' is not valid"),
-        ({"model": {"depth": 4}}, "model.depth 4 cannot be cut into the 3 equal groups of graft.stage_base_lrs"),
+        ({"model": {"depth": 4}}, "model.depth 4 cannot be cut into the 3 equal groups of graft.stage_lr.base_lrs"),
         ({"model": {"heads": 3}}, "heads 3 do not divide width 16"),
         ({"data": {"mean": [0.5, 0.5, 0.5]}}, "mean has 3 values for 1 channels"),
         ({"seed": None}, "seed: None is not valid"),

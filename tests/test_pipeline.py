@@ -13,10 +13,13 @@ from conftest import ROOT, merged
 
 from lgp.provenance import SURROUNDINGS, modules_used
 
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+CONTROLS = yaml.safe_load((ROOT / "controls" / "dvc.yaml").read_text())["stages"]
+STAGES = PIPELINE | CONTROLS
+ARMS = ("mim", "cl", "graft")
 DVC = [str(Path(sys.executable).with_name("dvc"))]
 
-EVALUATIONS = [f"{task}@{arm}{share}" for arm in ("mim", "cl", "graft") for task, share in
+EVALUATIONS = [f"{task}@{arm}{share}" for arm in (*ARMS, "joint", "reverse") for task, share in
                (("linear", ""), ("fewshot", "-1pct"), ("fewshot", "-10pct"))]  # fmt: skip
 
 
@@ -24,9 +27,9 @@ def of_arm(*arms: str) -> set[str]:
     return {stage for stage in EVALUATIONS for arm in arms if stage.split("@")[1].split("-")[0] == arm}
 
 
-FEWSHOT = {s for s in EVALUATIONS if s.startswith("fewshot")}
-LINEAR = {s for s in EVALUATIONS if s.startswith("linear")}
-ALL = {"prepare", "mim", "cl", "graft", "report", *EVALUATIONS}
+FEWSHOT = {s for s in of_arm(*ARMS) if s.startswith("fewshot")}
+LINEAR = {s for s in of_arm(*ARMS) if s.startswith("linear")}
+ALL = {"prepare", "report", *ARMS} | of_arm(*ARMS)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -55,13 +58,13 @@ def test_parameter_dependencies_are_what_the_stage_digests(name: str) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project in which DVC believes that everything ran."""
     folder = tmp_path_factory.mktemp("repository")
-    for name in ("lgp", "stages"):
+    for name in ("lgp", "stages", "controls"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("cli.py", "dvc.yaml", "params.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, folder)
     subprocess.run([*DVC, "init", "--no-scm", "--quiet"], cwd=folder, check=True)
     subprocess.run([*DVC, "config", "core.analytics", "false"], cwd=folder, check=True)
-    for stage in STAGES.values():
+    for stage in PIPELINE.values():
         for item in _items(stage):
             for path in _outputs(stage):
                 out = folder / _filled(path, item)
@@ -75,21 +78,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 else:
                     out.parent.mkdir(parents=True, exist_ok=True)
                     out.write_text(str(out))
-    subprocess.run([*DVC, "commit", "--force", "--quiet"], cwd=folder, check=True)
+    subprocess.run([*DVC, "commit", "--force", "--quiet", "dvc.yaml"], cwd=folder, check=True)
     return folder
 
 
 def _items(stage: dict[str, Any]) -> list[dict[str, str]]:
     items: list[dict[str, str]] = [{}]
     for key, choices in stage.get("matrix", {}).items():
-        items = [{**item, key: choice} for item in items for choice in choices]
+        items = [{**item, key: choice} for item in items for choice in (ARMS if choices == "${arms}" else choices)]
     return items
 
 
 def _filled(text: str, item: dict[str, str]) -> str:
     for key, value in item.items():
         text = text.replace("${item." + key + "}", value)
-    return text
+    return text.replace("${graft.start}", "mim").replace("${graft.end}", "mim")
 
 
 def _outputs(stage: dict[str, Any]) -> list[str]:
@@ -99,7 +102,7 @@ def _outputs(stage: dict[str, Any]) -> list[str]:
 def would_run(folder: Path) -> set[str]:
     command = [*DVC, "repro", "--dry", "--force-downstream"]
     output = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
-    return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")}
+    return {line.split("'")[1].split(":")[-1] for line in output.splitlines() if line.startswith("Running stage")}
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,13 @@ def would_run(folder: Path) -> set[str]:
         ({"cl": {"epochs": 7}}, {"cl", "report"} | of_arm("cl")),
         ({"mim": {"epochs": 7}}, {"mim", "graft", "report"} | of_arm("mim", "graft")),
         ({"contrastive": {"temperature": 0.1}}, {"cl", "graft", "report"} | of_arm("cl", "graft")),
+        ({"graft": {"policy": ["layer_decay"]}}, {"graft", "report"} | of_arm("graft")),
+        ({"graft": {"end": "cl", "policy": ["stage_lr", "cl_end"]}}, {"graft", "report"} | of_arm("graft")),
         ({"report": {"baselines": ["pixels"]}}, {"report"}),
+        ({"joint": {"epochs": 7}}, set()),
+        ({"arms": ["mim", "cl"]}, {"report"}),
+        ({"arms": [*ARMS, "joint"]}, {"joint", "report"} | of_arm("joint")),
+        ({"arms": [*ARMS, "reverse"], "cl": {"epochs": 7}}, {"cl", "reverse", "report"} | of_arm("cl", "reverse")),
         ({"model": {"depth": 9}}, ALL - {"prepare"}),
         ({"data": {"val_share": 0.2}}, ALL),
         ({"seed": 1}, ALL),

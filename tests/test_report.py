@@ -66,6 +66,7 @@ def test_page_names_gaps_compute_and_pictures(tmp_path: Path) -> None:
         ARMS,
         {"mim": 0.5, "cl": 2, "graft": 1.5},
         "cl",
+        ["label_efficiency.png"],
     )
     page = (tmp_path / "report.md").read_text()
     assert "| graft over mim | 1 % | +5.0 ± 0.0 | 3 of 3 |" in page

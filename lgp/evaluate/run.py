@@ -8,7 +8,7 @@ from lgp.device import choose_device
 from lgp.evaluate.features import Features, class_token_of
 from lgp.evaluate.outcome import Outcome
 from lgp.params import RunParams
-from lgp.stage import StageRun
+from lgp.stage import StageRun, encoder_digest
 
 
 def encoder_features(folder: Path, data: Prepared, settings: RunParams) -> Features:
@@ -17,9 +17,14 @@ def encoder_features(folder: Path, data: Prepared, settings: RunParams) -> Featu
     return Features.of(class_token_of(load_encoder(folder), choose_device(settings)), data)
 
 
-def publish_outcome(run: StageRun, metrics: Path, predictions: Path, outcome: Outcome, data: Prepared) -> None:
-    """Write the metric file and the predictions, and track both, with the confusion matrix as a picture."""
+def publish_outcome(
+    run: StageRun, encoder: Path, metrics: Path, predictions: Path, outcome: Outcome, data: Prepared
+) -> None:
+    """Write the metric file and the predictions, and track both, with the confusion matrix as a picture.
+
+    The metrics name the encoder by its digest, so that they differ wherever it does.
+    """
     outcome.predictions.to_parquet(run.out(predictions), index=False)
-    run.write_metrics(metrics, dict(outcome.metrics))
+    run.write_metrics(run.out(metrics), {**outcome.metrics, "encoder": encoder_digest(encoder)})
     print(f"{run.spec.arm} / {run.spec.task}: {outcome.metrics['test/top1']:.1f} % top-1 on test", flush=True)
     run.tracker.log_confusion(outcome.predictions, data.classes)

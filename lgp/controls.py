@@ -1,0 +1,60 @@
+"""The paper's controls: both losses summed on one encoder, and the graft the other way round (LGP, section 3.1)."""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lgp.checkpoint import check_encoder_fits, load_encoder
+from lgp.cl import BETAS, build_contrastive, contrastive_loss_of
+from lgp.data.loading import StepCrops
+from lgp.errors import LgpError
+from lgp.graft import stage_rates
+from lgp.mim import BETAS as MIM_BETAS
+from lgp.mim import build_mae, masked_loss_of
+from lgp.models.vit import build_encoder, init_encoder_as_moco
+from lgp.optim import peak_rate
+from lgp.pretrain import Objective, Pretrained, Session, fit_arm
+from lgp.randomness import seeded
+
+
+def pretrain_joint(session: Session) -> Pretrained:
+    """Train one encoder on L_CL + `mim_weight` · L_MIM from scratch.
+
+    MIM sees the crop of the first contrastive view, before its colours are changed: the same images, the same
+    weights. Everything else (optimizer, initialisation, frozen patch embedding) is as in `cl`.
+    """
+    params, joint = session.params, session.params.joint
+    if joint is None:
+        raise LgpError("there is no section joint in the parameters: add it (the preset digits has one)")
+    with seeded(params.seed, "joint/init"):
+        encoder = build_encoder(params.model, params.data)
+        init_encoder_as_moco(encoder)
+        contrastive = build_contrastive(encoder, params.contrastive)
+        mae = build_mae(encoder, params.mim)
+    crops = StepCrops(session.data, params.contrastive.views, 2, joint.batch_size, params.seed, "joint")
+    contrastive_loss = contrastive_loss_of("joint", contrastive, joint.epochs * crops.steps_per_epoch, session)
+    masked_loss = masked_loss_of("joint/mim", mae, session)
+
+    def loss_of(batch: Tensor, step: int) -> Tensor:
+        return contrastive_loss(batch, step) + joint.mim_weight * masked_loss(batch[:, 0], step)
+
+    model = nn.ModuleDict({"contrastive": contrastive, "mae": mae})
+    rate = peak_rate(joint.base_lr, joint.batch_size)
+    rates = {name: rate for name, _ in model.named_parameters()}
+    return fit_arm(Objective("joint", model, encoder, loss_of, crops), rates, BETAS, joint, session)
+
+
+def pretrain_reverse(session: Session, start: Path) -> Pretrained:
+    """Continue masked image modelling on the contrastive encoder in the folder `start`, the decoder anew."""
+    params, reverse = session.params, session.params.reverse
+    if reverse is None:
+        raise LgpError("there is no section reverse in the parameters: add it (the preset digits has one)")
+    check_encoder_fits(start, params.model, params.data)
+    with seeded(params.seed, "reverse/init"):
+        mae = build_mae(load_encoder(start), params.mim)
+    masked_loss = masked_loss_of("reverse", mae, session)
+    crops = StepCrops(session.data, params.mim.views, 1, reverse.batch_size, params.seed, "reverse")
+    peaks = [peak_rate(lr, reverse.batch_size) for lr in reverse.base_lrs]
+    rates = stage_rates([name for name, _ in mae.named_parameters()], params.model.depth, peaks)
+    objective = Objective("reverse", mae, mae.encoder, lambda batch, step: masked_loss(batch[:, 0], step), crops)
+    return fit_arm(objective, rates, MIM_BETAS, reverse, session)

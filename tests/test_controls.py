@@ -1,0 +1,49 @@
+"""The paper's controls: what they sum, and what they start from."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Silent, merged
+from test_graft import changed, saved
+
+from lgp import controls
+from lgp.checkpoint import StateStore
+from lgp.controls import pretrain_joint, pretrain_reverse
+from lgp.data.prepared import Prepared
+from lgp.params import Params
+from lgp.pretrain import Objective, Session
+
+
+@pytest.fixture
+def session(tmp_path: Path, params: Params, prepared: Prepared) -> Session:
+    return Session(prepared, params, StateStore(tmp_path / "state", "code"), Silent())
+
+
+def test_joint_sums_both_losses_on_one_encoder(session: Session, monkeypatch: pytest.MonkeyPatch, values: Any) -> None:
+    weighted = Params.model_validate(merged(values, {"joint": {"mim_weight": 0.5}}))
+    session = Session(session.data, weighted, session.store, session.observer)
+    given: list[Objective] = []
+    fit = controls.fit_arm
+    monkeypatch.setattr(controls, "fit_arm", lambda objective, *rest: given.append(objective) or fit(objective, *rest))
+    result = pretrain_joint(session)
+    (objective,) = given
+    parts: Any = objective.model
+    assert parts["contrastive"].encoder is parts["mae"].encoder is result.encoder
+    parts.eval()
+    total = session.params.joint.epochs * objective.crops.steps_per_epoch  # type: ignore[union-attr]
+    crops = objective.crops[3]
+    contrastive = controls.contrastive_loss_of("joint", parts["contrastive"], total, session)(crops, total)
+    masked = controls.masked_loss_of("joint/mim", parts["mae"], session)(crops[:, 0], total)
+    assert torch.allclose(objective.loss_of(crops, total), contrastive + 0.5 * masked, rtol=1e-6)
+    assert {"moved/block0", "moved/heads", "moved/momentum"} <= result.trained.keys()
+
+
+def test_reverse_continues_from_the_contrastive_encoder(
+    tmp_path: Path, session: Session, prepared: Prepared, values: Any
+) -> None:
+    start = saved(tmp_path / "cl" / "encoder", session.params, prepared, 2)
+    params = Params.model_validate(merged(values, {"reverse": {"base_lrs": [0.0, 0.0, 8e-3]}}))
+    result = pretrain_reverse(Session(prepared, params, session.store, session.observer), start)
+    assert changed(result.encoder, start) == {"blocks.2", "norm"}
