@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from lgp.arms import no_encoder
 from lgp.data.prepared import Prepared
-from lgp.errors import LgpError, no_encoder
+from lgp.errors import LgpError
 from lgp.models.vit import ARCHITECTURE, model_args
 from lgp.params import DataParams, ModelParams
 
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "provenance.json"
+HEADS, METRICS = "heads.safetensors", "metrics.json"  # beside the encoder folder, in the arm's
 DIGEST_BYTES = 32
 
 
@@ -90,6 +92,12 @@ def load_encoder(folder: Path) -> VisionTransformer:
             f"{folder / WEIGHTS} is damaged or does not fit its {CONFIG}: {' '.join(str(e).split())}"
         ) from None
     return encoder
+
+
+def load_heads(folder: Path) -> dict[str, Tensor]:
+    """Load what an arm's folder keeps beside its encoder (decoder, projector, predictor); empty if nothing."""
+    path = folder / HEADS
+    return load_file(path) if path.exists() else {}
 
 
 def _check_present(folder: Path) -> None:

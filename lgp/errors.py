@@ -25,12 +25,3 @@ def check_disk_space(folder: Path, needed_bytes: int) -> None:
             f"disk full: {folder.absolute()} has {free / 2**20:.0f} MiB free, this needs about "
             f"{needed_bytes / 2**20:.0f} MiB for its state and results: free some space and run again"
         )
-
-
-def no_encoder(arm: str) -> str:
-    """Say that an arm has no encoder yet, and how it gets one."""
-    trained = ("mim", "cl", "graft", "joint", "reverse")
-    remedy = (
-        f"run `lgp {arm}`" if arm in trained else f"train one of {', '.join(trained)}, or `lgp import FILE --arm {arm}`"
-    )
-    return f"there is no encoder of arm {arm!r} yet, {remedy}"

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lgp.checkpoint import PROVENANCE, StateStore, save_encoder, save_tensors
+from lgp.checkpoint import HEADS, METRICS, PROVENANCE, StateStore, save_encoder, save_tensors
 from lgp.data.loading import StepCrops
 from lgp.data.prepared import Prepared
 from lgp.device import choose_device
@@ -22,7 +22,6 @@ from lgp.params import Params, TrainingParams
 from lgp.stage import StageRun, encoder_digest
 from lgp.trained import movement, spread, weights_of
 
-HEADS, METRICS = "heads.safetensors", "metrics.json"
 SHOWN_IMAGES = 1024  # whose features are looked at after the training
 # two resume states of weight, momentum copy and two moments; the result here, in DVC's cache and in MLflow
 DISK_BYTES_PER_PARAMETER = 4 * (2 * 4 + 3)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lgp import tracking
+from lgp.arms import no_encoder
 from lgp.checkpoint import StateStore
-from lgp.errors import LgpError, check_disk_space, no_encoder
+from lgp.errors import LgpError, check_disk_space
 from lgp.params import Params, load_params
 from lgp.provenance import code_digest, file_digest, git_state, input_digest, params_digest
 

@@ -24,6 +24,7 @@ ParamsFile = Annotated[Path, typer.Option("--params", metavar="FILE", help="The 
 Fresh = Annotated[bool, typer.Option("--fresh", help="Ignore what an interrupted run of this stage left.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_remember_debug)]
 Arm = Annotated[str, typer.Argument(help="Whose encoder: mim, cl, graft, …", callback=_arm_name)]
+ArmName = Annotated[str, typer.Option("--arm", metavar="NAME", help="What to call the arm.", callback=_arm_name)]
 Fraction = Annotated[str, typer.Argument(help="Share of labels: a name in data.few_label_shares, e.g. 1pct.")]
 
 DEFAULT_PARAMS = Path("params.yaml")

@@ -1,0 +1,41 @@
+"""Stage `import`: an encoder of another project becomes an arm."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lgp.arms import TRAINED
+from lgp.errors import LgpError
+from stages.options import DEFAULT_PARAMS, ArmName, Debug, ParamsFile
+from stages.paths import PREPARED, arm_folder
+
+CheckpointFile = Annotated[Path, typer.Argument(metavar="FILE", help=".pth, .pth.tar, .pt or .safetensors.")]
+Partial = Annotated[bool, typer.Option("--partial", help="Take what fits, where tensors are missing or left over.")]
+
+
+def import_checkpoint(
+    file: CheckpointFile,
+    arm: ArmName,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    partial: Partial = False,
+    debug: Debug = False,
+) -> None:
+    """Make an arm of a checkpoint of MAE, MoCo v3, LGP, timm or lgp."""
+    from lgp.data.prepared import Prepared
+    from lgp.interchange import import_checkpoint as read
+    from lgp.interchange import publish_imported
+    from lgp.stage import StageSpec, stage
+
+    if arm in TRAINED:
+        raise LgpError(f"the arm {arm} is trained by `lgp {arm}`: choose another name, and set graft.start to it")
+    if not file.is_file():
+        raise LgpError(f"no file {file}: give a checkpoint (.pth, .pth.tar, .pt or .safetensors)")
+    folder = arm_folder(arm)
+    spec = StageSpec("import_checkpoint", ["data", "model"], [PREPARED, file], [folder], arm, "pretrain")
+    with stage(spec, params_file) as run:
+        imported = read(file, run.params.model, run.params.data, partial)
+        for use in imported.uses:
+            print(f"{use.name:60} {use.target or '–':40} {use.how}")
+        publish_imported(run, folder, imported, Prepared(PREPARED))
+    print(f"{file} ({imported.layout}) is now the arm {arm}: list it in `arms`, or set graft.start to it")

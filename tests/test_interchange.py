@@ -1,0 +1,198 @@
+"""Checkpoints of other projects, made here from a timm ViT of known weights, in; and out in MAE's layout."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import merged
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lgp.errors import LgpError
+from lgp.interchange import export_checkpoint, import_checkpoint
+from lgp.models.heads import mlp
+from lgp.models.mae import MAE
+from lgp.models.vit import ARCHITECTURE, model_args
+from lgp.params import Params
+
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture
+def vit(params: Params) -> Any:
+    """A timm ViT of the parameters' dimensions whose every weight is random."""
+    model = timm.create_model(ARCHITECTURE, num_classes=10, **model_args(params.model, params.data))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def encoder_of(vit: Any) -> Tensors:
+    return {name: t for name, t in vit.state_dict().items() if not name.startswith("head.")}
+
+
+def mae_pretraining(vit: Any, path: Path) -> Path:
+    mae = MAE(vit, 0.75, 16, 1, 2).state_dict()
+    tensors = encoder_of(vit) | {name: t for name, t in mae.items() if not name.startswith("encoder.")}
+    arguments = argparse.Namespace(model="mae_vit_base_patch16", batch_size=64)
+    torch.save({"model": tensors, "optimizer": {"state": {}}, "epoch": 799, "args": arguments}, path / "mae.pth")
+    return path / "mae.pth"
+
+
+def mae_released(vit: Any, path: Path) -> Path:
+    torch.save({"model": encoder_of(vit)}, path / "mae_pretrain.pth")
+    return path / "mae_pretrain.pth"
+
+
+def moco(vit: Any, path: Path) -> Path:
+    tensors = {f"module.base_encoder.{name}": t for name, t in encoder_of(vit).items()}
+    tensors |= {f"module.base_encoder.head.{name}": t for name, t in mlp(3, 16, 32, 8).state_dict().items()}
+    tensors |= {f"module.momentum_encoder.{name}": t + 1 for name, t in encoder_of(vit).items()}
+    tensors |= {f"module.predictor.{name}": t for name, t in mlp(2, 8, 32, 8).state_dict().items()}
+    state = {"epoch": 300, "arch": "vit_base", "state_dict": tensors, "optimizer": {"state": {}, "param_groups": []}}
+    torch.save(state, path / "vit-b-300ep.pth.tar")
+    return path / "vit-b-300ep.pth.tar"
+
+
+def timm_weights(vit: Any, path: Path) -> Path:
+    torch.save(vit.state_dict(), path / "timm.pth")
+    return path / "timm.pth"
+
+
+def timm_training(vit: Any, path: Path) -> Path:
+    torch.save({"epoch": 3, "arch": "vit", "state_dict": vit.state_dict()}, path / "last.pth.tar")
+    return path / "last.pth.tar"
+
+
+def safetensors(vit: Any, path: Path) -> Path:
+    save_file(encoder_of(vit), path / "model.safetensors")
+    return path / "model.safetensors"
+
+
+LAYOUTS = {
+    mae_pretraining: "MAE",
+    mae_released: "MAE",
+    moco: "MoCo v3 / LGP",
+    timm_weights: "timm or lgp",
+    timm_training: "timm (in a training checkpoint)",
+    safetensors: "timm or lgp",
+}
+
+
+@pytest.mark.parametrize(("write", "layout"), LAYOUTS.items())
+def test_every_layout_gives_the_same_features(
+    write: Callable[[Any, Path], Path], layout: str, vit: Any, params: Params, tmp_path: Path
+) -> None:
+    imported = import_checkpoint(write(vit, tmp_path), params.model, params.data)
+    assert imported.layout == layout
+    images = torch.randn(5, 1, 8, 8)
+    vit.reset_classifier(0)
+    with torch.inference_mode():
+        assert torch.allclose(imported.encoder.eval()(images), vit(images), atol=1e-6)
+    assert {u.target for u in imported.uses if u.how == "encoder"} == set(encoder_of(vit))
+
+
+def test_what_is_left_out_is_said(vit: Any, params: Params, tmp_path: Path) -> None:
+    uses = {u.name: u for u in import_checkpoint(moco(vit, tmp_path), params.model, params.data).uses}
+    assert uses["module.momentum_encoder.cls_token"].how == "momentum encoder"
+    assert uses["module.predictor.0.weight"].how == "predictor"
+    assert uses["module.base_encoder.head.0.weight"].target == "projector.0.weight"
+    uses = {u.name: u for u in import_checkpoint(mae_pretraining(vit, tmp_path), params.model, params.data).uses}
+    assert {uses["mask_token"].how, uses["decoder_pred.weight"].how} == {"decoder"}
+    uses = {u.name: u for u in import_checkpoint(timm_weights(vit, tmp_path), params.model, params.data).uses}
+    assert uses["head.weight"].how == "classifier"
+
+
+def changed(vit: Any, path: Path, change: Callable[[Tensors], None]) -> Path:
+    tensors = encoder_of(vit)
+    change(tensors)
+    torch.save({"model": tensors}, path / "changed.pth")
+    return path / "changed.pth"
+
+
+FAULTS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
+    "missing": (lambda t: t.pop("blocks.1.mlp.fc1.bias"), r"blocks\.1\.mlp\.fc1\.bias is missing"),
+    "misshapen": (
+        lambda t: t.update({"norm.weight": torch.ones(17)}),
+        r"norm\.weight is \(17,\) where \(16,\) is needed",
+    ),
+    "surplus": (
+        lambda t: t.update({"blocks.3.norm1.weight": torch.ones(16)}),
+        r"blocks\.3\.norm1\.weight has no place in the encoder",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_tensor_that_does_not_fit_is_refused_by_name_unless_told(
+    fault: str, vit: Any, params: Params, tmp_path: Path
+) -> None:
+    change, message = FAULTS[fault]
+    path = changed(vit, tmp_path, change)
+    with pytest.raises(LgpError, match=message):
+        import_checkpoint(path, params.model, params.data)
+    encoder = import_checkpoint(path, params.model, params.data, partial=True).encoder
+    assert torch.equal(encoder.cls_token, vit.cls_token)
+
+
+def test_dimensions_of_the_file_are_said(vit: Any, params: Params, values: Any, tmp_path: Path) -> None:
+    other = Params.model_validate(merged(values, {"model": {"width": 32}}))
+    with pytest.raises(LgpError, match="The file holds a ViT of width 16, depth 3, patch 2, 1 channels"):
+        import_checkpoint(timm_weights(vit, tmp_path), other.model, other.data)
+
+
+def test_positions_of_another_size_are_interpolated(vit: Any, params: Params, values: Any, tmp_path: Path) -> None:
+    larger = Params.model_validate(merged(values, {"data": {"image_size": 16}}))
+    imported = import_checkpoint(timm_weights(vit, tmp_path), larger.model, larger.data)
+    assert next(u for u in imported.uses if u.name == "pos_embed").how == "interpolated from 4×4 to 8×8 patches"
+    positions: Tensor = imported.encoder.pos_embed
+    assert positions.shape == (1, 65, 16)
+    assert torch.equal(positions[:, 0], vit.pos_embed[:, 0])
+    centre = vit.pos_embed[0, 1:].unflatten(0, (4, 4))
+    assert torch.allclose(positions[0, 1:].mean(dim=0), centre.mean(dim=(0, 1)), atol=0.05)
+
+
+class Malicious:
+    """What a pickle can hold."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("code of a stranger",))
+
+
+def test_pickle_with_code_is_refused_and_not_run(
+    params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"model": {"cls_token": torch.zeros(1)}, "extra": Malicious()}, tmp_path / "bad.pth")
+    with pytest.raises(LgpError, match=r"holds more than tensors .*would run code from the file: refused"):
+        import_checkpoint(tmp_path / "bad.pth", params.model, params.data)
+    assert "stranger" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.pth", b"no pickle"), ("a.safetensors", b"{}"), ("b.pth", b"")])
+def test_damaged_file_is_one_line(name: str, content: bytes, params: Params, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LgpError, match=r"cannot be read as a checkpoint|holds more than tensors"):
+        import_checkpoint(tmp_path / name, params.model, params.data)
+
+
+def test_unknown_layout_lists_the_known(params: Params, tmp_path: Path) -> None:
+    torch.save({"backbone.layer1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
+    with pytest.raises(LgpError, match=r"its keys begin with backbone\.layer1\.weight\): expected a ViT of MoCo v3"):
+        import_checkpoint(tmp_path / "resnet.pth", params.model, params.data)
+
+
+def test_export_comes_back_the_same_and_brings_the_decoder(vit: Any, params: Params, tmp_path: Path) -> None:
+    heads = {n: t for n, t in MAE(vit, 0.75, 16, 1, 2).state_dict().items() if not n.startswith("encoder.")}
+    projector = {"projector.0.weight": torch.zeros(1)}
+    export_checkpoint(encoder_of(vit), heads | projector, tmp_path / "out.pth")
+    model = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+    assert set(model) == set(encoder_of(vit)) | set(heads)
+    imported = import_checkpoint(tmp_path / "out.pth", params.model, params.data)
+    assert all(torch.equal(t, encoder_of(vit)[n]) for n, t in imported.encoder.state_dict().items())
+    with pytest.raises(LgpError, match="exists already"):
+        export_checkpoint({}, {}, tmp_path / "out.pth")
