@@ -1,6 +1,7 @@
 """The `lgp` command: the stages of the pipeline, and a few tools around it."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +12,12 @@ from lgp.errors import LgpError, is_disk_full
 from stages.cl import cl
 from stages.fewshot import fewshot
 from stages.graft import graft
+from stages.import_checkpoint import import_checkpoint
 from stages.joint import joint
 from stages.linear import linear
 from stages.mim import mim
-from stages.options import DEFAULT_PARAMS, ParamsFile
-from stages.paths import REPORTS
+from stages.options import DEFAULT_PARAMS, Arm, ParamsFile
+from stages.paths import PREPARED, REPORTS, arm_folder, encoder_folder
 from stages.prepare import prepare
 from stages.report import report
 from stages.reverse import reverse
@@ -49,6 +51,18 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
 app = typer.Typer(
     cls=OneLineErrors,
     no_args_is_help=True,
@@ -76,6 +90,63 @@ def main(
     ] = False,
 ) -> None:
     """Layer Grafted Pre-training: from a folder of images to a label-efficient encoder."""
+
+
+app.command("import", rich_help_panel=TOOLS)(import_checkpoint)
+
+
+@app.command(rich_help_panel=TOOLS)
+def export(
+    arm: Arm,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="To write, e.g. graft.pth.")],
+) -> None:
+    """Write an arm's encoder (and MAE decoder) as a .pth in MAE's layout, for tools that expect it."""
+    from lgp.checkpoint import load_encoder, load_heads
+    from lgp.interchange import export_checkpoint
+
+    tensors = load_encoder(encoder_folder(arm)).state_dict()
+    count = export_checkpoint(tensors, load_heads(arm_folder(arm)), file)
+    print(f"{file}: {count} tensors under `model`, as MAE names them")
+
+
+@app.command(rich_help_panel=TOOLS)
+def plan(
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    images: Annotated[int | None, typer.Option(min=1, help="To pre-train on; else those that are prepared.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Devices that share the batch.")] = 1,
+    memory: Annotated[float, typer.Option(min=0.1, help="GiB of one device.")] = 80.0,
+    tflops: Annotated[
+        float | None, typer.Option(min=1e-6, help="10^12 FLOP/s of one device's matrix products; else measured here.")
+    ] = None,
+    utilization: Annotated[float, typer.Option(min=0.01, max=1, help="Share of these that training reaches.")] = 0.4,
+) -> None:
+    """Say what the pre-trainings will take: FLOPs, steps, memory, hours."""
+    from lgp.data.prepared import Prepared
+    from lgp.device import choose_device
+    from lgp.params import load_params
+    from lgp.plan import Machine, matrix_tflops
+    from lgp.plan import plan as make_plan
+
+    params = load_params(params_file)
+    images = images or len(Prepared(PREPARED).pretraining_ids)
+    peak = tflops or matrix_tflops(choose_device(params.run))
+    plans = make_plan(params, images, Machine(gpus, memory, peak * utilization))
+    names = ("stage", "M parameters", "GFLOP/image", "steps", "GiB/GPU", "hours", "GPU-days")
+    rows = [
+        [
+            p.stage,
+            f"{p.cost.parameters / 1e6:,.2f}",
+            f"{p.cost.flops_per_image / 1e9:,.4g}",
+            f"{p.steps:,}",
+            f"{p.memory_gib:,.3g}",
+            f"{p.hours:,.3g}",
+            f"{p.gpu_days:,.3g}",
+        ]
+        for p in plans
+    ]
+    _print_table(f"{images:,} images, {gpus} × {peak:.4g} TFLOP/s at {utilization:.0%}", names, rows)
+    for warning in (w for p in plans for w in p.warnings):
+        print(f"warning: {warning}")
 
 
 preset_app = typer.Typer(help="Whole parameter files.", no_args_is_help=True)
@@ -107,18 +178,10 @@ def preset_use(
 @app.command(rich_help_panel=TOOLS)
 def results(path: Annotated[Path, typer.Argument(help="The table.")] = REPORTS / "results.csv") -> None:
     """Print the results table, and where to look next."""
-    from rich.console import Console
-    from rich.table import Table
-
     from lgp.results import read_results, wide_rows
 
     header, rows = wide_rows(read_results(path))
-    table = Table(title="Top-1 accuracy on test, % (± standard deviation over the few-label subsets)")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    _print_table("Top-1 accuracy on test, % (± standard deviation over the few-label subsets)", header, rows)
     print(f"Report with pictures: {path.with_name('report.md')}. Runs, curves, models: `.venv/bin/lgp ui`.")
     print("Encoders for timm: models/ARM/encoder. Change params.yaml and run `make repro` again.")
 

@@ -1,0 +1,186 @@
+"""What a pre-training will take: parameters, arithmetic, memory and hours, before it is begun.
+
+The model is run once without memory or arithmetic behind it (fake tensors), so every figure follows from the code
+that trains, also for sizes that this machine could not hold.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from lgp.cl import build_contrastive
+from lgp.errors import LgpError
+from lgp.graft import freeze_lower
+from lgp.mim import build_mae
+from lgp.models.vit import View, build_encoder
+from lgp.params import Params, TrainingParams
+
+BATCH = 2  # of the run that counts: BatchNorm needs two, and all that is counted grows in proportion
+GRADIENT_BYTES = 4 + 8  # beside a trained weight: its gradient, and AdamW's two moments
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What to train on.
+
+    Attributes:
+        gpus: devices, each with its share of the batch.
+        memory_gib: of one device.
+        tflops: that one device sustains in this training, in 10¹² FLOP/s (its peak times what is reached of it).
+    """
+
+    gpus: int
+    memory_gib: float
+    tflops: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one training step's model: parameters, and per image FLOPs and bytes of kept activations."""
+
+    parameters: int
+    trained: int
+    flops_per_image: float
+    activation_bytes_per_image: float
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage takes on a machine."""
+
+    stage: str
+    cost: Cost
+    steps: int
+    memory_gib: float
+    hours: float
+    gpu_days: float
+    warnings: list[str]
+
+
+def measure(build: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]) -> Cost:
+    """Count one step, forward and backward, in single precision.
+
+    Args:
+        build: returns a model and how to compute its loss on `BATCH` images; called where tensors are only shapes.
+    """
+    with torch.device("meta"):
+        model, loss_of = build()
+    kept: dict[int, torch.UntypedStorage] = {}
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        model.to_empty(device="cpu")
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage
+            return tensor
+
+        with counter:
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = loss_of(model)
+            activations = sum(storage.nbytes() for storage in kept.values())
+            loss.backward()
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Cost(parameters, trained, counter.get_total_flops() / BATCH, activations / BATCH)
+
+
+def stage_cost(stage: str, params: Params) -> Cost:
+    """Count a step of `mim`, `cl` or `graft`."""
+    size, channels = params.data.image_size, params.data.channels
+
+    def mim() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+        model = build_mae(build_encoder(params.model, params.data), params.mim)
+        patches = model.encoder.patch_embed.num_patches
+        return model, lambda m: m(torch.empty(BATCH, channels, size, size), torch.empty(BATCH, patches))
+
+    def contrastive() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+        encoder = build_encoder(params.model, params.data)
+        graft = params.graft
+        if stage == "graft" and graft.freeze and "freeze" in graft.policy:
+            freeze_lower(encoder, graft.freeze.lower_blocks)
+        model = build_contrastive(encoder, params.contrastive)
+        patches = encoder.patch_embed.num_patches
+        seen = int(patches * (1 - params.contrastive.mask_ratio))
+
+        def loss_of(m: nn.Module) -> Tensor:
+            ids_keep = torch.zeros(BATCH, seen, dtype=torch.int64) if params.contrastive.mask_ratio else None
+            view = View(torch.empty(BATCH, channels, size, size), ids_keep)
+            loss: Tensor = m(view, view, 0.0)
+            return loss
+
+        return model, loss_of
+
+    return measure(mim if stage == "mim" else contrastive)
+
+
+def plan_stage(stage: str, params: Params, images: int, machine: Machine) -> StagePlan:
+    """Plan one stage.
+
+    Args:
+        stage: `mim`, `cl` or `graft`.
+        params: the whole file.
+        images: that pre-training sees in an epoch.
+        machine: to train on.
+    """
+    section: TrainingParams = getattr(params, stage)
+    cost = stage_cost(stage, params)
+    steps = section.epochs * (images // section.batch_size)
+    per_gpu = -(-section.batch_size // machine.gpus)
+    state = 4 * cost.parameters + GRADIENT_BYTES * cost.trained
+    memory = (state + per_gpu * cost.activation_bytes_per_image) / GIB
+    seconds = cost.flops_per_image * steps * section.batch_size / (machine.gpus * machine.tflops * 1e12)
+    warnings = []
+    if steps == 0:
+        warnings.append(f"{stage}.batch_size {section.batch_size} is larger than the {images} images")
+    if section.batch_size % machine.gpus:
+        warnings.append(f"{stage}.batch_size {section.batch_size} does not divide among {machine.gpus} GPUs")
+    if memory > machine.memory_gib:
+        most = int((machine.memory_gib * GIB - state) / cost.activation_bytes_per_image)
+        remedy = f"at most {most} images a GPU fit" if most > 0 else "the weights alone do not fit"
+        warnings.append(
+            f"{stage} does not fit: {memory:.0f} GiB for {per_gpu} images a GPU of {machine.memory_gib:g}: {remedy}"
+        )
+    return StagePlan(stage, cost, steps, memory, seconds / 3600, seconds * machine.gpus / 86400, warnings)
+
+
+def plan(params: Params, images: int, machine: Machine) -> list[StagePlan]:
+    """Plan `mim`, `cl` and `graft`, as far as `arms` lists them.
+
+    Raises:
+        LgpError: none of them is listed.
+    """
+    stages = [stage for stage in ("mim", "cl", "graft") if stage in params.arms]
+    if not stages:
+        raise LgpError(f"arms lists none of mim, cl and graft, but {', '.join(params.arms)}: nothing to plan")
+    return [plan_stage(stage, params, images, machine) for stage in stages]
+
+
+def matrix_tflops(device: torch.device, size: int = 2048, seconds: float = 1.0) -> float:
+    """Measure the FLOP/s of single-precision matrix products on a device, in 10¹²."""
+    a = torch.randn(size, size, device=device)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    a @ a
+    wait()
+    started, rounds = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        a @ a
+        wait()
+        rounds += 1
+    return 2 * size**3 * rounds / (time.perf_counter() - started) / 1e12

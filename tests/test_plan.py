@@ -1,0 +1,94 @@
+"""The plan against counted FLOPs, the papers' formula, and arithmetic by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lgp.cl import build_contrastive
+from lgp.mim import build_mae
+from lgp.models.vit import View, build_encoder
+from lgp.params import Params, load_params
+from lgp.plan import BATCH, Machine, measure, plan_stage, stage_cost
+
+
+@pytest.fixture(scope="module")
+def vit_b() -> Params:
+    return load_params(ROOT / "presets" / "imagenet-vit-b16.yaml")
+
+
+def forward_flops(tokens: int, width: int, depth: int) -> float:
+    """Of a ViT's blocks (products count two): 12 D² parameters a token and block, and attention's two products."""
+    return depth * (2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width)
+
+
+@pytest.mark.parametrize("stage", ["mim", "cl"])
+def test_flops_of_vit_b_agree_with_those_counted_in_a_real_step(stage: str, vit_b: Params) -> None:
+    encoder = build_encoder(vit_b.model, vit_b.data)
+    images = torch.randn(2, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter:
+        if stage == "mim":
+            build_mae(encoder, vit_b.mim)(images, torch.rand(2, 196)).backward()
+        else:
+            build_contrastive(encoder, vit_b.contrastive)(View(images), View(images), 0.0).backward()
+    assert stage_cost(stage, vit_b).flops_per_image == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+
+
+def test_flops_of_vit_b_agree_with_the_formula(vit_b: Params) -> None:
+    # two views, forward and backward (three times forward), and forward through the momentum encoder
+    expected = 2 * (3 + 1) * forward_flops(197, 768, 12)
+    assert stage_cost("cl", vit_b).flops_per_image == pytest.approx(expected, rel=0.02)
+    expected = 3 * (forward_flops(50, 768, 12) + forward_flops(197, 512, 8))
+    assert stage_cost("mim", vit_b).flops_per_image == pytest.approx(expected, rel=0.05)
+
+
+def test_parameters_are_those_of_the_models(params: Params) -> None:
+    model = build_contrastive(build_encoder(params.model, params.data), params.contrastive)
+    cost = stage_cost("cl", params)
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    assert cost.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_kept_activations_are_what_backward_needs() -> None:
+    def build() -> tuple[nn.Module, Any]:
+        return nn.Linear(8, 4), lambda m: torch.nn.functional.gelu(m(torch.empty(BATCH, 8))).sum()
+
+    cost = measure(build)
+    assert cost.activation_bytes_per_image == 4 * (8 + 4)  # the layer's input, gelu's input; weights are not counted
+    assert cost.flops_per_image == 2 * 2 * 8 * 4  # forward, and the weight's gradient; the input has none
+
+
+def test_freezing_saves_gradients_and_arithmetic(values: Any) -> None:
+    from conftest import merged
+
+    plain = Params.model_validate(values)
+    policy = {"policy": ["stage_lr", "freeze"], "freeze": {"lower_blocks": 2}}
+    frozen = Params.model_validate(merged(values, {"graft": policy}))
+    assert stage_cost("graft", frozen).trained < stage_cost("graft", plain).trained
+    assert stage_cost("graft", frozen).flops_per_image < stage_cost("graft", plain).flops_per_image
+
+
+def test_hours_and_memory_follow_from_the_machine(params: Params) -> None:
+    one, four = (plan_stage("cl", params, 1000, Machine(gpus, 80, 2.0)) for gpus in (1, 4))
+    steps = params.cl.epochs * (1000 // 64)
+    assert one.steps == four.steps == steps
+    assert one.hours == pytest.approx(one.cost.flops_per_image * 64 * steps / 2e12 / 3600)
+    assert four.hours == pytest.approx(one.hours / 4)
+    assert four.gpu_days == pytest.approx(one.hours / 24)
+    assert four.memory_gib < one.memory_gib
+
+
+@pytest.mark.parametrize(
+    ("machine", "images", "message"),
+    [
+        (Machine(1, 0.001, 1.0), 1000, "images a GPU fit"),
+        (Machine(1, 0.0001, 1.0), 1000, "the weights alone do not fit"),
+        (Machine(3, 80, 1.0), 1000, "does not divide among 3 GPUs"),
+        (Machine(1, 80, 1.0), 10, "is larger than the 10 images"),
+    ],
+)
+def test_what_cannot_be_is_warned_of(params: Params, machine: Machine, images: int, message: str) -> None:
+    assert any(message in warning for warning in plan_stage("cl", params, images, machine).warnings)
