@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from lgp.errors import LgpError, is_disk_full
 from stages.cl import cl
+from stages.conflict import conflict
 from stages.fewshot import fewshot
 from stages.graft import graft
 from stages.import_checkpoint import import_checkpoint
@@ -17,7 +18,7 @@ from stages.joint import joint
 from stages.linear import linear
 from stages.mim import mim
 from stages.options import DEFAULT_PARAMS, Arm, ParamsFile
-from stages.paths import PREPARED, REPORTS, arm_folder, encoder_folder
+from stages.paths import PREPARED, REPORTS, arm_folder, conflict_file, encoder_folder
 from stages.prepare import prepare
 from stages.report import report
 from stages.reverse import reverse
@@ -92,6 +93,7 @@ def main(
     """Layer Grafted Pre-training: from a folder of images to a label-efficient encoder."""
 
 
+app.command(rich_help_panel=TOOLS)(conflict)
 app.command("import", rich_help_panel=TOOLS)(import_checkpoint)
 
 
@@ -107,6 +109,28 @@ def export(
     tensors = load_encoder(encoder_folder(arm)).state_dict()
     count = export_checkpoint(tensors, load_heads(arm_folder(arm)), file)
     print(f"{file}: {count} tensors under `model`, as MAE names them")
+
+
+@app.command(rich_help_panel=TOOLS)
+def suggest(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
+    """Say where to cut an arm for a graft, from `lgp conflict` and from k-NN accuracy per block."""
+    import pandas as pd
+
+    from lgp.conflict import knn_by_block, rates_for, suggest_cut
+    from lgp.data.prepared import Prepared
+    from lgp.params import load_params
+
+    params, measured = load_params(params_file), conflict_file(arm)
+    if not measured.exists():
+        raise LgpError(f"no {measured}: run `lgp conflict {arm}` first")
+    knn = knn_by_block(encoder_folder(arm), Prepared(PREPARED), params)
+    found = suggest_cut(pd.read_csv(measured), knn)
+    rows = [[str(i), f"{c:+.3f}", f"{k:.1f}"] for i, (c, k) in enumerate(zip(found.cosines, knn, strict=True))]
+    _print_table(f"Blocks of {arm}", ("block", "median cosine MIM, CL", "k-NN on val, %"), rows)
+    by = "conflict grows there" if found.by_conflict else "conflict does not grow with depth, the features decide"
+    print(f"keep the lowest {found.lower_blocks} of {len(knn)} blocks ({by}; features are best after {found.by_knn})")
+    print(f"  graft.stage_lr.base_lrs: {rates_for(found.lower_blocks, len(knn), 1.5e-5, 1.5e-4)}  # the paper's rates")
+    print(f"  or graft.freeze, graft.l1, graft.scratch_end with lower_blocks: {found.lower_blocks}")
 
 
 @app.command(rich_help_panel=TOOLS)

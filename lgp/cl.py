@@ -75,7 +75,7 @@ def contrastive_loss_of(name: str, model: Contrastive, total: int, session: Sess
         rng = generator(params.seed, f"{name}/colours", step)
         images = [data.normalize(photometric(crops[:, v].float() / 255, v, views, rng)) for v in (0, 1)]
         view1, view2 = (View(of_view, seen(of_view, step, v)) for v, of_view in enumerate(images))
-        loss: Tensor = model(view1, view2, step / total)
+        loss: Tensor = model(view1, view2, min(step / total, 1.0))
         return loss
 
     return loss_of

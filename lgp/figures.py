@@ -72,3 +72,15 @@ def plot_confusion(path: Path, predictions: pd.DataFrame, classes: list[str]) ->
     axes.set(xlabel="predicted", ylabel="true")
     figure.colorbar(image, label="% of the true class")
     figure.savefig(path, dpi=DPI)
+
+
+def plot_conflict(path: Path, conflict: pd.DataFrame) -> None:
+    """Draw how the cosine of the gradients of MIM and CL is distributed over batches, a box per part of the encoder."""
+    parts = {str(part): rows["cosine"].to_numpy() for part, rows in conflict.groupby("block", sort=False)}
+    figure = Figure(figsize=(max(4.5, 0.6 * len(parts) + 1.5), 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.boxplot(list(parts.values()), tick_labels=[part.removeprefix("block") for part in parts], showfliers=False)
+    axes.axhline(0, color="0.5", linewidth=0.8)
+    axes.set(xlabel="block", ylabel="cosine of the gradients of MIM and CL")
+    axes.grid(alpha=0.3, axis="y")
+    figure.savefig(path, dpi=DPI)

@@ -107,10 +107,24 @@ def embed(encoder: VisionTransformer, images: Tensor) -> Tensor:
     return encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
 
 
+def with_class_token(encoder: VisionTransformer, tokens: Tensor) -> Tensor:
+    """Put the class token before tokens (B, n, width): (B, 1 + n, width)."""
+    cls_token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+    return torch.cat([cls_token, tokens], dim=1)
+
+
 def encode_tokens(encoder: VisionTransformer, tokens: Tensor) -> Tensor:
     """Put the class token before tokens (B, n, width), run blocks and final norm: (B, 1 + n, width)."""
-    cls_token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-    return encoder.norm(encoder.blocks(torch.cat([cls_token, tokens], dim=1)))
+    return encoder.norm(encoder.blocks(with_class_token(encoder, tokens)))
+
+
+def tokens_by_block(encoder: VisionTransformer, images: Tensor) -> list[Tensor]:
+    """Encode images (B, C, S, S): the tokens after each block, through the final norm, (B, 1 + N, width) each."""
+    tokens, after = with_class_token(encoder, embed(encoder, images)), []
+    for block in encoder.blocks:
+        tokens = block(tokens)
+        after.append(encoder.norm(tokens))
+    return after
 
 
 def keep_patches(tokens: Tensor, ids_keep: Tensor) -> Tensor:

@@ -1,0 +1,159 @@
+"""Gradient conflict, the observation that the graft rests on: MIM and CL pull the same weights apart (LGP, sec. 3.1).
+
+For an encoder as it is, each loss is taken with heads that fit it: both are trained with the encoder frozen first, so
+that the gradient is that of the best loss these features allow, not of heads that know nothing. Then the gradients of
+both losses, on the same images and weights, are compared block by block.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lgp.checkpoint import check_encoder_fits, check_input_size, load_encoder
+from lgp.cl import BETAS, build_contrastive, contrastive_loss_of
+from lgp.data.loading import StepCrops
+from lgp.data.prepared import Prepared
+from lgp.device import choose_device
+from lgp.evaluate.features import extract
+from lgp.evaluate.knn import knn_predict
+from lgp.mim import build_mae, masked_loss_of
+from lgp.models.vit import tokens_by_block
+from lgp.optim import peak_rate
+from lgp.params import Params, TrainingParams
+from lgp.pretrain import Objective, Session, fit_arm
+from lgp.randomness import seeded
+from lgp.trained import group_of
+
+COLUMNS = ["block", "batch", "cosine", "mim_norm", "cl_norm"]
+KNN_IMAGES = 10_000  # of the training part: k-NN per block is a guide, not a result
+
+
+def measure_conflict(session: Session, start: Path) -> pd.DataFrame:
+    """Compare the gradients of MIM and CL at the encoder in the folder `start`.
+
+    Args:
+        session: images, parameters, resume states and observer (of the heads' training).
+        start: encoder folder of any arm.
+
+    Returns:
+        A row per part (`embed`, `block0` …, `norm`) and batch: the cosine of the two gradients, in [-1, 1], and the
+        length of each.
+    """
+    params, settings = session.params, session.params.conflict
+    check_encoder_fits(start, params.model, params.data)
+    with seeded(params.seed, "conflict/init"):
+        encoder = load_encoder(start)
+        contrastive = build_contrastive(encoder, params.contrastive)
+        mae = build_mae(encoder, params.mim)
+    model = nn.ModuleDict({"contrastive": contrastive, "mae": mae})
+    crops = StepCrops(session.data, params.contrastive.views, 2, settings.batch_size, params.seed, "conflict")
+    steps = settings.head_epochs * crops.steps_per_epoch
+    contrastive_loss = contrastive_loss_of("conflict", contrastive, steps, session)
+    masked_loss = masked_loss_of("conflict/mim", mae, session)
+
+    def both(images: Tensor, step: int) -> Tensor:
+        return contrastive_loss(images, step) + masked_loss(images[:, 0], step)
+
+    weights = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    for weight in weights.values():
+        weight.requires_grad_(False)
+    rate = peak_rate(settings.base_lr, settings.batch_size)
+    training = TrainingParams(
+        epochs=settings.head_epochs, batch_size=settings.batch_size, warmup_epochs=0, weight_decay=0
+    )
+    rates = {name: rate for name, _ in model.named_parameters()}
+    fit_arm(Objective("conflict", model, encoder, both, crops), rates, BETAS, training, session)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    device = choose_device(params.run)
+    model.to(device).train()
+    rows = []
+    for batch in range(settings.batches):
+        images, step = crops[steps + batch].to(device), steps + batch
+        of_mim = _gradients(masked_loss(images[:, 0], step), weights)
+        of_cl = _gradients(contrastive_loss(images, step), weights)
+        for part, gradient in of_mim.items():
+            cosine = F.cosine_similarity(gradient, of_cl[part], dim=0)
+            rows.append([part, batch, float(cosine), float(gradient.norm()), float(of_cl[part].norm())])
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _gradients(loss: Tensor, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return the gradient of a loss, all weights of a part of the encoder as one vector."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+        parts.setdefault(group_of(f"encoder.{name}"), []).append(gradient.flatten())
+    return {part: torch.cat(gradients) for part, gradients in parts.items()}
+
+
+def knn_by_block(folder: Path, data: Prepared, params: Params) -> list[float]:
+    """Measure k-NN accuracy on val, in percent, of the mean token after each block of the encoder in `folder`."""
+    check_input_size(folder, data)
+    device = choose_device(params.run)
+    encoder = load_encoder(folder).to(device).eval()
+
+    def encode(images: Tensor) -> Tensor:
+        return torch.cat([t.mean(dim=1) for t in tokens_by_block(encoder, images.to(device))], dim=1)
+
+    train = data.ids("train")
+    train = train[:: math.ceil(len(train) / KNN_IMAGES)]
+    val = data.ids("val")
+    x_train, x_val = (np.split(extract(encode, data, ids), len(encoder.blocks), axis=1) for ids in (train, val))
+    k, temperature, classes = params.linear.knn_k, params.linear.knn_temperature, len(data.classes)
+    predicted = [
+        knn_predict(of_train, data.labels[train], of_val, classes, k, temperature)
+        for of_train, of_val in zip(x_train, x_val, strict=True)
+    ]
+    return [round(100 * float((p == data.labels[val]).mean()), 2) for p in predicted]
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Where to cut, as a number of lower blocks to keep, and why.
+
+    Attributes:
+        lower_blocks: the suggestion.
+        by_conflict: where the median cosine falls most, None where it does not fall with depth.
+        by_knn: up to and with the block whose features are best.
+        cosines: median per block.
+    """
+
+    lower_blocks: int
+    by_conflict: int | None
+    by_knn: int
+    cosines: list[float]
+
+
+def suggest_cut(conflict: pd.DataFrame, knn: list[float]) -> Suggestion:
+    """Suggest how many lower blocks to keep.
+
+    The conflict's cut is the one that best splits the blocks' median cosines into a higher level below and a lower
+    level above (least squares); where the level above is not lower, conflict does not grow with depth, and the
+    features decide: blocks up to the one with the best k-NN accuracy are worth keeping.
+
+    Args:
+        conflict: of `measure_conflict`.
+        knn: accuracy per block of the encoder to graft on.
+    """
+    medians = conflict.groupby("block")["cosine"].median()
+    cosines = np.array([medians[f"block{i}"] for i in range(len(knn))])
+
+    def misfit(cut: int) -> float:
+        return float(sum(((part - part.mean()) ** 2).sum() for part in (cosines[:cut], cosines[cut:])))
+
+    cut = min(range(1, len(cosines)), key=misfit) if len(cosines) > 1 else 1
+    falls = len(cosines) > 1 and cosines[cut:].mean() < cosines[:cut].mean()
+    by_knn = int(np.argmax(knn)) + 1
+    return Suggestion(cut if falls else by_knn, cut if falls else None, by_knn, [float(c) for c in cosines])
+
+
+def rates_for(lower_blocks: int, depth: int, low: float, high: float) -> list[float]:
+    """Return `graft.stage_lr.base_lrs` that give the lower blocks the rate `low`, the others `high`."""
+    group = math.gcd(lower_blocks, depth)
+    return [low] * (lower_blocks // group) + [high] * ((depth - lower_blocks) // group)
