@@ -151,7 +151,7 @@ def _check_unchanged(spec: StageSpec, before: dict[str, Any], params_file: Path,
 
 def _start_output(path: Path) -> Path:
     """Return where an output is written first: beside its place, so that moving it there is one rename."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".partial.{path.name}")  # the suffix stays: some libraries go by it
     _remove(partial)
     partial.parent.mkdir(parents=True, exist_ok=True)
     if not path.suffix:

@@ -222,6 +222,12 @@ class Tracker:
         """Draw and log what a masked autoencoder paints in."""
         self._log_drawing("reconstructions.png", lambda figures, path: figures.plot_reconstructions(path, images))
 
+    def log_conflict(self, conflict: "pd.DataFrame") -> None:
+        """Draw and log the distribution of gradient cosines per block, and log their medians."""
+        medians = conflict.groupby("block", sort=False)["cosine"].median()
+        self.log_metrics({f"cosine/{part}": float(value) for part, value in medians.items()})
+        self._log_drawing("conflict.png", lambda figures, path: figures.plot_conflict(path, conflict))
+
     def _log_drawing(self, name: str, draw: Callable[[Any, Path], None]) -> None:
         from lgp import figures
 

@@ -19,9 +19,7 @@ def conflict(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = 
         result = measure_conflict(Session(Prepared(PREPARED), run.params, run.store, run.tracker), encoder_folder(arm))
         result.to_csv(run.out(table), index=False)
         plot_conflict(run.out(picture), result)
-        medians = result.groupby("block", sort=False)["cosine"].median()
-        run.tracker.log_metrics({f"cosine/{part}": float(value) for part, value in medians.items()})
-        run.tracker.log_figure(run.out(picture))
-        for part, value in medians.items():
+        run.tracker.log_conflict(result)
+        for part, value in result.groupby("block", sort=False)["cosine"].median().items():
             print(f"{part:8} {value:+.3f}")
     print(f"median cosine of the gradients of MIM and CL; all batches in {table}, drawn in {picture}")

@@ -83,7 +83,7 @@ def test_stages_by_hand_end_in_a_report(finished: Path) -> None:
 
 
 def test_nothing_partial_and_no_resume_state_is_left(finished: Path) -> None:
-    assert not list(finished.rglob("*.partial"))
+    assert not list(finished.rglob(".partial.*"))
     assert not list((finished / ".lgp" / "resume").rglob("state*"))
 
 
@@ -151,6 +151,53 @@ np.save("theirs.npy", model.predict(np.load("images.npy")))
     assert np.abs(np.load(tmp_path / "theirs.npy") - ours).max() < 1e-5
 
 
+def test_conflict_and_cut_of_an_arm(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished)
+    assert "no reports/conflict/mim.csv: run `lgp conflict mim` first" in error_of(lgp("suggest", "mim"))
+    measured = lgp("conflict", "mim")
+    assert measured.exit_code == 0, measured.output
+    assert (finished / "reports/conflict/mim.png").read_bytes()[:4] == b"\x89PNG"
+    assert (finished / "reports/conflict/mim.csv").read_text().startswith("block,batch,cosine,mim_norm,cl_norm")
+    suggested = lgp("suggest", "mim")
+    assert suggested.exit_code == 0, suggested.output
+    assert "graft.stage_lr.base_lrs: [" in suggested.output
+
+
+def test_exported_checkpoint_comes_in_as_an_arm_and_is_grafted_on(
+    finished: Path, project: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished)
+    assert lgp("export", "mim", str(project / "mae.pth")).exit_code == 0
+    monkeypatch.chdir(project)
+    assert lgp("prepare").exit_code == 0
+    assert "the arm mim is trained by `lgp mim`" in error_of(lgp("import", "mae.pth", "--arm", "mim"))
+    assert "no file other.pth" in error_of(lgp("import", "other.pth", "--arm", "mae"))
+    imported = lgp("import", "mae.pth", "--arm", "mae")
+    assert imported.exit_code == 0, imported.output
+    assert "decoder_blocks.0.attn.qkv.weight" in imported.output
+    write(merged(values, {"arms": ["mae", "graft"], "graft": {"start": "mae", "end": "mae"}}))
+    tasks = ["linear", "fewshot-1pct", "fewshot-10pct"]
+    evaluations = [[t.split("-")[0], arm, *t.split("-")[1:]] for arm in ("mae", "graft") for t in tasks]
+    for command in [["graft"], *evaluations, ["report"]]:
+        result = lgp(*command)
+        assert result.exit_code == 0, (command, result.output)
+    of_file, of_mim = (
+        json.loads((folder / f"metrics/{arm}-linear.json").read_text())["test/top1"]
+        for folder, arm in ((project, "mae"), (finished, "mim"))
+    )
+    assert of_file == of_mim
+    rows = (project / "reports" / "results.csv").read_text()
+    assert "\nmae," in rows
+    assert "\ncl," not in rows
+
+
+def test_plan_needs_prepared_images_or_their_number(project: Path) -> None:
+    assert "no prepared data in data/prepared" in error_of(lgp("plan"))
+    planned = lgp("plan", "--images", "1000", "--tflops", "1", "--gpus", "3")
+    assert planned.exit_code == 0, planned.output
+    assert "warning: cl.batch_size 64 does not divide among 3 GPUs" in planned.output
+
+
 def test_tracking_that_fails_warns_once_and_loses_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(project / "params.yaml") + "/no-store")
     result = lgp("prepare")
@@ -183,7 +230,7 @@ def test_mistakes_found_with_the_data_at_hand(project: Path, values: dict[str, A
     write(merged(values, {"graft": {"batch_size": 4096}}))
     assert "graft.batch_size 4096 is larger than the 220 images" in error_of(lgp("mim"))
     write(values)
-    assert "no encoder of arm 'grfat' yet, train one of mim, cl, graft, joint" in error_of(lgp("linear", "grfat"))
+    assert "there is no encoder of arm 'grfat' yet, train mim, cl, graft" in error_of(lgp("linear", "grfat"))
     assert "'a-b' is no name of an arm" in error_of(lgp("linear", "a-b"))
     assert "there is no encoder of arm 'graft' yet, run `lgp graft`" in error_of(lgp("linear", "graft"))
     assert "there is no encoder of arm 'mim' yet, run `lgp mim`" in error_of(lgp("graft"))
@@ -207,7 +254,7 @@ def test_full_disk_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("lgp.data.prepare._write_shards", full)
     assert "disk full while writing images.arrow: free some space and run again" in error_of(lgp("prepare"))
-    assert not list(project.rglob("*.partial"))
+    assert not list(project.rglob(".partial.*"))
 
 
 def test_debug_shows_the_traceback(project: Path, values: dict[str, Any]) -> None:
@@ -332,5 +379,10 @@ def test_help_lists_every_command() -> None:
             "preset",
             "ui",
             "results",
+            "conflict",
+            "suggest",
+            "import",
+            "export",
+            "plan",
         )
     )

@@ -1,0 +1,135 @@
+"""The measured gradient conflict against gradients taken one by one, and the cut that is read off it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from conftest import Silent, merged
+from test_graft import saved
+from torch import Tensor
+
+from lgp import conflict
+from lgp.checkpoint import StateStore, load_encoder
+from lgp.conflict import knn_by_block, measure_conflict, rates_for, suggest_cut
+from lgp.data.prepared import Prepared
+from lgp.evaluate.features import class_token_of, extract
+from lgp.evaluate.knn import knn_predict
+from lgp.models.vit import tokens_by_block
+from lgp.params import Params
+from lgp.pretrain import Session
+
+Loss = Callable[[Tensor, int], Tensor]
+
+
+@pytest.fixture
+def session(tmp_path: Path, values: Any, prepared: Prepared) -> Session:
+    params = Params.model_validate(merged(values, {"conflict": {"head_epochs": 1, "batches": 3, "batch_size": 32}}))
+    return Session(prepared, params, StateStore(tmp_path / "state", "code"), Silent())
+
+
+@pytest.fixture
+def start(tmp_path: Path, session: Session) -> Path:
+    return saved(tmp_path / "mim" / "encoder", session.params, session.data, 1)
+
+
+def spied(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Any, Loss], Loss]) -> None:
+    """Wrap a builder of losses: `change` gets the model and its loss, and gives the loss to use."""
+    build = getattr(conflict, name)
+    monkeypatch.setattr(conflict, name, lambda stage, model, *rest: change(model, build(stage, model, *rest)))
+
+
+def test_cosines_are_those_of_gradients_taken_one_by_one(
+    session: Session, start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow: list[dict[str, Tensor]] = []
+
+    def watch(model: Any, loss_of: Loss) -> Loss:
+        def watched(images: Tensor, step: int) -> Tensor:
+            if model.encoder.norm.weight.requires_grad:  # the heads are trained, now it is measured
+                model.zero_grad()
+                loss_of(images, step).backward()
+                blocks = {f"block{i}": b for i, b in enumerate(model.encoder.blocks)}
+                slow.append({n: torch.cat([p.grad.flatten() for p in b.parameters()]) for n, b in blocks.items()})
+                model.zero_grad()
+            return loss_of(images, step)
+
+        return watched
+
+    spied(monkeypatch, "masked_loss_of", watch)
+    spied(monkeypatch, "contrastive_loss_of", watch)
+    table = measure_conflict(session, start)
+    assert sorted(table["block"].unique()) == ["block0", "block1", "block2", "embed", "norm"]
+    for _, row in table[table["block"].str.startswith("block")].iterrows():
+        of_mim, of_cl = slow[2 * row["batch"]][row["block"]], slow[2 * row["batch"] + 1][row["block"]]
+        dot = sum(a * b for a, b in zip(of_mim.double().tolist(), of_cl.double().tolist(), strict=True))
+        assert row["cosine"] == pytest.approx(dot / (of_mim.norm() * of_cl.norm()).item(), abs=1e-4)
+        assert row["mim_norm"] == pytest.approx(of_mim.norm().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_equal_and_opposite_losses_agree_and_disagree_fully(
+    sign: int, session: Session, start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: list[Loss] = []
+    spied(monkeypatch, "masked_loss_of", lambda _, loss_of: losses.append(loss_of) or loss_of)  # type: ignore[func-returns-value]
+    spied(monkeypatch, "contrastive_loss_of", lambda _, __: lambda images, step: sign * losses[0](images[:, 0], step))
+    monkeypatch.setattr(conflict, "fit_arm", lambda *_: None)
+    assert measure_conflict(session, start)["cosine"].to_numpy() == pytest.approx(sign, abs=1e-5)
+
+
+def test_fitting_the_heads_leaves_the_encoder_as_it_was(
+    session: Session, start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[Any] = []
+    fit = conflict.fit_arm
+    monkeypatch.setattr(conflict, "fit_arm", lambda *args: fitted.append(fit(*args)))
+    measure_conflict(session, start)
+    before = load_encoder(start).state_dict()
+    assert all(torch.equal(t, before[n]) for n, t in fitted[0].encoder.state_dict().items())
+    assert fitted[0].trained["moved/heads"] > 0
+
+
+def test_tokens_of_the_last_block_end_in_the_features(session: Session, start: Path) -> None:
+    encoder = load_encoder(start).eval()
+    images = torch.randn(4, 1, 8, 8)
+    tokens = tokens_by_block(encoder, images)
+    assert len(tokens) == 3
+    assert torch.allclose(tokens[-1][:, 0], encoder(images), atol=1e-6)
+
+
+def test_knn_by_block_is_knn_of_each_blocks_mean_token(session: Session, start: Path) -> None:
+    data, encoder = session.data, load_encoder(start).eval()
+    train, val = data.ids("train"), data.ids("val")
+    with torch.inference_mode():
+        x = [tokens_by_block(encoder, data.normalize(data.whole(i)))[1].mean(dim=1).numpy() for i in (train, val)]
+    predicted = knn_predict(x[0], data.labels[train], x[1], 10, 20, 0.07)
+    expected = 100 * (predicted == data.labels[val]).mean()
+    assert knn_by_block(start, data, session.params)[1] == pytest.approx(expected, abs=0.01)
+    assert extract(class_token_of(encoder, torch.device("cpu")), data, val).shape == (len(val), 16)
+
+
+def cosines(values: list[float]) -> pd.DataFrame:
+    rows = [(f"block{i}", batch, v + 0.01 * batch) for i, v in enumerate(values) for batch in range(-1, 2)]
+    return pd.DataFrame([*rows, ("embed", 0, 0.0)], columns=["block", "batch", "cosine"])
+
+
+def test_cut_is_where_the_cosine_falls() -> None:
+    found = suggest_cut(cosines([0.3, 0.28, 0.31, 0.29, -0.1, -0.12]), [10, 20, 30, 40, 50, 60])
+    assert (found.lower_blocks, found.by_conflict, found.by_knn) == (4, 4, 6)
+    assert found.cosines == pytest.approx([0.3, 0.28, 0.31, 0.29, -0.1, -0.12])
+
+
+def test_without_growing_conflict_the_features_decide() -> None:
+    found = suggest_cut(cosines([-0.1, -0.1, 0.2, 0.2]), [50, 70, 60, 40])
+    assert (found.lower_blocks, found.by_conflict, found.by_knn) == (2, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("lower", "depth", "rates"),
+    [(8, 12, [1, 1, 9]), (6, 12, [1, 9]), (5, 12, [1] * 5 + [9] * 7), (12, 12, [1]), (4, 6, [1, 1, 9])],
+)
+def test_suggested_rates_cut_where_asked(lower: int, depth: int, rates: list[float]) -> None:
+    assert rates_for(lower, depth, 1, 9) == rates
