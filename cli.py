@@ -148,7 +148,7 @@ def plan(
     from lgp.data.prepared import Prepared
     from lgp.device import choose_device
     from lgp.params import load_params
-    from lgp.plan import Machine, matrix_tflops
+    from lgp.plan import Machine, graft_rates_by_part, matrix_tflops
     from lgp.plan import plan as make_plan
 
     params = load_params(params_file)
@@ -171,6 +171,11 @@ def plan(
     _print_table(f"{images:,} images, {gpus} × {peak:.4g} TFLOP/s at {utilization:.0%}", names, rows)
     for warning in (w for p in plans for w in p.warnings):
         print(f"warning: {warning}")
+    if "graft" in params.arms:
+        header = ("part", "base lr", f"decayed by {params.graft.weight_decay:g}", "not decayed", "frozen")
+        groups = graft_rates_by_part(params)
+        rows = [[g.part, f"{g.base_lr:.4g}", f"{g.decayed:,}", f"{g.undecayed:,}", f"{g.frozen:,}"] for g in groups]
+        _print_table("The graft's parameters", header, rows)
 
 
 preset_app = typer.Typer(help="Whole parameter files.", no_args_is_help=True)

@@ -135,29 +135,36 @@ def pretrain_graft(session: Session, start: Path, end: Path) -> Pretrained:
     params, graft = session.params, session.params.graft
     with seeded(params.seed, "graft/init"):
         encoder = _stitched(params, start, end)
-        if graft.freeze and "freeze" in graft.policy:
-            freeze_lower(encoder, graft.freeze.lower_blocks)
-        model = build_contrastive(encoder, params.contrastive)
+        model = build_graft(encoder, params)
     rates = graft_rates(model, graft, params.model.depth)
-    if graft.l1 and "l1" in graft.policy:
-        held = frozenset(f"encoder.{name}" for name in pulled_names(encoder, graft.l1.lower_blocks))
-        penalty = l1_pull(encoder, graft.l1.lower_blocks, graft.l1.weight)
-        return contrast("graft", model, rates, graft, session, penalty, held)
-    return contrast("graft", model, rates, graft, session)
+    pulled = graft.cut("l1")
+    if pulled is None or graft.l1 is None:
+        return contrast("graft", model, rates, graft, session)
+    held = frozenset(f"encoder.{name}" for name in pulled_names(encoder, pulled))
+    return contrast("graft", model, rates, graft, session, l1_pull(encoder, pulled, graft.l1.weight), held)
+
+
+def build_graft(encoder: VisionTransformer, params: Params) -> Contrastive:
+    """Put contrastive heads on the encoder to graft on, what the policy freezes fixed before it is copied."""
+    frozen = params.graft.cut("freeze")
+    if frozen is not None:
+        freeze_lower(encoder, frozen)
+    return build_contrastive(encoder, params.contrastive)
 
 
 def _stitched(params: Params, start: Path, end: Path) -> VisionTransformer:
     """Load the encoder, with the upper blocks that the policy asks for."""
-    graft = params.graft
     check_encoder_fits(start, params.model, params.data)
     encoder = load_encoder(start)
-    if graft.scratch_end and "scratch_end" in graft.policy:
+    kept = params.graft.cut("scratch_end")
+    if kept is not None:
         anew = build_encoder(params.model, params.data)
         init_encoder_as_moco(anew)
-        replace_upper(encoder, anew, graft.scratch_end.lower_blocks)
-    if graft.cl_end and "cl_end" in graft.policy:
+        replace_upper(encoder, anew, kept)
+    kept = params.graft.cut("cl_end")
+    if kept is not None:
         check_encoder_fits(end, params.model, params.data)
-        replace_upper(encoder, load_encoder(end), graft.cl_end.lower_blocks)
+        replace_upper(encoder, load_encoder(end), kept)
     return encoder
 
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 from timm.scheduler import CosineLRScheduler
 from torch import nn
@@ -15,7 +16,7 @@ def peak_rate(base_lr: float, batch_size: int) -> float:
     return base_lr * batch_size / REFERENCE_BATCH
 
 
-def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
     """Group the trainable parameters by learning rate and decay; each is in exactly one group.
 
     Parameters of one dimension (biases, norms) are not decayed, as in MAE and LGP; the class and mask tokens
@@ -33,7 +34,7 @@ def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay:
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
 
-def adamw(groups: list[dict[str, object]], betas: tuple[float, float]) -> AdamW:
+def adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> AdamW:
     """AdamW over ready groups, fused into one kernel a group."""
     return AdamW(groups, betas=betas, fused=True)
 

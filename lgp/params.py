@@ -247,19 +247,23 @@ class GraftParams(TrainingParams):
             )
         if "cl_end" not in self.policy and self.end != self.start:
             raise ValueError(f"end {self.end} is read by the policy cl_end only: add it, or set end to {self.start}")
-        end = next(
-            (getattr(self, name).lower_blocks for name in ("scratch_end", "cl_end") if name in self.policy), None
-        )
+        end = self.cut("cl_end") if self.cut("scratch_end") is None else self.cut("scratch_end")
         for name in ("freeze", "l1"):
-            if name in self.policy and end is not None and getattr(self, name).lower_blocks > end:
+            reach = self.cut(name)
+            if reach is not None and end is not None and reach > end:
                 raise ValueError(
-                    f"{name}.lower_blocks {getattr(self, name).lower_blocks} reaches into the blocks that "
-                    f"do not start from {self.start}, from {end} on: lower it"
+                    f"{name}.lower_blocks {reach} reaches into the blocks that do not start from {self.start}, from "
+                    f"{end} on: lower it"
                 )
-        fixed = self.freeze.lower_blocks if self.freeze and "freeze" in self.policy else -1
-        if self.l1 and "l1" in self.policy and self.l1.lower_blocks <= fixed:
+        pulled, fixed = self.cut("l1"), self.cut("freeze")
+        if pulled is not None and fixed is not None and pulled <= fixed:
             raise ValueError("l1 pulls only what freeze fixes anyway: raise l1.lower_blocks, or drop l1 from policy")
         return self
+
+    def cut(self, policy: str) -> int | None:
+        """Return `lower_blocks` of freeze, l1, scratch_end or cl_end, None where `policy` does not name it."""
+        section: LowerBlocks | None = getattr(self, policy)
+        return section.lower_blocks if section and policy in self.policy else None
 
 
 class JointParams(TrainingParams):
@@ -365,9 +369,9 @@ class Params(Section):
                     "give a number of rates that divides the depth"
                 )
         for name in ("freeze", "l1", "scratch_end", "cl_end"):
-            section = getattr(graft, name)
-            if name in graft.policy and section.lower_blocks > depth:
-                raise ValueError(f"graft.{name}.lower_blocks {section.lower_blocks} is more than model.depth {depth}")
+            cut = graft.cut(name)
+            if cut is not None and cut > depth:
+                raise ValueError(f"graft.{name}.lower_blocks {cut} is more than model.depth {depth}")
         return self
 
     @model_validator(mode="after")

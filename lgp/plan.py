@@ -16,10 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lgp.cl import build_contrastive
 from lgp.errors import LgpError
-from lgp.graft import freeze_lower
+from lgp.graft import build_graft, graft_rates
 from lgp.mim import build_mae
 from lgp.models.vit import View, build_encoder
+from lgp.optim import REFERENCE_BATCH, parameter_groups
 from lgp.params import Params, TrainingParams
+from lgp.trained import group_of
 
 BATCH = 2  # of the run that counts: BatchNorm needs two, and all that is counted grows in proportion
 GRADIENT_BYTES = 4 + 8  # beside a trained weight: its gradient, and AdamW's two moments
@@ -108,10 +110,7 @@ def stage_cost(stage: str, params: Params) -> Cost:
 
     def contrastive() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
         encoder = build_encoder(params.model, params.data)
-        graft = params.graft
-        if stage == "graft" and graft.freeze and "freeze" in graft.policy:
-            freeze_lower(encoder, graft.freeze.lower_blocks)
-        model = build_contrastive(encoder, params.contrastive)
+        model = build_graft(encoder, params) if stage == "graft" else build_contrastive(encoder, params.contrastive)
         patches = encoder.patch_embed.num_patches
         seen = int(patches * (1 - params.contrastive.mask_ratio))
 
@@ -166,6 +165,37 @@ def plan(params: Params, images: int, machine: Machine) -> list[StagePlan]:
     if not stages:
         raise LgpError(f"arms lists none of mim, cl and graft, but {', '.join(params.arms)}: nothing to plan")
     return [plan_stage(stage, params, images, machine) for stage in stages]
+
+
+@dataclass(frozen=True)
+class PartRates:
+    """What the optimizer does with a part of the grafted model: peak learning rate, and weights with and without decay.
+
+    `base_lr` is per 256 images, as papers give it; `frozen` counts weights that it does not see.
+    """
+
+    part: str
+    base_lr: float
+    decayed: int
+    undecayed: int
+    frozen: int
+
+
+def graft_rates_by_part(params: Params) -> list[PartRates]:
+    """List the graft's parameter groups by part of the model: embed, block0 …, norm, heads."""
+    with torch.device("meta"):
+        model = build_graft(build_encoder(params.model, params.data), params)
+    rates = graft_rates(model, params.graft, params.model.depth)
+    groups = parameter_groups(model, rates, params.graft.weight_decay)
+    decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    parts: dict[tuple[str, float], list[int]] = {}
+    for name, parameter in model.named_parameters():
+        if not name.startswith("momentum_"):
+            counts = parts.setdefault((group_of(name), rates[name]), [0, 0, 0])
+            kind = 2 if id(parameter) not in decay_of else int(not decay_of[id(parameter)])
+            counts[kind] += parameter.numel()
+    scale = params.graft.batch_size / REFERENCE_BATCH
+    return [PartRates(part, rate / scale, *counts) for (part, rate), counts in parts.items()]
 
 
 def matrix_tflops(device: torch.device, size: int = 2048, seconds: float = 1.0) -> float:

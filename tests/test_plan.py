@@ -12,7 +12,7 @@ from lgp.cl import build_contrastive
 from lgp.mim import build_mae
 from lgp.models.vit import View, build_encoder
 from lgp.params import Params, load_params
-from lgp.plan import BATCH, Machine, measure, plan_stage, stage_cost
+from lgp.plan import BATCH, Machine, graft_rates_by_part, measure, plan_stage, stage_cost
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +92,18 @@ def test_hours_and_memory_follow_from_the_machine(params: Params) -> None:
 )
 def test_what_cannot_be_is_warned_of(params: Params, machine: Machine, images: int, message: str) -> None:
     assert any(message in warning for warning in plan_stage("cl", params, images, machine).warnings)
+
+
+@pytest.mark.parametrize(("preset", "depth"), [("imagenet-vit-b16", 12), ("imagenet-vit-l16", 24)])
+def test_table_of_parameter_groups_is_the_papers_rule(preset: str, depth: int) -> None:
+    parts = graft_rates_by_part(load_params(ROOT / "presets" / f"{preset}.yaml"))
+    lower = {"embed", *(f"block{i}" for i in range(depth * 2 // 3))}
+    assert [p.part for p in parts] == ["embed", *(f"block{i}" for i in range(depth)), "norm", "heads"]
+    assert {p.part: p.base_lr for p in parts} == pytest.approx(
+        {p.part: 1.5e-5 if p.part in lower else 1.5e-4 for p in parts}
+    )
+    width = 64 * depth if depth == 12 else 1024
+    block = next(p for p in parts if p.part == "block0")
+    assert block.decayed == 12 * width**2  # attention 4 D², MLP 8 D²
+    assert block.undecayed == 13 * width  # their biases, and two norms
+    assert block.frozen == 0
