@@ -119,12 +119,16 @@ def suggest(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
     from lgp.conflict import knn_by_block, rates_for, suggest_cut
     from lgp.data.prepared import Prepared
     from lgp.params import load_params
+    from lgp.stage import encoder_digest
 
     params, measured = load_params(params_file), conflict_file(arm)
     if not measured.exists():
         raise LgpError(f"no {measured}: run `lgp conflict {arm}` first")
+    table = pd.read_csv(measured)
+    if set(table["encoder"]) != {encoder_digest(encoder_folder(arm))}:
+        raise LgpError(f"{measured} was measured on another encoder of {arm}: run `lgp conflict {arm}` again")
     knn = knn_by_block(encoder_folder(arm), Prepared(PREPARED), params)
-    found = suggest_cut(pd.read_csv(measured), knn)
+    found = suggest_cut(table, knn)
     rows = [[str(i), f"{c:+.3f}", f"{k:.1f}"] for i, (c, k) in enumerate(zip(found.cosines, knn, strict=True))]
     _print_table(f"Blocks of {arm}", ("block", "median cosine MIM, CL", "k-NN on val, %"), rows)
     by = "conflict grows there" if found.by_conflict else "conflict does not grow with depth, the features decide"

@@ -20,6 +20,7 @@ from lgp.cl import BETAS, build_contrastive, contrastive_loss_of
 from lgp.data.loading import StepCrops
 from lgp.data.prepared import Prepared
 from lgp.device import choose_device
+from lgp.errors import LgpError
 from lgp.evaluate.features import extract
 from lgp.evaluate.knn import knn_predict
 from lgp.mim import build_mae, masked_loss_of
@@ -133,23 +134,34 @@ class Suggestion:
 def suggest_cut(conflict: pd.DataFrame, knn: list[float]) -> Suggestion:
     """Suggest how many lower blocks to keep.
 
-    The conflict's cut is the one that best splits the blocks' median cosines into a higher level below and a lower
-    level above (least squares); where the level above is not lower, conflict does not grow with depth, and the
-    features decide: blocks up to the one with the best k-NN accuracy are worth keeping.
+    The conflict's cut is the one that best splits the blocks' median cosines into two levels (least squares). Where
+    the level above is not lower by three standard errors over the batches, conflict does not grow with depth, and the
+    features decide: blocks up to the one with the best k-NN accuracy are worth keeping. The last block is never kept.
 
     Args:
         conflict: of `measure_conflict`.
-        knn: accuracy per block of the encoder to graft on.
+        knn: accuracy per block of the encoder to graft on, two blocks or more.
+
+    Raises:
+        LgpError: the conflict was measured in another number of blocks.
     """
-    medians = conflict.groupby("block")["cosine"].median()
-    cosines = np.array([medians[f"block{i}"] for i in range(len(knn))])
+    names = [f"block{i}" for i in range(len(knn))]
+    blocks = conflict[conflict["block"].str.startswith("block")]
+    by_batch = blocks.pivot(index="batch", columns="block", values="cosine")
+    if set(by_batch.columns) != set(names) or len(knn) < 2:
+        raise LgpError(
+            f"the conflict was measured in {len(by_batch.columns)} blocks, the encoder has {len(knn)} (two or more are "
+            "needed): run `lgp conflict` again"
+        )
+    cosines = by_batch[names].median().to_numpy()
 
     def misfit(cut: int) -> float:
         return float(sum(((part - part.mean()) ** 2).sum() for part in (cosines[:cut], cosines[cut:])))
 
-    cut = min(range(1, len(cosines)), key=misfit) if len(cosines) > 1 else 1
-    falls = len(cosines) > 1 and cosines[cut:].mean() < cosines[:cut].mean()
-    by_knn = int(np.argmax(knn)) + 1
+    cut = min(range(1, len(cosines)), key=misfit)
+    fall = by_batch[names[:cut]].to_numpy().mean(axis=1) - by_batch[names[cut:]].to_numpy().mean(axis=1)
+    falls = bool(fall.mean() > 3 * fall.std(ddof=1) / math.sqrt(len(fall)))
+    by_knn = min(int(np.argmax(knn)) + 1, len(knn) - 1)
     return Suggestion(cut if falls else by_knn, cut if falls else None, by_knn, [float(c) for c in cosines])
 
 

@@ -4,6 +4,7 @@ Nothing is unpickled but tensors and plain containers; every tensor of a file is
 """
 
 import argparse
+import json
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -12,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from lgp.checkpoint import HEADS, METRICS, save_encoder, save_tensors
+from lgp.checkpoint import CONFIG, HEADS, METRICS, save_encoder, save_tensors
 from lgp.data.prepared import Prepared
 from lgp.errors import LgpError
-from lgp.models.vit import build_encoder
+from lgp.models.vit import build_encoder, init_encoder_as_moco
 from lgp.params import DataParams, ModelParams
+from lgp.randomness import seeded
 from lgp.stage import StageRun, encoder_digest
 
 Tensors = Mapping[str, Tensor]
@@ -106,7 +107,10 @@ def import_checkpoint(path: Path, model: ModelParams, data: DataParams, partial:
             missing, misshapen or left over; names them.
     """
     layout, tensors = recognise(read_tensors(path), path)
-    encoder = build_encoder(model, data)
+    _check_heads(path, model)
+    with seeded(0, "import"):
+        encoder = build_encoder(model, data)
+        init_encoder_as_moco(encoder)
     wanted = encoder.state_dict()
     taken: dict[str, Tensor] = {}
     projector: dict[str, Tensor] = {}
@@ -119,6 +123,8 @@ def import_checkpoint(path: Path, model: ModelParams, data: DataParams, partial:
             uses.append(Use(name, f"projector.{name.removeprefix(layout.projector)}", PROJECTOR))
         elif target in wanted:
             fitted, how = _fitted(target, tensor, wanted[target])
+            if fitted is not None and not fitted.isfinite().all():
+                raise LgpError(f"{path}: {name} holds values that are not finite: the checkpoint is damaged")
             if fitted is None:
                 faults.append(f"{name} is {how}")
                 uses.append(Use(name, None, how))
@@ -143,6 +149,15 @@ def import_checkpoint(path: Path, model: ModelParams, data: DataParams, partial:
     return Imported(layout.name, encoder, projector, uses)
 
 
+def _check_heads(path: Path, model: ModelParams) -> None:
+    """Compare the number of attention heads, which no tensor tells, with a configuration beside the file."""
+    config = path.with_name(CONFIG)
+    if config.is_file():
+        heads = json.loads(config.read_text()).get("model_args", {}).get("num_heads", model.heads)
+        if heads != model.heads:
+            raise LgpError(f"{config} says {heads} heads, model.heads is {model.heads}: set it to {heads}")
+
+
 def read_tensors(path: Path) -> Any:
     """Read a file as tensors in plain containers.
 
@@ -163,7 +178,7 @@ def read_tensors(path: Path) -> Any:
             f"{path} holds more than tensors{f' ({found.group(1)})' if found else ''}, and reading that would run code "
             "from the file: refused. Save its state_dict alone, best as .safetensors"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+    except Exception as e:  # noqa: BLE001 - readers of damaged files raise whatever they like
         raise LgpError(f"{path} cannot be read as a checkpoint: {' '.join(str(e).split())[:200]}") from None
 
 

@@ -231,6 +231,8 @@ class GraftParams(TrainingParams):
 
     @model_validator(mode="after")
     def _policies_agree(self) -> Self:
+        if "graft" in (self.start, self.end):
+            raise ValueError("start and end are arms to graft on, never graft itself")
         absent = [name for name in self.policy if getattr(self, name) is None]
         if absent:
             raise ValueError(f"policy names {absent[0]}, but graft has no section {absent[0]}: add it")
@@ -360,8 +362,9 @@ class Params(Section):
     @model_validator(mode="after")
     def _blocks_are_there(self) -> Self:
         graft, depth = self.graft, self.model.depth
-        groups = {"graft.stage_lr.base_lrs": graft.stage_lr.base_lrs if graft.stage_lr else []}
-        groups |= {"reverse.base_lrs": self.reverse.base_lrs if self.reverse else []}
+        groups = {"reverse.base_lrs": self.reverse.base_lrs if self.reverse else []}
+        if graft.stage_lr and "stage_lr" in graft.policy:
+            groups |= {"graft.stage_lr.base_lrs": graft.stage_lr.base_lrs}
         for name, rates in groups.items():
             if rates and depth % len(rates):
                 raise ValueError(
@@ -379,6 +382,9 @@ class Params(Section):
         twice = {arm for arm in self.arms if self.arms.count(arm) > 1}
         if twice:
             raise ValueError(f"arms names {', '.join(sorted(twice))} twice")
+        for name in ("pixels", "random"):
+            if name in self.arms:
+                raise ValueError(f"arms names {name}, which is a baseline of the report: call the arm otherwise")
         for arm in ("joint", "reverse"):
             if arm in self.arms and getattr(self, arm) is None:
                 raise ValueError(f"arms names {arm}, but there is no section {arm}: add it (the preset digits has one)")

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from lgp.arms import TRAINED
 from lgp.cl import build_contrastive
 from lgp.errors import LgpError
 from lgp.graft import build_graft, graft_rates
@@ -100,36 +101,38 @@ def measure(build: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]
 
 
 def stage_cost(stage: str, params: Params) -> Cost:
-    """Count a step of `mim`, `cl` or `graft`."""
-    size, channels = params.data.image_size, params.data.channels
+    """Count a step of `mim`, `cl`, `graft`, `joint` or `reverse`."""
+    size, channels, mask_ratio = params.data.image_size, params.data.channels, params.contrastive.mask_ratio
 
-    def mim() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
-        model = build_mae(build_encoder(params.model, params.data), params.mim)
-        patches = model.encoder.patch_embed.num_patches
-        return model, lambda m: m(torch.empty(BATCH, channels, size, size), torch.empty(BATCH, patches))
-
-    def contrastive() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
-        encoder = build_encoder(params.model, params.data)
-        model = build_graft(encoder, params) if stage == "graft" else build_contrastive(encoder, params.contrastive)
+    def build() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+        encoder, parts = build_encoder(params.model, params.data), nn.ModuleDict()
         patches = encoder.patch_embed.num_patches
-        seen = int(patches * (1 - params.contrastive.mask_ratio))
+        if stage in ("cl", "joint"):
+            parts["contrastive"] = build_contrastive(encoder, params.contrastive)
+        if stage == "graft":
+            parts["contrastive"] = build_graft(encoder, params)
+        if stage in ("mim", "reverse", "joint"):
+            parts["mae"] = build_mae(encoder, params.mim)
 
-        def loss_of(m: nn.Module) -> Tensor:
-            ids_keep = torch.zeros(BATCH, seen, dtype=torch.int64) if params.contrastive.mask_ratio else None
-            view = View(torch.empty(BATCH, channels, size, size), ids_keep)
-            loss: Tensor = m(view, view, 0.0)
-            return loss
+        def loss_of(_: nn.Module) -> Tensor:
+            images, losses = torch.empty(BATCH, channels, size, size), []
+            if "contrastive" in parts:
+                seen = torch.zeros(BATCH, int(patches * (1 - mask_ratio)), dtype=torch.int64) if mask_ratio else None
+                losses.append(parts["contrastive"](View(images, seen), View(images, seen), 0.0))
+            if "mae" in parts:
+                losses.append(parts["mae"](images, torch.empty(BATCH, patches)))
+            return torch.stack(losses).sum()
 
-        return model, loss_of
+        return parts, loss_of
 
-    return measure(mim if stage == "mim" else contrastive)
+    return measure(build)
 
 
 def plan_stage(stage: str, params: Params, images: int, machine: Machine) -> StagePlan:
     """Plan one stage.
 
     Args:
-        stage: `mim`, `cl` or `graft`.
+        stage: one of `arms.TRAINED`.
         params: the whole file.
         images: that pre-training sees in an epoch.
         machine: to train on.
@@ -156,14 +159,14 @@ def plan_stage(stage: str, params: Params, images: int, machine: Machine) -> Sta
 
 
 def plan(params: Params, images: int, machine: Machine) -> list[StagePlan]:
-    """Plan `mim`, `cl` and `graft`, as far as `arms` lists them.
+    """Plan the pre-trainings of all `arms` that have one.
 
     Raises:
-        LgpError: none of them is listed.
+        LgpError: none has.
     """
-    stages = [stage for stage in ("mim", "cl", "graft") if stage in params.arms]
+    stages = [stage for stage in TRAINED if stage in params.arms]
     if not stages:
-        raise LgpError(f"arms lists none of mim, cl and graft, but {', '.join(params.arms)}: nothing to plan")
+        raise LgpError(f"arms lists {', '.join(params.arms)}, and none of {', '.join(TRAINED)}: nothing to plan")
     return [plan_stage(stage, params, images, machine) for stage in stages]
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from lgp.arms import TRAINED
 from lgp.checkpoint import HEADS, METRICS, PROVENANCE, StateStore, save_encoder, save_tensors
 from lgp.data.loading import StepCrops
 from lgp.data.prepared import Prepared
@@ -89,7 +91,7 @@ def fit_arm(
             did not train.
     """
     params, model, crops = session.params, objective.model, objective.crops
-    check_batches(len(crops.data.pretraining_ids), params)
+    check_batches({objective.name: crops.batch_size, **_batch_sizes(params)}, len(crops.data.pretraining_ids))
     device = choose_device(params.run)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     check_disk_space(session.store.folder, DISK_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
@@ -113,16 +115,21 @@ def fit_arm(
         session.observer,
     )
     progression = trainer.fit()
-    trained = movement(model, initial, rates, steps, objective.held)
-    shown = crops.data.pretraining_ids[:SHOWN_IMAGES]
+    trained = movement(model, initial, rates, steps, optimizer, objective.held)
+    # spread over all, for sources come class by class
+    shown = crops.data.pretraining_ids[:: math.ceil(len(crops.data.pretraining_ids) / SHOWN_IMAGES)]
     trained |= spread(extract(class_token_of(objective.encoder, device), crops.data, shown))
     return Pretrained(model.cpu(), objective.encoder, progression, trained)
 
 
-def check_batches(images: int, params: Params) -> None:
-    """Raise `LgpError` where any arm's batch is larger than the training part, before the first arm trains."""
-    for name in ("mim", "cl", "graft", *({"joint", "reverse"} & set(params.arms))):
-        batch_size = getattr(params, name).batch_size
+def _batch_sizes(params: Params) -> dict[str, int]:
+    trained = [arm for arm in TRAINED if arm in params.arms or arm in ("mim", "cl", "graft")]
+    return {arm: getattr(params, arm).batch_size for arm in trained}
+
+
+def check_batches(batch_sizes: Mapping[str, int], images: int) -> None:
+    """Raise `LgpError` where a batch is larger than the training part: of any arm, before the first one trains."""
+    for name, batch_size in batch_sizes.items():
         if batch_size > images:
             raise LgpError(
                 f"{name}.batch_size {batch_size} is larger than the {images} images of the training part: "

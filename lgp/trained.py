@@ -8,12 +8,13 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lgp.errors import LgpError
 
 BLOCK = re.compile(r"blocks\.(\d+)\.")
 EMBEDDINGS = ("cls_token", "pos_embed", "patch_embed")
-# of the movement that a random walk with the same rates would make: below, the gradient did not arrive
+# of the movement that a random walk with the same rates would make
 MIN_MOVED = 0.01
 # of features on the unit sphere: 1 where they spread evenly, 0 where all are the same
 MIN_STD = 0.01
@@ -28,10 +29,11 @@ def weights_of(model: nn.Module) -> Weights:
 
 
 def group_of(name: str) -> str:
-    """Name the group of a parameter: embed, block0 …, norm (all of the encoder), heads or momentum."""
+    """Name the group of a parameter: embed, block0 …, norm (all of the encoder), heads, or a momentum copy's module."""
     parts = name.split(".")
-    if any(part.startswith("momentum_") for part in parts):
-        return "momentum"
+    copies = [part for part in parts if part.startswith("momentum_")]
+    if copies:
+        return copies[0]
     if "encoder" not in parts:
         return "heads"
     inner = ".".join(parts[parts.index("encoder") + 1 :])
@@ -42,53 +44,69 @@ def group_of(name: str) -> str:
 
 
 def movement(
-    model: nn.Module, initial: Weights, rates: Mapping[str, float], steps: int, held: frozenset[str] = frozenset()
+    model: nn.Module,
+    initial: Weights,
+    rates: Mapping[str, float],
+    steps: int,
+    optimizer: Optimizer,
+    held: frozenset[str] = frozenset(),
 ) -> dict[str, float]:
     """Measure how far each group of parameters moved, as a share of the learning rates that it was given.
 
     The share is the root mean square of θ - θ_0 over the sum of the rates, peak · steps / 2 for a linear warm-up
     and half a cosine. AdamW moves a weight by about its rate a step: a share of 1 is a straight line, a random walk
-    gives about 2 / √steps. The momentum encoder's is the plain root mean square.
+    gives about 2 / √steps. Weight decay moves weights too, so the optimizer must have seen a gradient as well. The
+    momentum copies' is the plain root mean square.
 
     Args:
         model: after the training.
         initial: its weights before.
         rates: parameter name → peak learning rate.
         steps: of the training.
+        optimizer: AdamW, after the training.
         held: parameters whose group need not move by its share, only at all.
 
     Returns:
         `moved/GROUP` → share.
 
     Raises:
-        LgpError: a group with a rate did not move, or one that is frozen or without a rate did; names it.
+        LgpError: a group with a rate got no gradient or did not move, a momentum copy did not follow, or something that
+            is frozen or without a rate moved; names it.
     """
     squares: dict[str, list[Tensor]] = defaultdict(list)
-    drifted, frozen_groups = [], set()
-    for name, parameter in model.named_parameters():
+    faults, frozen_groups, reached = [], set(), set()
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
         group, change = group_of(name), parameter.detach().cpu().double() - initial[name].double()
-        summed_rate = 1.0 if group == "momentum" else rates[name] * steps / 2
-        if group != "momentum" and (not parameter.requires_grad or not summed_rate):
+        learner = name.replace("momentum_", "")  # what a momentum copy follows; else the parameter itself
+        if not parameters[learner].requires_grad or not rates[learner]:
             frozen_groups.add(group)
             if change.any():
-                drifted.append(name)
-        else:
-            squares[group].append((change / summed_rate).square().flatten())
+                faults.append(f"{name} is frozen, but moved")
+            continue
+        squares[group].append((change / (1.0 if learner != name else rates[name] * steps / 2)).square().flatten())
+        if learner != name or _saw_gradient(optimizer, parameter):
+            reached.add(group)
     moved = {group: math.sqrt(torch.cat(values).mean()) for group, values in squares.items()}
     least = MIN_MOVED * 2 / math.sqrt(steps)
-    at_all = {"momentum", *(group_of(name) for name in held)}
-    still = [g for g, share in moved.items() if share < least and (g not in at_all or not share)]
-    if still or drifted:
-        raise LgpError(
-            "it did not train: "
-            + "; ".join(
-                [f"{g} moved by {moved[g]:.2g} of its learning rates, expected at least {least:.2g}" for g in still]
-                + [f"{name} is frozen, but moved" for name in drifted]
-            )
-        )
-    return {f"moved/{g}": float(f"{share:.4g}") for g, share in moved.items()} | {
-        f"moved/{g}": 0.0 for g in frozen_groups - moved.keys()
-    }
+    loose = {group_of(name) for name in held} | {g for g in moved if g.startswith("momentum_")}
+    for group, share in moved.items():
+        if group not in reached:
+            faults.append(f"no gradient reached {group}")
+        elif share < least and group not in loose:
+            faults.append(f"{group} moved by {share:.2g} of its learning rates, expected at least {least:.2g}")
+        # a momentum copy follows from the step after the first with a learning rate
+        elif not share and (steps > 2 or not group.startswith("momentum_")):
+            faults.append(f"{group} did not move")
+    if faults:
+        raise LgpError(f"it did not train: {'; '.join(faults[:6])}")
+    shares = {f"moved/{group}": float(f"{share:.4g}") for group, share in moved.items()}
+    return shares | {f"moved/{group}": 0.0 for group in frozen_groups - moved.keys()}
+
+
+def _saw_gradient(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    second_moment = optimizer.state.get(parameter, {}).get("exp_avg_sq")
+    return second_moment is not None and bool(second_moment.any())
 
 
 def spread(features: np.ndarray) -> dict[str, float]:

@@ -10,14 +10,14 @@ def conflict(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = 
     from lgp.data.prepared import Prepared
     from lgp.figures import plot_conflict
     from lgp.pretrain import Session
-    from lgp.stage import StageSpec, stage
+    from lgp.stage import StageSpec, encoder_digest, stage
 
     table, picture = conflict_file(arm), conflict_file(arm).with_suffix(".png")
     sections, reads = ["seed", "data", "model", "contrastive", "mim", "conflict"], [PREPARED, *encoder_files(arm)]
     with stage(StageSpec("conflict", sections, reads, [table, picture], arm, "conflict"), params_file, fresh) as run:
         run.tag_upstream(encoder_folder(arm))
         result = measure_conflict(Session(Prepared(PREPARED), run.params, run.store, run.tracker), encoder_folder(arm))
-        result.to_csv(run.out(table), index=False)
+        result.assign(encoder=encoder_digest(encoder_folder(arm))).to_csv(run.out(table), index=False)
         plot_conflict(run.out(picture), result)
         run.tracker.log_conflict(result)
         for part, value in result.groupby("block", sort=False)["cosine"].median().items():

@@ -37,5 +37,6 @@ def import_checkpoint(
         imported = read(file, run.params.model, run.params.data, partial)
         for use in imported.uses:
             print(f"{use.name:60} {use.target or '–':40} {use.how}")
+        print(f"no tensor tells the number of heads: model.heads is {run.params.model.heads}")
         publish_imported(run, folder, imported, Prepared(PREPARED))
     print(f"{file} ({imported.layout}) is now the arm {arm}: list it in `arms`, or set graft.start to it")

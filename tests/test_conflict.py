@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lgp import conflict
 from lgp.checkpoint import StateStore, load_encoder
 from lgp.conflict import knn_by_block, measure_conflict, rates_for, suggest_cut
 from lgp.data.prepared import Prepared
+from lgp.errors import LgpError
 from lgp.evaluate.features import class_token_of, extract
 from lgp.evaluate.knn import knn_predict
 from lgp.models.vit import tokens_by_block
@@ -118,13 +120,28 @@ def cosines(values: list[float]) -> pd.DataFrame:
 
 def test_cut_is_where_the_cosine_falls() -> None:
     found = suggest_cut(cosines([0.3, 0.28, 0.31, 0.29, -0.1, -0.12]), [10, 20, 30, 40, 50, 60])
-    assert (found.lower_blocks, found.by_conflict, found.by_knn) == (4, 4, 6)
+    assert (found.lower_blocks, found.by_conflict, found.by_knn) == (4, 4, 5)
     assert found.cosines == pytest.approx([0.3, 0.28, 0.31, 0.29, -0.1, -0.12])
 
 
 def test_without_growing_conflict_the_features_decide() -> None:
     found = suggest_cut(cosines([-0.1, -0.1, 0.2, 0.2]), [50, 70, 60, 40])
     assert (found.lower_blocks, found.by_conflict, found.by_knn) == (2, None, 2)
+    assert suggest_cut(cosines([0.0] * 4), [10, 20, 30, 40]).lower_blocks == 3  # never all
+
+
+def test_noise_is_no_conflict_that_grows() -> None:
+    rng = np.random.default_rng(0)
+    rows = [(f"block{i}", b, rng.normal()) for i in range(12) for b in range(50)]
+    tables = [
+        pd.DataFrame(rows, columns=["block", "batch", "cosine"]).assign(cosine=rng.normal(size=600)) for _ in range(40)
+    ]
+    assert sum(suggest_cut(table, [50.0] * 12).by_conflict is not None for table in tables) <= 2
+
+
+def test_conflict_of_another_depth_is_refused() -> None:
+    with pytest.raises(LgpError, match="measured in 4 blocks, the encoder has 6"):
+        suggest_cut(cosines([0.0] * 4), [50.0] * 6)
 
 
 @pytest.mark.parametrize(

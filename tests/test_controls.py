@@ -37,7 +37,12 @@ def test_joint_sums_both_losses_on_one_encoder(session: Session, monkeypatch: py
     contrastive = controls.contrastive_loss_of("joint", parts["contrastive"], total, session)(crops, total)
     masked = controls.masked_loss_of("joint/mim", parts["mae"], session)(crops[:, 0], total)
     assert torch.allclose(objective.loss_of(crops, total), contrastive + 0.5 * masked, rtol=1e-6)
-    assert {"moved/block0", "moved/heads", "moved/momentum"} <= result.trained.keys()
+    assert {
+        "moved/block0",
+        "moved/heads",
+        "moved/momentum_encoder",
+        "moved/momentum_projector",
+    } <= result.trained.keys()
 
 
 def test_reverse_continues_from_the_contrastive_encoder(

@@ -15,7 +15,7 @@ from torch import Tensor
 from lgp.checkpoint import StateStore, load_encoder, save_encoder
 from lgp.data.prepared import Prepared
 from lgp.errors import LgpError
-from lgp.graft import decayed_rates, l1_pull, pretrain_graft, stage_rates
+from lgp.graft import build_graft, decayed_rates, graft_rates, l1_pull, pretrain_graft, stage_rates
 from lgp.models.vit import build_encoder, init_encoder_as_mae
 from lgp.params import Params
 from lgp.pretrain import Pretrained, Session
@@ -49,10 +49,24 @@ def test_decayed_rates_are_timms_for_an_encoder_with_a_classifier(depth: int) ->
     assert rates["projector.0.weight"] == 0.1
 
 
+def test_policies_give_the_rates_they_name(params: Params, values: Any) -> None:
+    encoder = build_encoder(params.model, params.data)
+    model = build_graft(encoder, params)
+    names, peak = [n for n, _ in model.named_parameters()], 64 / 256
+    by_stage = Params.model_validate(merged(values, {"graft": {"stage_lr": {"base_lrs": ["1e-3", "2e-3", "4e-3"]}}}))
+    expected = stage_rates(names, 3, [1e-3 * peak, 2e-3 * peak, 4e-3 * peak])
+    assert graft_rates(model, by_stage.graft, 3) == pytest.approx(expected)
+    policy = {"policy": "layer_decay", "layer_decay": {"base_lr": "1e-3", "decay": 0.5}}
+    decayed = Params.model_validate(merged(values, {"graft": policy}))
+    assert graft_rates(model, decayed.graft, 3) == pytest.approx(decayed_rates(names, 3, 1e-3 * peak, 0.5))
+
+
 def saved(folder: Path, params: Params, prepared: Prepared, seed: int) -> Path:
     torch.manual_seed(seed)
     encoder = build_encoder(params.model, params.data)
     init_encoder_as_mae(encoder)
+    with torch.no_grad():
+        encoder.norm.weight.normal_()
     save_encoder(folder, encoder, params.model, params.data, prepared, {"metrics": {}})
     return folder
 
@@ -91,6 +105,7 @@ def test_zero_rates_keep_the_lower_blocks_bitwise(
 def test_freeze_keeps_embeddings_and_lower_blocks_bitwise_also_in_the_momentum_encoder(
     tmp_path: Path, values: Any, prepared: Prepared, mim_encoder: Path, lower_blocks: int
 ) -> None:
+    values["contrastive"]["freeze_patch_embed"] = False  # the policy freezes it too
     policy = {"policy": ["stage_lr", "freeze"], "freeze": {"lower_blocks": lower_blocks}}
     result = grafted(tmp_path, values, prepared, mim_encoder, mim_encoder, **policy)
     upper = {f"blocks.{i}" for i in range(lower_blocks, 3)} | {"norm"}
@@ -140,7 +155,7 @@ def test_scratch_end_starts_upper_blocks_and_norm_anew(
     result = grafted(tmp_path, values, prepared, mim_encoder, mim_encoder, **policy, stage_lr={"base_lrs": [1e-9]})
     before = load_encoder(mim_encoder).state_dict()
     far = {n for n, t in result.encoder.state_dict().items() if (t - before[n]).abs().max() > 1e-3}
-    assert {".".join(n.split(".")[:2]) for n in far} == {"blocks.1", "blocks.2"}
+    assert {".".join(n.split(".")[:2]) for n in far} == {"blocks.1", "blocks.2", "norm.weight"}
 
 
 def test_cl_end_takes_upper_blocks_and_norm_from_the_other_arm(
@@ -163,6 +178,7 @@ def test_cl_end_takes_upper_blocks_and_norm_from_the_other_arm(
         ({"policy": ["stage_lr", "scratch_end", "cl_end"]}, "policy names both scratch_end and cl_end"),
         ({"policy": ["stage_lr", "cl_end"]}, "takes the upper blocks from end, which is start, mim: set it to cl"),
         ({"end": "cl"}, "end cl is read by the policy cl_end only"),
+        ({"start": "graft", "end": "graft"}, "start and end are arms to graft on, never graft itself"),
         (
             {"policy": ["stage_lr", "freeze"], "freeze": {"lower_blocks": 9}},
             "graft.freeze.lower_blocks 9 is more than model.depth 3",

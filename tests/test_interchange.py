@@ -153,8 +153,21 @@ def test_positions_of_another_size_are_interpolated(vit: Any, params: Params, va
     positions: Tensor = imported.encoder.pos_embed
     assert positions.shape == (1, 65, 16)
     assert torch.equal(positions[:, 0], vit.pos_embed[:, 0])
-    centre = vit.pos_embed[0, 1:].unflatten(0, (4, 4))
-    assert torch.allclose(positions[0, 1:].mean(dim=0), centre.mean(dim=(0, 1)), atol=0.05)
+    grid = vit.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(grid, (8, 8), mode="bicubic", antialias=True, align_corners=False)
+    assert torch.allclose(positions[0, 1:], resized.permute(0, 2, 3, 1).flatten(1, 2)[0], atol=1e-6)
+
+
+def test_heads_are_checked_with_the_configuration_beside_the_file(vit: Any, params: Params, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_args": {"num_heads": 4}}')
+    with pytest.raises(LgpError, match=r"says 4 heads, model\.heads is 2: set it to 4"):
+        import_checkpoint(safetensors(vit, tmp_path), params.model, params.data)
+
+
+def test_weights_that_are_not_finite_are_refused(vit: Any, params: Params, tmp_path: Path) -> None:
+    path = changed(vit, tmp_path, lambda t: t["norm.bias"].fill_(float("nan")))
+    with pytest.raises(LgpError, match=r"norm\.bias holds values that are not finite"):
+        import_checkpoint(path, params.model, params.data)
 
 
 class Malicious:
@@ -173,7 +186,9 @@ def test_pickle_with_code_is_refused_and_not_run(
     assert "stranger" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.pth", b"no pickle"), ("a.safetensors", b"{}"), ("b.pth", b"")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.pth", b"no pickle"), ("a.safetensors", b"{}"), ("b.pth", b""), ("c.pth", b"\x80\x02M")]
+)
 def test_damaged_file_is_one_line(name: str, content: bytes, params: Params, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(LgpError, match=r"cannot be read as a checkpoint|holds more than tensors"):

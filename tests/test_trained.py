@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import Silent
 from torch import nn
+from torch.optim import AdamW
 
 from lgp.checkpoint import StateStore
 from lgp.cl import pretrain_cl
@@ -29,8 +30,8 @@ from lgp.trained import group_of, movement, spread, weights_of
         ("encoder.norm.weight", "norm"),
         ("projector.0.weight", "heads"),
         ("decoder_blocks.0.attn.qkv.weight", "heads"),
-        ("momentum_encoder.blocks.0.norm1.bias", "momentum"),
-        ("contrastive.momentum_projector.0.weight", "momentum"),
+        ("momentum_encoder.blocks.0.norm1.bias", "momentum_encoder"),
+        ("contrastive.momentum_projector.0.weight", "momentum_projector"),
     ],
 )
 def test_every_parameter_has_a_group(name: str, group: str) -> None:
@@ -44,34 +45,74 @@ class Parts(nn.Module):
         super().__init__()
         self.encoder = nn.ModuleDict({"norm": nn.Linear(4, 4)})
         self.projector = nn.Linear(4, 4)
-        self.momentum_encoder = nn.Linear(4, 4).requires_grad_(False)
+        self.momentum_encoder = nn.ModuleDict({"norm": nn.Linear(4, 4)}).requires_grad_(False)
 
 
-def moved_by(distances: dict[str, float], model: Parts) -> dict[str, float]:
-    initial = weights_of(model)
+def moved_by(
+    distances: dict[str, float], model: Parts, reached: tuple[str, ...] = ("norm", "heads")
+) -> dict[str, float]:
+    """Move each group by a distance, with an optimizer that saw the gradients of the groups `reached`."""
+    initial, optimizer = weights_of(model), AdamW(model.parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.add_(distances[group_of(name)])
-    return movement(model, initial, {name: 0.01 for name, _ in model.named_parameters()}, steps=100)
+            optimizer.state[parameter]["exp_avg_sq"] = torch.full((4,), float(group_of(name) in reached))
+    return movement(model, initial, {name: 0.01 for name, _ in model.named_parameters()}, 100, optimizer)
+
+
+ALL = {"norm": 0.5, "heads": 0.25, "momentum_encoder": 0.1}
 
 
 def test_movement_is_the_share_of_the_summed_rates() -> None:
-    moved = moved_by({"norm": 0.5, "heads": 0.25, "momentum": 0.1}, Parts())
-    assert moved == {"moved/norm": 1.0, "moved/heads": 0.5, "moved/momentum": pytest.approx(0.1, rel=1e-3)}
+    moved = moved_by(ALL, Parts())
+    assert moved == pytest.approx({"moved/norm": 1.0, "moved/heads": 0.5, "moved/momentum_encoder": 0.1}, rel=1e-3)
 
 
-@pytest.mark.parametrize("group", ["norm", "heads", "momentum"])
-def test_group_that_stays_behind_fails_the_run(group: str) -> None:
-    distances = {"norm": 0.5, "heads": 0.5, "momentum": 0.1} | {group: 0.0}
-    with pytest.raises(LgpError, match=f"did not train: {group} moved by 0 of its learning rates"):
-        moved_by(distances, Parts())
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ("norm", "norm moved by 0 of its learning rates, expected at least 0.002"),
+        ("heads", "heads moved by 0 of its learning rates"),
+        ("momentum_encoder", "momentum_encoder did not move"),
+    ],
+)
+def test_group_that_stays_behind_fails_the_run(group: str, message: str) -> None:
+    with pytest.raises(LgpError, match=f"did not train: {message}"):
+        moved_by(ALL | {group: 0.0}, Parts())
+
+
+def test_group_that_weight_decay_alone_moved_fails_the_run() -> None:
+    with pytest.raises(LgpError, match="did not train: no gradient reached heads"):
+        moved_by(ALL, Parts(), reached=("norm",))
 
 
 def test_frozen_parameter_that_moves_fails_the_run() -> None:
     model = Parts()
     model.projector.weight.requires_grad_(False)
     with pytest.raises(LgpError, match=r"projector\.weight is frozen, but moved"):
-        moved_by({"norm": 0.5, "heads": 0.1, "momentum": 0.1}, model)
+        moved_by(ALL, model)
+
+
+def test_momentum_copy_of_a_frozen_parameter_may_not_drift() -> None:
+    model = Parts()
+    model.encoder.requires_grad_(False)
+    with pytest.raises(LgpError, match=r"momentum_encoder\.norm\.weight is frozen, but moved"):
+        moved_by(ALL | {"norm": 0.0}, model)
+    moved = moved_by(ALL | {"norm": 0.0, "momentum_encoder": 0.0}, model)
+    assert moved == {"moved/norm": 0.0, "moved/heads": 0.5, "moved/momentum_encoder": 0.0}
+
+
+def test_held_group_needs_to_move_only_at_all() -> None:
+    model = Parts()
+    initial, optimizer = weights_of(model), AdamW(model.parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(1e-6 if name.startswith("encoder.") else 0.1)
+            optimizer.state[parameter]["exp_avg_sq"] = torch.ones(4)
+    rates = {name: 0.01 for name, _ in model.named_parameters()}
+    with pytest.raises(LgpError, match="norm moved by"):
+        movement(model, initial, rates, 100, optimizer)
+    assert movement(model, initial, rates, 100, optimizer, frozenset({"encoder.norm.weight"}))["moved/norm"] > 0
 
 
 def test_optimizer_that_never_steps_is_noticed(
@@ -80,7 +121,7 @@ def test_optimizer_that_never_steps_is_noticed(
     """What the original code did."""
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
     session = Session(prepared, params, StateStore(tmp_path / "state", "code"), Silent())
-    with pytest.raises(LgpError, match=r"it did not train: .*block0 moved by 0"):
+    with pytest.raises(LgpError, match=r"it did not train: .*no gradient reached block0"):
         pretrain_cl(session)
 
 

@@ -17,6 +17,7 @@ ARCHITECTURE = "vit_base_patch16_224"
 def sincos_positions(width: int, grid: int) -> Tensor:
     """Compute fixed 2D sin-cos positions (MoCo v3, section 5; MAE, appendix A.1).
 
+    Columns come first, as in MAE's released code; MoCo v3's has rows first, which is the same but for a transposition.
     A patch in column x and row y gets `[sin(xω), cos(xω), sin(yω), cos(yω)]` with
     ω_k = 10000^(-k / (width / 4)), k = 0 … width/4 - 1. The class token gets zeros.
 
@@ -69,7 +70,10 @@ def init_as_mae(module: nn.Module) -> None:
 
 
 def init_encoder_as_mae(encoder: VisionTransformer) -> None:
-    """Initialise the encoder as MAE does: as above, patches as a linear layer, class token N(0, 0.02²)."""
+    """Initialise the encoder as MAE does: as above, patches as a linear layer, class token N(0, 0.02²).
+
+    The patch projection's bias starts at zero here; MAE's released code leaves it at the convolution's default.
+    """
     init_as_mae(encoder)
     projection = encoder.patch_embed.proj
     nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lgp.models.mae import MAE, normalize_patches, patchify, random_masking, unpatchify
-from lgp.models.vit import build_encoder, init_encoder_as_mae
+from lgp.models.vit import build_encoder, init_encoder_as_mae, sincos_positions
 from lgp.params import Params
 
 
@@ -91,6 +91,17 @@ def test_decoder_puts_every_token_back_in_its_place(mae: MAE) -> None:
         else:
             place = ids_keep[0].tolist().index(n)
             assert torch.allclose(tokens[0, 1 + n], embedded[0, 1 + place])
+
+
+def test_decoder_has_fixed_positions_of_its_own_and_the_papers_initialisation(params: Params) -> None:
+    mae = MAE(build_encoder(params.model, params.data), 0.75, decoder_width=16, decoder_depth=1, decoder_heads=2)
+    assert torch.equal(mae.decoder_pos_embed, sincos_positions(16, 4))
+    assert not mae.decoder_pos_embed.requires_grad
+    weight = mae.decoder_pred.weight
+    bound = (6 / (weight.shape[0] + weight.shape[1])) ** 0.5  # Xavier uniform
+    assert 0.9 * bound < weight.abs().max() <= bound
+    assert not mae.decoder_pred.bias.any()
+    assert 0.01 < mae.mask_token.std() < 0.03
 
 
 def test_loss_trains_every_parameter_but_positions(mae: MAE) -> None:
