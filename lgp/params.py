@@ -301,7 +301,7 @@ class ConflictParams(Section):
     """How `lgp conflict` measures: heads fitted to the frozen encoder, then gradients over some batches."""
 
     head_epochs: Count = 10
-    batches: Annotated[Whole, Field(ge=2)] = 50
+    batches: Annotated[Whole, Field(ge=2)] = 200
     batch_size: Annotated[Whole, Field(ge=2)] = 64
     base_lr: Positive = 4e-3
 
