@@ -333,7 +333,7 @@ def test_stages_read_only_the_sections_they_list(
         created(self, *args, **kwargs)
         allowed.append(set(self.sections))
 
-    monkeypatch.setattr("lgp.pretrain.check_batches", lambda *_: None)  # looks at all arms, decides nothing
+    monkeypatch.setattr("lgp.pretrain._batch_sizes", lambda _: {})  # looks at all arms, decides nothing
     monkeypatch.setattr(StageSpec, "__init__", noted)
     trainings = [["prepare"], ["mim"], ["cl"], ["graft"], ["joint"], ["reverse"]]
     tasks = [["linear"], ["fewshot", "1pct"], ["fewshot", "10pct"]]
