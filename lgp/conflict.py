@@ -74,6 +74,7 @@ def measure_conflict(session: Session, start: Path) -> pd.DataFrame:
         weight.requires_grad_(True)
     device = choose_device(params.run)
     model.to(device).train()
+    print(f"conflict: heads fitted, now the gradients of {settings.batches} batches", flush=True)
     rows = []
     for batch in range(settings.batches):
         images, step = crops[steps + batch].to(device), steps + batch
