@@ -1,5 +1,8 @@
-"""The arms that have a stage of their own; any other is imported."""
+"""The arms that have a stage of their own (any other is imported), and what lies in an arm's folder."""
 
+# beside the encoder folder
+HEADS, METRICS, CURVES = "heads.safetensors", "metrics.json", "curves.csv"
+RECONSTRUCTIONS = "reconstructions.safetensors"  # where the arm has a decoder
 TRAINED = ("mim", "cl", "graft", "joint", "reverse")
 
 

@@ -17,14 +17,13 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from lgp.arms import no_encoder
+from lgp.arms import HEADS, no_encoder
 from lgp.data.prepared import Prepared
 from lgp.errors import LgpError
 from lgp.models.vit import ARCHITECTURE, model_args
 from lgp.params import DataParams, ModelParams
 
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "provenance.json"
-HEADS, METRICS = "heads.safetensors", "metrics.json"  # beside the encoder folder, in the arm's
 DIGEST_BYTES = 32
 
 

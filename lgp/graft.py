@@ -4,7 +4,6 @@ What `graft.policy` names is put together here: which blocks come from where, at
 frozen, and what is pulled back to where it started.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,14 +13,11 @@ from torch import Tensor
 
 from lgp.checkpoint import check_encoder_fits, load_encoder
 from lgp.cl import Contrastive, build_contrastive, contrast
-from lgp.models.vit import build_encoder, init_encoder_as_moco
+from lgp.models.vit import EMBEDDINGS, block_of, build_encoder, init_encoder_as_moco
 from lgp.optim import peak_rate
 from lgp.params import GraftParams, Params
 from lgp.pretrain import Pretrained, Session
 from lgp.randomness import seeded
-
-BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
-EMBEDDINGS = ("cls_token", "pos_embed", "patch_embed")
 
 
 def stage_rates(parameter_names: list[str], depth: int, rates: list[float]) -> dict[str, float]:
@@ -41,9 +37,9 @@ def stage_rates(parameter_names: list[str], depth: int, rates: list[float]) -> d
     per_group = depth // len(rates)
 
     def rate(name: str) -> float:
-        block = BLOCK.search(name)
-        if block:
-            return rates[int(block.group(1)) // per_group]
+        block = block_of(name)
+        if block is not None:
+            return rates[block // per_group]
         return rates[0] if _is_below(name.removeprefix("encoder."), 0) else rates[-1]
 
     return {name: rate(name) for name in parameter_names}
@@ -67,9 +63,9 @@ def decayed_rates(parameter_names: list[str], depth: int, rate: float, decay: fl
     """
 
     def blocks_above(name: str) -> int:
-        block = BLOCK.search(name)
-        if block:
-            return depth - int(block.group(1))
+        block = block_of(name)
+        if block is not None:
+            return depth - block
         return depth + 1 if _is_below(name.removeprefix("encoder."), 0) else 0
 
     return {name: rate * decay ** blocks_above(name) for name in parameter_names}
@@ -118,8 +114,8 @@ def replace_upper(encoder: VisionTransformer, source: VisionTransformer, lower_b
 
 def _is_below(name: str, lower_blocks: int) -> bool:
     """Whether an encoder's parameter is of the embeddings or of the lowest blocks."""
-    block = BLOCK.search(name)
-    return int(block.group(1)) < lower_blocks if block else name.startswith(EMBEDDINGS)
+    block = block_of(name)
+    return name.startswith(EMBEDDINGS) if block is None else block < lower_blocks
 
 
 def pretrain_graft(session: Session, start: Path, end: Path) -> Pretrained:

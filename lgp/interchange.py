@@ -18,7 +18,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from lgp.checkpoint import CONFIG, HEADS, METRICS, save_encoder, save_tensors
+from lgp.arms import HEADS, METRICS
+from lgp.checkpoint import CONFIG, save_encoder, save_tensors
 from lgp.data.prepared import Prepared
 from lgp.errors import LgpError
 from lgp.models.vit import build_encoder, init_encoder_as_moco
@@ -119,8 +120,9 @@ def import_checkpoint(path: Path, model: ModelParams, data: DataParams, partial:
         target = name.removeprefix(layout.encoder) if name.startswith(layout.encoder) else ""
         reason = layout.left_out(name)
         if layout.projector and name.startswith(layout.projector):
-            projector[f"projector.{name.removeprefix(layout.projector)}"] = tensor
-            uses.append(Use(name, f"projector.{name.removeprefix(layout.projector)}", PROJECTOR))
+            head = f"{PROJECTOR}.{name.removeprefix(layout.projector)}"
+            projector[head] = tensor
+            uses.append(Use(name, head, PROJECTOR))
         elif target in wanted:
             fitted, how = _fitted(target, tensor, wanted[target])
             if fitted is not None and not fitted.isfinite().all():
@@ -164,8 +166,6 @@ def read_tensors(path: Path) -> Any:
     Raises:
         LgpError: no such file, damaged, or a pickle with anything else in it, which is never run.
     """
-    if not path.is_file():
-        raise LgpError(f"no file {path}: give a checkpoint (.pth, .pth.tar, .pt or .safetensors)")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

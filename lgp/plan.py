@@ -67,7 +67,7 @@ class StagePlan:
     warnings: list[str]
 
 
-def measure(build: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]) -> Cost:
+def measure(build: Callable[[], tuple[nn.Module, Callable[[], Tensor]]]) -> Cost:
     """Count one step, forward and backward, in single precision.
 
     Args:
@@ -92,7 +92,7 @@ def measure(build: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]
 
         with counter:
             with saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = loss_of(model)
+                loss = loss_of()
             activations = sum(storage.nbytes() for storage in kept.values())
             loss.backward()
     parameters = sum(p.numel() for p in model.parameters())
@@ -104,7 +104,7 @@ def stage_cost(stage: str, params: Params) -> Cost:
     """Count a step of `mim`, `cl`, `graft`, `joint` or `reverse`."""
     size, channels, mask_ratio = params.data.image_size, params.data.channels, params.contrastive.mask_ratio
 
-    def build() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    def build() -> tuple[nn.Module, Callable[[], Tensor]]:
         encoder, parts = build_encoder(params.model, params.data), nn.ModuleDict()
         patches = encoder.patch_embed.num_patches
         if stage in ("cl", "joint"):
@@ -114,7 +114,7 @@ def stage_cost(stage: str, params: Params) -> Cost:
         if stage in ("mim", "reverse", "joint"):
             parts["mae"] = build_mae(encoder, params.mim)
 
-        def loss_of(_: nn.Module) -> Tensor:
+        def loss_of() -> Tensor:
             images, losses = torch.empty(BATCH, channels, size, size), []
             if "contrastive" in parts:
                 seen = torch.zeros(BATCH, int(patches * (1 - mask_ratio)), dtype=torch.int64) if mask_ratio else None

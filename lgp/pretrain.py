@@ -11,8 +11,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lgp.arms import TRAINED
-from lgp.checkpoint import HEADS, METRICS, PROVENANCE, StateStore, save_encoder, save_tensors
+from lgp.arms import CURVES, HEADS, METRICS, TRAINED
+from lgp.checkpoint import PROVENANCE, StateStore, save_encoder, save_tensors
 from lgp.data.loading import StepCrops
 from lgp.data.prepared import Prepared
 from lgp.device import choose_device
@@ -154,7 +154,7 @@ def publish_arm(run: StageRun, folder: Path, result: Pretrained, data: Prepared,
         if not any(part == "encoder" or part.startswith("momentum_") for part in name.split("."))
     }
     save_tensors(heads, out / HEADS)
-    with (out / "curves.csv").open("w", newline="") as file:
+    with (out / CURVES).open("w", newline="") as file:
         writer = csv.DictWriter(file, ["epoch", "train/loss", "train/lr"], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, "epoch": int(row["epoch"])} for row in history)

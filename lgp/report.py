@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from safetensors.torch import load_file
 
+from lgp.arms import CURVES, METRICS, RECONSTRUCTIONS
 from lgp.data.prepared import Prepared
 from lgp.device import choose_device
 from lgp.evaluate.baselines import evaluate_baseline
@@ -17,7 +18,6 @@ from lgp.figures import plot_curves, plot_label_efficiency, plot_reconstructions
 from lgp.params import Params
 from lgp.results import wide_rows
 
-RECONSTRUCTIONS = "reconstructions.safetensors"  # in the folder of an arm that has a decoder
 COLUMNS = ["arm", "task", "labels", "top1_mean", "top1_std", "subsets"]
 
 
@@ -133,13 +133,13 @@ def write_report(
     results.to_csv(table, index=False)
     best = champion(trained)
     plot_label_efficiency(figures / "label_efficiency.png", results)
-    curves = {arm: folder / "curves.csv" for arm, folder in arms.items() if (folder / "curves.csv").exists()}
+    curves = {arm: folder / CURVES for arm, folder in arms.items() if (folder / CURVES).exists()}
     if curves:
         plot_curves(figures / "curves.png", {arm: pd.read_csv(curve) for arm, curve in curves.items()})
     pictures = [folder / RECONSTRUCTIONS for folder in arms.values() if (folder / RECONSTRUCTIONS).exists()]
     if pictures:
         plot_reconstructions(figures / "reconstructions.png", load_file(pictures[0]))
-    trainings = {arm: json.loads((folder / "metrics.json").read_text()) for arm, folder in arms.items()}
+    trainings = {arm: json.loads((folder / METRICS).read_text()) for arm, folder in arms.items()}
     compute = {arm: m["train/pflop_total"] for arm, m in trainings.items() if "train/pflop_total" in m}
     drawn = [
         name for name in ("label_efficiency.png", "curves.png", "reconstructions.png") if (figures / name).exists()

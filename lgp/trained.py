@@ -1,7 +1,6 @@
 """Did it train? Whether the weights moved as their learning rates say, and whether the features collapsed."""
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lgp.errors import LgpError
+from lgp.models.vit import EMBEDDINGS, block_of
 
-BLOCK = re.compile(r"blocks\.(\d+)\.")
-EMBEDDINGS = ("cls_token", "pos_embed", "patch_embed")
 # of the movement that a random walk with the same rates would make
 MIN_MOVED = 0.01
 # of features on the unit sphere: 1 where they spread evenly, 0 where all are the same
@@ -37,9 +35,9 @@ def group_of(name: str) -> str:
     if "encoder" not in parts:
         return "heads"
     inner = ".".join(parts[parts.index("encoder") + 1 :])
-    block = BLOCK.match(inner)
-    if block:
-        return f"block{block.group(1)}"
+    block = block_of(inner)
+    if block is not None:
+        return f"block{block}"
     return "embed" if inner.startswith(EMBEDDINGS) else "norm"
 
 

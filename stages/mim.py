@@ -1,11 +1,12 @@
 """Stage `mim`: masked image modelling of the encoder (MAE, He et al. 2022)."""
 
 from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile
-from stages.paths import PREPARED, RECONSTRUCTIONS, arm_folder
+from stages.paths import PREPARED, arm_folder
 
 
 def mim(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: Debug = False) -> None:
     """Pre-train an encoder by masked image modelling, without labels."""
+    from lgp.arms import RECONSTRUCTIONS
     from lgp.data.prepared import Prepared
     from lgp.mim import pretrain_mim, write_reconstructions
     from lgp.pretrain import Session, publish_arm

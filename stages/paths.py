@@ -6,7 +6,6 @@ PREPARED = Path("data/prepared")
 METRICS = Path("metrics")
 PREDICTIONS = Path("predictions")
 REPORTS = Path("reports")
-RECONSTRUCTIONS = "reconstructions.safetensors"
 
 
 def arm_folder(arm: str) -> Path:

@@ -54,7 +54,8 @@ def test_parameters_are_those_of_the_models(params: Params) -> None:
 
 def test_kept_activations_are_what_backward_needs() -> None:
     def build() -> tuple[nn.Module, Any]:
-        return nn.Linear(8, 4), lambda m: torch.nn.functional.gelu(m(torch.empty(BATCH, 8))).sum()
+        layer = nn.Linear(8, 4)
+        return layer, lambda: torch.nn.functional.gelu(layer(torch.empty(BATCH, 8))).sum()
 
     cost = measure(build)
     assert cost.activation_bytes_per_image == 4 * (8 + 4)  # the layer's input, gelu's input; weights are not counted
