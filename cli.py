@@ -37,11 +37,12 @@ class OneLineErrors(TyperGroup):
             if ctx.find_root().meta.get("lgp.debug"):
                 raise
             if isinstance(e, KeyboardInterrupt):
+                # a training that was asked to stop says where, with an exit code of its own
                 print(
-                    "stopped: run the same command again, a training goes on where its last state was saved",
+                    str(e) or "stopped: run the same command again, a training goes on from its last state",
                     file=sys.stderr,
                 )
-                raise typer.Exit(130) from None
+                raise typer.Exit(getattr(e, "exit_code", 130)) from None
             print(f"error: {_line(e)}", file=sys.stderr)
             raise typer.Exit(1) from None
 

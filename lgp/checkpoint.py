@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import timm
 import torch
@@ -126,11 +126,30 @@ def check_encoder_fits(folder: Path, model: ModelParams, data: DataParams) -> No
         )
 
 
+class _Digesting:
+    """A file that digests what is written to it, and keeps its error, of which `torch.save` makes another."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as e:
+            self.error = e
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 class StateStore:
-    """The resume state of one training: two files in turn, each with its digest, under locks.
+    """The resume state of one training: two files in turn, each followed by its digest, under locks.
 
     A state that is torn (power loss in the middle of a write) is noticed by its digest, and the one
-    before it used. Code that differs writes files of other names, so its states are kept, not used.
+    before it used. Code that differs writes files of other names, so its states are kept, not used, unless asked for.
     """
 
     def __init__(self, folder: Path, code_digest: str) -> None:
@@ -140,6 +159,7 @@ class StateStore:
         self.latest = folder / f"state-{code_digest[:16]}.pt"
         self.previous = self.latest.with_suffix(".previous.pt")
         self.run_id_file = folder / f"run_id-{code_digest[:16]}"
+        self.adopted_file = folder / f"adopted-{code_digest[:16]}"
         # two trainers clash over a state (the same parameters) or over a result (the same stage in the same folder;
         # DVC's experiments run in folders of their own, and share this one's states)
         here = hashlib.sha256(os.getcwd().encode()).hexdigest()[:16]
@@ -163,38 +183,75 @@ class StateStore:
         for lock in self._locks:
             lock.release()
 
+    def adopt(self) -> None:
+        """Go on from the newest state that other code wrote, if this code has none.
+
+        Raises:
+            LgpError: there is none.
+        """
+        if self.has_state():
+            return
+        others = sorted(self.folder.glob("state-*.pt"), key=lambda path: path.stat().st_mtime)
+        if not others:
+            raise LgpError(f"nothing to resume: no state of these parameters and inputs in {self.folder}")
+        newest = others[-1]
+        shutil.copy(newest, self.latest)
+        self.adopted_file.write_text(newest.name.removeprefix("state-").split(".")[0])
+
+    def adopted(self) -> str | None:
+        """Return the digest of the code that wrote the state which this training once went on from, if it did so."""
+        return self.adopted_file.read_text() if self.adopted_file.exists() else None
+
     def save(self, state: dict[str, Any]) -> None:
-        """Write a state durably (write, fsync, rename).
+        """Write a state durably (write, fsync, rename, fsync the folder).
 
         Raises:
             OSError: as the file system does; the states before stay usable.
         """
-        payload = io.BytesIO()
-        torch.save(state, payload)
         new = self.latest.with_suffix(".new")
         try:
             with new.open("wb") as file:
-                file.write(hashlib.sha256(payload.getbuffer()).digest())
-                file.write(payload.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
+                self._write(state, file)
         except OSError:
             new.unlink(missing_ok=True)
             raise
         if self.latest.exists():
             self.latest.replace(self.previous)
         new.replace(self.latest)
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
-    def load(self) -> dict[str, Any] | None:
-        """Return the newest whole state, or None."""
+    @staticmethod
+    def _write(state: dict[str, Any], file: BinaryIO) -> None:
+        digesting = _Digesting(file)
+        try:
+            torch.save(state, digesting)  # type: ignore[arg-type]  # it only writes and flushes
+        except RuntimeError:
+            if digesting.error is None:
+                raise
+            raise digesting.error from None
+        file.write(digesting.sha256.digest())
+        file.flush()
+        os.fsync(file.fileno())
+
+    def read(self) -> bytes | None:
+        """Return the newest whole state as `decode` takes it, or None."""
         for path in (self.latest, self.previous):
             if path.exists():
                 data = path.read_bytes()
-                payload = memoryview(data)[DIGEST_BYTES:]
-                if hashlib.sha256(payload).digest() == data[:DIGEST_BYTES]:
-                    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-                    return state
+                payload = data[:-DIGEST_BYTES]
+                if hashlib.sha256(payload).digest() == data[-DIGEST_BYTES:]:
+                    return payload
         return None
+
+    @staticmethod
+    def decode(payload: bytes) -> dict[str, Any]:
+        """Return a state, its tensors on the CPU."""
+        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        return state
 
     def has_state(self) -> bool:
         """Whether an interrupted training left a state."""
@@ -202,8 +259,8 @@ class StateStore:
 
     def forget(self) -> None:
         """Remove the states of this code."""
-        self.latest.unlink(missing_ok=True)
-        self.previous.unlink(missing_ok=True)
+        for path in (self.latest, self.previous, self.adopted_file):
+            path.unlink(missing_ok=True)
 
     def close(self, succeeded: bool) -> None:
         """Give the lock back; after success forget the states, and remove the folder once nothing in it is of use."""

@@ -6,8 +6,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from lgp.data.loading import StepCrops
-from lgp.data.views import photometric
+from lgp.data.loading import Batch, StepCrops
+from lgp.data.views import Colours, photometric
 from lgp.models.mae import random_masking
 from lgp.models.moco import MoCo
 from lgp.models.simclr import SimCLR
@@ -15,13 +15,12 @@ from lgp.models.vicreg import VICReg
 from lgp.models.vit import View, build_encoder, init_encoder_as_moco
 from lgp.optim import peak_rate
 from lgp.params import ContrastiveParams, TrainingParams
-from lgp.pretrain import Objective, Pretrained, Session, fit_arm
+from lgp.pretrain import LossOf, Objective, Pretrained, Session, fit_arm
 from lgp.randomness import generator, seeded
 
 BETAS = (0.9, 0.999)  # MoCo v3 names none: AdamW's own
 
 Contrastive = MoCo | SimCLR | VICReg
-Contrast = Callable[[Tensor, int], Tensor]
 
 
 def pretrain_cl(session: Session) -> Pretrained:
@@ -52,8 +51,8 @@ def build_contrastive(encoder: VisionTransformer, params: ContrastiveParams) -> 
     return MoCo(encoder, hidden, dim, params.predictor_hidden, temperature, params.momentum)
 
 
-def contrastive_loss_of(name: str, model: Contrastive, total: int, session: Session) -> Contrast:
-    """Return the loss as a function of (crops (B, V ≥ 2, C, S, S) uint8, step), on the first two crops.
+def contrastive_loss_of(name: str, model: Contrastive, total: int, session: Session) -> LossOf:
+    """Return the loss as a function of a batch, of the first two crops of each image.
 
     Args:
         name: the stage, which keeps its draws apart from other stages'.
@@ -65,17 +64,20 @@ def contrastive_loss_of(name: str, model: Contrastive, total: int, session: Sess
     views, mask_ratio = params.contrastive.views, params.contrastive.mask_ratio
     patches = model.encoder.patch_embed.num_patches
 
-    def seen(images: Tensor, step: int, view: int) -> Tensor | None:
+    def seen(batch: Batch, view: int) -> Tensor | None:
         if not mask_ratio:
             return None
-        noise = torch.rand(len(images), patches, generator=generator(params.seed, f"{name}/mask", step, view))
-        return random_masking(noise.to(images.device), mask_ratio)[0]
+        noise = torch.rand(batch.size, patches, generator=generator(params.seed, f"{name}/mask", batch.step, view))
+        return random_masking(noise[batch.rows].to(batch.crops.device), mask_ratio)[0]
 
-    def loss_of(crops: Tensor, step: int) -> Tensor:
-        rng = generator(params.seed, f"{name}/colours", step)
-        images = [data.normalize(photometric(crops[:, v].float() / 255, v, views, rng)) for v in (0, 1)]
-        view1, view2 = (View(of_view, seen(of_view, step, v)) for v, of_view in enumerate(images))
-        loss: Tensor = model(view1, view2, min(step / total, 1.0))
+    def view_of(batch: Batch, view: int) -> View:
+        rng = generator(params.seed, f"{name}/colours", batch.step, view)
+        colours = Colours.draw(batch.size, view, views, rng)[batch.rows]
+        images = photometric(batch.crops[:, view].float() / 255, colours, views)
+        return View(data.normalize(images), seen(batch, view))
+
+    def loss_of(batch: Batch) -> Tensor:
+        loss: Tensor = model(view_of(batch, 0), view_of(batch, 1), min(batch.step / total, 1.0))
         return loss
 
     return loss_of
@@ -108,7 +110,7 @@ def contrast(
     crops = StepCrops(session.data, session.params.contrastive.views, 2, stage.batch_size, session.params.seed, name)
     contrastive = contrastive_loss_of(name, model, stage.epochs * crops.steps_per_epoch, session)
 
-    def loss_of(batch: Tensor, step: int) -> Tensor:
-        return contrastive(batch, step) + penalty()
+    def loss_of(batch: Batch) -> Tensor:
+        return contrastive(batch) + penalty()
 
     return fit_arm(Objective(name, model, model.encoder, loss_of, crops, held), rates, BETAS, stage, session)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lgp.checkpoint import check_encoder_fits, check_input_size, load_encoder
 from lgp.cl import BETAS, build_contrastive, contrastive_loss_of
-from lgp.data.loading import StepCrops
+from lgp.data.loading import Batch, StepCrops
 from lgp.data.prepared import Prepared
 from lgp.device import choose_device
 from lgp.errors import LgpError
@@ -58,8 +58,8 @@ def measure_conflict(session: Session, start: Path) -> pd.DataFrame:
     contrastive_loss = contrastive_loss_of("conflict", contrastive, steps, session)
     masked_loss = masked_loss_of("conflict/mim", mae, session)
 
-    def both(images: Tensor, step: int) -> Tensor:
-        return contrastive_loss(images, step) + masked_loss(images[:, 0], step)
+    def both(batch: Batch) -> Tensor:
+        return contrastive_loss(batch) + masked_loss(batch)
 
     weights = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
     for weight in weights.values():
@@ -76,13 +76,13 @@ def measure_conflict(session: Session, start: Path) -> pd.DataFrame:
     model.to(device).train()
     print(f"conflict: heads fitted, now the gradients of {settings.batches} batches", flush=True)
     rows = []
-    for batch in range(settings.batches):
-        images, step = crops[steps + batch].to(device), steps + batch
-        of_mim = _gradients(masked_loss(images[:, 0], step), weights)
-        of_cl = _gradients(contrastive_loss(images, step), weights)
+    for number in range(settings.batches):
+        batch = crops.batch(steps + number, crops[steps + number].to(device))
+        of_mim = _gradients(masked_loss(batch), weights)
+        of_cl = _gradients(contrastive_loss(batch), weights)
         for part, gradient in of_mim.items():
             cosine = F.cosine_similarity(gradient, of_cl[part], dim=0)
-            rows.append([part, batch, float(cosine), float(gradient.norm()), float(of_cl[part].norm())])
+            rows.append([part, number, float(cosine), float(gradient.norm()), float(of_cl[part].norm())])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

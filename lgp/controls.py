@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lgp.checkpoint import check_encoder_fits, load_encoder
 from lgp.cl import BETAS, build_contrastive, contrastive_loss_of
-from lgp.data.loading import StepCrops
+from lgp.data.loading import Batch, StepCrops
 from lgp.errors import LgpError
 from lgp.graft import stage_rates
 from lgp.mim import BETAS as MIM_BETAS
@@ -35,8 +35,8 @@ def pretrain_joint(session: Session) -> Pretrained:
     contrastive_loss = contrastive_loss_of("joint", contrastive, joint.epochs * crops.steps_per_epoch, session)
     masked_loss = masked_loss_of("joint/mim", mae, session)
 
-    def loss_of(batch: Tensor, step: int) -> Tensor:
-        return contrastive_loss(batch, step) + joint.mim_weight * masked_loss(batch[:, 0], step)
+    def loss_of(batch: Batch) -> Tensor:
+        return contrastive_loss(batch) + joint.mim_weight * masked_loss(batch)
 
     model = nn.ModuleDict({"contrastive": contrastive, "mae": mae})
     rate = peak_rate(joint.base_lr, joint.batch_size)
@@ -52,9 +52,8 @@ def pretrain_reverse(session: Session, start: Path) -> Pretrained:
     check_encoder_fits(start, params.model, params.data)
     with seeded(params.seed, "reverse/init"):
         mae = build_mae(load_encoder(start), params.mim)
-    masked_loss = masked_loss_of("reverse", mae, session)
     crops = StepCrops(session.data, params.mim.views, 1, reverse.batch_size, params.seed, "reverse")
     peaks = [peak_rate(lr, reverse.batch_size) for lr in reverse.base_lrs]
     rates = stage_rates([name for name, _ in mae.named_parameters()], params.model.depth, peaks)
-    objective = Objective("reverse", mae, mae.encoder, lambda batch, step: masked_loss(batch[:, 0], step), crops)
+    objective = Objective("reverse", mae, mae.encoder, masked_loss_of("reverse", mae, session), crops)
     return fit_arm(objective, rates, MIM_BETAS, reverse, session)

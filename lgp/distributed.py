@@ -1,9 +1,34 @@
-"""What crosses processes: embeddings, gathered with the gradient that data parallelism expects."""
+"""Several processes that train one model, started by `torchrun`, and what crosses between them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
-from torch import Tensor
+from torch import Tensor, nn
+
+from lgp.device import in_single_precision
+from lgp.errors import LgpError
+
+WAIT = timedelta(minutes=30)  # for the slowest process, which may be saving a state
+PIECE_BYTES = 2**30  # of what is sent at once
+
+
+class WorkerDone(Exception):  # noqa: N818 - no error
+    """Ends the part of every process but the first, which alone goes on to publish the result."""
+
+
+def launched_rank() -> int:
+    """Return this process's number, from 0, among those that `torchrun` started; 0 without it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def launched() -> bool:
+    """Whether `torchrun`, here or by hand, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def world_size() -> int:
@@ -16,6 +41,66 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+@contextmanager
+def joined(name: str, device: torch.device) -> Iterator[None]:
+    """Meet the other processes that `torchrun` started, if any, for the block.
+
+    Raises:
+        LgpError: another process was lost.
+    """
+    if not launched():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as e:
+        if isinstance(e, dist.DistError) or "gloo" in str(e) or "Connection" in str(e):
+            raise LgpError(
+                f"{name}: process {rank()} of {world_size()} lost another one ({' '.join(str(e).split())[:200]}): run "
+                "again, it goes on from its last state"
+            ) from None
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def agree(wish: int) -> int:
+    """Return the largest wish of all processes, each of which asks at the same point of its work."""
+    if world_size() == 1:
+        return wish
+    largest = torch.tensor(wish)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def average(values: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes."""
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def send_bytes(data: bytes | None) -> bytes | None:
+    """Return what the first process gives, in every process."""
+    if world_size() == 1:
+        return data
+    length = torch.tensor(-1 if data is None else len(data))
+    dist.broadcast(length, 0)
+    if length < 0:
+        return None
+    whole = (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(length), dtype=torch.uint8)
+    )
+    for piece in whole.split(PIECE_BYTES):
+        dist.broadcast(piece, 0)
+    return whole.numpy().tobytes()
+
+
 def gather(tensor: Tensor) -> Tensor:
     """Concatenate a tensor (B, …) over all processes, in the order of their ranks: (P·B, …).
 
@@ -26,8 +111,65 @@ def gather(tensor: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return tensor
-    if not tensor.requires_grad:
-        parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    gathered: Tensor = _Gather.apply(tensor)
+    return gathered
+
+
+# torch's own differentiable collectives are deprecated in one version and missing in another
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
-    return torch.cat(differentiable.all_gather(tensor.contiguous()))
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        summed = gradient.contiguous().clone()
+        dist.all_reduce(summed)
+        return summed.chunk(world_size())[rank()]
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; the gradients of all of them flow back."""
+
+    @staticmethod
+    def forward(_: Any, tensor: Tensor) -> Tensor:
+        summed = tensor.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(None, gradient.contiguous())
+
+
+class SyncBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm over the rows of all processes, in single precision; with one process it is `BatchNorm1d` itself.
+
+    torch's own SyncBatchNorm refuses CPU tensors. Every process must have the same number of rows. State and its
+    names are those of `BatchNorm1d`.
+    """
+
+    @in_single_precision
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, D), in training with mean and variance of all processes' rows, else with the running ones."""
+        if world_size() == 1 or not self.training:
+            normalised: Tensor = super().forward(x)
+            return normalised
+        rows = len(x) * world_size()
+        mean = _Sum.apply(x.sum(0)) / rows
+        centred = x - mean
+        variance = _Sum.apply(centred.square().sum(0)) / rows
+        self._remember(mean.detach(), variance.detach() * (rows / max(rows - 1, 1)))
+        normalised = centred * torch.rsqrt(variance + self.eps)
+        return normalised * self.weight + self.bias if self.affine else normalised
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(unbiased_variance, momentum)

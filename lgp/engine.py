@@ -3,23 +3,28 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from lgp.checkpoint import StateStore
-from lgp.data.loading import StepCrops, loader
+from lgp.data.loading import Batch, StepCrops, loader
+from lgp.distributed import agree, average, rank, send_bytes, world_size
 from lgp.errors import LgpError, is_disk_full
+from lgp.interruption import Interrupted, Interruption
 from lgp.params import RunParams
 from lgp.progress import Progress
 
 CHECK_EVERY = 20  # steps between looks at the loss: each look makes a GPU wait
-SAVE_SHARE = 0.02  # of the time, at most, goes into saving at epoch ends
+SAVE_SHARE = 0.02  # of the time, at most, goes into saving
+GO_ON, SAVE, STOP = range(3)  # what a process wishes to do after a step; the largest wish is done by all
 
 Epoch = dict[str, float]
 
@@ -41,19 +46,35 @@ class Progression:
     history: list[Epoch] = field(default_factory=list)
 
 
+class _LossModule(nn.Module):
+    """A loss as the forward pass of its model, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: nn.Module, loss_of: Callable[[Batch], Tensor], precision: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.loss_of, self.precision = model, loss_of, precision
+
+    def forward(self, batch: Batch) -> Tensor:
+        mixed = self.precision != torch.float32
+        with torch.autocast(batch.crops.device.type, self.precision) if mixed else nullcontext():
+            return self.loss_of(batch)
+
+
 @dataclass
 class Trainer:
     """A model, how to compute its loss, and the batches to train it on.
 
+    Under `torchrun` each process trains on its rows of every batch; the first one alone saves, shows and tells.
+
     Attributes:
         name: the stage, for messages.
         model: on `device`; its state, buffers included, is what a resume state holds.
-        loss_of: (crops (B, V, C, S, S) uint8 on the device, step) → scalar loss.
+        loss_of: a batch's loss, the mean over its images.
         crops: the batch of each step.
         optimizer: over the model's trainable parameters.
         schedule: sets the learning rates of a step.
         epochs: passes over the images.
         device: where the model is.
+        precision: of matrix products; weights, losses and norms stay in single precision.
         settings: the `run` section.
         store: where resume states are kept; its newest state, if any, is where `fit` goes on.
         observer: told of every epoch, after a resume also of those before it.
@@ -61,12 +82,13 @@ class Trainer:
 
     name: str
     model: nn.Module
-    loss_of: Callable[[Tensor, int], Tensor]
+    loss_of: Callable[[Batch], Tensor]
     crops: StepCrops
     optimizer: Optimizer
     schedule: CosineLRScheduler
     epochs: int
     device: torch.device
+    precision: torch.dtype
     settings: RunParams
     store: StateStore
     observer: Observer
@@ -76,6 +98,7 @@ class Trainer:
 
         Raises:
             LgpError: the loss stopped being finite; says step and rate, the last good state is kept.
+            Interrupted: something asked to stop; the state is saved.
         """
         self.now = Progression()
         self._resume()
@@ -84,43 +107,63 @@ class Trainer:
         self._unchecked: list[tuple[Tensor, float]] = []
         self._saved_at, self._save_took = time.monotonic(), 0.0
         self._disk_full = False
+        self._parts = self.settings.accumulate.get(self.name, 1)
+        self._loss = self._shared(_LossModule(self.model, self.loss_of, self.precision))
         per_epoch, total = self.crops.steps_per_epoch, self.epochs * self.crops.steps_per_epoch
-        progress = Progress(
-            self.name, self.epochs, per_epoch, self.crops.batch_size, self.now.step, self.settings.print_every_s
-        )
+        every_s = self.settings.print_every_s if rank() == 0 else None
+        progress = Progress(self.name, self.epochs, per_epoch, self.crops.batch_size, self.now.step, every_s)
         batches = loader(self.crops, self.now.step, total, self.settings.workers, pin=self.device.type == "cuda")
+        interruption = Interruption()
         self.model.train()
-        with progress.showing():
-            for batch in batches:
-                self._step(batch.to(self.device, non_blocking=True), total)
+        with interruption.listening(), progress.showing():
+            for crops in batches:
+                self._step(crops.to(self.device, non_blocking=True), total)
                 epoch_ends = self.now.step % per_epoch == 0
-                save = self._save_due(epoch_ends) or self.now.step == total
-                if epoch_ends or save or self.now.step % CHECK_EVERY == 0:
+                wish = agree(STOP if interruption.asked() else SAVE if self._save_due(epoch_ends, total) else GO_ON)
+                if epoch_ends or wish or self.now.step % CHECK_EVERY == 0:
                     progress.step(self.now.step, self._check_losses())
                 if epoch_ends:
                     self._end_epoch()
-                if save:
+                if wish:
                     self._save()
+                if wish == STOP and self.now.step < total:
+                    self._stop(interruption)
         return self.now
 
-    def _step(self, batch: Tensor, total: int) -> None:
+    def _shared(self, loss: _LossModule) -> nn.Module:
+        """Share the training among the processes, if there are several: equal weights, averaged gradients."""
+        if world_size() == 1:
+            return loss
+        return DistributedDataParallel(loss, gradient_as_bucket_view=True)
+
+    def _step(self, crops: Tensor, total: int) -> None:
         step = self.now.step
         self.schedule.step_update(step)
         self.optimizer.zero_grad(set_to_none=True)
+        batch = self.crops.batch(step, crops)
         if step == 0:
             with FlopCounterMode(display=False) as counter:
-                loss = self._backward(batch, step)
-            self.now.train_flops = counter.get_total_flops() * total
+                loss = self._backward(batch)
+            self.now.train_flops = counter.get_total_flops() * world_size() * total
         else:
-            loss = self._backward(batch, step)
+            loss = self._backward(batch)
         self.optimizer.step()
         self._unchecked.append((loss, self._rate))
         self.now.step += 1
 
-    def _backward(self, batch: Tensor, step: int) -> Tensor:
-        loss = self.loss_of(batch, step)
-        loss.backward()
-        return loss.detach()
+    def _backward(self, batch: Batch) -> Tensor:
+        losses = []
+        parts = batch.split(self._parts) if self._parts > 1 else [batch]
+        for i, part in enumerate(parts):
+            # gradients are averaged over the processes once, with the last part
+            with self._alone() if i < len(parts) - 1 else nullcontext():
+                loss: Tensor = self._loss(part) / len(parts)
+                loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def _alone(self) -> AbstractContextManager[None]:
+        return self._loss.no_sync() if isinstance(self._loss, DistributedDataParallel) else nullcontext()
 
     @property
     def _rate(self) -> float:
@@ -130,7 +173,7 @@ class Trainer:
         """Read the losses since the last look and return the newest; raise at the first that is not finite."""
         if not self._unchecked:
             return None
-        values = torch.stack([loss for loss, _ in self._unchecked]).tolist()
+        values = average(torch.stack([loss for loss, _ in self._unchecked])).tolist()
         first = self.now.step - len(values)
         for i, (value, (_, rate)) in enumerate(zip(values, self._unchecked, strict=True)):
             if not math.isfinite(value):
@@ -155,10 +198,13 @@ class Trainer:
         self.now.history.append(values)
         self.observer.log_epoch(values)
 
-    def _save_due(self, epoch_ends: bool) -> bool:
-        """Whether the interval is over, or an epoch is and saving would still be a small share of the time."""
+    def _save_due(self, epoch_ends: bool, total: int) -> bool:
+        """Whether the training is over, or its interval or an epoch while saving is a small share of the time."""
+        if rank() > 0:  # the clock of the one that saves decides
+            return False
         since = time.monotonic() - self._saved_at
-        return since >= self.settings.save_every_s or (epoch_ends and self._save_took <= SAVE_SHARE * since)
+        worthwhile = self._save_took <= SAVE_SHARE * since
+        return self.now.step == total or (worthwhile and (epoch_ends or since >= self.settings.save_every_s))
 
     def _save(self) -> None:
         """Save a resume state, unless a weight is not finite; a full disk is told and training goes on."""
@@ -168,6 +214,12 @@ class Trainer:
                 f"{self.name}: a weight stopped being finite by step {self.now.step}, learning rate {self._rate:.3g}: "
                 f"lower the learning rate of {self.name}{self._kept()}"
             )
+        if rank() == 0:
+            self._write()
+        self._saved_at = time.monotonic()
+        self._save_took = self._saved_at - started
+
+    def _write(self) -> None:
         try:
             self.store.save(self._state())
         except OSError as e:
@@ -178,8 +230,6 @@ class Trainer:
             self._disk_full = True
         else:
             self._disk_full = False
-        self._saved_at = time.monotonic()
-        self._save_took = self._saved_at - started
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -188,11 +238,21 @@ class Trainer:
             "progression": vars(self.now),
         }
 
+    def _stop(self, interruption: Interruption) -> None:
+        saved = "the disk is full, its last state is older" if self._disk_full else "its state is saved"
+        reason = interruption.reason or "another process"
+        raise Interrupted(
+            f"{self.name}: stopped at step {self.now.step} ({reason}), {saved}: run the same command again to go on",
+            128 + interruption.signal,
+        )
+
     def _resume(self) -> None:
-        state = self.store.load()
-        if state is None:
+        payload = send_bytes(self.store.read() if rank() == 0 else None)
+        if payload is None:
             return
+        state = StateStore.decode(payload)
         self.model.load_state_dict(state["model"], strict=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.now = Progression(**state["progression"])
-        print(f"{self.name}: going on from step {self.now.step}", flush=True)
+        if rank() == 0:
+            print(f"{self.name}: going on from step {self.now.step}", flush=True)

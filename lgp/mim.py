@@ -1,6 +1,5 @@
 """Masked image modelling of the encoder (MAE, He et al. 2022): the lower half of the graft."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,13 +7,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lgp.checkpoint import save_tensors
-from lgp.data.loading import StepCrops
+from lgp.data.loading import Batch, StepCrops
 from lgp.data.prepared import Prepared
 from lgp.models.mae import MAE
 from lgp.models.vit import build_encoder, init_encoder_as_mae
 from lgp.optim import peak_rate
 from lgp.params import MimParams
-from lgp.pretrain import Objective, Pretrained, Session, fit_arm
+from lgp.pretrain import LossOf, Objective, Pretrained, Session, fit_arm
 from lgp.randomness import generator, seeded
 
 BETAS = (0.9, 0.95)  # MAE, table 8
@@ -28,11 +27,10 @@ def pretrain_mim(session: Session) -> Pretrained:
         encoder = build_encoder(params.model, params.data)
         init_encoder_as_mae(encoder)
         mae = build_mae(encoder, mim)
-    masked_loss = masked_loss_of("mim", mae, session)
     crops = StepCrops(data, mim.views, 1, mim.batch_size, params.seed, "mim")
     rate = peak_rate(mim.base_lr, mim.batch_size)
     rates = {name: rate for name, _ in mae.named_parameters()}
-    objective = Objective("mim", mae, encoder, lambda batch, step: masked_loss(batch[:, 0], step), crops)
+    objective = Objective("mim", mae, encoder, masked_loss_of("mim", mae, session), crops)
     return fit_arm(objective, rates, BETAS, mim, session)
 
 
@@ -42,8 +40,8 @@ def build_mae(encoder: VisionTransformer, mim: MimParams) -> MAE:
     return MAE(encoder, mim.mask_ratio, mim.decoder_width, mim.decoder_depth, mim.decoder_heads)
 
 
-def masked_loss_of(name: str, mae: MAE, session: Session) -> Callable[[Tensor, int], Tensor]:
-    """Return the loss as a function of (images (B, C, S, S) uint8, step).
+def masked_loss_of(name: str, mae: MAE, session: Session) -> LossOf:
+    """Return the loss as a function of a batch, of the first crop of each image.
 
     Args:
         name: the stage, which keeps its draws apart from other stages'.
@@ -52,9 +50,10 @@ def masked_loss_of(name: str, mae: MAE, session: Session) -> Callable[[Tensor, i
     """
     patches = mae.encoder.patch_embed.num_patches
 
-    def loss_of(images: Tensor, step: int) -> Tensor:
-        noise = torch.rand(len(images), patches, generator=generator(session.params.seed, f"{name}/mask", step))
-        loss: Tensor = mae(session.data.normalize(images), noise.to(images.device))
+    def loss_of(batch: Batch) -> Tensor:
+        images = batch.crops[:, 0]
+        noise = torch.rand(batch.size, patches, generator=generator(session.params.seed, f"{name}/mask", batch.step))
+        loss: Tensor = mae(session.data.normalize(images), noise[batch.rows].to(images.device))
         return loss
 
     return loss_of

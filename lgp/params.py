@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from lgp.arms import TRAINED
 from lgp.errors import LgpError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -318,10 +319,28 @@ class RunParams(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count | None = None
     workers: Annotated[Whole, Field(ge=0)] = 0
+    decoded_gib: NonNegative = 2.0
+    processes: Count = 1
+    accumulate: dict[str, Count] = {}
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
     save_every_s: Positive = 60.0
     print_every_s: NonNegative = 10.0
     tracking_uri: str | None = None
     experiment: str = "lgp"
+
+    @model_validator(mode="after")
+    def _accumulates_masked_modelling_only(self) -> Self:
+        for stage, parts in self.accumulate.items():
+            if stage not in TRAINED:
+                raise ValueError(f"accumulate names {stage}, which is no training: choose of {', '.join(TRAINED)}")
+            if parts > 1 and stage not in ("mim", "reverse"):
+                raise ValueError(
+                    f"accumulate.{stage} {parts}: a contrastive loss compares each image with all others of its batch, "
+                    "so a batch in parts has another loss: share it among more processes, or lower "
+                    f"{stage}.batch_size; mim and reverse can be accumulated"
+                )
+        return self
 
 
 class Params(Section):

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils import deterministic
 
 from lgp.arms import CURVES, HEADS, METRICS, TRAINED
 from lgp.checkpoint import PROVENANCE, StateStore, save_encoder, save_tensors
-from lgp.data.loading import StepCrops
+from lgp.data.loading import Batch, StepCrops
 from lgp.data.prepared import Prepared
-from lgp.device import choose_device
+from lgp.device import choose_device, choose_precision
+from lgp.distributed import WorkerDone, joined, rank, world_size
 from lgp.engine import Observer, Progression, Trainer
 from lgp.errors import LgpError, check_disk_space
 from lgp.evaluate.features import class_token_of, extract
@@ -23,6 +25,8 @@ from lgp.optim import adamw, parameter_groups, warmup_cosine
 from lgp.params import Params, TrainingParams
 from lgp.stage import StageRun, encoder_digest
 from lgp.trained import movement, spread, weights_of
+
+LossOf = Callable[[Batch], Tensor]
 
 SHOWN_IMAGES = 1024  # whose features are looked at after the training
 # two resume states of weight, momentum copy and two moments; the result here, in DVC's cache and in MLflow
@@ -47,7 +51,7 @@ class Objective:
         name: the stage.
         model: with everything that has parameters, on the CPU.
         encoder: the part of it to keep, the one that the gradient trains.
-        loss_of: (crops (B, V, C, S, S) uint8, step) → scalar loss.
+        loss_of: batch → scalar loss, the mean over its images.
         crops: the batch of each step.
         held: parameters that the loss itself keeps near their start, so that they may hardly move.
     """
@@ -55,7 +59,7 @@ class Objective:
     name: str
     model: nn.Module
     encoder: VisionTransformer
-    loss_of: Callable[[Tensor, int], Tensor]
+    loss_of: LossOf
     crops: StepCrops
     held: frozenset[str] = frozenset()
 
@@ -87,16 +91,36 @@ def fit_arm(
         session: images, parameters, resume states and observer.
 
     Raises:
-        LgpError: a batch is larger than the data, the disk is full, the loss stopped being finite, or the model
-            did not train.
+        LgpError: a batch is larger than the data or cannot be shared, the disk is full, the loss stopped being
+            finite, another process was lost, or the model did not train.
+        Interrupted: something asked to stop; the state is saved.
+        WorkerDone: in all processes but the first, at the end.
     """
+    device = choose_device(session.params.run)
+    with joined(objective.name, device):
+        result = _fit(objective, rates, betas, stage, session, device)
+        if rank() > 0:
+            raise WorkerDone
+    return result
+
+
+def _fit(
+    objective: Objective,
+    rates: Mapping[str, float],
+    betas: tuple[float, float],
+    stage: TrainingParams,
+    session: Session,
+    device: torch.device,
+) -> Pretrained:
     params, model, crops = session.params, objective.model, objective.crops
-    check_batches({objective.name: crops.batch_size, **_batch_sizes(params)}, len(crops.data.pretraining_ids))
-    device = choose_device(params.run)
-    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    batch_sizes = {objective.name: crops.batch_size, **_batch_sizes(params)}
+    check_batches(batch_sizes, len(crops.data.pretraining_ids))
+    check_shares(batch_sizes, world_size(), params.run.accumulate)
     check_disk_space(session.store.folder, DISK_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
+    crops.share(rank(), world_size())
+    crops.data.keep_decoded(params.run.decoded_gib * 2**30)
     initial = weights_of(model)
-    model.to(device)
+    _place(model, device, params.run.compile)
     optimizer = adamw(parameter_groups(model, rates, stage.weight_decay), betas)
     steps = stage.epochs * crops.steps_per_epoch
     warmup_steps = min(round(stage.warmup_epochs * crops.steps_per_epoch), steps - 1)
@@ -110,6 +134,7 @@ def fit_arm(
         schedule,
         stage.epochs,
         device,
+        choose_precision(params.run, device, params.model.width),
         params.run,
         session.store,
         session.observer,
@@ -120,6 +145,20 @@ def fit_arm(
     shown = crops.data.pretraining_ids[:: math.ceil(len(crops.data.pretraining_ids) / SHOWN_IMAGES)]
     trained |= spread(extract(class_token_of(objective.encoder, device), crops.data, shown))
     return Pretrained(model.cpu(), objective.encoder, progression, trained)
+
+
+def _place(model: nn.Module, device: torch.device, compiled: bool) -> None:
+    """Move a model to its device, and set up what it computes with there."""
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    # memory that is written before it is read needs no filling
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    model.to(device)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)  # of the patch projection, a convolution
+    if compiled:
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile()
 
 
 def _batch_sizes(params: Params) -> dict[str, int]:
@@ -134,6 +173,17 @@ def check_batches(batch_sizes: Mapping[str, int], images: int) -> None:
             raise LgpError(
                 f"{name}.batch_size {batch_size} is larger than the {images} images of the training part: "
                 "choose at most that"
+            )
+
+
+def check_shares(batch_sizes: Mapping[str, int], processes: int, accumulate: Mapping[str, int]) -> None:
+    """Raise `LgpError` where a batch cannot be cut into equal parts, one or more a process."""
+    for name, batch_size in batch_sizes.items():
+        parts = processes * accumulate.get(name, 1)
+        if batch_size % parts:
+            raise LgpError(
+                f"{name}.batch_size {batch_size} cannot be cut into {parts} equal parts ({processes} processes, "
+                f"run.accumulate {accumulate.get(name, 1)}): choose a multiple of {parts}"
             )
 
 

@@ -11,9 +11,9 @@ class Progress:
     """Shows epoch, loss, images per second and time left of one training."""
 
     def __init__(
-        self, name: str, epochs: int, steps_per_epoch: int, batch_size: int, first: int, every_s: float
+        self, name: str, epochs: int, steps_per_epoch: int, batch_size: int, first: int, every_s: float | None
     ) -> None:
-        """Begin at step `first`; outside a terminal print a line at most every `every_s` seconds."""
+        """Begin at step `first`; outside a terminal print a line at most every `every_s` seconds; None: nothing."""
         self.name, self.epochs, self.steps_per_epoch, self.batch_size = name, epochs, steps_per_epoch, batch_size
         self.first, self.every_s = first, every_s
         self.started = self._printed = time.monotonic()
@@ -23,7 +23,7 @@ class Progress:
     @contextmanager
     def showing(self) -> Iterator[None]:
         """Show the bar inside the block, where standard output is a terminal."""
-        if not sys.stdout.isatty():
+        if self.every_s is None or not sys.stdout.isatty():
             yield
             return
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -37,6 +37,8 @@ class Progress:
 
     def step(self, done: int, loss: float | None) -> None:
         """Show that `done` steps of the training are over; `loss` is the latest known."""
+        if self.every_s is None:
+            return
         now = time.monotonic()
         rate = (done - self.first) * self.batch_size / max(now - self.started, 1e-9)
         epoch = min(-(-done // self.steps_per_epoch), self.epochs)

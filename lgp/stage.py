@@ -1,5 +1,6 @@
 """What surrounds the work of a stage: digests before and after, tracking, publishing the results whole."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,11 +15,14 @@ from typing import Any
 from lgp import tracking
 from lgp.arms import no_encoder
 from lgp.checkpoint import StateStore
+from lgp.distributed import WorkerDone, launched, launched_rank
 from lgp.errors import LgpError, check_disk_space
+from lgp.launch import launch
 from lgp.params import Params, load_params
 from lgp.provenance import code_digest, file_digest, git_state, input_digest, params_digest
 
 ROOT = Path(__file__).resolve().parent.parent
+RESUME = Path(".lgp") / "resume"
 RESERVE_BYTES = 64 * 2**20  # what tracking, metrics and pictures may need beside the results
 
 
@@ -33,6 +37,7 @@ class StageSpec:
         writes: outputs, files or folders.
         arm: whose encoder it is about, if any.
         task: pretrain, linear, fewshot-1pct, …
+        trains: whether it is a training, which several processes may share and `resume` may continue.
     """
 
     name: str
@@ -41,6 +46,7 @@ class StageSpec:
     writes: Sequence[Path]
     arm: str
     task: str
+    trains: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,10 @@ class StageRun:
 
 
 @contextmanager
-def stage(spec: StageSpec, params_file: Path, fresh: bool = False) -> Iterator[StageRun]:
-    """Run the block as a stage; `fresh` forgets what an interrupted run of it left.
+def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool = False) -> Iterator[StageRun]:
+    """Run the block as a stage.
+
+    `fresh` forgets what an interrupted run of it left; `resume` goes on from it though other code wrote it.
 
     Inputs, parameters and code are digested at the start and compared at the end: DVC records them as they
     are when a command ends, so a stage whose inputs changed while it ran fails, naming them.
@@ -83,6 +91,11 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False) -> Iterator[S
     """
     params = load_params(params_file)
     root = Path(os.environ.get("DVC_ROOT", "."))
+    if spec.trains and params.run.processes > 1 and not launched():
+        launch(spec.name, params.run.processes)
+    if launched_rank() > 0:
+        yield from _as_worker(spec, params, root)
+        return
     check_disk_space(root, RESERVE_BYTES)
     for path in spec.reads:
         if not path.exists():
@@ -96,17 +109,21 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False) -> Iterator[S
         "task": spec.task,
         "params": params.model_dump(mode="json", include=set(spec.sections)),
         "digests": before,
-        "environment": {"torch": version("torch"), "device": params.run.device, "threads": params.run.threads},
+        "environment": _environment(params),
         **git,
     }
     key = sha256(json.dumps([before["parameters"], before["inputs"]], sort_keys=True).encode()).hexdigest()[:16]
-    store = StateStore(root / ".lgp" / "resume" / f"{spec.arm}-{spec.task}" / key, before["code"])
+    store = StateStore(root / RESUME / f"{spec.arm}-{spec.task}" / key, before["code"])
     store.acquire()
     succeeded = False
     partial: dict[Path, Path] = {}
     try:
         if fresh:
             store.forget()
+        if resume:
+            store.adopt()
+        if store.adopted():
+            provenance["resumed_from_code"] = store.adopted()
         if not store.has_state():
             store.run_id_file.unlink(missing_ok=True)
         partial = {path: _start_output(path) for path in spec.writes}
@@ -124,10 +141,25 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False) -> Iterator[S
         store.close(succeeded)
 
 
+def _as_worker(spec: StageSpec, params: Params, root: Path) -> Iterator[StageRun]:
+    """Take part in a training whose first process alone reads states, tells and writes."""
+    if not spec.trains:
+        raise LgpError(f"{spec.name} runs in one process: call it without torchrun")
+    store = StateStore(root / RESUME, "worker")
+    with contextlib.suppress(WorkerDone):
+        yield StageRun(spec, params, {}, tracking.Untracked(), store, {})
+
+
 def _remedy(path: Path) -> str:
     if path.name == "model.safetensors":
         return no_encoder(path.parent.parent.name)
     return "run `lgp prepare`" if path.name == "prepared" else "run the stage that writes it"
+
+
+def _environment(params: Params) -> dict[str, Any]:
+    """What moves the last digits of a result, or more."""
+    names = ("device", "threads", "precision", "processes")
+    return {"torch": version("torch"), **{name: getattr(params.run, name) for name in names}}
 
 
 def _digests(spec: StageSpec, params: Params, entry: Path) -> dict[str, Any]:

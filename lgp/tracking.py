@@ -281,6 +281,18 @@ class Tracker:
         self.attempt(lambda m: m.client.set_terminated(m.run_id, status), {"status": status})
 
 
+class Untracked(Tracker):
+    """Takes everything and keeps nothing: of the processes of a training the first alone is tracked."""
+
+    def __init__(self) -> None:
+        """Begin."""
+        super().__init__(Path())
+
+    def attempt(self, action: Callable[[_Mlflow], T], record: dict[str, Any]) -> T | None:
+        """Do nothing."""
+        return None
+
+
 @contextmanager
 def run(
     spec: "StageSpec", params: Params, digests: dict[str, Any], git: dict[str, Any], root: Path, resume_file: Path

@@ -1,10 +1,12 @@
 """Stage `mim`: masked image modelling of the encoder (MAE, He et al. 2022)."""
 
-from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile
+from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile, Resume
 from stages.paths import PREPARED, arm_folder
 
 
-def mim(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: Debug = False) -> None:
+def mim(
+    params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, resume: Resume = False, debug: Debug = False
+) -> None:
     """Pre-train an encoder by masked image modelling, without labels."""
     from lgp.arms import RECONSTRUCTIONS
     from lgp.data.prepared import Prepared
@@ -13,8 +15,8 @@ def mim(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: D
     from lgp.stage import StageSpec, stage
 
     folder = arm_folder("mim")
-    spec = StageSpec("mim", ["seed", "data", "model", "mim"], [PREPARED], [folder], "mim", "pretrain")
-    with stage(spec, params_file, fresh) as run:
+    spec = StageSpec("mim", ["seed", "data", "model", "mim"], [PREPARED], [folder], "mim", "pretrain", trains=True)
+    with stage(spec, params_file, fresh, resume) as run:
         data = Prepared(PREPARED)
         result = pretrain_mim(Session(data, run.params, run.store, run.tracker))
         pictures = write_reconstructions(run.out(folder) / RECONSTRUCTIONS, result, data, run.params.seed)

@@ -22,6 +22,9 @@ def _arm_name(arm: str) -> str:
 
 ParamsFile = Annotated[Path, typer.Option("--params", metavar="FILE", help="The parameter file.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Ignore what an interrupted run of this stage left.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from an interrupted run even if other code wrote its state.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_remember_debug)]
 Arm = Annotated[str, typer.Argument(help="Whose encoder: mim, cl, graft, …", callback=_arm_name)]
 ArmName = Annotated[str, typer.Option("--arm", metavar="NAME", help="What to call the arm.", callback=_arm_name)]

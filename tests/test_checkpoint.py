@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -53,12 +54,17 @@ def test_provenance_lies_beside_the_weights(folder: Path) -> None:
     assert json.loads((folder / "provenance.json").read_text()) == {"commit": "abc"}
 
 
+def newest(store: StateStore) -> dict[str, Any] | None:
+    payload = store.read()
+    return None if payload is None else StateStore.decode(payload)
+
+
 def test_state_comes_back(tmp_path: Path) -> None:
     store = StateStore(tmp_path, "code")
-    assert store.load() is None
+    assert newest(store) is None
     store.save({"step": 1, "w": torch.ones(2)})
     store.save({"step": 2, "w": torch.ones(2)})
-    state = store.load()
+    state = newest(store)
     assert state is not None
     assert state["step"] == 2
     assert torch.equal(state["w"], torch.ones(2))
@@ -70,24 +76,25 @@ def test_torn_state_gives_way_to_the_one_before(tmp_path: Path, damage: str) -> 
     store.save({"step": 1})
     store.save({"step": 2})
     data = bytearray(store.latest.read_bytes())
-    data[-100] ^= 1
+    data[-100] ^= 1  # of what stands before the digest
     store.latest.write_bytes({"cut": bytes(data[:-50]), "flip": bytes(data), "empty": b""}[damage])
-    state = store.load()
+    state = newest(store)
     assert state is not None
     assert state["step"] == 1
 
 
-def test_failed_write_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["os.fsync", "lgp.checkpoint._Digesting.write"])
+def test_failed_write_leaves_the_state_before(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = StateStore(tmp_path, "code")
     store.save({"step": 1})
 
-    def full(_: int) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr(where, full)
     with pytest.raises(OSError, match="No space"):
         store.save({"step": 2})
-    state = store.load()
+    state = newest(store)
     assert state is not None
     assert state["step"] == 1
     assert not list(tmp_path.glob("*.new"))
@@ -97,12 +104,27 @@ def test_state_of_other_code_is_kept_but_not_used(tmp_path: Path) -> None:
     old = StateStore(tmp_path, "a" * 64)
     old.save({"step": 1})
     new = StateStore(tmp_path, "b" * 64)
-    assert new.load() is None
+    assert newest(new) is None
     new.save({"step": 2})
     new.forget()
-    state = old.load()
+    state = newest(old)
     assert state is not None
     assert state["step"] == 1
+
+
+def test_state_of_other_code_is_adopted_where_asked_for(tmp_path: Path) -> None:
+    new = StateStore(tmp_path, "b" * 64)
+    with pytest.raises(LgpError, match="nothing to resume"):
+        new.adopt()
+    StateStore(tmp_path, "a" * 64).save({"step": 1})
+    new.adopt()
+    assert newest(new) == {"step": 1}
+    assert StateStore(tmp_path, "b" * 64).adopted() == "a" * 16
+    new.save({"step": 2})
+    new.adopt()
+    assert newest(new) == {"step": 2}
+    new.forget()
+    assert new.adopted() is None
 
 
 def _hold(folder: Path, ready: "multiprocessing.synchronize.Event", done: "multiprocessing.synchronize.Event") -> None:

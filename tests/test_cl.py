@@ -10,6 +10,7 @@ from conftest import Silent, merged
 from lgp import cl, mim
 from lgp.checkpoint import StateStore
 from lgp.cl import build_contrastive, contrastive_loss_of, pretrain_cl
+from lgp.data.loading import Batch
 from lgp.data.prepared import Prepared
 from lgp.mim import pretrain_mim
 from lgp.models.moco import MoCo, momentum_at
@@ -55,7 +56,7 @@ def test_model_is_given_the_kept_patches_and_the_progress(
     loss_of = contrastive_loss_of("cl", model, 40, session)
     crops = torch.zeros(5, 2, 1, 8, 8, dtype=torch.uint8)
     for step in (10, 10, 11):
-        loss_of(crops, step)
+        loss_of(Batch.whole(crops, step))
     assert [progress for _, _, progress in given] == [0.25, 0.25, 0.275]
     for view1, view2, _ in given:
         for view in (view1, view2):

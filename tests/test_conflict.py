@@ -15,15 +15,16 @@ from torch import Tensor
 from lgp import conflict
 from lgp.checkpoint import StateStore, load_encoder
 from lgp.conflict import knn_by_block, measure_conflict, rates_for, suggest_cut
+from lgp.data.loading import Batch
 from lgp.data.prepared import Prepared
 from lgp.errors import LgpError
 from lgp.evaluate.features import class_token_of, extract
 from lgp.evaluate.knn import knn_predict
 from lgp.models.vit import tokens_by_block
 from lgp.params import Params
-from lgp.pretrain import Session
+from lgp.pretrain import LossOf, Session
 
-Loss = Callable[[Tensor, int], Tensor]
+Loss = LossOf
 
 
 @pytest.fixture
@@ -49,14 +50,14 @@ def test_cosines_are_those_of_gradients_taken_one_by_one(
     slow: list[dict[str, Tensor]] = []
 
     def watch(model: Any, loss_of: Loss) -> Loss:
-        def watched(images: Tensor, step: int) -> Tensor:
+        def watched(batch: Batch) -> Tensor:
             if model.encoder.norm.weight.requires_grad:  # the heads are trained, now it is measured
                 model.zero_grad()
-                loss_of(images, step).backward()
+                loss_of(batch).backward()
                 blocks = {f"block{i}": b for i, b in enumerate(model.encoder.blocks)}
                 slow.append({n: torch.cat([p.grad.flatten() for p in b.parameters()]) for n, b in blocks.items()})
                 model.zero_grad()
-            return loss_of(images, step)
+            return loss_of(batch)
 
         return watched
 
@@ -77,7 +78,7 @@ def test_equal_and_opposite_losses_agree_and_disagree_fully(
 ) -> None:
     losses: list[Loss] = []
     spied(monkeypatch, "masked_loss_of", lambda _, loss_of: losses.append(loss_of) or loss_of)  # type: ignore[func-returns-value]
-    spied(monkeypatch, "contrastive_loss_of", lambda _, __: lambda images, step: sign * losses[0](images[:, 0], step))
+    spied(monkeypatch, "contrastive_loss_of", lambda _, __: lambda batch: sign * losses[0](batch))
     monkeypatch.setattr(conflict, "fit_arm", lambda *_: None)
     assert measure_conflict(session, start)["cosine"].to_numpy() == pytest.approx(sign, abs=1e-5)
 

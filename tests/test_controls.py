@@ -11,6 +11,7 @@ from test_graft import changed, saved
 from lgp import controls
 from lgp.checkpoint import StateStore
 from lgp.controls import pretrain_joint, pretrain_reverse
+from lgp.data.loading import Batch
 from lgp.data.prepared import Prepared
 from lgp.params import Params
 from lgp.pretrain import Objective, Session
@@ -33,10 +34,10 @@ def test_joint_sums_both_losses_on_one_encoder(session: Session, monkeypatch: py
     assert parts["contrastive"].encoder is parts["mae"].encoder is result.encoder
     parts.eval()
     total = session.params.joint.epochs * objective.crops.steps_per_epoch  # type: ignore[union-attr]
-    crops = objective.crops[3]
-    contrastive = controls.contrastive_loss_of("joint", parts["contrastive"], total, session)(crops, total)
-    masked = controls.masked_loss_of("joint/mim", parts["mae"], session)(crops[:, 0], total)
-    assert torch.allclose(objective.loss_of(crops, total), contrastive + 0.5 * masked, rtol=1e-6)
+    batch = Batch.whole(objective.crops[3], total)
+    contrastive = controls.contrastive_loss_of("joint", parts["contrastive"], total, session)(batch)
+    masked = controls.masked_loss_of("joint/mim", parts["mae"], session)(batch)
+    assert torch.allclose(objective.loss_of(batch), contrastive + 0.5 * masked, rtol=1e-6)
     assert {
         "moved/block0",
         "moved/heads",

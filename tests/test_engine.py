@@ -1,5 +1,6 @@
 """The training loop: reproducible, resumable, and stopping where it must."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from lgp.checkpoint import StateStore
 from lgp.cl import pretrain_cl
+from lgp.data.loading import Batch
 from lgp.data.prepared import Prepared
 from lgp.device import choose_device
 from lgp.engine import Trainer
@@ -58,6 +60,7 @@ def test_resumed_equals_uninterrupted(
     notes = Notes()
     whole = PRETRAIN[arm](Session(prepared, params, StateStore(tmp_path / "whole", "code"), notes))
     always = params.model_copy(update={"run": params.run.model_copy(update={"save_every_s": 1e-9})})
+    monkeypatch.setattr("lgp.engine.SAVE_SHARE", math.inf)
     step = Trainer._step
 
     def interrupted(self: Trainer, batch: Any, total: int) -> None:
@@ -91,17 +94,18 @@ def test_loss_that_is_not_finite_stops_with_step_and_rate_and_keeps_the_last_goo
 ) -> None:
     backward = Trainer._backward
 
-    def poisoned(self: Trainer, batch: Any, step: int) -> Any:
-        loss = backward(self, batch, step)
-        return loss * float("nan") if step == 4 else loss
+    def poisoned(self: Trainer, batch: Batch) -> Any:
+        loss = backward(self, batch)
+        return loss * float("nan") if batch.step == 4 else loss
 
     monkeypatch.setattr(Trainer, "_backward", poisoned)
     store = StateStore(tmp_path, "code")
     with pytest.raises(LgpError, match=r"mim: the loss is nan at step 4, learning rate [\d.e-]+: lower") as error:
         pretrain_mim(Session(prepared, params, store, Notes()))
     assert str(tmp_path) in str(error.value)
-    state = store.load()
-    assert state is not None
+    payload = store.read()
+    assert payload is not None
+    state = StateStore.decode(payload)
     assert state["progression"]["step"] == 3
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 

@@ -1,18 +1,52 @@
 """Batches of crops as a pure function of the step, read by worker processes where asked."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lgp.data.prepared import Prepared
-from lgp.data.views import flip, random_boxes
+from lgp.data.views import random_boxes, random_flips
 from lgp.params import ViewParams
 from lgp.randomness import generator
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Some images of a step's batch, or all of them.
+
+    Random choices are drawn for the whole batch and then those of `rows` are taken, so they do not depend on how many
+    processes share a batch.
+
+    Attributes:
+        crops: (rows, V, C, S, S) uint8.
+        step: of the training, from 0.
+        rows: which images of the step's batch these are.
+        size: of the step's whole batch.
+    """
+
+    crops: Tensor
+    step: int
+    rows: slice
+    size: int
+
+    @classmethod
+    def whole(cls, crops: Tensor, step: int) -> "Batch":
+        """Make a step's whole batch of its crops (B, V, C, S, S)."""
+        return cls(crops, step, slice(0, len(crops)), len(crops))
+
+    def split(self, parts: int) -> list["Batch"]:
+        """Cut into equal parts, which must divide the rows."""
+        each = len(self.crops) // parts
+        starts = [self.rows.start + i * each for i in range(parts)]
+        crops = self.crops.split(each)
+        return [Batch(c, self.step, slice(s, s + each), self.size) for c, s in zip(crops, starts, strict=True)]
+
+
 class StepCrops(Dataset[Tensor]):
-    """Item s is the batch of step s: (B, V, C, S, S) uint8 crops, nothing but the seed and s deciding.
+    """Item s are the crops of this process's rows of step s: (rows, V, C, S, S) uint8; only the seed and s decide.
 
     An epoch is a random order of the pre-training images without its incomplete last batch, so every
     batch is full (as MAE and MoCo v3 drop it).
@@ -22,8 +56,14 @@ class StepCrops(Dataset[Tensor]):
         """Batches for the stage `name`, which keeps its draws apart from other stages'."""
         self.data, self.params, self.views = data, params, views
         self.batch_size, self.seed, self.name = batch_size, seed, name
+        self.rows = slice(0, batch_size)
         self.steps_per_epoch = len(data.pretraining_ids) // batch_size
         self._latest_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def share(self, rank: int, processes: int) -> None:
+        """Read from now on but the rows of one of several processes, which divide the batch."""
+        each = self.batch_size // processes
+        self.rows = slice(rank * each, (rank + 1) * each)
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._latest_order[0] != epoch:
@@ -33,7 +73,7 @@ class StepCrops(Dataset[Tensor]):
         return self._latest_order[1]
 
     def ids(self, step: int) -> np.ndarray:
-        """Return the image ids of a step's batch, (B,)."""
+        """Return the image ids of a step's whole batch, (B,)."""
         epoch, position = divmod(step, self.steps_per_epoch)
         return self._order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
 
@@ -42,9 +82,25 @@ class StepCrops(Dataset[Tensor]):
         ids = self.ids(step)
         rng = generator(self.seed, f"{self.name}/crops", step)
         boxes = random_boxes(torch.from_numpy(self.data.sizes[ids]), self.views, self.params.crop_scale_min, rng)
-        return flip(self.data.crops(ids, boxes), self.params.flip_p, rng)
+        flipped = random_flips(len(ids), self.views, self.params.flip_p, rng)[self.rows]
+        crops = self.data.crops(ids[self.rows], boxes[self.rows])
+        crops[flipped] = crops[flipped].flip(-1)
+        return crops
+
+    def batch(self, step: int, crops: Tensor) -> Batch:
+        """Say what the crops of a step are."""
+        return Batch(crops, step, self.rows, self.batch_size)
 
 
 def loader(crops: StepCrops, first: int, last: int, workers: int, pin: bool) -> DataLoader[Tensor]:
-    """Iterate over the batches of steps [first, last), the same with any number of workers."""
-    return DataLoader(crops, sampler=range(first, last), batch_size=None, num_workers=workers, pin_memory=pin)
+    """Iterate over the crops of steps [first, last), the same with any number of workers."""
+    # forked, so that they share the images that are kept decoded
+    context = "fork" if workers else None
+    return DataLoader(
+        crops,
+        sampler=range(first, last),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin,
+        multiprocessing_context=context,
+    )

@@ -8,17 +8,17 @@ width), whose row number is the image's id; `subsets.json` with the few-label su
 
 import io
 import json
+import mmap
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as tvf
+from torchvision.transforms.v2 import functional as tvf
 
 from lgp.errors import LgpError
 
@@ -41,32 +41,29 @@ def decode(data: bytes, channels: int) -> Image.Image:
         return upright.convert(MODES[channels])
 
 
-def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut a box out of each image and resize it bilinearly (MAE: bicubically), in one batched call.
+class KeptImages:
+    """Decoded images in memory that worker processes, forked from this one, share: the first to need one decodes it."""
 
-    Equals torchvision's `resized_crop` where the box is not larger than `size` (then its antialiasing
-    does nothing): sample positions are held inside the box, so nothing outside bleeds in.
+    def __init__(self, ids: np.ndarray, sizes: np.ndarray, channels: int) -> None:
+        """Make room for the images of `ids`, of `sizes` (N, 2) height and width."""
+        self._place = {int(image_id): i for i, image_id in enumerate(ids)}
+        self._shapes = [(int(height), int(width), channels) for height, width in sizes]
+        self._starts = np.cumsum([0, *(int(np.prod(shape)) for shape in self._shapes)])
+        # anonymous and shared: unlike a file in /dev/shm it has no limit of its own, and takes memory as it fills
+        self._pixels = np.frombuffer(mmap.mmap(-1, max(int(self._starts[-1]), 1)), dtype=np.uint8)
+        self._ready = np.frombuffer(mmap.mmap(-1, max(len(ids), 1)), dtype=np.uint8)
 
-    Args:
-        images: (B, C, H, W) float.
-        boxes: (B, 4) top, left, height, width in pixels.
-        size: side of the result in pixels.
-
-    Returns:
-        (B, C, size, size) float.
-    """
-    height, width = images.shape[-2:]
-    steps = (torch.arange(size, dtype=images.dtype) + 0.5) / size
-
-    def positions(start: Tensor, length: Tensor, whole: int) -> Tensor:
-        start, length = start[:, None].to(images.dtype), length[:, None].to(images.dtype)
-        centres = (start + steps * length).clamp(min=start + 0.5, max=start + length - 0.5)
-        return centres * (2 / whole) - 1
-
-    y = positions(boxes[:, 0], boxes[:, 2], height)
-    x = positions(boxes[:, 1], boxes[:, 3], width)
-    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    def get(self, image_id: int, decode: Callable[[int], np.ndarray]) -> np.ndarray:
+        """Return an image (H, W, C) uint8, decoded by `decode` where nobody has yet."""
+        i = self._place.get(image_id)
+        if i is None:
+            return decode(image_id)
+        kept = self._pixels[self._starts[i] : self._starts[i + 1]].reshape(self._shapes[i])
+        if not self._ready[i]:
+            # two workers may do so at once: they write the same bytes
+            kept[...] = decode(image_id)
+            self._ready[i] = 1
+        return kept
 
 
 class Prepared:
@@ -75,6 +72,7 @@ class Prepared:
     def __init__(self, folder: Path) -> None:
         """Open `folder`; raise `LgpError` when it does not hold prepared data."""
         self.folder = folder
+        self._kept: KeptImages | None = None
         try:
             self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
         except OSError:
@@ -162,8 +160,27 @@ class Prepared:
         shard = int(np.searchsorted(starts, image_id, side="right")) - 1
         return decode(columns[shard][int(image_id - starts[shard])].as_py(), self.channels)
 
+    def pixels(self, image_id: int) -> np.ndarray:
+        """Return one image as stored, (H, W, C) uint8."""
+        if self._array is not None:
+            return np.array(self._array[image_id])
+        if self._kept is not None:
+            return self._kept.get(image_id, self._decoded)
+        return self._decoded(image_id)
+
+    def _decoded(self, image_id: int) -> np.ndarray:
+        return np.atleast_3d(np.array(self.open_image(image_id)))
+
+    def keep_decoded(self, budget_bytes: float) -> None:
+        """Keep the images of pre-training decoded once they have been read, where all of them fit into a budget."""
+        ids = self.pretraining_ids
+        if self._array is None and int(self.sizes[ids].prod(axis=1).sum()) * self.channels <= budget_bytes:
+            self._kept = KeptImages(ids, self.sizes[ids], self.channels)
+
     def crops(self, ids: np.ndarray, boxes: Tensor) -> Tensor:
-        """Cut V boxes out of each image, resized to the model's size; each image is decoded once.
+        """Cut V boxes out of each image, resized to the model's size, antialiased; each image is decoded once.
+
+        Bilinear, as torchvision does it to a tensor of bytes; MAE's code: bicubic.
 
         Args:
             ids: (B,) image ids.
@@ -172,17 +189,13 @@ class Prepared:
         Returns:
             (B, V, C, S, S) uint8.
         """
-        size, views = self.image_size, boxes.shape[1]
-        if self._array is not None:
-            pixels = torch.from_numpy(self._array[ids]).permute(0, 3, 1, 2).float()
-            cut = crop_and_resize(pixels.repeat_interleave(views, dim=0), boxes.flatten(0, 1), size)
-            return cut.round().to(torch.uint8).unflatten(0, (-1, views))
-        return torch.stack(
-            [
-                torch.stack([_resized_crop(image, box, size) for box in of_image])
-                for image, of_image in zip(map(self.open_image, ids.tolist()), boxes.tolist(), strict=True)
-            ]
-        )
+        size = self.image_size
+        result = torch.empty(*boxes.shape[:2], self.channels, size, size, dtype=torch.uint8)
+        for of_image, image_id, image_boxes in zip(result, ids.tolist(), boxes.tolist(), strict=True):
+            image = torch.from_numpy(self.pixels(image_id)).permute(2, 0, 1)
+            for crop, box in zip(of_image, image_boxes, strict=True):
+                crop.copy_(tvf.resized_crop(image, *box, size=[size, size], antialias=True))
+        return result
 
     def whole(self, ids: np.ndarray) -> Tensor:
         """Return the images as evaluation sees them.
@@ -197,7 +210,7 @@ class Prepared:
             return torch.from_numpy(self._array[ids]).permute(0, 3, 1, 2).contiguous()
         size = self.image_size
         shorter = round(size / self.meta["eval_crop"])
-        images = [tvf.resize(self.open_image(i), shorter, antialias=True) for i in ids.tolist()]
+        images = [tvf.resize(self.open_image(i), [shorter], antialias=True) for i in ids.tolist()]
         return torch.stack([tvf.pil_to_tensor(tvf.center_crop(image, [size, size])) for image in images])
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -211,9 +224,3 @@ class Prepared:
     def denormalize(self, images: Tensor) -> Tensor:
         """Invert `normalize`: (B, C, H, W) as the encoder sees them → floats in about [0, 1]."""
         return images * torch.tensor(self.std).view(-1, 1, 1) + torch.tensor(self.mean).view(-1, 1, 1)
-
-
-def _resized_crop(image: Image.Image, box: list[int], size: int) -> Tensor:
-    top, left, height, width = box
-    cut = tvf.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BILINEAR, antialias=True)
-    return tvf.pil_to_tensor(cut)

@@ -1,10 +1,14 @@
-"""Random views of images: crop boxes drawn on the host, colour operations batched on the device.
+"""Random views of images: crop boxes and flips drawn on the host, colour operations batched on the device.
 
-The operations and their distributions are torchvision's (as MAE and MoCo v3 use them); all parameters are
-drawn per image from a counted generator, and kornia applies them to the whole batch.
+The operations and their distributions are torchvision's (as MAE and MoCo v3 use them). All parameters are drawn per
+image from a counted generator, for the whole batch of a step whoever computes which rows of it; each operation is
+applied to just the images that it is drawn for. Kornia's do that to a batch; its shift of the hue is slow (and
+torchvision's takes one shift for all), so that one is written here.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import kornia.enhance as ke
 import torch
@@ -17,6 +21,9 @@ from lgp.params import ViewParams
 ASPECT = (3 / 4, 4 / 3)
 TRIES = 10
 BLUR_SIGMA = (0.1, 2.0)
+TINY = 1e-30  # below every difference of two floats in [0, 1] that are not equal
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+CHUNK_BYTES = 2**22  # of pixels that a CPU works through at a time: they stay in its cache
 
 
 def random_boxes(sizes: Tensor, views: int, crop_scale_min: float, rng: Generator) -> Tensor:
@@ -54,59 +61,147 @@ def random_boxes(sizes: Tensor, views: int, crop_scale_min: float, rng: Generato
     return torch.stack([top, left, h, w], dim=-1).long()
 
 
-def flip(crops: Tensor, flip_p: float, rng: Generator) -> Tensor:
-    """Mirror each view (B, V, C, S, S) left to right with probability `flip_p`."""
-    chosen = torch.rand(crops.shape[:2], generator=rng) < flip_p
-    return torch.where(chosen[..., None, None, None], crops.flip(-1), crops)
+def random_flips(images: int, views: int, flip_p: float, rng: Generator) -> Tensor:
+    """Draw which views to mirror left to right, each with probability `flip_p`: (images, views) bool."""
+    return torch.rand(images, views, generator=rng) < flip_p
 
 
-def photometric(images: Tensor, view: int, params: ViewParams, rng: Generator) -> Tensor:
+@dataclass(frozen=True)
+class Colours:
+    """What happens to the colours of one view of B images, on the host, in the order of MoCo v3.
+
+    Attributes:
+        jitter: (B,) bool, whether the colours are jittered.
+        order: (B, 4) which of brightness, contrast, saturation, hue comes first, second, …
+        factors: (B, 3) of brightness, contrast, saturation; 1 changes nothing.
+        shift: (B,) of the hue, in full turns.
+        grey: (B,) bool, whether the image loses its colours.
+        blur: (B,) bool.
+        sigma: (B,) of the Gaussian blur, in pixels.
+        solarize: (B,) bool, whether values of 0.5 and more are inverted.
+    """
+
+    jitter: Tensor
+    order: Tensor
+    factors: Tensor
+    shift: Tensor
+    grey: Tensor
+    blur: Tensor
+    sigma: Tensor
+    solarize: Tensor
+
+    @classmethod
+    def draw(cls, images: int, view: int, params: ViewParams, rng: Generator) -> "Colours":
+        """Draw for the view 0 or 1, which picks the blur and solarise probabilities."""
+
+        def chosen(p: float) -> Tensor:
+            return torch.rand(images, generator=rng) < p
+
+        def uniform(low: float, high: float) -> Tensor:
+            return low + (high - low) * torch.rand(images, generator=rng)
+
+        strengths = (params.brightness, params.contrast, params.saturation)
+        return cls(
+            factors=torch.stack([uniform(1 - s, 1 + s) for s in strengths], dim=1),
+            shift=uniform(-params.hue, params.hue),
+            jitter=chosen(params.jitter_p),
+            order=torch.rand(images, 4, generator=rng).argsort(dim=1),
+            grey=chosen(params.grayscale_p),
+            blur=chosen(params.blur_p[view]),
+            sigma=uniform(*BLUR_SIGMA),
+            solarize=chosen(params.solarize_p[view]),
+        )
+
+    def __getitem__(self, rows: slice) -> "Colours":
+        """Return those of some images."""
+        return Colours(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def photometric(images: Tensor, colours: Colours, params: ViewParams) -> Tensor:
     """Apply MoCo v3's colour operations to one view of a batch, each image with its own parameters.
 
-    Colour jitter (its operations in one random order per batch), grey, Gaussian blur, solarise, in this
-    order; each image takes part in each with its probability. Grey images skip saturation, hue and grey.
+    Colour jitter (its operations in an order of the image's own), grey, Gaussian blur, solarise, in this order.
+    Operations of no strength are skipped, and for grey images saturation, hue and grey.
 
     Args:
         images: (B, C, S, S) float in [0, 1].
-        view: 0 or 1, picks the blur and solarise probabilities.
-        params: probabilities and strengths.
-        rng: counted generator, on the CPU.
+        colours: of the same B images.
+        params: strengths.
 
     Returns:
         (B, C, S, S) float in [0, 1].
     """
-    b, colour = len(images), images.shape[1] == 3
+    if images.device.type != "cpu":
+        return _photometric(images.clone(), colours, params)
+    result = torch.empty_like(images)
+    rows = max(CHUNK_BYTES // max(images[:1].nbytes, 1), 1)
+    for start in range(0, len(images), rows):
+        chunk = slice(start, start + rows)
+        result[chunk] = _photometric(images[chunk].clone(), colours[chunk], params)
+    return result
 
-    def chosen(p: float) -> Tensor:
-        return (torch.rand(b, generator=rng) < p).to(images.device)[:, None, None, None]
 
-    def uniform(low: float, high: float) -> Tensor:
-        return (low + (high - low) * torch.rand(b, generator=rng)).to(images.device)
+def _photometric(images: Tensor, colours: Colours, params: ViewParams) -> Tensor:
+    """Do it in place."""
+    colour, device = images.shape[1] == 3, images.device
 
-    jittered = images
-    operations = [
-        (params.brightness, ke.adjust_brightness_accumulative),
-        (params.contrast, ke.adjust_contrast_with_mean_subtraction),
-        (params.saturation if colour else 0.0, ke.adjust_saturation_with_gray_subtraction),
-    ]
-    factors = [uniform(1 - strength, 1 + strength) for strength, _ in operations]
-    shift = uniform(-params.hue, params.hue) * (2 * math.pi)
-    apply_jitter = chosen(params.jitter_p)
-    for i in torch.randperm(4, generator=rng).tolist():
-        if i == 3 and colour and params.hue:
-            jittered = ke.adjust_hue(jittered, shift)
-        elif i < 3 and operations[i][0]:
-            jittered = operations[i][1](jittered, factors[i])
-    images = torch.where(apply_jitter, jittered, images)
-    apply_grey = chosen(params.grayscale_p)
-    if colour and params.grayscale_p:
-        images = torch.where(apply_grey, rgb_to_grayscale(images).expand_as(images), images)
-    apply_blur, sigma = chosen(params.blur_p[view]), uniform(*BLUR_SIGMA)
-    if params.blur_p[view]:
-        # three of the largest sigma to each side, as far as the image reaches
-        kernel = 2 * min(math.ceil(3 * BLUR_SIGMA[1]), images.shape[-1] - 1) + 1
-        images = torch.where(apply_blur, gaussian_blur2d(images, kernel, sigma[:, None].expand(-1, 2)), images)
-    apply_solarize = chosen(params.solarize_p[view])
-    if params.solarize_p[view]:
-        images = torch.where(apply_solarize & (images >= 0.5), 1 - images, images)
+    def apply(chosen: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Replace the chosen images by `operation` of them and of their numbers; chosen on the host: nothing waits."""
+        rows = chosen.nonzero()[:, 0]
+        if len(rows) == len(images):
+            images.copy_(operation(images, rows))
+        elif len(rows):
+            there = rows.to(device, non_blocking=True)
+            images.index_copy_(0, there, operation(images.index_select(0, there), rows))
+
+    def by(values: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda rows: values[rows].to(device, non_blocking=True)
+
+    brightness, contrast, saturation = (by(factor) for factor in colours.factors.unbind(1))
+    shift, sigma = by(colours.shift), by(colours.sigma)
+    jitters: dict[int, Callable[[Tensor, Tensor], Tensor]] = {}
+    if params.brightness:
+        jitters[BRIGHTNESS] = lambda x, rows: ke.adjust_brightness_accumulative(x, brightness(rows))
+    if params.contrast:
+        jitters[CONTRAST] = lambda x, rows: ke.adjust_contrast_with_mean_subtraction(x, contrast(rows))
+    if params.saturation and colour:
+        jitters[SATURATION] = lambda x, rows: ke.adjust_saturation_with_gray_subtraction(x, saturation(rows))
+    if params.hue and colour:
+        jitters[HUE] = lambda x, rows: shift_hue(x, shift(rows))
+    for place in colours.order.unbind(1):
+        for number, jitter in jitters.items():
+            apply(colours.jitter & (place == number), jitter)
+    if colour:
+        apply(colours.grey, lambda x, _: rgb_to_grayscale(x).expand_as(x))
+    # three of the largest sigma to each side, as far as the image reaches
+    kernel = 2 * min(math.ceil(3 * BLUR_SIGMA[1]), images.shape[-1] - 1) + 1
+    apply(colours.blur, lambda x, rows: gaussian_blur2d(x, kernel, sigma(rows)[:, None].expand(-1, 2)))
+    apply(colours.solarize, lambda x, _: torch.minimum(x, 1 - x))  # at the threshold 0.5
     return images
+
+
+def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of each image, value and saturation unchanged: torchvision's `adjust_hue` with a shift per image.
+
+    With V and m the largest and smallest of a pixel's r, g, b, C = V - m and H its hue in sixths of a turn, the pixel
+    of the new hue is V - C · clamp(min(k, 4 - k), 0, 1), k = (n + H) mod 6, for n = 5, 3, 1 (r, g, b).
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        shift: (B,) in full turns.
+    """
+    red, green, blue = images.unbind(1)
+    value = images.amax(1)
+    chroma = value - images.amin(1)
+    divisor = chroma.clamp(min=TINY)
+    # weights of 0 or 1 in place of `torch.where`, which is many times slower on a CPU
+    not_red, not_green = (((value - channel) / TINY).clamp_(max=1) for channel in (red, green))
+    from_red, from_green = (green - blue) / divisor, (blue - red) / divisor + 2
+    from_blue = (red - green) / divisor + 4
+    hue = torch.lerp(from_red, torch.lerp(from_green, from_blue, not_green), not_red)
+    hue += 6 * shift[:, None, None]
+    corners = torch.tensor([5.0, 3.0, 1.0], device=images.device, dtype=images.dtype)
+    k = hue[:, None] + corners[:, None, None]
+    k.sub_(torch.floor(k / 6).mul_(6))
+    share = k.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)  # min(k, 4 - k) = 2 - |k - 2|
+    return torch.addcmul(value[:, None], share, chroma[:, None], value=-1)

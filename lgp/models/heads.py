@@ -2,11 +2,13 @@
 
 from torch import nn
 
+from lgp.distributed import SyncBatchNorm1d
+
 
 def mlp(layers: int, width_in: int, hidden: int, width_out: int, last_norm: bool = True) -> nn.Sequential:
     """Build a head: linear layers without bias, each followed by BatchNorm, ReLU between (MoCo v3, section 4).
 
-    The last BatchNorm has no affine parameters, or is left out (VICReg's expander).
+    BatchNorm is over the rows of all processes; the last has no affine parameters, or is left out (VICReg's expander).
     """
     modules: list[nn.Module] = []
     for i in range(layers):
@@ -14,7 +16,7 @@ def mlp(layers: int, width_in: int, hidden: int, width_out: int, last_norm: bool
         wide_in, wide_out = width_in if i == 0 else hidden, width_out if last else hidden
         modules.append(nn.Linear(wide_in, wide_out, bias=False))
         if not last:
-            modules += [nn.BatchNorm1d(wide_out), nn.ReLU(inplace=True)]
+            modules += [SyncBatchNorm1d(wide_out), nn.ReLU(inplace=True)]
         elif last_norm:
-            modules.append(nn.BatchNorm1d(wide_out, affine=False))
+            modules.append(SyncBatchNorm1d(wide_out, affine=False))
     return nn.Sequential(*modules)

@@ -9,11 +9,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from lgp.device import in_single_precision
 from lgp.distributed import gather, rank
 from lgp.models.heads import mlp
 from lgp.models.vit import View, class_token
 
 
+@in_single_precision
 def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
     """InfoNCE in MoCo v3's scaling, 2T · cross-entropy (algorithm 1): the i-th key is the i-th query's positive.
 

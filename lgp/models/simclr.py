@@ -5,11 +5,13 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from lgp.device import in_single_precision
 from lgp.distributed import gather, rank
 from lgp.models.heads import mlp
 from lgp.models.vit import View, class_token
 
 
+@in_single_precision
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """Normalised temperature-scaled cross-entropy (equation 1): of 2N views each has one positive, 2N - 2 negatives.
 

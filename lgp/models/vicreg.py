@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from lgp.device import in_single_precision
 from lgp.distributed import gather
 from lgp.models.heads import mlp
 from lgp.models.vit import View, class_token
@@ -25,6 +26,7 @@ def covariance_term(z: Tensor) -> Tensor:
     return (squares.sum() - squares.diagonal().sum()) / z.shape[1]
 
 
+@in_single_precision
 def vicreg_loss(z1: Tensor, z2: Tensor, weights: VicregWeights) -> Tensor:
     """Weigh and sum the three terms, over the batch of all processes (algorithm 1).
 

@@ -44,7 +44,10 @@ def test_loss_equals_the_slow_reference(temperature: float) -> None:
 
 def test_heads_have_the_papers_layers() -> None:
     projector = mlp(3, 768, 4096, 256)
-    assert [type(m).__name__ for m in projector] == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear", "BatchNorm1d"]
+    assert [type(m).__name__ for m in projector] == ["Linear", "SyncBatchNorm1d", "ReLU"] * 2 + [
+        "Linear",
+        "SyncBatchNorm1d",
+    ]
     linears = [m for m in projector if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features, m.bias) for m in linears] == [
         (768, 4096, None),
