@@ -1,5 +1,6 @@
 """The `lgp` command: the stages of the pipeline, and a few tools around it."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,14 +37,14 @@ class OneLineErrors(TyperGroup):
         except (LgpError, OSError, KeyboardInterrupt) as e:
             if ctx.find_root().meta.get("lgp.debug"):
                 raise
+            rank = os.environ.get("RANK", "0")  # of the processes that torchrun started
             if isinstance(e, KeyboardInterrupt):
-                # a training that was asked to stop says where, with an exit code of its own
-                print(
-                    str(e) or "stopped: run the same command again, a training goes on from its last state",
-                    file=sys.stderr,
-                )
+                # a training that was asked to stop says where, and has an exit code of its own
+                stopped = str(e) or "stopped: run the same command again, a training goes on from its last state"
+                if rank == "0":
+                    print(stopped, file=sys.stderr)
                 raise typer.Exit(getattr(e, "exit_code", 130)) from None
-            print(f"error: {_line(e)}", file=sys.stderr)
+            print(f"error: {_line(e)}" if rank == "0" else f"error in process {rank}: {_line(e)}", file=sys.stderr)
             raise typer.Exit(1) from None
 
 
@@ -226,8 +227,6 @@ def ui(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Start the MLflow interface on this project's runs."""
-    import os
-
     from lgp.params import load_params
     from lgp.tracking import serve, store_uri
 

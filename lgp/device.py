@@ -16,7 +16,7 @@ P = ParamSpec("P")
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 # where a CPU that multiplies bf16 gains from it: benchmarks/README.md
-BF16_FROM_WIDTH = 128
+BF16_FROM_WIDTH = 192
 
 
 def choose_device(settings: RunParams) -> torch.device:
@@ -56,7 +56,7 @@ def choose_precision(settings: RunParams, device: torch.device, width: int) -> t
     """Turn `run.precision` (`auto`, `fp32` or `bf16`) into the type of matrix products.
 
     `auto` takes bf16 where the device multiplies it natively: on CUDA always, on a CPU for encoders from a width of
-    128 on, below which conversion costs more than it gains.
+    192 on, below which conversion costs more than it gains.
 
     Raises:
         LgpError: bf16 is asked for on a CUDA device without it.

@@ -1,0 +1,173 @@
+"""Trainings that are killed, told to stop or left alone go on to the same bytes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, SMALL, merged
+
+from lgp.interruption import Interruption
+
+EPOCHS = 60
+COMMAND = [sys.executable, str(ROOT / "cli.py")]
+
+
+def environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("DVC_ROOT", "DVC_STAGE")}
+    return {**kept, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+
+
+def write(folder: Path, **run: Any) -> None:
+    values = merged(yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text()), SMALL)
+    values = merged(values, {"graft": {"epochs": EPOCHS}, "run": {"save_every_s": 1e-3, **run}})
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+
+
+def start(folder: Path) -> "subprocess.Popen[str]":
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [*COMMAND, "graft"], cwd=folder, env=environment(), stdout=pipe, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def until(condition: Callable[[], Any], process: "subprocess.Popen[str]", seconds: float = 120) -> None:
+    """Wait for something that a process does, and fail if it ends before."""
+    for _ in range(int(seconds / 0.005)):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    pytest.fail("nothing happened")
+
+
+def states(folder: Path) -> set[tuple[str, int]]:
+    found = set()
+    for path in (folder / ".lgp" / "resume").glob("graft-pretrain/*/state-*"):
+        try:
+            found.add((path.name, path.stat().st_mtime_ns))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def encoder(folder: Path) -> bytes:
+    return (folder / "models" / "graft" / "encoder" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose stages before the graft have run."""
+    folder = tmp_path_factory.mktemp("project")
+    write(folder)
+    for stage in ("prepare", "mim"):
+        subprocess.run([*COMMAND, stage], cwd=folder, env=environment(), check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> bytes:
+    """The encoder of an uninterrupted graft."""
+    subprocess.run([*COMMAND, "graft"], cwd=folder, env=environment(), check=True)
+    return encoder(folder)
+
+
+@pytest.fixture(autouse=True)
+def _clean(folder: Path) -> Iterator[None]:
+    yield
+    for path in folder.glob("*.lock"):
+        path.unlink()
+    write(folder)
+
+
+def finish(folder: Path) -> str:
+    result = subprocess.run([*COMMAND, "graft"], cwd=folder, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_killed_at_random_moments_also_while_saving_ends_in_the_same_bytes(folder: Path, whole: bytes) -> None:
+    rng = random.Random(0)
+    for in_save in (False, True, True):
+        process = start(folder)
+        before = states(folder)
+        until(lambda: states(folder) - before, process)  # noqa: B023
+        if in_save:
+            until(lambda: any(name.endswith(".new") for name, _ in states(folder)), process)
+        else:
+            time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+    assert "going on from step" in finish(folder)
+    assert encoder(folder) == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_says_so_and_goes_on_to_the_same_bytes(
+    number: signal.Signals, folder: Path, whole: bytes
+) -> None:
+    process = start(folder)
+    before = states(folder)
+    until(lambda: states(folder) - before, process)
+    process.send_signal(number)
+    output = process.communicate()[0]
+    assert process.returncode == 128 + number
+    step = output.split("stopped at step ")[1].split()[0]
+    assert f"({number.name}), its state is saved: run the same command again" in output
+    assert f"going on from step {step}" in finish(folder)
+    assert encoder(folder) == whole
+
+
+def test_a_lost_process_takes_the_others_down_and_one_alone_goes_on(folder: Path) -> None:
+    write(folder, processes=2)
+    process = start(folder)
+    until(lambda: states(folder), process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(max(int(pid) for pid in children.stdout.split()), signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    assert "ended with SIGKILL, the others were stopped: run the same command again" in output
+    write(folder)
+    assert "going on from step" in finish(folder)
+
+
+def test_a_trainer_stops_when_dvc_dies(folder: Path) -> None:
+    # a shell lies between DVC and its command
+    command = f"{sys.executable} {COMMAND[1]} graft; true"
+    parent = (
+        f"import os, subprocess; subprocess.run({command!r}, shell=True, env={{**os.environ, 'DVC_STAGE': 'graft'}})"
+    )
+    values = yaml.safe_load((folder / "params.yaml").read_text())
+    (folder / "params.yaml").write_text(yaml.safe_dump(merged(values, {"graft": {"epochs": 100_000}})))
+    dvc = subprocess.Popen([sys.executable, "-c", parent], cwd=folder, env=environment(), start_new_session=True)
+    try:
+        until(lambda: states(folder), dvc)  # type: ignore[arg-type]
+        dvc.kill()
+        dvc.wait()
+        for _ in range(300):
+            left = subprocess.run(["pgrep", "-s", str(dvc.pid)], capture_output=True, text=True).stdout.split()
+            if not left:
+                break
+            time.sleep(0.1)
+        assert not left
+    finally:
+        subprocess.run(["pkill", "-KILL", "-s", str(dvc.pid)], check=False)
+
+
+def test_second_ctrl_c_stops_at_once() -> None:
+    interruption = Interruption()
+    before = signal.getsignal(signal.SIGINT)
+    with interruption.listening():
+        assert not interruption.asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
