@@ -184,6 +184,19 @@ def plan(
         _print_table("The graft's parameters", header, rows)
 
 
+@app.command(rich_help_panel=TOOLS)
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Two sizes and few steps: about a minute.")] = False,
+    folder: Annotated[Path, typer.Option(help="Takes DATE-DEVICE.json and .md.")] = Path("benchmarks"),
+) -> None:
+    """Measure training steps, views, probing, saving and a pipeline with nothing to do on this machine."""
+    from lgp import bench as benchmark
+
+    page = benchmark.write(benchmark.bench(quick), folder)
+    print(page.read_text())
+    print(f"written to {page} and {page.with_suffix('.json').name}")
+
+
 preset_app = typer.Typer(help="Whole parameter files.", no_args_is_help=True)
 app.add_typer(preset_app, name="preset", rich_help_panel=TOOLS)
 

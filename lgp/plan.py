@@ -201,9 +201,11 @@ def graft_rates_by_part(params: Params) -> list[PartRates]:
     return [PartRates(part, rate / scale, *counts) for (part, rate), counts in parts.items()]
 
 
-def matrix_tflops(device: torch.device, size: int = 2048, seconds: float = 1.0) -> float:
-    """Measure the FLOP/s of single-precision matrix products on a device, in 10¹²."""
-    a = torch.randn(size, size, device=device)
+def matrix_tflops(
+    device: torch.device, dtype: torch.dtype = torch.float32, size: int = 2048, seconds: float = 1.0
+) -> float:
+    """Measure the FLOP/s of matrix products of a type on a device, in 10¹²."""
+    a = torch.randn(size, size, device=device).to(dtype)
 
     def wait() -> None:
         if device.type == "cuda":

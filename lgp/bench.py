@@ -1,0 +1,365 @@
+"""How fast the parts are on this machine: training steps, views, linear probing, saving, a pipeline with nothing to do.
+
+Everything is run as users run it: images are prepared, stages train for a few epochs. Figures are of one run on a
+machine that may be shared; compare ratios of one run (`benchmarks/peers.py`), not figures of two.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lgp.checkpoint import StateStore, save_encoder
+from lgp.cl import pretrain_cl
+from lgp.data.loading import StepCrops
+from lgp.data.prepare import prepare
+from lgp.data.prepared import Prepared
+from lgp.data.views import Colours, photometric
+from lgp.device import choose_device, choose_precision
+from lgp.engine import Epoch
+from lgp.errors import LgpError
+from lgp.evaluate.features import Features, class_token_of
+from lgp.evaluate.protocol import evaluate_linear
+from lgp.graft import pretrain_graft
+from lgp.mim import pretrain_mim
+from lgp.models.vit import build_encoder
+from lgp.params import Params, ViewParams, load_params
+from lgp.plan import matrix_tflops, stage_cost
+from lgp.presets import FOLDER
+from lgp.pretrain import Session
+from lgp.randomness import generator
+
+GIB = 2**30
+ARMS = ("mim", "cl", "graft")
+# MoCo v3's, all operations included
+RECIPE = ViewParams(
+    crop_scale_min=0.08, flip_p=0.5, jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1,
+    grayscale_p=0.2, blur_p=(1.0, 0.1), solarize_p=(0.0, 0.2),
+)  # fmt: skip
+PHOTO_SIZE = (640, 427)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A size to measure at: parameters for it, and what to prepare for it."""
+
+    name: str
+    params: Params
+    batch_size: int
+
+
+@dataclass
+class Clock:
+    """An observer that notes when epochs end."""
+
+    ends: list[float] = field(default_factory=list)
+
+    def log_epoch(self, _: Epoch) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
+
+
+def workloads(device: torch.device, quick: bool) -> list[Workload]:
+    """List the three sizes: digits, 32×32 at width 192, and 224×224 (ViT-S on a CPU, ViT-B on CUDA); quick: two."""
+    cuda = device.type == "cuda"
+    large = load_params(FOLDER / "imagenet-vit-b16.yaml")
+    if not cuda:
+        small = large.model.model_copy(update={"width": 384, "heads": 6})
+        large = large.model_copy(update={"model": small})
+    found = [
+        Workload("digits, width 64, depth 6", load_params(FOLDER / "digits.yaml"), 64),
+        Workload("32×32, width 192, depth 12", load_params(FOLDER / "cifar10.yaml"), 512 if cuda else 64),
+        Workload("224×224, " + ("ViT-B/16" if cuda else "ViT-S/16"), large, 256 if cuda else 8),
+    ]
+    return found[:2] if quick else found
+
+
+def photographs() -> list[Image.Image]:
+    """Return the photographs that scikit-learn ships, 640×427."""
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(image) for image in load_sample_images().images]
+
+
+def prepared_for(params: Params, images: int, folder: Path) -> Prepared:
+    """Prepare images for these parameters: digits, or random cuts of photographs (whole ones from 224 pixels on)."""
+    (folder / "prepared").mkdir()
+    if params.data.source == "digits":
+        prepare(params.data, 0, folder / "prepared")
+        return Prepared(folder / "prepared")
+    source, rng, size = folder / "source", np.random.default_rng(0), params.data.image_size
+    (source / "unlabeled").mkdir(parents=True)
+    photos = photographs()
+    for i in range(images + 40):
+        photo = photos[i % len(photos)]
+        left, top = (int(rng.integers(side - size)) for side in PHOTO_SIZE)
+        image = photo if size >= 224 else photo.crop((left, top, left + size, top + size))
+        part = source / ("unlabeled" if i < images else f"train/{i % 2}")
+        part.mkdir(parents=True, exist_ok=True)
+        image.save(part / f"{i}.{'jpg' if size >= 224 else 'png'}")
+    data = params.data.model_copy(
+        update={"source": str(source), "val_share": 0.2, "test_share": 0.2, "max_train_images": None}
+    )
+    prepare(data, 0, folder / "prepared")
+    shutil.rmtree(source)
+    return Prepared(folder / "prepared")
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="lgp-bench-") as folder:
+        yield Path(folder)
+
+
+def shortened(params: Params, batch_size: int, epochs: int) -> Params:
+    """Return parameters that train every arm for a few epochs of this batch size."""
+    stage = {"batch_size": batch_size, "epochs": epochs, "warmup_epochs": 0}
+    run = params.run.model_copy(update={"print_every_s": 1e9, "workers": 0, "processes": 1, "accumulate": {}})
+    arms = {arm: getattr(params, arm).model_copy(update=stage) for arm in ARMS}
+    return params.model_copy(update={**arms, "run": run, "arms": list(ARMS)})
+
+
+def train_timed(arm: str, params: Params, data: Prepared, folder: Path) -> list[float]:
+    """Train an arm, and return the seconds of each epoch but the first, which warms up."""
+    clock, before = Clock(), folder / "before" / "encoder"
+    session = Session(data, params, StateStore(folder / f"state-{arm}", "bench"), clock)
+    if arm == "graft":
+        save_encoder(before, build_encoder(params.model, params.data), params.model, params.data, data, {})
+    try:
+        if arm == "graft":
+            pretrain_graft(session, before, before)
+        else:
+            {"mim": pretrain_mim, "cl": pretrain_cl}[arm](session)
+    except LgpError:
+        # so short a training may look like none
+        if len(clock.ends) < getattr(params, arm).epochs:
+            raise
+    return [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
+
+
+def _step_row(arm: str, workload: Workload, epochs: int, prepared: Path) -> dict[str, Any]:
+    """Measure one arm at one size, in a process of its own for the sake of its memory."""
+    device = choose_device(workload.params.run)
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = Prepared(prepared)
+    with _scratch() as folder:
+        seconds = min(train_timed(arm, workload.params, data, folder))
+    images = len(data.pretraining_ids) // workload.batch_size * workload.batch_size
+    precision = choose_precision(workload.params.run, device, workload.params.model.width)
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / GIB
+    else:
+        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 2**20
+    rate = images / seconds
+    flops = rate * stage_cost(arm, workload.params).flops_per_image
+    return {
+        "size": workload.name,
+        "arm": arm,
+        "batch": workload.batch_size,
+        "precision": str(precision).removeprefix("torch."),
+        "images_per_s": round(rate, 1),
+        "tflops": round(flops / 1e12, 4),
+        "share_of_peak": round(flops / 1e12 / matrix_tflops(device, precision), 3),
+        "memory_gib": round(memory, 2),
+    }
+
+
+def bench_steps(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    """Measure the steps of MIM, CL and graft: images per second, share of the matrix peak, memory."""
+    rows, steps, epochs = [], 2 if quick else 6, 2 if quick else 3
+    for workload in workloads(device, quick):
+        params = shortened(workload.params, workload.batch_size, epochs)
+        short = Workload(workload.name, params, workload.batch_size)
+        with _scratch() as folder:
+            prepared_for(params, steps * workload.batch_size, folder)
+            for arm in ARMS:
+                context = multiprocessing.get_context("spawn")
+                with ProcessPoolExecutor(1, mp_context=context) as alone:
+                    rows.append(alone.submit(_step_row, arm, short, epochs, folder / "prepared").result())
+    return rows
+
+
+def rate_of(work: Callable[[int], Any], images: int, seconds: float) -> float:
+    """Call `work` with 0, 1, 2 … for some seconds, and return images per second; `images` are those of one call."""
+    work(0)
+    started, calls = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        calls += 1
+        work(calls)
+    return images * calls / (time.perf_counter() - started)
+
+
+def two_views(data: Prepared, crops: StepCrops) -> Callable[[int], None]:
+    """Return what makes both views of the batch of a step, all operations of the recipe included."""
+
+    def make(step: int) -> None:
+        cut = crops[step]
+        for view in (0, 1):
+            colours = Colours.draw(len(cut), view, RECIPE, generator(0, "bench", step, view))
+            data.normalize(photometric(cut[:, view].float() / 255, colours, RECIPE))
+
+    return make
+
+
+def bench_views(quick: bool) -> list[dict[str, Any]]:
+    """Measure on one core how many images per second get two views each."""
+    threads, seconds = torch.get_num_threads(), 1.0 if quick else 4.0
+    rows: list[dict[str, Any]] = []
+    torch.set_num_threads(1)
+
+    def add(images: str, work: str, make: Callable[[int], Any], batch: int) -> None:
+        rows.append({"images": images, "work": work, "images_per_s": round(rate_of(make, batch, seconds))})
+
+    for preset, name, batch in (("cifar10", "32×32", 64), ("imagenet-vit-b16", "JPEG 640×427 → 224×224", 8)):
+        with _scratch() as folder:
+            data = prepared_for(load_params(FOLDER / f"{preset}.yaml"), 10 * batch, folder)
+            crops = StepCrops(data, RECIPE, 2, batch, 0, "bench")
+            add(name, "read and crop", crops.__getitem__, batch)
+            add(name, "all", two_views(data, crops), batch)
+            if preset != "cifar10":
+                data.keep_decoded(GIB)
+                for step in range(crops.steps_per_epoch):
+                    crops[step]
+                add(name, "crop, kept decoded", crops.__getitem__, batch)
+    torch.set_num_threads(threads)
+    return rows
+
+
+def bench_linear(device: torch.device) -> dict[str, Any]:
+    """Measure linear probing on digits: features of train, val and test, then all strengths of the grid."""
+    params = load_params(FOLDER / "digits.yaml")
+    with _scratch() as folder:
+        data = prepared_for(params, 0, folder)
+        started = time.perf_counter()
+        features = Features.of(class_token_of(build_encoder(params.model, params.data), device), data)
+        extracted = time.perf_counter()
+        evaluate_linear(features, params.linear)
+        probed = time.perf_counter()
+    return {
+        "images": sum(len(x) for x in features.x.values()),
+        "width": params.model.width,
+        "features_s": round(extracted - started, 3),
+        "probe_s": round(probed - extracted, 3),
+    }
+
+
+def bench_resume(device: torch.device) -> dict[str, Any]:
+    """Measure how long a resume state takes to write and read, of the contrastive model at width 192."""
+    from lgp.cl import build_contrastive
+
+    params = load_params(FOLDER / "cifar10.yaml")
+    model = build_contrastive(build_encoder(params.model, params.data), params.contrastive).to(device)
+    moments = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    state = {"model": model.state_dict(), "optimizer": {"exp_avg": moments, "exp_avg_sq": moments | {}}}
+    with _scratch() as folder:
+        store = StateStore(folder, "bench")
+        store.save(state)
+        started = time.perf_counter()
+        store.save(state)
+        saved = time.perf_counter()
+        payload = store.read()
+        assert payload is not None
+        StateStore.decode(payload)
+        read = time.perf_counter()
+        size = store.latest.stat().st_size
+    return {
+        "state_mib": round(size / 2**20, 1),
+        "save_s": round(saved - started, 3),
+        "load_s": round(read - saved, 3),
+        "share_of_time_at_60_s": round((saved - started) / 60, 4),
+    }
+
+
+def bench_pipeline() -> dict[str, Any]:
+    """Measure `dvc repro` where nothing is to be done; None where something is."""
+    dvc = [sys.executable, "-m", "dvc"]
+    try:
+        status = subprocess.run([*dvc, "status", "--json"], capture_output=True, text=True, check=True).stdout
+        if json.loads(status):
+            return {"dvc_repro_s": None}
+        started = time.perf_counter()
+        subprocess.run([*dvc, "repro"], capture_output=True, check=True)
+    except (subprocess.CalledProcessError, json.JSONDecodeError):
+        return {"dvc_repro_s": None}
+    return {"dvc_repro_s": round(time.perf_counter() - started, 2)}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Describe the machine, with its measured peak of matrix products."""
+    cuda = device.type == "cuda"
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": version("torch"),
+        "peak_fp32_tflops": round(matrix_tflops(device, torch.float32), 4),
+        "peak_bf16_tflops": round(matrix_tflops(device, torch.bfloat16), 4),
+    }
+
+
+def bench(quick: bool) -> dict[str, Any]:
+    """Measure it all; minutes, or about one with `quick`."""
+    threads = torch.get_num_threads()
+    device = choose_device(load_params(FOLDER / "imagenet-vit-b16.yaml").run)
+    torch.set_num_threads(threads)
+    return {
+        "machine": machine(device),
+        "steps": bench_steps(device, quick),
+        "views_per_core": bench_views(quick),
+        "linear_probe": [bench_linear(device)],
+        "resume": [bench_resume(device)],
+        "nothing_to_do": [bench_pipeline()],
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Write a result as tables."""
+    about = result["machine"]
+    lines = [f"# Benchmark, {about['date']}, {about['device']}", ""]
+    lines += [", ".join(f"{key.replace('_', ' ')} {value}" for key, value in list(about.items())[2:]), ""]
+    for name, rows in result.items():
+        if name != "machine":
+            cells = [list(rows[0]), ["---"] * len(rows[0]), *([_text(v) for v in row.values()] for row in rows)]
+            lines += [f"## {name.replace('_', ' ').capitalize()}", ""]
+            lines += [f"| {' | '.join(c.replace('_', ' ') for c in row)} |" for row in cells] + [""]
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    return (
+        "not measured: the pipeline has something to do"
+        if value is None
+        else f"{value:,}"
+        if isinstance(value, int | float)
+        else str(value)
+    )
+
+
+def write(result: dict[str, Any], folder: Path) -> Path:
+    """Write a result as JSON and Markdown into `folder`, and return the latter's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = result["machine"]
+    stem = f"{about['date']}-{about['device'].replace(' ', '-').lower()}"
+    (folder / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
+    page = folder / f"{stem}.md"
+    page.write_text(markdown(result))
+    return page
