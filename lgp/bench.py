@@ -211,10 +211,10 @@ def two_views(data: Prepared, crops: StepCrops) -> Callable[[int], None]:
     """Return what makes both views of the batch of a step, all operations of the recipe included."""
 
     def make(step: int) -> None:
-        cut = crops[step]
-        for view in (0, 1):
-            colours = Colours.draw(len(cut), view, RECIPE, generator(0, "bench", step, view))
-            data.normalize(photometric(cut[:, view].float() / 255, colours, RECIPE))
+        cut = crops[step].transpose(0, 1).flatten(0, 1).float() / 255
+        images = len(cut) // 2
+        colours = [Colours.draw(images, view, RECIPE, generator(0, "bench", step, view)) for view in (0, 1)]
+        data.normalize(photometric(cut, Colours.cat(colours), RECIPE))
 
     return make
 

@@ -7,7 +7,7 @@ torchvision's takes one shift for all), so that one is written here.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import kornia.enhance as ke
@@ -112,13 +112,18 @@ class Colours:
             solarize=chosen(params.solarize_p[view]),
         )
 
+    @classmethod
+    def cat(cls, parts: "Sequence[Colours]") -> "Colours":
+        """Put those of several batches one after the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
     def __getitem__(self, rows: slice) -> "Colours":
         """Return those of some images."""
         return Colours(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def photometric(images: Tensor, colours: Colours, params: ViewParams) -> Tensor:
-    """Apply MoCo v3's colour operations to one view of a batch, each image with its own parameters.
+    """Apply MoCo v3's colour operations to a batch, each image with its own parameters.
 
     Colour jitter (its operations in an order of the image's own), grey, Gaussian blur, solarise, in this order.
     Operations of no strength are skipped, and for grey images saturation, hue and grey.
@@ -131,17 +136,18 @@ def photometric(images: Tensor, colours: Colours, params: ViewParams) -> Tensor:
     Returns:
         (B, C, S, S) float in [0, 1].
     """
+    images = images.clone()
     if images.device.type != "cpu":
-        return _photometric(images.clone(), colours, params)
-    result = torch.empty_like(images)
+        _photometric(images, colours, params)
+        return images
     rows = max(CHUNK_BYTES // max(images[:1].nbytes, 1), 1)
     for start in range(0, len(images), rows):
         chunk = slice(start, start + rows)
-        result[chunk] = _photometric(images[chunk].clone(), colours[chunk], params)
-    return result
+        _photometric(images[chunk], colours[chunk], params)
+    return images
 
 
-def _photometric(images: Tensor, colours: Colours, params: ViewParams) -> Tensor:
+def _photometric(images: Tensor, colours: Colours, params: ViewParams) -> None:
     """Do it in place."""
     colour, device = images.shape[1] == 3, images.device
 
@@ -177,7 +183,6 @@ def _photometric(images: Tensor, colours: Colours, params: ViewParams) -> Tensor
     kernel = 2 * min(math.ceil(3 * BLUR_SIGMA[1]), images.shape[-1] - 1) + 1
     apply(colours.blur, lambda x, rows: gaussian_blur2d(x, kernel, sigma(rows)[:, None].expand(-1, 2)))
     apply(colours.solarize, lambda x, _: torch.minimum(x, 1 - x))  # at the threshold 0.5
-    return images
 
 
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:

@@ -1,12 +1,21 @@
 """Batches as a function of the step."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from conftest import merged
+from PIL import Image
+from torchvision.transforms.v2 import functional as tvf
 
-from lgp.data.loading import StepCrops, loader
+from lgp.data.loading import Batch, StepCrops, loader
+from lgp.data.prepare import prepare
 from lgp.data.prepared import Prepared
-from lgp.params import ViewParams
+from lgp.data.views import random_boxes
+from lgp.params import DataParams, ViewParams
+from lgp.randomness import generator
 
 VIEWS = ViewParams(crop_scale_min=0.4, flip_p=0.5)
 
@@ -33,3 +42,70 @@ def test_an_epoch_visits_every_image_at_most_once_in_a_new_order(prepared: Prepa
         assert len(np.unique(ids)) == len(ids) == per_epoch * 64
         assert np.isin(ids, prepared.pretraining_ids).all()
     assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_processes_share_a_batch_row_by_row(prepared: Prepared) -> None:
+    whole = crops(prepared)[3]
+    parts = []
+    for rank in range(4):
+        mine = crops(prepared)
+        mine.share(rank, 4)
+        parts.append(mine[3])
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_parts_of_a_batch_know_their_rows() -> None:
+    batch = Batch(torch.arange(12).view(6, 1, 1, 1, 2), 5, slice(6, 12), 24)
+    parts = batch.split(3)
+    assert [part.rows for part in parts] == [slice(6, 8), slice(8, 10), slice(10, 12)]
+    assert all(part.step == 5 and part.size == 24 for part in parts)
+    assert torch.equal(torch.cat([part.crops for part in parts]), batch.crops)
+
+
+@pytest.fixture
+def photographs(tmp_path: Path, values: dict[str, Any]) -> Prepared:
+    """Images of several sizes, kept encoded."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        folder = tmp_path / "source" / "train" / str(i % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (20 + i, 30 + 2 * i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    data = merged(values["data"], {"source": str(tmp_path / "source"), "channels": 3, "max_train_images": None})
+    (tmp_path / "prepared").mkdir()
+    prepare(DataParams.model_validate(data), 0, tmp_path / "prepared")
+    return Prepared(tmp_path / "prepared")
+
+
+def test_crops_of_encoded_images_equal_torchvisions(photographs: Prepared) -> None:
+    ids = photographs.ids("train")
+    boxes = random_boxes(torch.from_numpy(photographs.sizes[ids]), 2, 0.1, generator(0, "x"))
+    ours = photographs.crops(ids, boxes)
+    for image_id, of_image, cuts in zip(ids, boxes.tolist(), ours, strict=True):
+        image = tvf.pil_to_tensor(photographs.open_image(image_id))
+        for box, cut in zip(of_image, cuts, strict=True):
+            assert torch.equal(cut, tvf.resized_crop(image, *box, size=[8, 8], antialias=True))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_small_data_is_decoded_once_and_shared_by_workers(
+    photographs: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = StepCrops(photographs, VIEWS, 2, 4, 0, "cl")
+    total = 2 * batches.steps_per_epoch
+    anew = list(loader(batches, 0, total, workers=0, pin=False))
+    photographs.keep_decoded(1)  # too little for them
+    decoded: list[int] = []
+    open_image = Prepared.open_image
+    monkeypatch.setattr(Prepared, "open_image", lambda self, i: decoded.append(i) or open_image(self, i))
+    list(loader(batches, 0, total, workers=0, pin=False))
+    assert len(decoded) == 4 * total
+    photographs.keep_decoded(1e6)
+    decoded.clear()
+    assert all(torch.equal(a, b) for a, b in zip(anew, loader(batches, 0, total, 0, pin=False), strict=True))
+    assert sorted(decoded) == sorted(set(decoded))
+    decoded.clear()
+    photographs.keep_decoded(1e6)
+    assert all(torch.equal(a, b) for a, b in zip(anew, loader(batches, 0, total, 2, pin=False), strict=True))
+    list(loader(batches, 0, total, workers=0, pin=False))
+    assert not decoded  # here: the workers have filled the memory that is shared with them

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 from torchvision.transforms.v2 import RandomResizedCrop
 
+from lgp.data.prepared import crop_and_resize
 from lgp.data.views import Colours, photometric, random_boxes, random_flips, shift_hue
 from lgp.params import ViewParams
 from lgp.randomness import generator
@@ -15,6 +17,20 @@ from lgp.randomness import generator
 
 def images(batch: int = 16, channels: int = 3, size: int = 32) -> Tensor:
     return torch.rand(batch, channels, size, size)
+
+
+def test_crop_and_resize_equals_torchvision() -> None:
+    batch = images()
+    boxes = random_boxes(torch.tensor([[32, 32]] * 16), 1, 0.08, generator(0, "x"))[:, 0]
+    ours = crop_and_resize(batch, boxes, 32)
+    for image, (top, left, height, width), cut in zip(batch, boxes.tolist(), ours, strict=True):
+        args = (top, left, height, width, [32, 32], InterpolationMode.BILINEAR)
+        assert torch.allclose(cut, tvf.resized_crop(image, *args, antialias=True), atol=1e-5)
+
+
+def test_whole_image_is_unchanged() -> None:
+    batch = images(2, 1, 8)
+    assert torch.allclose(crop_and_resize(batch, torch.tensor([[0, 0, 8, 8]] * 2), 8), batch, atol=1e-6)
 
 
 def test_boxes_lie_inside_and_have_valid_aspect() -> None:
