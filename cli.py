@@ -152,14 +152,15 @@ def plan(
 ) -> None:
     """Say what the pre-trainings will take: FLOPs, steps, memory, hours."""
     from lgp.data.prepared import Prepared
-    from lgp.device import choose_device
+    from lgp.device import choose_device, choose_precision
     from lgp.params import load_params
     from lgp.plan import Machine, graft_rates_by_part, matrix_tflops
     from lgp.plan import plan as make_plan
 
     params = load_params(params_file)
     images = images or len(Prepared(PREPARED).pretraining_ids)
-    peak = tflops or matrix_tflops(choose_device(params.run))
+    device = choose_device(params.run)
+    peak = tflops or matrix_tflops(device, choose_precision(params.run, device, params.model.width))
     plans = make_plan(params, images, Machine(gpus, memory, peak * utilization))
     names = ("stage", "M parameters", "GFLOP/image", "steps", "GiB/GPU", "hours", "GPU-days")
     rows = [

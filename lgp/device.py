@@ -31,10 +31,16 @@ def choose_device(settings: RunParams) -> torch.device:
     cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
         raise LgpError("run.device is cuda, but torch finds no CUDA device: set it to auto or cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if settings.device != "cpu" and cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise LgpError(
+                f"process {local_rank} of this machine has no CUDA device of its own, there are "
+                f"{torch.cuda.device_count()}: set run.processes to at most that, or run.device to cpu"
+            )
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", local_rank)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if settings.threads is not None or processes > 1:
         torch.set_num_threads(settings.threads or max(torch.get_num_threads() // processes, 1))
