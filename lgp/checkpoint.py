@@ -145,6 +145,15 @@ class _Digesting:
         self.file.flush()
 
 
+def _payload(path: Path) -> bytes | None:
+    """Return what a file holds before its digest, None if it is missing or torn."""
+    if not path.exists():
+        return None
+    data = path.read_bytes()
+    payload = data[:-DIGEST_BYTES]
+    return payload if hashlib.sha256(payload).digest() == data[-DIGEST_BYTES:] else None
+
+
 class StateStore:
     """The resume state of one training: two files in turn, each followed by its digest, under locks.
 
@@ -191,10 +200,10 @@ class StateStore:
         """
         if self.has_state():
             return
-        others = sorted(self.folder.glob("state-*.pt"), key=lambda path: path.stat().st_mtime)
-        if not others:
-            raise LgpError(f"nothing to resume: no state of these parameters and inputs in {self.folder}")
-        newest = others[-1]
+        others = sorted(self.folder.glob("state-*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+        newest = next((path for path in others if _payload(path) is not None), None)
+        if newest is None:
+            raise LgpError(f"nothing to resume: no whole state of these parameters and inputs in {self.folder}")
         shutil.copy(newest, self.latest)
         self.adopted_file.write_text(newest.name.removeprefix("state-").split(".")[0])
 
@@ -239,13 +248,7 @@ class StateStore:
 
     def read(self) -> bytes | None:
         """Return the newest whole state as `decode` takes it, or None."""
-        for path in (self.latest, self.previous):
-            if path.exists():
-                data = path.read_bytes()
-                payload = data[:-DIGEST_BYTES]
-                if hashlib.sha256(payload).digest() == data[-DIGEST_BYTES:]:
-                    return payload
-        return None
+        return next((p for p in map(_payload, (self.latest, self.previous)) if p is not None), None)
 
     @staticmethod
     def decode(payload: bytes) -> dict[str, Any]:

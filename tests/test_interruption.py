@@ -1,5 +1,6 @@
 """Trainings that are killed, told to stop or left alone go on to the same bytes."""
 
+import json
 import os
 import random
 import signal
@@ -34,7 +35,13 @@ def write(folder: Path, **run: Any) -> None:
 def start(folder: Path) -> "subprocess.Popen[str]":
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [*COMMAND, "graft"], cwd=folder, env=environment(), stdout=pipe, stderr=subprocess.STDOUT, text=True
+        [*COMMAND, "graft"],
+        cwd=folder,
+        env=environment(),
+        stdout=pipe,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -87,8 +94,10 @@ def _clean(folder: Path) -> Iterator[None]:
     write(folder)
 
 
-def finish(folder: Path) -> str:
-    result = subprocess.run([*COMMAND, "graft"], cwd=folder, env=environment(), capture_output=True, text=True)
+def finish(folder: Path, *options: str) -> str:
+    result = subprocess.run(
+        [*COMMAND, "graft", *options], cwd=folder, env=environment(), capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -113,15 +122,30 @@ def test_killed_at_random_moments_also_while_saving_ends_in_the_same_bytes(folde
 def test_asked_to_stop_it_saves_says_so_and_goes_on_to_the_same_bytes(
     number: signal.Signals, folder: Path, whole: bytes
 ) -> None:
+    write(folder, workers=2)
     process = start(folder)
     before = states(folder)
     until(lambda: states(folder) - before, process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal and a scheduler do: the reading processes get it too
     output = process.communicate()[0]
     assert process.returncode == 128 + number
     step = output.split("stopped at step ")[1].split()[0]
     assert f"({number.name}), its state is saved: run the same command again" in output
     assert f"going on from step {step}" in finish(folder)
+    assert encoder(folder) == whole
+
+
+def test_a_state_of_other_code_is_used_only_where_asked_for(folder: Path, whole: bytes) -> None:
+    process = start(folder)
+    until(lambda: states(folder), process)
+    process.kill()
+    process.communicate()
+    for path in (folder / ".lgp" / "resume").glob("graft-pretrain/*/state-*.pt"):
+        path.unlink() if "previous" in path.name else path.rename(path.with_name(f"state-{'0' * 16}.pt"))
+    assert "going on" not in finish(folder)
+    assert "going on from step" in finish(folder, "--resume")
+    provenance = json.loads((folder / "models" / "graft" / "encoder" / "provenance.json").read_text())
+    assert provenance["resumed_from_code"] == "0" * 16
     assert encoder(folder) == whole
 
 

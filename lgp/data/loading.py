@@ -1,5 +1,6 @@
 """Batches of crops as a pure function of the step, read by worker processes where asked."""
 
+import signal
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,4 +104,11 @@ def loader(crops: StepCrops, first: int, last: int, workers: int, pin: bool) -> 
         num_workers=workers,
         pin_memory=pin,
         multiprocessing_context=context,
+        worker_init_fn=_leave_signals,
     )
+
+
+def _leave_signals(_: int) -> None:
+    """Leave a Ctrl-C, and a SIGTERM that all processes get, to the training process, which then ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
