@@ -37,7 +37,8 @@ class OneLineErrors(TyperGroup):
         except (LgpError, OSError, KeyboardInterrupt) as e:
             if ctx.find_root().meta.get("lgp.debug"):
                 raise
-            rank = os.environ.get("RANK", "0")  # of the processes that torchrun started
+            # of the processes that torchrun started
+            rank = os.environ["RANK"] if "TORCHELASTIC_RUN_ID" in os.environ else "0"
             if isinstance(e, KeyboardInterrupt):
                 # a training that was asked to stop says where, and has an exit code of its own
                 stopped = str(e) or "stopped: run the same command again, a training goes on from its last state"

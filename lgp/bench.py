@@ -89,6 +89,8 @@ def workloads(device: torch.device, quick: bool) -> list[Workload]:
         Workload("32×32, width 192, depth 12", load_params(FOLDER / "cifar10.yaml"), 512 if cuda else 64),
         Workload("224×224, " + ("ViT-B/16" if cuda else "ViT-S/16"), large, 256 if cuda else 8),
     ]
+    if cuda:
+        found.append(Workload("224×224, ViT-B/16, large batch", large, 1024))
     return found[:2] if quick else found
 
 
@@ -132,7 +134,8 @@ def _scratch() -> Iterator[Path]:
 def shortened(params: Params, batch_size: int, epochs: int) -> Params:
     """Return parameters that train every arm for a few epochs of this batch size."""
     stage = {"batch_size": batch_size, "epochs": epochs, "warmup_epochs": 0}
-    run = params.run.model_copy(update={"print_every_s": 1e9, "workers": 0, "processes": 1, "accumulate": {}})
+    workers = min(16, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+    run = params.run.model_copy(update={"print_every_s": 1e9, "workers": workers, "processes": 1, "accumulate": {}})
     arms = {arm: getattr(params, arm).model_copy(update=stage) for arm in ARMS}
     return params.model_copy(update={**arms, "run": run, "arms": list(ARMS)})
 
@@ -268,7 +271,10 @@ def bench_resume(device: torch.device) -> dict[str, Any]:
     params = load_params(FOLDER / "cifar10.yaml")
     model = build_contrastive(build_encoder(params.model, params.data), params.contrastive).to(device)
     moments = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    state = {"model": model.state_dict(), "optimizer": {"exp_avg": moments, "exp_avg_sq": moments | {}}}
+    state = {
+        "model": model.state_dict(),
+        "optimizer": {"exp_avg": moments, "exp_avg_sq": {n: m.clone() for n, m in moments.items()}},
+    }
     with _scratch() as folder:
         store = StateStore(folder, "bench")
         store.save(state)
@@ -318,9 +324,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def bench(quick: bool) -> dict[str, Any]:
     """Measure it all; minutes, or about one with `quick`."""
-    threads = torch.get_num_threads()
     device = choose_device(load_params(FOLDER / "imagenet-vit-b16.yaml").run)
-    torch.set_num_threads(threads)
     return {
         "machine": machine(device),
         "steps": bench_steps(device, quick),
@@ -345,13 +349,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    return (
-        "not measured: the pipeline has something to do"
-        if value is None
-        else f"{value:,}"
-        if isinstance(value, int | float)
-        else str(value)
-    )
+    if value is None:
+        return "not measured: the pipeline has something to do"
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
 def write(result: dict[str, Any], folder: Path) -> Path:

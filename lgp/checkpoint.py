@@ -198,14 +198,16 @@ class StateStore:
         Raises:
             LgpError: there is none.
         """
-        if self.has_state():
+        if self.read() is not None:
             return
         others = sorted(self.folder.glob("state-*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
         newest = next((path for path in others if _payload(path) is not None), None)
         if newest is None:
             raise LgpError(f"nothing to resume: no whole state of these parameters and inputs in {self.folder}")
-        shutil.copy(newest, self.latest)
         self.adopted_file.write_text(newest.name.removeprefix("state-").split(".")[0])
+        copied = self.latest.with_suffix(".new")
+        shutil.copy(newest, copied)
+        copied.replace(self.latest)
 
     def adopted(self) -> str | None:
         """Return the digest of the code that wrote the state which this training once went on from, if it did so."""
@@ -248,7 +250,12 @@ class StateStore:
 
     def read(self) -> bytes | None:
         """Return the newest whole state as `decode` takes it, or None."""
-        return next((p for p in map(_payload, (self.latest, self.previous)) if p is not None), None)
+        for path in (self.latest, self.previous):
+            payload = _payload(path)
+            if payload is not None:
+                return payload
+            path.unlink(missing_ok=True)  # torn, and not to take the place of a whole one when the next is saved
+        return None
 
     @staticmethod
     def decode(payload: bytes) -> dict[str, Any]:
@@ -262,7 +269,7 @@ class StateStore:
 
     def forget(self) -> None:
         """Remove the states of this code."""
-        for path in (self.latest, self.previous, self.adopted_file):
+        for path in (self.latest, self.previous, self.latest.with_suffix(".new"), self.adopted_file):
             path.unlink(missing_ok=True)
 
     def close(self, succeeded: bool) -> None:

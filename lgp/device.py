@@ -19,11 +19,15 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 BF16_FROM_WIDTH = 192
 
 
+def launched() -> bool:
+    """Whether `torchrun`, by hand or through `run.processes`, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def choose_device(settings: RunParams) -> torch.device:
     """Turn `run.device` (`auto`, `cpu` or `cuda`) into a device, and prepare it for its work.
 
-    On a CPU: the number of threads, of which several processes share the cores. On CUDA: the device of this process,
-    and single-precision products in TF32.
+    On a CPU: the number of threads, where several processes share the cores. On CUDA: the device of this process.
 
     Raises:
         LgpError: CUDA is asked for and absent.
@@ -31,17 +35,15 @@ def choose_device(settings: RunParams) -> torch.device:
     cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
         raise LgpError("run.device is cuda, but torch finds no CUDA device: set it to auto or cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = int(os.environ["LOCAL_RANK"]) if launched() else 0
     if settings.device != "cpu" and cuda:
         if local_rank >= torch.cuda.device_count():
             raise LgpError(
                 f"process {local_rank} of this machine has no CUDA device of its own, there are "
                 f"{torch.cuda.device_count()}: set run.processes to at most that, or run.device to cpu"
             )
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
         return torch.device("cuda", local_rank)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
     if settings.threads is not None or processes > 1:
         torch.set_num_threads(settings.threads or max(torch.get_num_threads() // processes, 1))
     _keep_freed_memory()
@@ -54,8 +56,9 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
         return
-    mallopt(M_MMAP_THRESHOLD, 2**30)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    # some take no more than 32 MiB; a trim threshold alone would end glibc's own adaptation
+    if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def choose_precision(settings: RunParams, device: torch.device, width: int) -> torch.dtype:

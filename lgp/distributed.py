@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lgp.device import in_single_precision
+from lgp.device import in_single_precision, launched
 from lgp.errors import LgpError
 
 WAIT = timedelta(minutes=30)  # for the slowest process, which may be saving a state
@@ -23,12 +23,7 @@ class WorkerDone(Exception):  # noqa: N818 - no error
 
 def launched_rank() -> int:
     """Return this process's number, from 0, among those that `torchrun` started; 0 without it."""
-    return int(os.environ.get("RANK", 0))
-
-
-def launched() -> bool:
-    """Whether `torchrun`, here or by hand, started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    return int(os.environ["RANK"]) if launched() else 0
 
 
 def world_size() -> int:
@@ -56,8 +51,8 @@ def joined(name: str, device: torch.device) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
     try:
         yield
-    except (dist.DistError, RuntimeError) as e:
-        if isinstance(e, dist.DistError) or "gloo" in str(e) or "Connection" in str(e):
+    except RuntimeError as e:
+        if isinstance(e, dist.DistError) or "gloo/transport" in str(e) or "Connection" in str(e):
             raise LgpError(
                 f"{name}: process {rank()} of {world_size()} lost another one ({' '.join(str(e).split())[:200]}): run "
                 "again, it goes on from its last state"

@@ -236,6 +236,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progression": vars(self.now),
+            "precision": str(self.precision),
         }
 
     def _stop(self, interruption: Interruption) -> None:
@@ -256,3 +257,5 @@ class Trainer:
         self.now = Progression(**state["progression"])
         if rank() == 0:
             print(f"{self.name}: going on from step {self.now.step}", flush=True)
+            if state["precision"] != str(self.precision):
+                print(f"warning: {self.name} was in {state['precision']} so far, now in {self.precision}", flush=True)

@@ -11,7 +11,7 @@ from types import FrameType
 
 import psutil
 
-from lgp.distributed import launched
+from lgp.device import launched
 
 LOOK_EVERY_S = 1.0
 
@@ -63,7 +63,7 @@ class Interruption:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         # torchrun hands on a Ctrl-C that the terminal has sent to all already
-        if self.reason and number == signal.SIGINT and not launched():
+        if self.reason == "SIGINT" and number == signal.SIGINT and not launched():
             raise KeyboardInterrupt
         self.reason, self.signal = signal.Signals(number).name, signal.Signals(number)
         if number == signal.SIGINT and not launched():

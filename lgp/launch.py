@@ -1,6 +1,7 @@
 """Starting a command again in several processes, as `torchrun` does; `run.processes` asks for it."""
 
 import logging
+import signal
 import sys
 from typing import NoReturn
 
@@ -33,7 +34,8 @@ def launch(name: str, processes: int) -> NoReturn:
     except SignalException as e:
         sys.exit(128 + e.sigval)
     except ChildFailedError as e:
-        rank, failure = e.get_first_failure()
+        # one that was killed, before those that missed it or were stopped (SIGTERM) for its sake
+        rank, failure = min(e.failures.items(), key=lambda f: (f[1].exitcode > 0, f[1].exitcode == -signal.SIGTERM))
         if failure.exitcode > 0:  # an error or a wish to stop, and it has said which
             sys.exit(failure.exitcode)
         raise LgpError(

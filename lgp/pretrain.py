@@ -3,9 +3,11 @@
 import csv
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -66,12 +68,21 @@ class Objective:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A finished pre-training, before it is written; `trained` are the metrics of `lgp.trained`."""
+    """A finished pre-training, before it is written.
+
+    Attributes:
+        model: with its heads, on the CPU.
+        encoder: the part of it to keep.
+        progression: epochs and compute.
+        trained: the metrics of `lgp.trained`.
+        computed: on what and how, which moves the last digits.
+    """
 
     model: nn.Module
     encoder: VisionTransformer
     progression: Progression
     trained: Mapping[str, float]
+    computed: Mapping[str, Any]
 
 
 def fit_arm(
@@ -98,10 +109,7 @@ def fit_arm(
     """
     device = choose_device(session.params.run)
     with joined(objective.name, device):
-        result = _fit(objective, rates, betas, stage, session, device)
-        if rank() > 0:
-            raise WorkerDone
-    return result
+        return _fit(objective, rates, betas, stage, session, device)
 
 
 def _fit(
@@ -120,7 +128,8 @@ def _fit(
     crops.share(rank(), world_size())
     crops.data.keep_decoded(params.run.decoded_gib * 2**30)
     initial = weights_of(model)
-    _place(model, device, params.run.compile)
+    precision = choose_precision(params.run, device, params.model.width)
+    _place(model, device, precision)
     optimizer = adamw(parameter_groups(model, rates, stage.weight_decay), betas)
     steps = stage.epochs * crops.steps_per_epoch
     warmup_steps = min(round(stage.warmup_epochs * crops.steps_per_epoch), steps - 1)
@@ -134,31 +143,53 @@ def _fit(
         schedule,
         stage.epochs,
         device,
-        choose_precision(params.run, device, params.model.width),
+        precision,
         params.run,
         session.store,
         session.observer,
     )
-    progression = trainer.fit()
+    with _compiled(model) if params.run.compile else nullcontext():
+        progression = trainer.fit()
+    if rank() > 0:
+        raise WorkerDone
     trained = movement(model, initial, rates, steps, optimizer, objective.held)
     # spread over all, for sources come class by class
     shown = crops.data.pretraining_ids[:: math.ceil(len(crops.data.pretraining_ids) / SHOWN_IMAGES)]
     trained |= spread(extract(class_token_of(objective.encoder, device), crops.data, shown))
-    return Pretrained(model.cpu(), objective.encoder, progression, trained)
+    computed = {
+        "device": device.type,
+        "precision": str(precision),
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
+        "compiled": params.run.compile,
+    }
+    return Pretrained(model.cpu(), objective.encoder, progression, trained, computed)
 
 
-def _place(model: nn.Module, device: torch.device, compiled: bool) -> None:
+def _place(model: nn.Module, device: torch.device, precision: torch.dtype) -> None:
     """Move a model to its device, and set up what it computes with there."""
-    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    torch.use_deterministic_algorithms(device.type == "cpu")
     # memory that is written before it is read needs no filling
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model.to(device)
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)  # of the patch projection, a convolution
-    if compiled:
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.compile()
+        if precision == torch.float32:
+            # products in TF32, the losses' too; under bf16 these stay in full single precision
+            torch.set_float32_matmul_precision("high")
+
+
+@contextmanager
+def _compiled(model: nn.Module) -> Iterator[None]:
+    """Compile the blocks of a model for as long as it trains."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        block.compile()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
 
 
 def _batch_sizes(params: Params) -> dict[str, int]:
@@ -216,7 +247,8 @@ def publish_arm(run: StageRun, folder: Path, result: Pretrained, data: Prepared,
         **result.trained,
         "encoder_parameters": sum(p.numel() for p in result.encoder.parameters()),
     }
-    save_encoder(out / "encoder", result.encoder, params.model, params.data, data, run.provenance | {"metrics": values})
+    provenance = run.provenance | {"computed": dict(result.computed), "metrics": values}
+    save_encoder(out / "encoder", result.encoder, params.model, params.data, data, provenance)
     run.write_metrics(out / METRICS, values)
     run.tracker.will_register(folder / "encoder", run.spec.arm, encoder_digest(out / "encoder"))
 

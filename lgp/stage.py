@@ -15,7 +15,8 @@ from typing import Any
 from lgp import tracking
 from lgp.arms import no_encoder
 from lgp.checkpoint import StateStore
-from lgp.distributed import WorkerDone, launched, launched_rank
+from lgp.device import launched
+from lgp.distributed import WorkerDone, launched_rank
 from lgp.errors import LgpError, check_disk_space
 from lgp.launch import launch
 from lgp.params import Params, load_params
@@ -89,6 +90,8 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
         LgpError: parameters or inputs are not right, another process runs the same stage on the same
             inputs, or something it reads changed meanwhile.
     """
+    if fresh and resume:
+        raise LgpError("--fresh ignores what an interrupted run left, --resume goes on from it: choose one")
     params = load_params(params_file)
     root = Path(os.environ.get("DVC_ROOT", "."))
     if spec.trains and params.run.processes > 1 and not launched():
@@ -109,7 +112,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
         "task": spec.task,
         "params": params.model_dump(mode="json", include=set(spec.sections)),
         "digests": before,
-        "environment": _environment(params),
+        "torch": version("torch"),
         **git,
     }
     key = sha256(json.dumps([before["parameters"], before["inputs"]], sort_keys=True).encode()).hexdigest()[:16]
@@ -154,12 +157,6 @@ def _remedy(path: Path) -> str:
     if path.name == "model.safetensors":
         return no_encoder(path.parent.parent.name)
     return "run `lgp prepare`" if path.name == "prepared" else "run the stage that writes it"
-
-
-def _environment(params: Params) -> dict[str, Any]:
-    """What moves the last digits of a result, or more."""
-    names = ("device", "threads", "precision", "processes")
-    return {"torch": version("torch"), **{name: getattr(params.run, name) for name in names}}
 
 
 def _digests(spec: StageSpec, params: Params, entry: Path) -> dict[str, Any]:

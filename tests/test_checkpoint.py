@@ -83,6 +83,25 @@ def test_torn_state_gives_way_to_the_one_before(tmp_path: Path, damage: str) -> 
     assert state["step"] == 1
 
 
+def test_torn_state_does_not_take_the_place_of_a_whole_one(tmp_path: Path) -> None:
+    store = StateStore(tmp_path, "code")
+    store.save({"step": 1})
+    store.save({"step": 2})
+    store.latest.write_bytes(b"torn")
+    assert newest(store) == {"step": 1}
+    store.save({"step": 3})
+    store.latest.write_bytes(b"torn again")
+    assert newest(store) == {"step": 1}
+
+
+def test_success_leaves_no_half_written_state(tmp_path: Path) -> None:
+    store = StateStore(tmp_path / "key", "code")
+    store.latest.with_suffix(".new").write_bytes(b"half")
+    store.acquire()
+    store.close(succeeded=True)
+    assert not store.folder.exists()
+
+
 @pytest.mark.parametrize("where", ["os.fsync", "lgp.checkpoint._Digesting.write"])
 def test_failed_write_leaves_the_state_before(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = StateStore(tmp_path, "code")

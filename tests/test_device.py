@@ -99,9 +99,11 @@ def test_bf16_trains_single_precision_weights_to_about_the_same_loss(
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_blocks_train_to_the_same_loss(tmp_path: Path, values: Any, prepared: Prepared) -> None:
     losses = []
+    torch._dynamo.utils.counters.clear()
     for compiled in (False, True):
         params = Params.model_validate(merged(values, {"run": {"compile": compiled}}))
         result = pretrain_mim(Session(prepared, params, StateStore(tmp_path / str(compiled), "code"), Silent()))
         losses.append([epoch["train/loss"] for epoch in result.progression.history])
         assert not any("_orig_mod" in name for name in result.model.state_dict())
+        assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == compiled
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

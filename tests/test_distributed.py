@@ -193,7 +193,9 @@ def test_one_two_and_four_processes_have_the_same_losses(
     for processes in (2, 4):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        given = (processes, free_port(), json.dumps(shared), str(prepared.folder), str(folder), 50)
+        # in parts besides, whose gradients are averaged with the last one only
+        in_parts = json.dumps(merged(shared, {"run": {"accumulate": {"mim": 3}}}))
+        given = (processes, free_port(), in_parts, str(prepared.folder), str(folder), 50)
         mp.spawn(one_trainer, args=given, nprocs=processes)
         together = json.loads((folder / "losses.json").read_text())
         for arm, of_arm in alone.items():

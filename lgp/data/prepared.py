@@ -82,15 +82,15 @@ class KeptImages:
         self._pixels = np.frombuffer(mmap.mmap(-1, max(int(self._starts[-1]), 1)), dtype=np.uint8)
         self._ready = np.frombuffer(mmap.mmap(-1, max(len(ids), 1)), dtype=np.uint8)
 
-    def get(self, image_id: int, decode: Callable[[int], np.ndarray]) -> np.ndarray:
-        """Return an image (H, W, C) uint8, decoded by `decode` where nobody has yet."""
+    def get(self, image_id: int, read: Callable[[int], np.ndarray]) -> np.ndarray:
+        """Return an image (H, W, C) uint8, decoded by `read` where nobody has yet."""
         i = self._place.get(image_id)
         if i is None:
-            return decode(image_id)
+            return read(image_id)
         kept = self._pixels[self._starts[i] : self._starts[i + 1]].reshape(self._shapes[i])
         if not self._ready[i]:
             # two workers may do so at once: they write the same bytes
-            kept[...] = decode(image_id)
+            kept[...] = read(image_id)
             self._ready[i] = 1
         return kept
 

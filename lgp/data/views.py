@@ -16,6 +16,7 @@ from kornia.color import rgb_to_grayscale
 from kornia.filters import gaussian_blur2d
 from torch import Generator, Tensor
 
+from lgp.device import in_single_precision
 from lgp.params import ViewParams
 
 ASPECT = (3 / 4, 4 / 3)
@@ -122,6 +123,7 @@ class Colours:
         return Colours(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
+@in_single_precision
 def photometric(images: Tensor, colours: Colours, params: ViewParams) -> Tensor:
     """Apply MoCo v3's colour operations to a batch, each image with its own parameters.
 

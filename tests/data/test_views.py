@@ -208,6 +208,13 @@ def test_chunks_of_a_batch_get_the_same_views(monkeypatch: pytest.MonkeyPatch) -
     assert torch.allclose(drawn(batch, params)[1], whole, atol=1e-6)
 
 
+def test_mixed_precision_changes_no_view() -> None:
+    batch, params = images(), params_with(**MOCO)
+    colours, plain = drawn(batch, params)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(photometric(batch, colours, params), plain)
+
+
 def test_views_are_a_function_of_the_generator_alone() -> None:
     params, batch = params_with(**MOCO), images()
     first, again = drawn(batch, params)[1], drawn(batch, params)[1]
