@@ -47,6 +47,7 @@ def test_cuda_device_without_bf16_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 def test_more_processes_than_cuda_devices_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(LgpError, match=r"process 2 .* no CUDA device of its own, there are 2: set run\.processes"):
         choose_device(RunParams(device="cuda"))
