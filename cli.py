@@ -188,7 +188,9 @@ def plan(
 
 @app.command(rich_help_panel=TOOLS)
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Two sizes and few steps: about a minute.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two sizes and few steps: one or two minutes, else five.")
+    ] = False,
     folder: Annotated[Path, typer.Option(help="Takes DATE-DEVICE.json and .md.")] = Path("benchmarks"),
 ) -> None:
     """Measure training steps, views, probing, saving and a pipeline with nothing to do on this machine."""
@@ -196,7 +198,7 @@ def bench(
 
     page = benchmark.write(benchmark.bench(quick), folder)
     print(page.read_text())
-    print(f"written to {page} and {page.with_suffix('.json').name}")
+    print(f"written to {page} and {page.with_suffix('.json')}")
 
 
 preset_app = typer.Typer(help="Whole parameter files.", no_args_is_help=True)

@@ -350,7 +350,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _text(value: Any) -> str:
     if value is None:
-        return "not measured: the pipeline has something to do"
+        return "not measured: run `dvc repro` first"
     return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 

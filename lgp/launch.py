@@ -19,7 +19,8 @@ def launch(name: str, processes: int) -> NoReturn:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # what it has to say of a process that died is said below, in a line
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for logger in [n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed.elastic")]:
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -34,8 +35,8 @@ def launch(name: str, processes: int) -> NoReturn:
     except SignalException as e:
         sys.exit(128 + e.sigval)
     except ChildFailedError as e:
-        # one that was killed, before those that missed it or were stopped (SIGTERM) for its sake
-        rank, failure = min(e.failures.items(), key=lambda f: (f[1].exitcode > 0, f[1].exitcode == -signal.SIGTERM))
+        # who was killed first, then who says what is wrong, last who was stopped (SIGTERM) for its sake
+        rank, failure = min(e.failures.items(), key=lambda f: (f[1].exitcode == -signal.SIGTERM, f[1].exitcode > 0))
         if failure.exitcode > 0:  # an error or a wish to stop, and it has said which
             sys.exit(failure.exitcode)
         raise LgpError(

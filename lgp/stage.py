@@ -96,6 +96,8 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
     root = Path(os.environ.get("DVC_ROOT", "."))
     if spec.trains and params.run.processes > 1 and not launched():
         launch(spec.name, params.run.processes)
+    if launched() and not spec.trains:
+        raise LgpError(f"{spec.name} runs in one process: call it without torchrun")
     if launched_rank() > 0:
         yield from _as_worker(spec, params, root)
         return
@@ -125,6 +127,10 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
             store.forget()
         if resume:
             store.adopt()
+        elif not fresh and not store.has_state() and any(store.folder.glob("state-*.pt")):
+            print(
+                f"{spec.name}: other code left a state of this training, which is not used without --resume", flush=True
+            )
         if store.adopted():
             provenance["resumed_from_code"] = store.adopted()
         if not store.has_state():
@@ -146,8 +152,6 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
 
 def _as_worker(spec: StageSpec, params: Params, root: Path) -> Iterator[StageRun]:
     """Take part in a training whose first process alone reads states, tells and writes."""
-    if not spec.trains:
-        raise LgpError(f"{spec.name} runs in one process: call it without torchrun")
     store = StateStore(root / RESUME, "worker")
     with contextlib.suppress(WorkerDone):
         yield StageRun(spec, params, {}, tracking.Untracked(), store, {})

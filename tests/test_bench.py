@@ -60,4 +60,4 @@ def test_result_is_written_as_data_and_as_tables(tmp_path: Path) -> None:
     text = page.read_text()
     assert "| size | images per s |" in text
     assert "| digits | 1,234.5 |" in text
-    assert "not measured: the pipeline has something to do" in text
+    assert "not measured: run `dvc repro` first" in text
