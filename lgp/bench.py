@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from lgp.checkpoint import StateStore, save_encoder
-from lgp.cl import pretrain_cl
+from lgp.cl import build_contrastive, pretrain_cl
 from lgp.data.loading import StepCrops
 from lgp.data.prepare import prepare
 from lgp.data.prepared import Prepared
@@ -158,7 +158,7 @@ def train_timed(arm: str, params: Params, data: Prepared, folder: Path) -> list[
     return [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
 
 
-def _step_row(arm: str, workload: Workload, epochs: int, prepared: Path) -> dict[str, Any]:
+def _step_row(arm: str, workload: Workload, prepared: Path) -> dict[str, Any]:
     """Measure one arm at one size, in a process of its own for the sake of its memory."""
     device = choose_device(workload.params.run)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -196,7 +196,7 @@ def bench_steps(device: torch.device, quick: bool) -> list[dict[str, Any]]:
             for arm in ARMS:
                 context = multiprocessing.get_context("spawn")
                 with ProcessPoolExecutor(1, mp_context=context) as alone:
-                    rows.append(alone.submit(_step_row, arm, short, epochs, folder / "prepared").result())
+                    rows.append(alone.submit(_step_row, arm, short, folder / "prepared").result())
     return rows
 
 
@@ -266,8 +266,6 @@ def bench_linear(device: torch.device) -> dict[str, Any]:
 
 def bench_resume(device: torch.device) -> dict[str, Any]:
     """Measure how long a resume state takes to write and read, of the contrastive model at width 192."""
-    from lgp.cl import build_contrastive
-
     params = load_params(FOLDER / "cifar10.yaml")
     model = build_contrastive(build_encoder(params.model, params.data), params.contrastive).to(device)
     moments = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
