@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import deterministic
 
 from lgp.errors import LgpError
 from lgp.params import RunParams
@@ -80,6 +81,19 @@ def choose_precision(settings: RunParams, device: torch.device, width: int) -> t
         pays = native and width >= BF16_FROM_WIDTH
     wanted = settings.precision == "bf16" or (settings.precision == "auto" and pays)
     return torch.bfloat16 if wanted else torch.float32
+
+
+def place(model: nn.Module, device: torch.device, precision: torch.dtype) -> None:
+    """Move a model to the device that is to train it, and set up what it computes with there."""
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    # memory that is written before it is read needs no filling
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    model.to(device)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)  # of the patch projection, a convolution
+        if precision == torch.float32:
+            # products in TF32, the losses' too; under bf16 these stay in full single precision
+            torch.set_float32_matmul_precision("high")
 
 
 def in_single_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

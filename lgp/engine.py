@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from timm.models.vision_transformer import Block
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -33,7 +34,7 @@ class Observer(Protocol):
     """Who wants to know about epochs: experiment tracking."""
 
     def log_epoch(self, values: Epoch) -> None:
-        """Take `epoch` (from 1), `train/loss` (its mean) and `train/lr` (the highest rate of its last step)."""
+        """Take `epoch` (from 1), `train/loss` (its mean), `train/lr` (the highest rate of its last step), and more."""
 
 
 @dataclass
@@ -59,6 +60,23 @@ class _LossModule(nn.Module):
             return self.loss_of(batch)
 
 
+@contextmanager
+def _compiled(model: nn.Module) -> Iterator[None]:
+    """Compile the blocks of a model for as long as it trains."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        block.compile()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+
+
+def _nothing_more(_epoch: int) -> Epoch:
+    return {}
+
+
 @dataclass
 class Trainer:
     """A model, how to compute its loss, and the batches to train it on.
@@ -78,6 +96,7 @@ class Trainer:
         settings: the `run` section.
         store: where resume states are kept; its newest state, if any, is where `fit` goes on.
         observer: told of every epoch, after a resume also of those before it.
+        after_epoch: called by the first process with an epoch's number, from 1; what it measures the observer is told too.
     """
 
     name: str
@@ -92,6 +111,7 @@ class Trainer:
     settings: RunParams
     store: StateStore
     observer: Observer
+    after_epoch: Callable[[int], Epoch] = _nothing_more
 
     def fit(self) -> Progression:
         """Train to the end, from the newest resume state or from the start.
@@ -115,7 +135,8 @@ class Trainer:
         batches = loader(self.crops, self.now.step, total, self.settings.workers, pin=self.device.type == "cuda")
         interruption = Interruption()
         self.model.train()
-        with interruption.listening(), progress.showing():
+        compiled = _compiled(self.model) if self.settings.compile else nullcontext()
+        with interruption.listening(), progress.showing(), compiled:
             for crops in batches:
                 self._step(crops.to(self.device, non_blocking=True), total)
                 epoch_ends = self.now.step % per_epoch == 0
@@ -189,11 +210,15 @@ class Trainer:
         return f"; the last good state is kept in {self.store.folder}" if self.store.has_state() else ""
 
     def _end_epoch(self) -> None:
+        epoch = len(self.now.history) + 1
         values = {
-            "epoch": float(len(self.now.history) + 1),
+            "epoch": float(epoch),
             "train/loss": self.now.loss_sum / self.crops.steps_per_epoch,
             "train/lr": self._rate,
         }
+        if rank() == 0:
+            values |= self.after_epoch(epoch)
+            self.model.train()
         self.now.loss_sum = 0.0
         self.now.history.append(values)
         self.observer.log_epoch(values)

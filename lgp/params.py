@@ -282,20 +282,78 @@ class ReverseParams(TrainingParams):
     base_lrs: Rates
 
 
-class LinearParams(Section):
-    """Evaluation with all labels: logistic regression and k-NN on frozen features."""
+class FeatureParams(Section):
+    """Frozen features: of the class token or the average patch, after the last `blocks` blocks together."""
 
-    c_grid: Annotated[list[Positive], Field(min_length=1)]
+    pool: Literal["class_token", "average"] = "class_token"
+    blocks: Count = 1
+    by_depth: bool = True
+    dtype: Literal["float16", "float32"] = "float32"
+
+
+class LinearParams(Section):
+    """Evaluation with all labels: linear heads by SGD and k-NN, on frozen features.
+
+    Every pair of `base_lrs` (per 256 images) and `weight_decays` is a head; the best on val is reported. `method`
+    is `sweep`, on cached features, or `augmented`, on those of random crops and flips.
+    """
+
+    method: Literal["sweep", "augmented"] = "sweep"
+    base_lrs: Annotated[list[Positive], Field(min_length=1)]
+    weight_decays: Annotated[list[NonNegative], Field(min_length=1)]
+    epochs: Count
+    batch_size: Count
+    batch_norm: bool
+    crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
+    flip_p: Share = 0.5
     knn_k: Count
     knn_temperature: Positive
 
 
 class FewShotParams(Section):
-    """Evaluation with few labels: logistic regression on frozen features."""
+    """Evaluation with few labels: logistic regression on frozen features.
 
+    `choose` says where the inverse strength C comes from: `cross_validation` within the labelled images (`c_fixed`
+    where a class has a single one), `validation` on val, or `fixed`: `c_fixed`.
+    """
+
+    scaling: Literal["standardized", "normalized"]
+    choose: Literal["cross_validation", "validation", "fixed"]
     c_grid: Annotated[list[Positive], Field(min_length=1)]
-    c_single: Positive
+    c_fixed: Positive
     folds: Annotated[Whole, Field(ge=2)]
+
+
+class FineTuneParams(TrainingParams):
+    """Fine-tuning of the whole encoder with labels, as MAE and LGP do; probabilities and strengths as timm takes them.
+
+    `from_first_fc` keeps the first layer of the arm's contrastive projector between encoder and classifier.
+    `rand_augment` is timm's description, e.g. `rand-m9-mstd0.5-inc1`.
+    """
+
+    base_lr: Positive
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    pool: Literal["class_token", "average"] = "class_token"
+    from_first_fc: bool = False
+    crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
+    flip_p: Share = 0.5
+    rand_augment: Annotated[str, Field(pattern="^rand-")] | None = None
+    random_erasing: Share = 0.0
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _projector_takes_the_class_token(self) -> Self:
+        if self.from_first_fc and self.pool != "class_token":
+            raise ValueError("from_first_fc: the projector was trained on the class token: set pool to class_token")
+        return self
+
+    @property
+    def views(self) -> ViewParams:
+        """Crops and flips; the rest is timm's."""
+        return ViewParams(crop_scale_min=self.crop_scale_min, flip_p=self.flip_p)
 
 
 class ConflictParams(Section):
@@ -313,6 +371,14 @@ class ReportParams(Section):
     baselines: list[Literal["pixels", "random"]]
 
 
+class OnlineKnnParams(Section):
+    """k-NN while a pre-training runs: every so many epochs (0: never), on some labelled images and some of val."""
+
+    every_epochs: Annotated[Whole, Field(ge=0)] = 10
+    train_images: Count = 256
+    val_images: Count = 256
+
+
 class RunParams(Section):
     """How to run, never what comes out: no stage of dvc.yaml lists this section."""
 
@@ -326,6 +392,7 @@ class RunParams(Section):
     compile: bool = False
     save_every_s: Positive = 60.0
     print_every_s: NonNegative = 10.0
+    online_knn: OnlineKnnParams = OnlineKnnParams()
     tracking_uri: str | None = None
     experiment: str = "lgp"
 

@@ -3,26 +3,25 @@
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils import deterministic
 
 from lgp.arms import CURVES, HEADS, METRICS, TRAINED
 from lgp.checkpoint import PROVENANCE, StateStore, save_encoder, save_tensors
 from lgp.data.loading import Batch, StepCrops
 from lgp.data.prepared import Prepared
-from lgp.device import choose_device, choose_precision
+from lgp.device import choose_device, choose_precision, place
 from lgp.distributed import WorkerDone, joined, rank, world_size
 from lgp.engine import Observer, Progression, Trainer
 from lgp.errors import LgpError, check_disk_space
 from lgp.evaluate.features import class_token_of, extract
+from lgp.online import OnlineKnn
 from lgp.optim import adamw, parameter_groups, warmup_cosine
 from lgp.params import Params, TrainingParams
 from lgp.stage import StageRun, encoder_digest
@@ -107,89 +106,50 @@ def fit_arm(
         Interrupted: something asked to stop; the state is saved.
         WorkerDone: in all processes but the first, at the end.
     """
-    device = choose_device(session.params.run)
-    with joined(objective.name, device):
-        return _fit(objective, rates, betas, stage, session, device)
-
-
-def _fit(
-    objective: Objective,
-    rates: Mapping[str, float],
-    betas: tuple[float, float],
-    stage: TrainingParams,
-    session: Session,
-    device: torch.device,
-) -> Pretrained:
     params, model, crops = session.params, objective.model, objective.crops
-    batch_sizes = {objective.name: crops.batch_size, **_batch_sizes(params)}
-    check_batches(batch_sizes, len(crops.data.pretraining_ids))
-    check_shares(batch_sizes, world_size(), params.run.accumulate)
-    check_disk_space(session.store.folder, DISK_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
-    crops.share(rank(), world_size())
-    crops.data.keep_decoded(params.run.decoded_gib * 2**30)
-    initial = weights_of(model)
+    device = choose_device(params.run)
     precision = choose_precision(params.run, device, params.model.width)
-    _place(model, device, precision)
-    optimizer = adamw(parameter_groups(model, rates, stage.weight_decay), betas)
     steps = stage.epochs * crops.steps_per_epoch
-    warmup_steps = min(round(stage.warmup_epochs * crops.steps_per_epoch), steps - 1)
-    schedule = warmup_cosine(optimizer, steps, warmup_steps)
-    trainer = Trainer(
-        objective.name,
-        model,
-        objective.loss_of,
-        crops,
-        optimizer,
-        schedule,
-        stage.epochs,
-        device,
-        precision,
-        params.run,
-        session.store,
-        session.observer,
-    )
-    with _compiled(model) if params.run.compile else nullcontext():
-        progression = trainer.fit()
-    if rank() > 0:
-        raise WorkerDone
+    with joined(objective.name, device):
+        batch_sizes = {objective.name: crops.batch_size, **_batch_sizes(params)}
+        check_batches(batch_sizes, len(crops.ids))
+        check_shares(batch_sizes, world_size(), params.run.accumulate)
+        check_disk_space(session.store.folder, DISK_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
+        crops.share(rank(), world_size())
+        crops.data.keep_decoded(params.run.decoded_gib * 2**30)
+        initial = weights_of(model)
+        place(model, device, precision)
+        optimizer = adamw(parameter_groups(model, rates, stage.weight_decay), betas)
+        warmup_steps = min(round(stage.warmup_epochs * crops.steps_per_epoch), steps - 1)
+        progression = Trainer(
+            objective.name,
+            model,
+            objective.loss_of,
+            crops,
+            optimizer,
+            warmup_cosine(optimizer, steps, warmup_steps),
+            stage.epochs,
+            device,
+            precision,
+            params.run,
+            session.store,
+            session.observer,
+            OnlineKnn(objective.encoder, crops.data, device, params.run.online_knn).after_epoch,
+        ).fit()
+        computed = {
+            "device": device.type,
+            "precision": str(precision),
+            "threads": torch.get_num_threads(),
+            "processes": world_size(),
+            "compiled": params.run.compile,
+        }
+        if rank() > 0:
+            raise WorkerDone
     trained = movement(model, initial, rates, steps, optimizer, objective.held)
     # spread over all, for sources come class by class
-    shown = crops.data.pretraining_ids[:: math.ceil(len(crops.data.pretraining_ids) / SHOWN_IMAGES)]
+    shown = crops.ids[:: math.ceil(len(crops.ids) / SHOWN_IMAGES)]
     trained |= spread(extract(class_token_of(objective.encoder, device), crops.data, shown))
-    computed = {
-        "device": device.type,
-        "precision": str(precision),
-        "threads": torch.get_num_threads(),
-        "processes": world_size(),
-        "compiled": params.run.compile,
-    }
     return Pretrained(model.cpu(), objective.encoder, progression, trained, computed)
-
-
-def _place(model: nn.Module, device: torch.device, precision: torch.dtype) -> None:
-    """Move a model to its device, and set up what it computes with there."""
-    torch.use_deterministic_algorithms(device.type == "cpu")
-    # memory that is written before it is read needs no filling
-    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    model.to(device)
-    if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)  # of the patch projection, a convolution
-        if precision == torch.float32:
-            # products in TF32, the losses' too; under bf16 these stay in full single precision
-            torch.set_float32_matmul_precision("high")
-
-
-@contextmanager
-def _compiled(model: nn.Module) -> Iterator[None]:
-    """Compile the blocks of a model for as long as it trains."""
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    for block in blocks:
-        block.compile()
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block._compiled_call_impl = None
 
 
 def _batch_sizes(params: Params) -> dict[str, int]:
@@ -236,7 +196,8 @@ def publish_arm(run: StageRun, folder: Path, result: Pretrained, data: Prepared,
     }
     save_tensors(heads, out / HEADS)
     with (out / CURVES).open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["epoch", "train/loss", "train/lr"], lineterminator="\n")
+        # without the online k-NN, which a key of `run` sets
+        writer = csv.DictWriter(file, ["epoch", "train/loss", "train/lr"], lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows({**row, "epoch": int(row["epoch"])} for row in history)
     pflop = result.progression.train_flops / 1e15

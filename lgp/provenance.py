@@ -13,6 +13,7 @@ from lgp.params import Params
 # what surrounds a stage: shows, draws, records or checks a run without a say in its numbers. An edit there must
 # not train for days again, so no stage depends on it.
 SURROUNDINGS = (
+    "lgp/online.py",
     "lgp/progress.py",
     "lgp/provenance.py",
     "lgp/registered_encoder.py",

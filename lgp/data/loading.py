@@ -49,16 +49,29 @@ class Batch:
 class StepCrops(Dataset[Tensor]):
     """Item s are the crops of this process's rows of step s: (rows, V, C, S, S) uint8; only the seed and s decide.
 
-    An epoch is a random order of the pre-training images without its incomplete last batch, so every
-    batch is full (as MAE and MoCo v3 drop it).
+    An epoch is a random order of the images without its incomplete last batch, so every batch is full (as MAE and
+    MoCo v3 drop it).
     """
 
-    def __init__(self, data: Prepared, params: ViewParams, views: int, batch_size: int, seed: int, name: str) -> None:
-        """Batches for the stage `name`, which keeps its draws apart from other stages'."""
+    def __init__(
+        self,
+        data: Prepared,
+        params: ViewParams,
+        views: int,
+        batch_size: int,
+        seed: int,
+        name: str,
+        ids: np.ndarray | None = None,
+    ) -> None:
+        """Batches of the images `ids`, all of pre-training unless given.
+
+        `name`, of the stage, keeps its draws apart from other stages'.
+        """
         self.data, self.params, self.views = data, params, views
         self.batch_size, self.seed, self.name = batch_size, seed, name
+        self.ids = data.pretraining_ids if ids is None else ids
         self.rows = slice(0, batch_size)
-        self.steps_per_epoch = len(data.pretraining_ids) // batch_size
+        self.steps_per_epoch = len(self.ids) // batch_size
         self._latest_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def share(self, rank: int, processes: int) -> None:
@@ -68,19 +81,18 @@ class StepCrops(Dataset[Tensor]):
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._latest_order[0] != epoch:
-            ids = self.data.pretraining_ids
-            order = torch.randperm(len(ids), generator=generator(self.seed, f"{self.name}/order", epoch))
-            self._latest_order = (epoch, ids[order.numpy()])
+            order = torch.randperm(len(self.ids), generator=generator(self.seed, f"{self.name}/order", epoch))
+            self._latest_order = (epoch, self.ids[order.numpy()])
         return self._latest_order[1]
 
-    def ids(self, step: int) -> np.ndarray:
+    def ids_of(self, step: int) -> np.ndarray:
         """Return the image ids of a step's whole batch, (B,)."""
         epoch, position = divmod(step, self.steps_per_epoch)
         return self._order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
 
     def __getitem__(self, step: int) -> Tensor:
         """Return the crops of step `step`."""
-        ids = self.ids(step)
+        ids = self.ids_of(step)
         rng = generator(self.seed, f"{self.name}/crops", step)
         boxes = random_boxes(torch.from_numpy(self.data.sizes[ids]), self.views, self.params.crop_scale_min, rng)
         flipped = random_flips(len(ids), self.views, self.params.flip_p, rng)[self.rows]

@@ -1,16 +1,28 @@
 """Weighted k-nearest-neighbour classification on cosine similarity (Wu et al. 2018, section 3.4)."""
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-BLOCK = 1024
+K, TEMPERATURE = 20, 0.07  # usual (Wu et al. 2018; Caron et al. 2021)
+QUERIES, CANDIDATES = 256, 65_536  # of a block: 64 MiB of similarities
 
 
+@torch.inference_mode()
 def knn_predict(
-    train: np.ndarray, labels: np.ndarray, queries: np.ndarray, classes: int, k: int, temperature: float
+    train: np.ndarray,
+    labels: np.ndarray,
+    queries: np.ndarray,
+    classes: int,
+    k: int,
+    temperature: float,
+    device: torch.device | None = None,
 ) -> np.ndarray:
     """Let the k most similar training images vote, each with weight exp(cosine / temperature).
 
-    The similarities are computed in blocks of queries, so the whole matrix is never held.
+    Exact. Similarities are computed block by block, of which the k best so far are kept: neither the whole matrix nor,
+    of memory-mapped features, all of them are ever held.
 
     Args:
         train: (N, D) features.
@@ -19,22 +31,30 @@ def knn_predict(
         classes: number of classes.
         k: neighbours; all N where N is smaller.
         temperature: T; 0.07 is usual.
+        device: where to compute; the CPU unless given.
 
     Returns:
         (M,) class indices.
     """
-    train, queries = _unit(train), _unit(queries)
     k = min(k, len(train))
-    predictions = np.empty(len(queries), dtype=np.int64)
-    for start in range(0, len(queries), BLOCK):
-        similarity = queries[start : start + BLOCK] @ train.T
-        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-        weights = np.exp(np.take_along_axis(similarity, nearest, axis=1) / temperature)
-        votes = np.zeros((len(similarity), classes))
-        np.add.at(votes, (np.arange(len(similarity))[:, None], labels[nearest]), weights)
-        predictions[start : start + BLOCK] = votes.argmax(axis=1)
-    return predictions
+    of_train = torch.from_numpy(labels).to(device)
+    predictions = []
+    for start in range(0, len(queries), QUERIES):
+        query = _unit(queries[start : start + QUERIES], device)
+        best = torch.full((len(query), k), -torch.inf, dtype=query.dtype, device=device)
+        nearest = torch.zeros(len(query), k, dtype=torch.int64, device=device)
+        for first in range(0, len(train), CANDIDATES):
+            similarity = query @ _unit(train[first : first + CANDIDATES], device).T
+            of_block, rows = similarity.topk(min(k, similarity.shape[1]))
+            best, chosen = torch.cat([best, of_block], dim=1).topk(k)
+            nearest = torch.cat([nearest, rows + first], dim=1).gather(1, chosen)
+        # relative to the best, which cannot overflow at a small temperature
+        weights = ((best - best[:, :1]) / temperature).exp()
+        votes = torch.zeros(len(query), classes, dtype=query.dtype, device=device)
+        predictions.append(votes.scatter_add_(1, of_train[nearest], weights).argmax(dim=1).cpu())
+    return torch.cat(predictions).numpy()
 
 
-def _unit(features: np.ndarray) -> np.ndarray:
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+def _unit(features: np.ndarray, device: torch.device | None) -> Tensor:
+    rows = torch.from_numpy(np.ascontiguousarray(features)).to(device)
+    return F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=1)

@@ -37,7 +37,7 @@ def test_workers_give_the_same_batches(prepared: Prepared) -> None:
 def test_an_epoch_visits_every_image_at_most_once_in_a_new_order(prepared: Prepared) -> None:
     batches = crops(prepared)
     per_epoch = batches.steps_per_epoch
-    epochs = [np.concatenate([batches.ids(e * per_epoch + s) for s in range(per_epoch)]) for e in (0, 1)]
+    epochs = [np.concatenate([batches.ids_of(e * per_epoch + s) for s in range(per_epoch)]) for e in (0, 1)]
     for ids in epochs:
         assert len(np.unique(ids)) == len(ids) == per_epoch * 64
         assert np.isin(ids, prepared.pretraining_ids).all()

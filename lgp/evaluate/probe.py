@@ -1,0 +1,190 @@
+"""The linear probe: many linear heads on the same frozen features, of which validation chooses one.
+
+The paper's protocol (LGP, section 4; released code): SGD without momentum and half a cosine over 90 epochs, for every one
+of 35 learning rates and 2 weight decays. As published, 70 heads were trained side by side and the best *on test* was
+reported; here all are one matrix product, and the best on val is.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from lgp.device import in_single_precision
+from lgp.optim import peak_rate, warmup_cosine
+from lgp.params import LinearParams
+from lgp.randomness import generator
+
+ROWS = 4096  # that are scored at once
+
+
+class _SoftmaxCrossEntropy(torch.autograd.Function):
+    """Cross-entropy along the classes of logits (B, C, H), (B, H): its gradient is the probabilities less the labels.
+
+    torch's own takes twice the time for many heads: it keeps and reads several arrays of this size.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, logits: Tensor, labels: Tensor) -> Tensor:
+        probabilities = logits.softmax(1)
+        ctx.save_for_backward(probabilities, labels)
+        rows = torch.arange(len(labels), device=labels.device)
+        return -probabilities[rows, labels].clamp(min=torch.finfo(logits.dtype).tiny).log()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        of_logits, labels = ctx.saved_tensors  # type: ignore[attr-defined]
+        # in place, for it is as large as anything here and nobody asks twice
+        of_logits[torch.arange(len(labels), device=labels.device), labels] -= 1
+        return of_logits.mul_(gradient[:, None]), None
+
+
+@in_single_precision
+def cross_entropy_of_heads(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute each head's mean cross-entropy, (H,), of logits (B, C, H) and labels (B,)."""
+    losses: Tensor = _SoftmaxCrossEntropy.apply(logits, labels)
+    return losses.mean(0)
+
+
+class LinearHeads(nn.Module):
+    """H linear heads on the same features, as one product (B, D) · (D, C·H).
+
+    One optimizer with the highest rate trains all as SGD would train each: a head's loss, weight decay included, is
+    scaled by its share of that rate, and SGD's step is linear in the gradient. All start from the same N(0, 0.01²).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        classes: int,
+        settings: Sequence[tuple[float, float]],
+        batch_norm: bool,
+        rng: torch.Generator,
+    ) -> None:
+        """Make a head for each (learning rate, weight decay).
+
+        `batch_norm` puts BatchNorm without affine parameters before them (MAE, appendix A.1).
+        """
+        super().__init__()
+        self.classes, self.settings = classes, list(settings)
+        rates, decays = (torch.tensor(values, dtype=torch.float64) for values in zip(*settings, strict=True))
+        self.rate = float(rates.max())
+        self.register_buffer("share", (rates / self.rate).float())
+        self.register_buffer("pull", (rates / self.rate * decays / 2).float())
+        self.decayed = bool(decays.any())
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if batch_norm else nn.Identity()
+        start = 0.01 * torch.randn(width, classes, generator=rng)
+        # heads last: the softmax over the classes then works on whole rows of memory
+        self.weight = nn.Parameter(start[:, :, None].repeat(1, 1, len(settings)).flatten(1))
+        self.bias = nn.Parameter(torch.zeros(classes * len(settings)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Turn features (B, D) into logits (B, C, H)."""
+        return torch.addmm(self.bias, self.norm(features), self.weight).unflatten(1, (self.classes, -1))
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of the heads' losses, to be trained by SGD with the rate `self.rate`."""
+        loss = cross_entropy_of_heads(self(features), labels) @ self.share
+        if self.decayed:
+            for weights in (self.weight, self.bias):
+                loss = loss + (weights.view(-1, len(self.settings)).square() @ self.pull).sum()
+        return loss
+
+    def optimizer(self) -> SGD:
+        """Return the optimizer that trains all heads."""
+        return SGD(self.parameters(), lr=self.rate)
+
+    @torch.inference_mode()
+    def logits(self, features: np.ndarray, heads: slice | int = slice(None)) -> Tensor:
+        """Return the logits (N, C, H), or (N, C) of one head, of features (N, D) that may be memory-mapped; on the CPU."""
+        self.eval()
+        starts = range(0, len(features), ROWS)
+        return torch.cat([self(self.rows(features[s : s + ROWS]))[..., heads].cpu() for s in starts])
+
+    def rows(self, features: np.ndarray) -> Tensor:
+        """Put some features where the heads are, as they take them."""
+        return torch.from_numpy(np.ascontiguousarray(features)).to(self.weight.device, self.weight.dtype)
+
+    @torch.inference_mode()
+    def accuracies(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return each head's accuracy, (H,) in [0, 1]; -1 where a head's weights are not finite any more."""
+        self.eval()
+        correct = torch.zeros(len(self.settings), dtype=torch.int64)
+        for start in range(0, len(features), ROWS):
+            predicted = self(self.rows(features[start : start + ROWS])).argmax(1).cpu()
+            correct += (predicted == torch.from_numpy(labels[start : start + ROWS])[:, None]).sum(0)
+        finite = self.weight.unflatten(1, (self.classes, -1)).isfinite().all(dim=(0, 1)).cpu().numpy()
+        return np.where(finite, correct.numpy() / max(len(features), 1), -1.0)
+
+
+def head_settings(params: LinearParams, batch_size: int) -> list[tuple[float, float]]:
+    """Return the (learning rate, weight decay) of each head; rates are given per 256 images."""
+    rates = [peak_rate(rate, batch_size) for rate in params.base_lrs]
+    return list(itertools.product(rates, params.weight_decays))
+
+
+def train_heads(
+    heads: LinearHeads,
+    features: np.ndarray,
+    labels: np.ndarray,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    precision: torch.dtype = torch.float32,
+) -> None:
+    """Train all heads on cached features.
+
+    Args:
+        heads: on the device that is to train them.
+        features: (N, D), may be memory-mapped: each step reads its own rows.
+        labels: (N,).
+        epochs: passes, each in another random order without its incomplete last batch.
+        batch_size: at most N.
+        seed: of the orders.
+        precision: of the products.
+    """
+    steps_per_epoch = len(features) // batch_size
+    optimizer = heads.optimizer()
+    schedule = warmup_cosine(optimizer, epochs * steps_per_epoch, 0)
+    mixed = torch.autocast(heads.weight.device.type, precision, enabled=precision != torch.float32)
+    targets = torch.from_numpy(labels)
+    heads.train()
+    for epoch in range(epochs):
+        order = torch.randperm(len(features), generator=generator(seed, "linear/order", epoch))
+        for step in range(steps_per_epoch):
+            rows = order[step * batch_size : (step + 1) * batch_size]
+            schedule.step_update(epoch * steps_per_epoch + step)
+            optimizer.zero_grad()
+            with mixed:
+                loss = heads.loss(heads.rows(features[rows.numpy()]), targets[rows].to(heads.weight.device))
+            loss.backward()
+            optimizer.step()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The head that validation chose.
+
+    Attributes:
+        head: its number.
+        base_lr: its learning rate per 256 images.
+        weight_decay: its weight decay.
+        val: its accuracy on val, in [0, 1].
+    """
+
+    head: int
+    base_lr: float
+    weight_decay: float
+    val: float
+
+
+def choose_head(heads: LinearHeads, params: LinearParams, x_val: np.ndarray, y_val: np.ndarray) -> Chosen:
+    """Return the head with the best accuracy on val; of equals the first, with the lowest rate."""
+    accuracies = heads.accuracies(x_val, y_val)
+    best = int(accuracies.argmax())
+    base_lr, weight_decay = list(itertools.product(params.base_lrs, params.weight_decays))[best]
+    return Chosen(best, base_lr, weight_decay, float(accuracies[best]))
