@@ -13,6 +13,7 @@ from lgp.errors import LgpError, is_disk_full
 from stages.cl import cl
 from stages.conflict import conflict
 from stages.fewshot import fewshot
+from stages.finetune import finetune
 from stages.graft import graft
 from stages.import_checkpoint import import_checkpoint
 from stages.joint import joint
@@ -73,7 +74,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (prepare, mim, cl, graft, linear, fewshot, report):
+for command in (prepare, mim, cl, graft, linear, fewshot, finetune, report):
     app.command(rich_help_panel=PIPELINE)(command)
 for command in (joint, reverse):
     app.command(rich_help_panel=CONTROLS)(command)

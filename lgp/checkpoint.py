@@ -81,8 +81,7 @@ def load_encoder(folder: Path) -> VisionTransformer:
     Raises:
         LgpError: no encoder there, or its tensors are not those of its configuration; names them.
     """
-    _check_present(folder)
-    config = json.loads((folder / CONFIG).read_text())
+    config = read_config(folder)
     encoder: VisionTransformer = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
     try:
         encoder.load_state_dict(load_file(folder / WEIGHTS), strict=True)
@@ -91,6 +90,13 @@ def load_encoder(folder: Path) -> VisionTransformer:
             f"{folder / WEIGHTS} is damaged or does not fit its {CONFIG}: {' '.join(str(e).split())}"
         ) from None
     return encoder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read an encoder folder's configuration; raise `LgpError` where there is no encoder."""
+    _check_present(folder)
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    return config
 
 
 def load_heads(folder: Path) -> dict[str, Tensor]:
@@ -106,8 +112,7 @@ def _check_present(folder: Path) -> None:
 
 def check_input_size(folder: Path, data: Prepared) -> None:
     """Raise `LgpError` unless the encoder in `folder` takes images like the prepared ones."""
-    _check_present(folder)
-    takes = json.loads((folder / CONFIG).read_text())["pretrained_cfg"]["input_size"]
+    takes = read_config(folder)["pretrained_cfg"]["input_size"]
     given = [data.channels, data.image_size, data.image_size]
     if takes != given:
         raise LgpError(
@@ -118,8 +123,7 @@ def check_input_size(folder: Path, data: Prepared) -> None:
 
 def check_encoder_fits(folder: Path, model: ModelParams, data: DataParams) -> None:
     """Raise `LgpError` unless the encoder in `folder` has the dimensions that the parameters ask for."""
-    _check_present(folder)
-    found, wanted = json.loads((folder / CONFIG).read_text())["model_args"], model_args(model, data)
+    found, wanted = read_config(folder)["model_args"], model_args(model, data)
     if found != wanted:
         raise LgpError(
             f"the encoder in {folder} was trained with {found}, but the parameters say {wanted}: train it anew"
@@ -162,9 +166,8 @@ class StateStore:
     """
 
     def __init__(self, folder: Path, code_digest: str) -> None:
-        """Keep states of this code in `folder`, made if missing."""
+        """Keep states of this code in `folder`, made when it is first needed."""
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         self.latest = folder / f"state-{code_digest[:16]}.pt"
         self.previous = self.latest.with_suffix(".previous.pt")
         self.run_id_file = folder / f"run_id-{code_digest[:16]}"
@@ -173,9 +176,15 @@ class StateStore:
         # DVC's experiments run in folders of their own, and share this one's states)
         here = hashlib.sha256(os.getcwd().encode()).hexdigest()[:16]
         self._locks = [FileLock(folder.parent / f"{name}.lock") for name in (folder.name, f"in-{here}")]
+        self._code_digest = code_digest
+
+    def part(self, name: str) -> "StateStore":
+        """Return the store of one of several trainings of a stage, which share locks and end."""
+        return StateStore(self.folder / name, self._code_digest)
 
     def acquire(self) -> None:
         """Take the locks; raise `LgpError` with the holder's process id where another trainer has one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         for lock in self._locks:
             holder = Path(lock.lock_file).with_suffix(".pid")
             try:
@@ -198,16 +207,19 @@ class StateStore:
         Raises:
             LgpError: there is none.
         """
-        if self.read() is not None:
+        if self.has_state():
             return
-        others = sorted(self.folder.glob("state-*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-        newest = next((path for path in others if _payload(path) is not None), None)
-        if newest is None:
+        newest: dict[Path, Path] = {}
+        for path in sorted(self.folder.rglob("state-*.pt"), key=lambda path: path.stat().st_mtime):
+            if _payload(path) is not None:
+                newest[path.parent] = path
+        if not newest:
             raise LgpError(f"nothing to resume: no whole state of these parameters and inputs in {self.folder}")
-        self.adopted_file.write_text(newest.name.removeprefix("state-").split(".")[0])
-        copied = self.latest.with_suffix(".new")
-        shutil.copy(newest, copied)
-        copied.replace(self.latest)
+        for folder, state in newest.items():
+            self.adopted_file.write_text(state.name.removeprefix("state-").split(".")[0])
+            copied = folder / f"{self.latest.stem}.new"
+            shutil.copy(state, copied)
+            copied.replace(folder / self.latest.name)
 
     def adopted(self) -> str | None:
         """Return the digest of the code that wrote the state which this training once went on from, if it did so."""
@@ -219,6 +231,7 @@ class StateStore:
         Raises:
             OSError: as the file system does; the states before stay usable.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
         new = self.latest.with_suffix(".new")
         try:
             with new.open("wb") as file:
@@ -265,11 +278,11 @@ class StateStore:
 
     def has_state(self) -> bool:
         """Whether an interrupted training left a state."""
-        return self.latest.exists() or self.previous.exists()
+        return any(self.folder.rglob(f"{self.latest.stem}*.pt"))
 
     def forget(self) -> None:
-        """Remove the states of this code."""
-        for path in (self.latest, self.previous, self.latest.with_suffix(".new"), self.adopted_file):
+        """Remove the states of this code, of all parts."""
+        for path in (*self.folder.rglob(f"{self.latest.stem}.*"), self.adopted_file):
             path.unlink(missing_ok=True)
 
     def close(self, succeeded: bool) -> None:
@@ -278,6 +291,6 @@ class StateStore:
             self.forget()
         if not self.has_state():
             self.run_id_file.unlink(missing_ok=True)
-        if not any(self.folder.glob("state-*")):
+        if not any(self.folder.rglob("state-*")):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._release()

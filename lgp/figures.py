@@ -1,6 +1,6 @@
 """The pictures: label efficiency, loss curves, reconstructions, confusion."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +10,81 @@ from torch import Tensor
 
 COLOURS = {"pixels": "0.6", "random": "0.4", "mim": "tab:blue", "cl": "tab:orange", "graft": "tab:green"}
 DPI = 120
+SHOWN_CLASSES = 20
+MISTAKES_A_ROW = 8
 
 
-def plot_label_efficiency(path: Path, table: pd.DataFrame) -> None:
-    """Draw accuracy over the share of labels, a line with error bars per arm."""
+def plot_label_efficiency(path: Path, table: pd.DataFrame, classes: int) -> None:
+    """Draw accuracy over labels per class, a line with 95 % intervals per arm: frozen solid, fine-tuned dashed."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    for arm, rows in table[table["task"] != "knn"].groupby("arm", sort=False):
-        rows = rows.sort_values("labels")
-        axes.errorbar(
-            100 * rows["labels"] / table["labels"].max(),
-            rows["top1_mean"],
-            rows["top1_std"],
-            label=arm,
-            marker="o",
-            capsize=3,
-            color=COLOURS.get(str(arm)),
-        )
-    axes.set(xscale="log", xlabel="share of the labels, %", ylabel="test top-1, %")
+    for tuned, style in ((False, "-"), (True, "--")):
+        chosen = table[(table["task"] != "knn") & (table["task"].str.startswith("finetune") == tuned)]
+        for arm, rows in chosen.groupby("arm", sort=False):
+            rows = rows.sort_values("labels")
+            axes.errorbar(
+                rows["labels"] / classes,
+                rows["top1_mean"],
+                rows["top1_ci95"],
+                label=f"{arm}, fine-tuned" if tuned else arm,
+                marker="s" if tuned else "o",
+                linestyle=style,
+                capsize=3,
+                color=COLOURS.get(str(arm)),
+            )
+    axes.set(xscale="log", xlabel="labels per class", ylabel="test top-1, %")
     axes.grid(alpha=0.3)
     axes.legend()
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_depth(path: Path, by_arm: Mapping[str, Sequence[float]]) -> None:
+    """Draw k-NN accuracy of the features after each block."""
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for arm, accuracies in by_arm.items():
+        axes.plot(range(1, len(accuracies) + 1), accuracies, marker="o", label=arm, color=COLOURS.get(arm))
+    axes.set(xlabel="after block", ylabel="k-NN test top-1, %")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_per_class(
+    path: Path, by_arm: Mapping[str, np.ndarray], classes: Sequence[str], best: str, title: str
+) -> None:
+    """Draw accuracy per class, a bar for each arm, by the accuracy of the arm `best`; of many classes both ends."""
+    order = np.argsort(np.nan_to_num(by_arm[best], nan=-1.0), kind="stable")
+    if len(order) > SHOWN_CLASSES:
+        order = np.concatenate([order[: SHOWN_CLASSES // 2], order[-SHOWN_CLASSES // 2 :]])
+    figure = Figure(figsize=(max(5.4, 0.45 * len(order)), 3.6), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(by_arm)
+    for number, (arm, accuracies) in enumerate(by_arm.items()):
+        places = np.arange(len(order)) + (number - (len(by_arm) - 1) / 2) * width
+        axes.bar(places, accuracies[order], width, label=arm, color=COLOURS.get(arm))
+    axes.set_xticks(range(len(order)), [classes[i] for i in order], rotation=90 if len(order) > 10 else 0)
+    axes.set(ylabel="test top-1, %", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_mistakes(
+    path: Path, images: np.ndarray, mistakes: pd.DataFrame, classes: Sequence[str], arm: str
+) -> None:
+    """Draw the images (B, H, W, C) uint8 of wrong predictions, each with what it is and what it was taken for."""
+    columns = min(len(images), MISTAKES_A_ROW)
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.25 * columns, 1.65 * rows + 0.4), layout="constrained")
+    figure.suptitle(f"Most confident mistakes of {arm}, linear probe")
+    all_axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in all_axes:
+        axes.axis("off")
+    for axes, image, row in zip(all_axes, images, mistakes.itertuples(), strict=False):
+        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        said = f"{classes[row.label]}, taken\nfor {classes[row.prediction]} ({100 * row.confidence:.0f} %)"
+        axes.set_title(said, fontsize=7)
     figure.savefig(path, dpi=DPI)
 
 

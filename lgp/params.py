@@ -34,7 +34,16 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[Whole, Field(ge=1)]
 Rates = Annotated[list[NonNegative], Field(min_length=1)]
 # no hyphen: file names are ARM-TASK
+LabelsName = Annotated[str, Field(pattern="^[a-z0-9_]+$")]
+ALL_LABELS = "all"
 ArmName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
+
+
+def shot_name(shot: int) -> str:
+    """Name the few-label subsets of so many images of each class."""
+    return f"{shot}shot"
+
+
 Policy = Literal["stage_lr", "layer_decay", "freeze", "l1", "scratch_end", "cl_end"]
 
 
@@ -52,8 +61,12 @@ class DataParams(Section):
     channels: Literal[1, 3]
     test_share: OpenShare
     val_share: OpenShare
-    few_label_shares: dict[str, OpenShare]
+    few_label_shares: dict[LabelsName, OpenShare]
+    few_label_shots: list[Count] = []
+    few_label_lists: dict[LabelsName, Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]] = {}
     few_label_subsets: Annotated[Whole, Field(ge=2)]
+    leaks: Literal["report", "drop_test", "drop_train"] = "report"
+    near_duplicate_bits: Annotated[Whole, Field(ge=0, le=32)] | None = 4
     max_unreadable_share: Share
     max_train_images: Count | None = None
     max_test_images: Count | None = None
@@ -62,12 +75,20 @@ class DataParams(Section):
     std: list[Positive] | None = None
 
     @model_validator(mode="after")
-    def _both_shares(self) -> Self:
-        if set(self.few_label_shares) != {"1pct", "10pct"}:
-            raise ValueError("few_label_shares must give 1pct and 10pct, the two that the pipeline evaluates")
-        if not self.few_label_shares["1pct"] < self.few_label_shares["10pct"]:
-            raise ValueError("few_label_shares: 1pct must be the smaller of the two shares")
+    def _names_differ(self) -> Self:
+        names = self.few_label_names
+        for name in names:
+            if names.count(name) > 1 or name == ALL_LABELS:
+                raise ValueError(
+                    f"few_label_shares, few_label_shots and few_label_lists name {name} twice, or it means all labels: "
+                    "call it otherwise"
+                )
         return self
+
+    @property
+    def few_label_names(self) -> list[str]:
+        """The names of all few-label subsets that `prepare` makes."""
+        return [*self.few_label_shares, *(shot_name(shot) for shot in self.few_label_shots), *self.few_label_lists]
 
     @model_validator(mode="after")
     def _statistics_match_channels(self) -> Self:
@@ -393,6 +414,7 @@ class RunParams(Section):
     save_every_s: Positive = 60.0
     print_every_s: NonNegative = 10.0
     online_knn: OnlineKnnParams = OnlineKnnParams()
+    feature_cache_gib: NonNegative = 20.0
     tracking_uri: str | None = None
     experiment: str = "lgp"
 
@@ -415,6 +437,8 @@ class Params(Section):
 
     seed: Annotated[Whole, Field(ge=0, lt=2**32)]
     arms: Annotated[list[ArmName], Field(min_length=1)]
+    few_labels: Annotated[list[LabelsName], Field(min_length=1)]
+    finetuned: list[LabelsName] = []
     data: DataParams
     model: ModelParams
     contrastive: ContrastiveParams
@@ -423,8 +447,10 @@ class Params(Section):
     graft: GraftParams
     joint: JointParams | None = None
     reverse: ReverseParams | None = None
+    features: FeatureParams = FeatureParams()
     linear: LinearParams
     fewshot: FewShotParams
+    finetune: dict[LabelsName, FineTuneParams] = {}
     conflict: ConflictParams = ConflictParams()
     report: ReportParams
     run: RunParams = RunParams()
@@ -461,6 +487,24 @@ class Params(Section):
             cut = graft.cut(name)
             if cut is not None and cut > depth:
                 raise ValueError(f"graft.{name}.lower_blocks {cut} is more than model.depth {depth}")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_there(self) -> Self:
+        valid = self.data.few_label_names
+        for key, names, more in (("few_labels", self.few_labels, []), ("finetuned", self.finetuned, [ALL_LABELS])):
+            for name in names:
+                if name not in [*valid, *more]:
+                    raise ValueError(
+                        f"{key} names {name}, valid are {', '.join([*valid, *more])}: add it to data.few_label_shares, "
+                        "few_label_shots or few_label_lists"
+                    )
+                if names.count(name) > 1:
+                    raise ValueError(f"{key} names {name} twice")
+                if key == "finetuned" and name not in self.finetune:
+                    raise ValueError(f"finetuned names {name}, but there is no recipe finetune.{name}: add it")
+        if self.features.blocks > self.model.depth:
+            raise ValueError(f"features.blocks {self.features.blocks} is more than model.depth {self.model.depth}")
         return self
 
     @model_validator(mode="after")
@@ -539,6 +583,8 @@ def _explain(error: Any) -> str:
 def _section_at(loc: tuple[str | int, ...]) -> type[Section]:
     section: type[Section] = Params
     for part in loc:
+        if str(part) not in section.model_fields:  # a name of the user's, of a section of its kind
+            continue
         annotation = section.model_fields[str(part)].annotation
         section = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, Section))
     return section

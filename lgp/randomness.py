@@ -5,6 +5,7 @@ generator states, and any number of loader workers or processes sees the same ba
 """
 
 import contextlib
+import random
 import zlib
 from collections.abc import Iterator
 
@@ -31,7 +32,18 @@ def generator(seed: int, *place: str | int) -> torch.Generator:
 
 @contextlib.contextmanager
 def seeded(seed: int, *place: str | int) -> Iterator[None]:
-    """Seed torch's global CPU generator inside the block only (layer constructors draw from it)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(counted_seed(seed, *place))
-        yield
+    """Seed the global generators of torch, numpy and Python inside the block only.
+
+    Layer constructors and drop path draw from torch's, timm's augmentations from all three.
+    """
+    value = counted_seed(seed, *place)
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(value)
+            random.seed(value)
+            np.random.seed(value % 2**32)
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)

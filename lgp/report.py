@@ -1,7 +1,9 @@
-"""From metric files to the results table and the report page."""
+"""From metric files and predictions to the results table and the report page."""
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,139 +15,241 @@ from lgp.arms import CURVES, METRICS, RECONSTRUCTIONS
 from lgp.data.prepared import Prepared
 from lgp.device import choose_device
 from lgp.evaluate.baselines import evaluate_baseline
-from lgp.evaluate.outcome import ArmResults, Metrics
-from lgp.figures import plot_curves, plot_label_efficiency, plot_reconstructions
+from lgp.evaluate.outcome import Metrics, Outcome
+from lgp.evaluate.run import feature_cache
+from lgp.evaluate.statistics import Gap, accuracy_ci95, paired_gap
+from lgp.figures import (
+    plot_curves,
+    plot_depth,
+    plot_label_efficiency,
+    plot_mistakes,
+    plot_per_class,
+    plot_reconstructions,
+)
+from lgp.page import table as markdown_table
+from lgp.page import to_html
 from lgp.params import Params
-from lgp.results import wide_rows
+from lgp.results import task_name, wide_rows
 
-COLUMNS = ["arm", "task", "labels", "top1_mean", "top1_std", "subsets"]
+COLUMNS = ["arm", "task", "labels", "top1_mean", "top1_std", "subsets", "top1_ci95"]
+MISTAKES = 24
+TITLE = "Label efficiency"
 
 
-def read_arm(metrics: Path, arm: str, shares: list[str]) -> ArmResults:
-    """Read the metric files of an arm from the folder `metrics`."""
+@dataclass(frozen=True)
+class ArmResults:
+    """What all tasks of one arm yielded, by the task's name: `linear`, `fewshot-1pct`, `finetune-10pct`, …"""
 
-    def read(task: str) -> Metrics:
-        values: Metrics = json.loads((metrics / f"{arm}-{task}.json").read_text())
-        return values
+    arm: str
+    tasks: Mapping[str, Outcome]
 
-    return ArmResults(arm, read("linear"), {share: read(f"fewshot-{share}") for share in shares})
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the report finds what it reads.
+
+    Attributes:
+        metrics: arm and task → metric file.
+        predictions: arm and task → predictions.
+        arms: arm → folder of its pre-training.
+    """
+
+    metrics: Mapping[tuple[str, str], Path]
+    predictions: Mapping[tuple[str, str], Path]
+    arms: Mapping[str, Path]
+
+    def read(self, arm: str) -> ArmResults:
+        """Read the outcomes of an arm."""
+        tasks = {
+            task: Outcome(json.loads(path.read_text()), pd.read_parquet(self.predictions[of, task]))
+            for (of, task), path in self.metrics.items()
+            if of == arm
+        }
+        return ArmResults(arm, tasks)
+
+
+def tasks_of(params: Params) -> list[str]:
+    """Name the tasks that every arm of the parameters goes through."""
+    few = [f"fewshot-{labels}" for labels in params.few_labels]
+    return ["linear", *few, *(f"finetune-{labels}" for labels in params.finetuned)]
 
 
 def results_table(arms: list[ArmResults]) -> pd.DataFrame:
-    """Build the table `arm,task,labels,top1_mean,top1_std,subsets`, accuracies in percent."""
+    """Build the table of `COLUMNS`, accuracies in percent.
+
+    `top1_ci95` is half the 95 % interval: over the subsets where there are several, else over the test images.
+    """
     rows: list[list[Any]] = []
     for a in arms:
-        labels = int(a.linear["labels"])
-        rows.append([a.arm, "knn", labels, a.linear["test/knn_top1"], 0.0, 1])
-        rows.append([a.arm, "linear", labels, a.linear["test/top1"], 0.0, 1])
-        for share, m in a.fewshot.items():
-            task = f"fewshot-{share}"
-            rows.append([a.arm, task, int(m["labels"]), m["test/top1"], m["test/top1_std"], int(m["subsets"])])
+        images = len(a.tasks["linear"].predictions)
+        for task, outcome in a.tasks.items():
+            m, labels = outcome.metrics, int(outcome.metrics["labels"])
+            if task == "linear":
+                knn = m["test/knn_top1"]
+                rows.append([a.arm, "knn", labels, knn, 0.0, 1, accuracy_ci95(knn, images)])
+            top1 = m["test/top1"]
+            ci95 = m.get("test/top1_ci95", accuracy_ci95(top1, images))
+            rows.append([a.arm, task, labels, top1, m.get("test/top1_std", 0.0), int(m["subsets"]), ci95])
     table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.round({"top1_mean": 2, "top1_std": 2})
+    return table.round({"top1_mean": 2, "top1_std": 2, "top1_ci95": 2})
 
 
-def paired_gap(a: Metrics, b: Metrics) -> tuple[float, float, int, int]:
-    """Compare two arms on the same subsets: mean gap in points, its standard error, subsets won, subsets."""
-    names = [n for n in a if n.startswith("test/top1_subset")]
-    gaps = np.array([a[n] - b[n] for n in names])
-    return float(gaps.mean()), float(gaps.std(ddof=1) / np.sqrt(len(gaps))), int((gaps > 0).sum()), len(gaps)
+def correct_by_subset(predictions: pd.DataFrame) -> np.ndarray:
+    """Turn predictions into (subsets, images) bool, whether each is right, images in the order of their ids."""
+    rows = predictions.sort_values(["subset", "id"])
+    return (rows["label"] == rows["prediction"]).to_numpy().reshape(rows["subset"].nunique(), -1)
+
+
+def gaps(arms: list[ArmResults]) -> list[tuple[str, str, str, Gap]]:
+    """Compare every two arms in every task on the same subsets and test images: (task, arm, other arm, gap)."""
+    found = []
+    for task in arms[0].tasks:
+        for a, b in itertools.combinations(reversed(arms), 2):
+            of_a, of_b = (correct_by_subset(x.tasks[task].predictions) for x in (a, b))
+            found.append((task, a.arm, b.arm, paired_gap(of_a, of_b)))
+    return found
 
 
 def champion(arms: list[ArmResults]) -> str:
-    """Return the arm with the best validation accuracy at the smallest share of labels."""
-    share = min(arms[0].fewshot, key=lambda s: arms[0].fewshot[s]["labels"])
-    return max(arms, key=lambda a: a.fewshot[share]["val/top1"]).arm
-
-
-def write_page(
-    path: Path,
-    setting: str,
-    table: pd.DataFrame,
-    arms: list[ArmResults],
-    compute: Mapping[str, float],
-    best: str,
-    figures: Sequence[str],
-) -> None:
-    """Write report.md.
-
-    Args:
-        path: of the page.
-        setting: what was trained on what, a sentence.
-        table: of `results_table`.
-        arms: the trained ones.
-        compute: arm → PFLOP of its pre-training, what it started from included.
-        best: the champion's name.
-        figures: file names of the pictures, which will lie in `figures/` beside the page.
-    """
-    header, rows = wide_rows([{str(k): str(v) for k, v in row.items()} for row in table.to_dict("records")])
-    lines = [
-        "# Label efficiency",
-        "",
-        setting,
-        "",
-        "Top-1 accuracy on test in percent; ± is the standard deviation over subsets.",
-        "",
-    ]
-    lines += _markdown(header, rows)
-    lines += ["", "## Paired over the same subsets", ""]
-    reference = next((a for a in arms if a.arm == "graft"), arms[-1])
-    gaps = []
-    for other in (a for a in arms if a is not reference):
-        for share, metrics in reference.fewshot.items():
-            gap, error, won, of = paired_gap(metrics, other.fewshot[share])
-            pair, labels = f"{reference.arm} over {other.arm}", share.replace("pct", " %")
-            gaps.append([pair, labels, f"{gap:+.1f} ± {error:.1f}", f"{won} of {of}"])
-    lines += _markdown(["", "labels", "points (± standard error)", "subsets won"], gaps)
-    lines += ["", "## Compute", "", "Pre-training, counted on the first step, what an arm started from included.", ""]
-    lines += _markdown(["arm", "PFLOP"], [[arm, f"{value:.3g}"] for arm, value in compute.items()])
-    lines += ["", f"Champion (best validation accuracy at the fewest labels): **{best}**", ""]
-    for figure in figures:
-        lines += [f"![{Path(figure).stem.replace('_', ' ')}](figures/{figure})", ""]
-    path.write_text("\n".join(lines))
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
+    """Return the arm with the best validation accuracy of frozen features at the fewest labels."""
+    fewest = _fewest(arms)
+    return max(arms, key=lambda a: a.tasks[fewest].metrics["val/top1"]).arm
 
 
 def write_report(
-    params: Params, data: Prepared, metrics: Path, arms: Mapping[str, Path], table: Path, page: Path, figures: Path
+    params: Params, data: Prepared, inputs: Inputs, table: Path, page: Path, html: Path, figures: Path
 ) -> str:
-    """Write the table, the page and the pictures.
+    """Write the table, the page twice and the pictures.
 
     Args:
-        params: shares of labels, and which baselines to evaluate.
-        data: prepared images, for the baselines.
-        metrics: folder of the metric files.
-        arms: arm → folder of its pre-training.
+        params: arms, labels, and which baselines to evaluate.
+        data: prepared images.
+        inputs: what to report.
         table: results.csv.
         page: report.md; names the pictures as `figures/…`.
+        html: report.html, with the pictures in it.
         figures: existing folder for the pictures.
 
     Returns:
-        The champion: the arm with the best validation accuracy at the fewest labels.
+        The champion.
     """
-    device = choose_device(params.run)
-    baselines = [evaluate_baseline(name, data, params, device) for name in params.report.baselines]
-    trained = [read_arm(metrics, arm, list(params.data.few_label_shares)) for arm in arms]
-    results = results_table([*baselines, *trained])
+    device, cache = choose_device(params.run), feature_cache(params)
+    baselines = [
+        ArmResults(name, evaluate_baseline(name, data, params, cache, device)) for name in params.report.baselines
+    ]
+    trained = [inputs.read(arm) for arm in inputs.arms]
+    results, best = results_table([*baselines, *trained]), champion(trained)
     results.to_csv(table, index=False)
-    best = champion(trained)
-    plot_label_efficiency(figures / "label_efficiency.png", results)
-    curves = {arm: folder / CURVES for arm, folder in arms.items() if (folder / CURVES).exists()}
+    _draw(figures, data, baselines, trained, best, results, inputs.arms)
+    lines = _page(params, data, trained, best, results, inputs.arms)
+    lines += [line for name in _drawn(figures) for line in (f"![{name.replace('_', ' ')}](figures/{name}.png)", "")]
+    text = "\n".join(lines)
+    page.write_text(text)
+    # the pictures are still where a stage writes them first
+    html.write_text(to_html(text.replace("](figures/", f"]({figures.name}/"), TITLE, figures.parent))
+    return best
+
+
+def _draw(
+    figures: Path,
+    data: Prepared,
+    baselines: list[ArmResults],
+    trained: list[ArmResults],
+    best: str,
+    results: pd.DataFrame,
+    folders: Mapping[str, Path],
+) -> None:
+    plot_label_efficiency(figures / "label_efficiency.png", results, len(data.classes))
+    depth = {a.arm: _by_depth(a.tasks["linear"].metrics) for a in [*baselines, *trained]}
+    if any(depth.values()):
+        plot_depth(figures / "accuracy_by_depth.png", {arm: values for arm, values in depth.items() if values})
+    fewest = _fewest(trained)
+    per_class = {a.arm: accuracy_per_class(a.tasks[fewest].predictions, len(data.classes)) for a in trained}
+    plot_per_class(figures / "accuracy_per_class.png", per_class, data.classes, best, task_name(fewest))
+    wrong = worst_mistakes(next(a for a in trained if a.arm == best).tasks["linear"].predictions)
+    if len(wrong):
+        images = data.whole(wrong["id"].to_numpy()).permute(0, 2, 3, 1).numpy()
+        plot_mistakes(figures / "worst_mistakes.png", images, wrong, data.classes, best)
+    curves = {arm: folder / CURVES for arm, folder in folders.items() if (folder / CURVES).exists()}
     if curves:
         plot_curves(figures / "curves.png", {arm: pd.read_csv(curve) for arm, curve in curves.items()})
-    pictures = [folder / RECONSTRUCTIONS for folder in arms.values() if (folder / RECONSTRUCTIONS).exists()]
+    pictures = [folder / RECONSTRUCTIONS for folder in folders.values() if (folder / RECONSTRUCTIONS).exists()]
     if pictures:
         plot_reconstructions(figures / "reconstructions.png", load_file(pictures[0]))
-    trainings = {arm: json.loads((folder / METRICS).read_text()) for arm, folder in arms.items()}
-    compute = {arm: m["train/pflop_total"] for arm, m in trainings.items() if "train/pflop_total" in m}
-    drawn = [
-        name for name in ("label_efficiency.png", "curves.png", "reconstructions.png") if (figures / name).exists()
+
+
+def _drawn(figures: Path) -> list[str]:
+    """Name the pictures that were drawn, in the order of the page."""
+    order = ("label_efficiency", "accuracy_by_depth", "accuracy_per_class", "worst_mistakes", "curves", "reconstructions")
+    return [name for name in order if (figures / f"{name}.png").exists()]
+
+
+def _fewest(arms: list[ArmResults]) -> str:
+    """Name the frozen-feature task with the fewest labels."""
+    few = [task for task in arms[0].tasks if task.startswith("fewshot-")]
+    return min(few, key=lambda task: arms[0].tasks[task].metrics["labels"])
+
+
+def _by_depth(metrics: Metrics) -> list[float]:
+    found = {name: value for name, value in metrics.items() if name.startswith("test/knn_top1_block")}
+    return [found[f"test/knn_top1_block{b}"] for b in range(len(found))]
+
+
+def accuracy_per_class(predictions: pd.DataFrame, classes: int) -> np.ndarray:
+    """Return accuracy per class in percent over all subsets, (classes,); NaN where test has no image of a class."""
+    correct = (predictions["label"] == predictions["prediction"]).groupby(predictions["label"]).mean()
+    return 100 * correct.reindex(range(classes)).to_numpy(dtype=np.float64)
+
+
+def worst_mistakes(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Return the wrong predictions of the first subset that were made with the most confidence."""
+    first = predictions[(predictions["subset"] == 0) & (predictions["label"] != predictions["prediction"])]
+    return first.sort_values(["confidence", "id"], ascending=[False, True]).head(MISTAKES)
+
+
+def _page(
+    params: Params,
+    data: Prepared,
+    trained: list[ArmResults],
+    best: str,
+    results: pd.DataFrame,
+    folders: Mapping[str, Path],
+) -> list[str]:
+    header, rows = wide_rows([{str(k): str(v) for k, v in row.items()} for row in results.to_dict("records")])
+    lines = [f"# {TITLE}", "", _setting(params, data), ""]
+    lines.append(
+        "Top-1 accuracy on test in percent, ± half its 95 % interval: over the subsets of labels; of k-NN, the linear "
+        "probe and all that has a single subset over the test images."
+    )
+    lines += ["", *markdown_table(header, rows)]
+    lines += ["", "## Paired comparison", ""]
+    lines.append(
+        "The same subsets and test images for both arms; the interval is a bootstrap over subsets and images, of one "
+        "pre-training each: another seed moves these numbers too."
+    )
+    found = gaps(trained)
+    compared = [[g.sentence(a, b), task_name(task), f"[{g.low:+.1f}, {g.high:+.1f}]", f"{g.won} of {g.subsets}"]
+                for task, a, b, g in found]  # fmt: skip
+    if compared:
+        lines += ["", *markdown_table(["", "labels", "95 % interval of the first less the second", "subsets won"], compared)]
+    lines += ["", "## More measures", "", "On test: top-5 and expected calibration error (15 bins), percent.", ""]
+    lines += markdown_table(["arm", "task", "top-1", "top-5", "calibration error"], _measures(trained))
+    trainings = {arm: json.loads((folder / METRICS).read_text()) for arm, folder in folders.items()}
+    compute = [[arm, f"{m['train/pflop_total']:.3g}"] for arm, m in trainings.items() if "train/pflop_total" in m]
+    lines += ["", "## Compute", "", "Pre-training, counted on the first step, what an arm started from included.", ""]
+    lines += markdown_table(["arm", "PFLOP"], compute)
+    return [*lines, "", f"Champion (best validation accuracy at the fewest labels): **{best}**", ""]
+
+
+def _measures(trained: list[ArmResults]) -> list[list[str]]:
+    def cell(metrics: Metrics, name: str) -> str:
+        return f"{metrics[name]:.1f}" if name in metrics else "–"
+
+    return [
+        [a.arm, task_name(task), *(cell(outcome.metrics, f"test/{name}") for name in ("top1", "top5", "ece"))]
+        for a in trained
+        for task, outcome in a.tasks.items()
     ]
-    write_page(page, _setting(params, data), results, trained, compute, best, drawn)
-    return best
 
 
 def _setting(params: Params, data: Prepared) -> str:

@@ -1,6 +1,7 @@
 """results.csv as people read it: a line per arm, a column per task. Light, for the command line."""
 
 import csv
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,11 +25,19 @@ def wide_rows(results: list[dict[str, str]]) -> tuple[list[str], list[list[str]]
     return header, [[arm, *(cells.get((arm, task), "–") for task in tasks)] for arm in arms]
 
 
-def _heading(task: str, labels: str) -> str:
+def task_name(task: str) -> str:
+    """Say a task as people do: `fewshot-1pct` is `1 %`, `finetune-5shot` is `fine-tuned, 5 a class`."""
     names = {"knn": "k-NN", "linear": "linear"}
-    return f"{names.get(task, task.removeprefix('fewshot-').replace('pct', ' %'))} ({labels} labels)"
+    if task in names:
+        return names[task]
+    kind, _, labels = task.partition("-")
+    said = re.sub(r"^(\d+)shot$", r"\1 a class", re.sub(r"^(\d+)pct$", r"\1 %", labels))
+    return f"fine-tuned, {said}" if kind == "finetune" else said
+
+
+def _heading(task: str, labels: str) -> str:
+    return f"{task_name(task)} ({labels} labels)"
 
 
 def _cell(row: Mapping[str, str]) -> str:
-    mean = f"{float(row['top1_mean']):.1f}"
-    return mean if int(row["subsets"]) == 1 else f"{mean} ± {float(row['top1_std']):.1f}"
+    return f"{float(row['top1_mean']):.1f} ± {float(row['top1_ci95']):.1f}"

@@ -127,7 +127,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
             store.forget()
         if resume:
             store.adopt()
-        elif not fresh and not store.has_state() and any(store.folder.glob("state-*.pt")):
+        elif not fresh and not store.has_state() and any(store.folder.rglob("state-*.pt")):
             print(
                 f"{spec.name}: other code left a state of this training, which is not used without --resume", flush=True
             )

@@ -28,6 +28,8 @@ Resume = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_remember_debug)]
 Arm = Annotated[str, typer.Argument(help="Whose encoder: mim, cl, graft, …", callback=_arm_name)]
 ArmName = Annotated[str, typer.Option("--arm", metavar="NAME", help="What to call the arm.", callback=_arm_name)]
-Fraction = Annotated[str, typer.Argument(help="Share of labels: a name in data.few_label_shares, e.g. 1pct.")]
+Labels = Annotated[
+    str, typer.Argument(help="Which few labels: 1pct, 10pct, 5shot, …, as in data.few_label_shares, _shots and _lists.")
+]
 
 DEFAULT_PARAMS = Path("params.yaml")

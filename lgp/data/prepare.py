@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ import pandas as pd
 import pyarrow as pa
 from PIL import Image
 
+from lgp.data.leaks import EXACT, Leak, find_leaks, perceptual_hash
 from lgp.data.prepared import Prepared, decode
 from lgp.data.sources import Record, open_source
 from lgp.data.splits import cap, few_label_subsets, hold_out
+from lgp.data.subset_lists import read_subset_list
 from lgp.errors import LgpError, check_disk_space
 from lgp.params import DataParams
 
 SHARD_BYTES = 512 * 2**20
 ARRAY_BYTES = 4 * 2**30  # above this, images stay encoded even where all have the model's size
 STATISTICS_IMAGES = 10_000
+SHOWN_LEAKS = 100  # with their names; all are counted
 
 Index = list[dict[str, Any]]
 
@@ -39,7 +43,8 @@ def prepare(params: DataParams, seed: int, folder: Path) -> dict[str, Any]:
         folder: where to write.
 
     Returns:
-        Counts per split, classes, the digest, and the unreadable files with path and reason.
+        Counts per split, classes, the digest, the test images that also stand elsewhere, and the unreadable files with
+        path and reason.
 
     Raises:
         LgpError: no such source, a class without a readable image, too many unreadable files.
@@ -50,15 +55,20 @@ def prepare(params: DataParams, seed: int, folder: Path) -> dict[str, Any]:
     _check_readable(unreadable, len(index) + len(unreadable), params)
     table = pd.DataFrame(index)
     _check_classes(table, source.classes)
-    _split(table, params, seed)
+    listed = _listed(table, source.classes, params)
+    _split(table, params, seed, listed)
+    leaks = _leaks(table, params)
+    table = table.drop(columns=["content", "hash"])
     if _all_of_size(table, params):
         _decode_to_array(folder, table, params)
     table.to_parquet(folder / "index.parquet", index=False)
     train = np.flatnonzero(table["split"] == "train")
+    labels = table["label"].to_numpy()
     subsets = few_label_subsets(
-        table["label"].to_numpy()[train], params.few_label_shares, params.few_label_subsets, seed
+        labels[train], params.few_label_shares, params.few_label_shots, params.few_label_subsets, seed, source.classes
     )
     ids = {name: [train[s].tolist() for s in drawn] for name, drawn in subsets.items()}
+    ids |= {name: [_still_training(table, rows, name) for rows in lists] for name, lists in listed.items()}
     (folder / "subsets.json").write_text(json.dumps(ids))
     meta = {
         "classes": source.classes,
@@ -79,9 +89,12 @@ def prepare(params: DataParams, seed: int, folder: Path) -> dict[str, Any]:
     (folder / "meta.json").write_text(json.dumps(meta, indent=2))
     counts = table["split"].value_counts()
     return {
-        **{f"images/{split}": int(counts.get(split, 0)) for split in ("train", "unlabeled", "val", "test")},
+        **{f"images/{split}": int(counts.get(split, 0)) for split in ("train", "unlabeled", "val", "test", "dropped")},
         "classes": len(source.classes),
         **{f"labels/{name}": len(drawn[0]) for name, drawn in ids.items()},
+        "leaks/exact": sum(leak.bits == EXACT for leak in leaks),
+        "leaks/near": sum(leak.bits != EXACT for leak in leaks),
+        "leaks": [_described(leak, table) for leak in leaks[:SHOWN_LEAKS]],
         "unreadable": unreadable,
         "unreadable_share": round(len(unreadable) / (len(index) + len(unreadable)), 6),
         "digest": digest.hexdigest(),
@@ -103,22 +116,33 @@ def _within_caps(records: Iterator[Record], params: DataParams, seed: int) -> se
     return set(np.flatnonzero(kept).tolist())
 
 
-def _read(record: Record, channels: int) -> tuple[Record, bytes, tuple[int, int], str]:
-    """Read and decode one record; return it with its bytes, size (height, width), and why it failed or ''."""
+@dataclass(frozen=True)
+class _Read:
+    """A record that was read and decoded: its bytes, size and perceptual hash; or why that failed."""
+
+    record: Record
+    data: bytes = b""
+    height: int = 0
+    width: int = 0
+    hash: int = 0
+    fault: str = ""
+
+
+def _read(record: Record, channels: int) -> _Read:
     if record.split != "unlabeled" and record.label < 0:
-        return record, b"", (0, 0), "without a label: not inside a class folder, or none in its row"
+        return _Read(record, fault="without a label: not inside a class folder, or none in its row")
     try:
         data = record.read()
         if isinstance(data, np.ndarray):
             data = _png(data)
         if not data:
-            return record, b"", (0, 0), "empty"
+            return _Read(record, fault="empty")
         image = decode(data, channels)
-        return record, data, (image.height, image.width), ""
+        return _Read(record, data, image.height, image.width, perceptual_hash(image))
     except Exception as e:  # noqa: BLE001 - decoders of damaged files raise whatever they like
         # PIL's message may name an object's address in memory, which differs from run to run
         reason = "not an image that can be decoded" if "cannot identify" in str(e) else str(e) or type(e).__name__
-        return record, b"", (0, 0), reason
+        return _Read(record, fault=reason)
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -139,14 +163,17 @@ def _store_encoded(
         chosen = (r for i, r in enumerate(records) if wanted is None or i in wanted)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             while chunk := list(itertools.islice(chosen, 1024)):
-                for record, data, (height, width), reason in pool.map(lambda r: _read(r, channels), chunk):
-                    if reason:
-                        unreadable.append({"path": record.path, "reason": reason})
+                for read in pool.map(lambda r: _read(r, channels), chunk):
+                    record = read.record
+                    if read.fault:
+                        unreadable.append({"path": record.path, "reason": read.fault})
                         continue
-                    content.update(hashlib.sha256(data).digest())
+                    digest = hashlib.sha256(read.data).digest()
+                    content.update(digest)
                     row = {"split": record.split, "label": record.label, "path": record.path}
-                    index.append(row | {"height": height, "width": width})
-                    yield data
+                    row |= {"height": read.height, "width": read.width, "content": digest, "hash": read.hash}
+                    index.append(row)
+                    yield read.data
 
     _write_shards(readable(), folder)
     if not index and not unreadable:
@@ -197,17 +224,74 @@ def _check_classes(table: pd.DataFrame, classes: list[str]) -> None:
         )
 
 
-def _split(table: pd.DataFrame, params: DataParams, seed: int) -> None:
-    """Hold out a test part where the source has none, and a validation part, of the labelled training images."""
+def _listed(table: pd.DataFrame, classes: list[str], params: DataParams) -> dict[str, list[np.ndarray]]:
+    """Find the images of the subsets that are given as lists: name → their rows, an array for each list."""
+    paths, splits, labels = table["path"].tolist(), table["split"].tolist(), table["label"].to_numpy()
+    return {
+        name: [read_subset_list(Path(file), paths, labels, splits, classes) for file in files]
+        for name, files in params.few_label_lists.items()
+    }
+
+
+def _still_training(table: pd.DataFrame, rows: np.ndarray, name: str) -> list[int]:
+    """Return the ids of a list's images; raise `LgpError` where one is no training image any more."""
+    gone = [table.at[i, "path"] for i in rows.tolist() if table.at[i, "split"] != "train"]
+    if gone:
+        raise LgpError(
+            f"data.few_label_lists.{name} names {', '.join(gone[:3])}{' and more' if len(gone) > 3 else ''}, dropped as "
+            "also standing in test: take them off the list, or set data.leaks to drop_test"
+        )
+    return rows.tolist()
+
+
+def _split(table: pd.DataFrame, params: DataParams, seed: int, listed: dict[str, list[np.ndarray]]) -> None:
+    """Hold out a test part where the source has none, and a validation part, of the labelled training images.
+
+    Images of published lists are training images, so they stay behind.
+    """
+    kept = np.zeros(len(table), dtype=bool)
+    for rows in itertools.chain.from_iterable(listed.values()):
+        kept[rows] = True
     if not (table["split"] == "test").any():
-        _hold_out(table, params.test_share, seed, "test")
-    _hold_out(table, params.val_share, seed, "val")
+        _hold_out(table, params.test_share, seed, "test", kept)
+    _hold_out(table, params.val_share, seed, "val", kept)
 
 
-def _hold_out(table: pd.DataFrame, share: float, seed: int, name: str) -> None:
+def _hold_out(table: pd.DataFrame, share: float, seed: int, name: str, kept: np.ndarray) -> None:
     train = np.flatnonzero(table["split"] == "train")
-    held = hold_out(table["label"].to_numpy()[train], share, seed, name)
+    held = hold_out(table["label"].to_numpy()[train], share, seed, name, kept[train])
     table.loc[train[held], "split"] = name
+
+
+def _leaks(table: pd.DataFrame, params: DataParams) -> list[Leak]:
+    """Find the test images that also stand elsewhere, and take one of both out where `data.leaks` says so.
+
+    Raises:
+        LgpError: a class is left without a test, or training, image.
+    """
+    is_test = (table["split"] == "test").to_numpy()
+    leaks = find_leaks(
+        table["content"].to_numpy(),
+        table["hash"].to_numpy(dtype=np.uint64),
+        np.flatnonzero(is_test),
+        np.flatnonzero(~is_test),
+        params.near_duplicate_bits,
+    )
+    if params.leaks != "report":
+        part = "test" if params.leaks == "drop_test" else "train"
+        before = set(table.loc[table["split"] == part, "label"])
+        table.loc[[leak.test if part == "test" else leak.learnt for leak in leaks], "split"] = "dropped"
+        if before - set(table.loc[table["split"] == part, "label"]):
+            raise LgpError(
+                f"data.leaks {params.leaks} leaves a class without an image in {part}: lower data.near_duplicate_bits, or "
+                "set data.leaks to report and look at them in metrics/prepare.json"
+            )
+    return leaks
+
+
+def _described(leak: Leak, table: pd.DataFrame) -> dict[str, str]:
+    same = "the same file" if leak.bits == EXACT else f"near, {leak.bits} of 64 bits apart"
+    return {"test": table.at[leak.test, "path"], "also": table.at[leak.learnt, "path"], "how": same}
 
 
 def _all_of_size(table: pd.DataFrame, params: DataParams) -> bool:

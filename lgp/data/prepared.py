@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
 from lgp.errors import LgpError
+from lgp.params import ALL_LABELS
 
 MODES = {1: "L", 3: "RGB"}
 
@@ -158,15 +159,22 @@ class Prepared:
         return np.sort(np.concatenate([self.ids("train"), self.ids("unlabeled")]))
 
     def subsets(self, name: str) -> list[np.ndarray]:
-        """Return the few-label subsets of one share, each a sorted array of ids.
+        """Return the few-label subsets of one name, each a sorted array of ids.
 
         Raises:
-            LgpError: no such share; the message lists those there are.
+            LgpError: no such subsets; the message lists those there are.
         """
         subsets = json.loads((self.folder / "subsets.json").read_text())
         if name not in subsets:
-            raise LgpError(f"no few-label share {name!r}: prepared are {', '.join(subsets)} (data.few_label_shares)")
+            raise LgpError(
+                f"no few-label subsets {name!r}: prepared are {', '.join(subsets)}; add it to data.few_label_shares, "
+                "few_label_shots or few_label_lists and prepare again"
+            )
         return [np.array(ids, dtype=np.int64) for ids in subsets[name]]
+
+    def labelled(self, name: str) -> list[np.ndarray]:
+        """Return the subsets `name`, or the whole training part as the only one for `all`."""
+        return [self.ids("train")] if name == ALL_LABELS else self.subsets(name)
 
     @cached_property
     def _array(self) -> np.ndarray | None:

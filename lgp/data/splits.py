@@ -6,6 +6,7 @@ All choices are per class and seeded, so classes stay balanced and no part depen
 import numpy as np
 
 from lgp.errors import LgpError
+from lgp.params import shot_name
 from lgp.randomness import counted_seed
 
 
@@ -16,7 +17,9 @@ def _shuffled_by_class(labels: np.ndarray, seed: int, *place: str | int) -> list
     return [rng[c].permutation(np.flatnonzero(labels == c)) for c in classes]
 
 
-def hold_out(labels: np.ndarray, share: float, seed: int, name: str) -> np.ndarray:
+def hold_out(
+    labels: np.ndarray, share: float, seed: int, name: str, kept: np.ndarray | None = None
+) -> np.ndarray:
     """Choose a stratified held-out part.
 
     Args:
@@ -24,18 +27,26 @@ def hold_out(labels: np.ndarray, share: float, seed: int, name: str) -> np.ndarr
         share: of each class, rounded; at least one image is held out and at least one stays behind.
         seed: the run's seed.
         name: of the part; parts of other names are drawn independently.
+        kept: (N,) bool, images that must stay behind; none unless given.
 
     Returns:
         (N,) bool, True where held out.
 
     Raises:
-        LgpError: a class has fewer than two images.
+        LgpError: a class has too few images, or too few that need not stay behind.
     """
     held = np.zeros(len(labels), dtype=bool)
     for c, positions in enumerate(_shuffled_by_class(labels, seed, "split", name)):
         if len(positions) < 2:
             raise LgpError(f"class number {c} has {len(positions)} image(s), too few to hold one out for {name}")
-        held[positions[: min(max(1, round(share * len(positions))), len(positions) - 1)]] = True
+        wanted = min(max(1, round(share * len(positions))), len(positions) - 1)
+        free = positions if kept is None else positions[~kept[positions]]
+        if not len(free):
+            raise LgpError(
+                f"class number {c}: the lists of data.few_label_lists name all its {len(positions)} images, none is left "
+                f"to hold out for {name}"
+            )
+        held[free[:wanted]] = True
     return held
 
 
@@ -49,26 +60,40 @@ def cap(labels: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
 
 
 def few_label_subsets(
-    labels: np.ndarray, shares: dict[str, float], subsets: int, seed: int
+    labels: np.ndarray, shares: dict[str, float], shots: list[int], subsets: int, seed: int, classes: list[str]
 ) -> dict[str, list[list[int]]]:
-    """Draw class-balanced few-label subsets, nested: a smaller share lies within every larger one.
+    """Draw class-balanced few-label subsets, nested: a smaller one lies within every larger one.
 
-    Every class gets the same number of images, `share × N / classes` rounded, at least one (a class that
-    has fewer gives all it has).
+    Every class gets the same number of images: of a share `share × N / classes` rounded, at least one (a class that has
+    fewer gives all it has), of a shot just that many.
 
     Args:
         labels: (N,) class indices of the labelled training images.
         shares: name → share of N, e.g. `{"1pct": 0.01}`.
+        shots: images of each class; a shot of 5 is named `5shot`.
         subsets: how many independent draws.
         seed: the run's seed.
+        classes: class names.
 
     Returns:
         name → one sorted list of positions into `labels` per draw.
+
+    Raises:
+        LgpError: a class has fewer images than a shot asks for; names them.
     """
-    classes = int(labels.max()) + 1
+    found = np.bincount(labels, minlength=len(classes))
+    for shot in shots:
+        scarce = [f"{name} ({count})" for name, count in zip(classes, found.tolist(), strict=True) if count < shot]
+        if scarce:
+            raise LgpError(
+                f"data.few_label_shots asks for {shot} images of each class, fewer are in the training part of "
+                f"{', '.join(scarce)}: lower it, or add images"
+            )
+    per_class = {name: max(1, round(share * len(labels) / len(classes))) for name, share in shares.items()}
+    per_class |= {shot_name(shot): shot for shot in shots}
     drawn = [_shuffled_by_class(labels, seed, "few-label", s) for s in range(subsets)]
-    result = {}
-    for name, share in shares.items():
-        per_class = max(1, round(share * len(labels) / classes))
-        result[name] = [sorted(int(i) for of_class in d for i in of_class[:per_class]) for d in drawn]
-    return result
+    return {
+        name: [sorted(int(i) for of_class in d for i in of_class[:number]) for d in drawn]
+        for name, number in per_class.items()
+    }
+

@@ -1,25 +1,82 @@
-"""What an evaluation yields."""
+"""What an evaluation yields: flat metrics, and a prediction for each test image and subset."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
+from sklearn.metrics import top_k_accuracy_score
+
+from lgp.evaluate.statistics import calibration_error, mean_std_ci95
 
 Metrics = Mapping[str, float]
+
+TOP5_FROM = 10  # classes from which on top-5 says something
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Flat metrics of one task, in percent, and a row per test image (and subset) with the prediction."""
 
-    metrics: Metrics
+    metrics: dict[str, float]
     predictions: pd.DataFrame
 
 
 @dataclass(frozen=True)
-class ArmResults:
-    """Metrics of one arm: of the linear task, and of each few-label share by name."""
+class Predicted:
+    """Probabilities (N, classes) of a classifier on val and on test, with labels and ids of the images."""
 
-    arm: str
-    linear: Metrics
-    fewshot: Mapping[str, Metrics]
+    probabilities: Mapping[str, np.ndarray]
+    labels: Mapping[str, np.ndarray]
+    ids: Mapping[str, np.ndarray]
+
+    def scores(self) -> dict[str, float]:
+        """Return top-1 on test and val, and on test top-5 (of ten classes or more) and the calibration error."""
+        test, labels = self.probabilities["test"], self.labels["test"]
+        scores = {f"{s}/top1": percent(self.probabilities[s].argmax(1) == self.labels[s]) for s in ("test", "val")}
+        classes = test.shape[1]
+        if classes >= TOP5_FROM:
+            top5 = top_k_accuracy_score(labels, test, k=5, labels=np.arange(classes))
+            scores["test/top5"] = round(100 * float(top5), 4)
+        return scores | {"test/ece": round(calibration_error(test, labels), 4)}
+
+    def table(self, subset: int) -> pd.DataFrame:
+        """Return a row per test image: subset, id, label, prediction, confidence."""
+        test = self.probabilities["test"]
+        return pd.DataFrame(
+            {
+                "subset": subset,
+                "id": self.ids["test"],
+                "label": self.labels["test"],
+                "prediction": test.argmax(1).astype(np.int64),
+                "confidence": test.max(1).astype(np.float32),
+            }
+        )
+
+
+def over_subsets(of_subset: Sequence[Predicted], labels: int) -> Outcome:
+    """Sum up the same task over subsets of labels: mean, standard deviation and 95 % interval of every score.
+
+    Args:
+        of_subset: a trained classifier's predictions, one per subset.
+        labels: labelled images in each.
+    """
+    scores = [predicted.scores() for predicted in of_subset]
+    metrics: dict[str, float] = {}
+    for name in scores[0]:
+        values = [score[name] for score in scores]
+        if len(values) == 1:
+            metrics[name] = values[0]
+            continue
+        mean, std, ci95 = mean_std_ci95(values)
+        metrics |= {name: round(mean, 4), f"{name}_std": round(std, 4), f"{name}_ci95": round(ci95, 4)}
+    if len(scores) > 1:
+        metrics |= {f"test/top1_subset{number}": score["test/top1"] for number, score in enumerate(scores)}
+    metrics |= {"labels": float(labels), "subsets": float(len(scores))}
+    tables = [predicted.table(number) for number, predicted in enumerate(of_subset)]
+    return Outcome(metrics, pd.concat(tables, ignore_index=True))
+
+
+def percent(correct: np.ndarray) -> float:
+    """Return the share of True in percent."""
+    return round(100 * float(np.mean(correct)), 4)

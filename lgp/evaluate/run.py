@@ -1,26 +1,52 @@
-"""An evaluation as a stage: features of an arm's encoder in, metrics, predictions and a picture out."""
+"""An evaluation as a stage: an arm's features from the cache in, metrics, predictions and pictures out."""
 
+import os
+from hashlib import sha256
 from pathlib import Path
 
-from lgp.checkpoint import check_input_size, load_encoder
+import torch
+
+from lgp.checkpoint import CONFIG, WEIGHTS, check_input_size, load_encoder, read_config
 from lgp.data.prepared import Prepared
-from lgp.device import choose_device
-from lgp.evaluate.features import Features, class_token_of
+from lgp.evaluate.cache import FeatureCache, Features, FeatureSource
+from lgp.evaluate.features import Encode, by_block_of
 from lgp.evaluate.outcome import Outcome
-from lgp.params import RunParams
+from lgp.params import FeatureParams, Params
 from lgp.stage import StageRun, encoder_digest
 
+CACHE = Path(".lgp") / "features"
 
-def encoder_features(folder: Path, data: Prepared, settings: RunParams) -> Features:
-    """Extract the features of the encoder in `folder` for train, val and test."""
+
+def feature_cache(params: Params) -> FeatureCache:
+    """Open the cache of this project."""
+    return FeatureCache(Path(os.environ.get("DVC_ROOT", ".")) / CACHE, params.features, params.run.feature_cache_gib)
+
+
+def encoder_source(folder: Path, params: FeatureParams, device: torch.device) -> FeatureSource:
+    """Describe the features of the encoder in `folder`."""
+    depth = int(read_config(folder)["model_args"]["depth"])
+    blocks = depth if params.by_depth else params.blocks
+    parts = [(folder / name).read_bytes() for name in (WEIGHTS, CONFIG)] + [f"{params.pool} {blocks} {device.type}".encode()]
+    digest = sha256(b"".join(sha256(part).digest() for part in parts)).hexdigest()
+    return FeatureSource(digest, blocks, lambda: by_block_of(load_encoder(folder), params.pool, blocks, device))
+
+
+def encoder_features(folder: Path, data: Prepared, params: Params, device: torch.device) -> Features:
+    """Return the features of the encoder in `folder` for train, val and test."""
     check_input_size(folder, data)
-    return Features.of(class_token_of(load_encoder(folder), choose_device(settings)), data)
+    return feature_cache(params).features(encoder_source(folder, params.features, device), data)
+
+
+def live_features_of(folder: Path, params: FeatureParams, device: torch.device) -> Encode:
+    """Return the function that computes what `Features.x` holds, (B, D), of any images."""
+    encode = by_block_of(load_encoder(folder), params.pool, params.blocks, device)
+    return lambda images: encode(images).flatten(1)
 
 
 def publish_outcome(
     run: StageRun, encoder: Path, metrics: Path, predictions: Path, outcome: Outcome, data: Prepared
 ) -> None:
-    """Write the metric file and the predictions, and track both, with the confusion matrix as a picture.
+    """Write the metric file and the predictions, and track both, with confusion and accuracy per class as pictures.
 
     The metrics name the encoder by its digest, so that they differ wherever it does.
     """

@@ -1,0 +1,101 @@
+"""Few-label subsets as published: a file with the path or name of one image a line, with or without its label."""
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lgp.errors import LgpError
+
+SHOWN = 5  # names in a message
+
+
+def read_subset_list(
+    path: Path, paths: Sequence[str], labels: np.ndarray, splits: Sequence[str], classes: Sequence[str]
+) -> np.ndarray:
+    """Read a list and find its images.
+
+    A name fits an image whose path ends in it, at a folder's boundary. A label, behind blanks or a comma, is a class
+    name or its number, and must be the image's.
+
+    Args:
+        path: of the list.
+        paths: of all images, within their source.
+        labels: (N,) their class indices.
+        splits: of each, as the source has it: `train`, `test`, `unlabeled`.
+        classes: class names.
+
+    Returns:
+        Sorted positions, one for each line.
+
+    Raises:
+        LgpError: the file is missing or empty, a line without a name, names that are unknown, ambiguous, repeated or not of
+            training images, labels that are others than the images', classes without an image; names them.
+    """
+    file = Path(os.environ.get("DVC_ROOT", ".")) / path.expanduser()
+    try:
+        lines = [(number, line.strip()) for number, line in enumerate(file.read_text().splitlines(), 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise LgpError(
+            f"cannot read the list of images {file.absolute()} ({getattr(e, 'strerror', 'not text')}): mend "
+            "data.few_label_lists"
+        ) from None
+    if not lines:
+        raise LgpError(f"{path} names no image: give one path or file name a line")
+    found, faults = _look_up(lines, paths, labels, classes)
+    counts = np.bincount(found, minlength=len(paths)) if found else np.zeros(len(paths), dtype=np.int64)
+    faults["repeated"] = [paths[i] for i in np.flatnonzero(counts > 1)]
+    faults["not of the training part"] = [f"{paths[i]} ({splits[i]})" for i in sorted(set(found)) if splits[i] != "train"]
+    if not any(faults.values()):
+        given = set(labels[found].tolist())
+        faults["classes without an image"] = [name for label, name in enumerate(classes) if label not in given]
+    if any(faults.values()):
+        said = "; ".join(f"{what}: {_few(names)}" for what, names in faults.items() if names)
+        raise LgpError(f"{path} does not fit the images of data.source: {said}: mend the list")
+    return np.array(sorted(found), dtype=np.int64)
+
+
+def _look_up(
+    lines: list[tuple[int, str]], paths: Sequence[str], labels: np.ndarray, classes: Sequence[str]
+) -> tuple[list[int], dict[str, list[str]]]:
+    by_name: dict[str, list[int]] = defaultdict(list)
+    for i, image in enumerate(paths):
+        by_name[image.rsplit("/", 1)[-1]].append(i)
+
+    def fitting(name: str) -> list[int]:
+        return [i for i in by_name[name.rsplit("/", 1)[-1]] if f"/{paths[i]}".endswith(f"/{name}")]
+
+    found: list[int] = []
+    faults: dict[str, list[str]] = {
+        "lines without a name": [],
+        "unknown": [],
+        "fitting several images": [],
+        "another label than the image's": [],
+    }
+    for number, line in lines:
+        name, label = line, ""
+        fits = fitting(line)
+        if not fits:  # a name may hold blanks
+            name, _, label = (part.strip() for part in line.replace(",", " ").rpartition(" "))
+            fits = fitting(name) if name else []
+        if not name:
+            known = fitting(label)
+            if known:
+                fits, name, label = known, label, ""
+            elif label in classes or label.isdecimal():
+                faults["lines without a name"].append(f"line {number}")
+                continue
+        if len(fits) != 1:
+            faults["fitting several images" if fits else "unknown"].append(line)
+            continue
+        i = fits[0]
+        if label and label not in (classes[labels[i]], str(labels[i])):
+            faults["another label than the image's"].append(f"{line} (the image's is {classes[labels[i]]})")
+        found.append(i)
+    return found, faults
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

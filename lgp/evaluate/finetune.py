@@ -1,0 +1,261 @@
+"""Fine-tuning: the whole encoder learns on with labels, all of them or few.
+
+The recipe is MAE's (He et al. 2022, appendix A.1, table 9), which LGP takes over with rates and layer decay of its own; all
+its parts are timm's. With `from_first_fc` the classifier sits on the first layer of the contrastive projector, as LGP does
+at 10 % of labels.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import Mixup
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+
+from lgp.checkpoint import StateStore, load_encoder, load_heads, read_config
+from lgp.data.loading import Batch, StepCrops
+from lgp.data.prepared import MODES, Prepared
+from lgp.device import choose_device, choose_precision, place
+from lgp.distributed import WorkerDone, joined, rank, world_size
+from lgp.engine import Epoch, Observer, Trainer
+from lgp.errors import LgpError
+from lgp.evaluate.features import extract
+from lgp.evaluate.outcome import Outcome, Predicted, over_subsets
+from lgp.optim import adamw, peak_rate, warmup_cosine
+from lgp.params import FineTuneParams, Params
+from lgp.randomness import seeded
+
+BETAS = (0.9, 0.999)  # MAE, table 9
+FIRST_FC = "projector.0.weight"
+
+
+@dataclass(frozen=True)
+class _OfSubset:
+    """An observer's view of one of several trainings in a row: its epochs follow those of the subsets before."""
+
+    observer: Observer
+    before: int
+
+    def log_epoch(self, values: Epoch) -> None:
+        self.observer.log_epoch(values | {"epoch": values["epoch"] + self.before})
+
+
+class _LabelledCrops(StepCrops):
+    """Crops of labelled images, with RandAugment on each."""
+
+    def __init__(self, data: Prepared, params: FineTuneParams, batch_size: int, seed: int, name: str, ids: np.ndarray):
+        super().__init__(data, params.views, 1, batch_size, seed, name, ids)
+        # pixels that a rotation or shift leaves empty take the mean colour
+        colour = tuple(round(255 * mean) for mean in (data.mean * 3)[:3])
+        given, shift = params.rand_augment, round(0.45 * data.image_size)  # as timm's own pipeline has it
+        self.augment = rand_augment_transform(given, {"img_mean": colour, "translate_const": shift}) if given else None
+
+    def __getitem__(self, step: int) -> Tensor:
+        crops = super().__getitem__(step)
+        if self.augment is None:
+            return crops
+        mode = MODES[self.data.channels]
+        for row, crop in enumerate(crops[:, 0], start=self.rows.start):
+            image = Image.fromarray(crop.permute(1, 2, 0).squeeze(-1).numpy()).convert("RGB")
+            with seeded(self.seed, f"{self.name}/rand_augment", step, row):
+                augmented = self.augment(image).convert(mode)
+            crops[row - self.rows.start, 0] = torch.from_numpy(np.atleast_3d(np.array(augmented))).permute(2, 0, 1)
+        return crops
+
+    def labels(self, batch: Batch) -> Tensor:
+        """Return the labels of a batch's images, (rows,)."""
+        return torch.from_numpy(self.data.labels[self.ids_of(batch.step)[batch.rows]])
+
+
+def recipe_for(labels: str, params: Params) -> FineTuneParams:
+    """Return the recipe `finetune.LABELS`; raise `LgpError` where there is none, naming those there are."""
+    if labels not in params.finetune:
+        raise LgpError(
+            f"there is no recipe finetune.{labels}, only {', '.join(params.finetune) or 'none'}: add it to the parameters"
+        )
+    return params.finetune[labels]
+
+
+def finetune(
+    arm: Path,
+    data: Prepared,
+    subsets: list[np.ndarray],
+    settings: FineTuneParams,
+    params: Params,
+    store: StateStore,
+    observer: Observer,
+) -> Outcome:
+    """Fine-tune an arm's encoder on each subset of labelled images, each time from the arm's weights.
+
+    Each subset has its own resume state: a finished one is not trained again.
+
+    Args:
+        arm: its folder, with `encoder/`, and heads for `from_first_fc`.
+        data: prepared images.
+        subsets: arrays of image ids, all within the training part; a single one for all labels.
+        settings: the recipe.
+        params: all parameters, of which seed and `run` are read.
+        store: of resume states.
+        observer: told of epochs, numbered on over the subsets.
+
+    Raises:
+        LgpError: `from_first_fc` with an arm that has no contrastive projector, a batch that cannot be shared, and all
+            that the training of an arm raises.
+    """
+    device = choose_device(params.run)
+    first_fc = _first_fc(arm) if settings.from_first_fc else None
+    predicted, flops = [], 0
+    with joined("finetune", device):
+        for number, ids in enumerate(subsets):
+            told = _OfSubset(observer, number * settings.epochs)
+            # the name gives each subset draws of its own
+            model, of_training = _fit(
+                f"finetune/{number}", arm, first_fc, data, ids, settings, params, store.part(f"subset{number}"), told, device
+            )  # fmt: skip
+            flops += of_training
+            if rank() == 0:
+                predicted.append(_predict(model, data, device))
+        if rank() > 0:
+            raise WorkerDone
+    outcome = over_subsets(predicted, len(subsets[0]))
+    return Outcome(outcome.metrics | {"train/pflop": round(flops / 1e15, 9)}, outcome.predictions)
+
+
+def _fit(
+    name: str,
+    arm: Path,
+    first_fc: Tensor | None,
+    data: Prepared,
+    ids: np.ndarray,
+    settings: FineTuneParams,
+    params: Params,
+    store: StateStore,
+    observer: Observer,
+    device: torch.device,
+) -> tuple[nn.Module, int]:
+    """Train on one subset; return the classifier and the FLOPs it took."""
+    classes = len(data.classes)
+    with seeded(params.seed, f"{name}/init"):
+        model = build_classifier(arm / "encoder", classes, settings, first_fc)
+    precision = choose_precision(params.run, device, model.embed_dim)
+    place(model, device, precision)
+    batch_size = batch_size_for(len(ids), settings, world_size())
+    crops = _LabelledCrops(data, settings, batch_size, params.seed, name, ids)
+    crops.share(rank(), world_size())
+    rate, steps = peak_rate(settings.base_lr, batch_size), settings.epochs * crops.steps_per_epoch
+    optimizer = adamw(layer_decayed_groups(model, rate, settings), BETAS)
+    schedule = warmup_cosine(optimizer, steps, min(round(settings.warmup_epochs * crops.steps_per_epoch), steps - 1))
+    mix = Mixup(settings.mixup, settings.cutmix, label_smoothing=settings.label_smoothing, num_classes=classes)
+    erase = RandomErasing(settings.random_erasing, mode="pixel", device=device.type)
+
+    def loss_of(batch: Batch) -> Tensor:
+        images, labels = data.normalize(batch.crops[:, 0]), crops.labels(batch).to(device)
+        # what is mixed with what, and which blocks are dropped, differs between processes
+        with seeded(params.seed, f"{name}/step", batch.step, batch.rows.start):
+            if settings.random_erasing:
+                images = erase(images)
+            if settings.mixup or settings.cutmix:
+                images, labels = mix(images, labels)
+                return F.cross_entropy(model(images), labels)  # of soft labels, already smoothed
+            return F.cross_entropy(model(images), labels, label_smoothing=settings.label_smoothing)
+
+    trainer = Trainer(
+        "finetune", model, loss_of, crops, optimizer, schedule, settings.epochs, device, precision, params.run, store,
+        observer,
+    )  # fmt: skip
+    return model, trainer.fit().train_flops
+
+
+def batch_size_for(images: int, settings: FineTuneParams, processes: int) -> int:
+    """Return `finetune.batch_size`, or the most that so few images fill: each process the same, and mixup an even number.
+
+    Raises:
+        LgpError: the images cannot be shared among the processes.
+    """
+    part = processes * (2 if settings.mixup or settings.cutmix else 1)
+    batch_size = min(settings.batch_size, images) // part * part
+    if not batch_size:
+        raise LgpError(
+            f"{images} labelled images cannot be cut into {part} equal parts ({processes} processes, and mixup takes an "
+            "even number each): lower run.processes"
+        )
+    return batch_size
+
+
+def build_classifier(
+    encoder: Path, classes: int, settings: FineTuneParams, first_fc: Tensor | None = None
+) -> VisionTransformer:
+    """Build timm's classifier on the weights of an encoder folder.
+
+    With `average` the patches are pooled before a norm of its own, as in MAE; the encoder's final norm is left out.
+
+    Args:
+        encoder: its folder.
+        classes: of the head, which starts near zero (N(0, (2e-5)²), MAE's released code).
+        settings: pooling and drop path.
+        first_fc: (hidden, width), put before the head where given.
+    """
+    config = read_config(encoder)
+    model: VisionTransformer = timm.create_model(
+        config["architecture"],
+        num_classes=classes,
+        global_pool="token" if settings.pool == "class_token" else "avg",
+        drop_path_rate=settings.drop_path,
+        **config["model_args"],
+    )
+    missing, unexpected = model.load_state_dict(load_encoder(encoder).state_dict(), strict=False)
+    assert all(name.startswith(("head.", "fc_norm.")) for name in missing), missing
+    assert all(name.startswith("norm.") for name in unexpected), unexpected
+    if first_fc is not None:
+        layer = nn.Linear(first_fc.shape[1], first_fc.shape[0], bias=False)
+        layer.weight.data.copy_(first_fc)
+        model.head = nn.Sequential(layer, nn.Linear(first_fc.shape[0], classes))
+    head = model.head if first_fc is None else model.head[1]
+    nn.init.trunc_normal_(head.weight, std=2e-5)
+    nn.init.zeros_(head.bias)
+    return model
+
+
+def layer_decayed_groups(model: VisionTransformer, rate: float, settings: FineTuneParams) -> list[dict[str, Any]]:
+    """Group a classifier's parameters by layer: timm's layer decay, each group with its own rate.
+
+    Biases, norms, class token and positions are not weight-decayed, as in MAE.
+    """
+    groups = param_groups_layer_decay(
+        model, settings.weight_decay, model.no_weight_decay(), layer_decay=settings.layer_decay
+    )
+    return [
+        {"params": group["params"], "weight_decay": group["weight_decay"], "lr": rate * group["lr_scale"]}
+        for group in groups
+    ]
+
+
+def _first_fc(arm: Path) -> Tensor:
+    heads = load_heads(arm)
+    found = [tensor for name, tensor in heads.items() if f".{name}".endswith(f".{FIRST_FC}")]
+    if not found:
+        raise LgpError(
+            f"finetune.from_first_fc needs the first layer of a contrastive projector, which {arm} has not: set it to "
+            "false, or fine-tune an arm that was trained contrastively (cl, graft)"
+        )
+    return found[0]
+
+
+def _predict(model: nn.Module, data: Prepared, device: torch.device) -> Predicted:
+    """Return probabilities on val and test, of whole images."""
+    model.eval()
+    ids = {split: data.ids(split) for split in ("val", "test")}
+    probabilities = {
+        split: extract(lambda images: model(images.to(device)).float().softmax(1), data, of_split)
+        for split, of_split in ids.items()
+    }
+    return Predicted(probabilities, {split: data.labels[i] for split, i in ids.items()}, ids)

@@ -1,0 +1,108 @@
+"""Evaluation with all labels: the linear probe and k-NN, and k-NN after each block."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lgp.checkpoint import StateStore
+from lgp.data.loading import Batch, StepCrops
+from lgp.data.prepared import Prepared
+from lgp.device import choose_precision, place
+from lgp.engine import Observer, Trainer
+from lgp.errors import LgpError
+from lgp.evaluate.cache import Features
+from lgp.evaluate.features import Encode
+from lgp.evaluate.knn import knn_predict
+from lgp.evaluate.outcome import Outcome, Predicted, over_subsets, percent
+from lgp.evaluate.probe import LinearHeads, choose_head, head_settings, train_heads
+from lgp.optim import warmup_cosine
+from lgp.params import LinearParams, Params, RunParams, ViewParams
+from lgp.randomness import generator
+
+
+def evaluate_linear(
+    features: Features, params: LinearParams, seed: int, device: torch.device, settings: RunParams
+) -> Outcome:
+    """Train all heads on cached features, take the best on val; k-NN beside it."""
+    heads = _heads(features, params, seed)
+    precision = choose_precision(settings, device, features.x["train"].shape[1])
+    place(heads, device, precision)
+    x, y = features.x["train"], features.y["train"]
+    train_heads(heads, x, y, params.epochs, _batch_size(params, len(x)), seed, precision)
+    return _outcome(heads, features, params, device)
+
+
+def evaluate_linear_augmented(
+    features: Features,
+    encode: Encode,
+    data: Prepared,
+    params: Params,
+    device: torch.device,
+    store: StateStore,
+    observer: Observer,
+) -> Outcome:
+    """Train all heads on the features of random crops and flips, as published; the rest as `evaluate_linear`.
+
+    Args:
+        features: of whole images, to choose and to test on.
+        encode: normalised images (B, C, S, S) → features (B, D), the same that `features` are made by.
+        data: prepared images.
+        params: all parameters.
+        device: where to train.
+        store: of resume states.
+        observer: told of epochs.
+    """
+    linear = params.linear
+    heads = _heads(features, linear, params.seed)
+    precision = choose_precision(params.run, device, features.x["train"].shape[1])
+    place(heads, device, precision)
+    views = ViewParams(crop_scale_min=linear.crop_scale_min, flip_p=linear.flip_p)
+    ids = features.ids["train"]
+    crops = StepCrops(data, views, 1, _batch_size(linear, len(ids)), params.seed, "linear", ids)
+    labels = torch.from_numpy(data.labels).to(device)
+
+    def loss_of(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            seen = encode(data.normalize(batch.crops[:, 0]))
+        return heads.loss(seen, labels[torch.from_numpy(crops.ids_of(batch.step)[batch.rows]).to(device)])
+
+    optimizer, steps = heads.optimizer(), linear.epochs * crops.steps_per_epoch
+    schedule = warmup_cosine(optimizer, steps, 0)
+    Trainer(
+        "linear", heads, loss_of, crops, optimizer, schedule, linear.epochs, device, precision, params.run, store, observer
+    ).fit()  # fmt: skip
+    return _outcome(heads, features, linear, device)
+
+
+def _heads(features: Features, params: LinearParams, seed: int) -> LinearHeads:
+    images, width = features.x["train"].shape
+    settings = head_settings(params, _batch_size(params, images))
+    return LinearHeads(width, features.classes, settings, params.batch_norm, generator(seed, "linear/init"))
+
+
+def _batch_size(params: LinearParams, images: int) -> int:
+    """Return `linear.batch_size`, or all images where there are fewer."""
+    return min(params.batch_size, images)
+
+
+def _outcome(heads: LinearHeads, features: Features, params: LinearParams, device: torch.device) -> Outcome:
+    chosen = choose_head(heads, params, features.x["val"], features.y["val"])
+    if chosen.val < 0:
+        raise LgpError("linear: the weights of every head stopped being finite: lower linear.base_lrs")
+    held_out = ("val", "test")
+    probabilities = {s: F.softmax(heads.logits(features.x[s], chosen.head), dim=1).numpy() for s in held_out}
+    predicted = Predicted(probabilities, features.y, features.ids)
+    outcome = over_subsets([predicted], len(features.y["train"]))
+    knn = {f"{split}/knn_top1": _knn(features, split, -1, params, device) for split in ("test", "val")}
+    depth = len(features.by_block["train"])
+    by_depth = {f"test/knn_top1_block{b}": _knn(features, "test", b, params, device) for b in range(depth) if depth > 1}
+    picked = {"base_lr": chosen.base_lr, "weight_decay": chosen.weight_decay}
+    return Outcome(outcome.metrics | knn | by_depth | picked, outcome.predictions)
+
+
+def _knn(features: Features, split: str, block: int, params: LinearParams, device: torch.device) -> float:
+    """Return k-NN accuracy in percent after a block, or of the chosen blocks together (-1)."""
+    train, queries = (features.x[s] if block < 0 else features.by_block[s][block] for s in ("train", split))
+    k, temperature = params.knn_k, params.knn_temperature
+    predicted = knn_predict(train, features.y["train"], queries, features.classes, k, temperature, device)
+    return percent(predicted == features.y[split])
