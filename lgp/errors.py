@@ -18,10 +18,13 @@ def is_disk_full(error: OSError) -> bool:
 
 
 def check_disk_space(folder: Path, needed_bytes: int) -> None:
-    """Raise `LgpError` where the disk of `folder` has less than `needed_bytes` free."""
+    """Raise `LgpError` where the disk of `folder`, which need not be there yet, has less than `needed_bytes` free."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise LgpError(
-            f"disk full: {folder.absolute()} has {free / 2**20:.0f} MiB free, this needs about "
+            f"disk full: {folder} has {free / 2**20:.0f} MiB free, this needs about "
             f"{needed_bytes / 2**20:.0f} MiB for its state and results: free some space and run again"
         )

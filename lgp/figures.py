@@ -33,6 +33,7 @@ def plot_label_efficiency(path: Path, table: pd.DataFrame, classes: int) -> None
                 color=COLOURS.get(str(arm)),
             )
     axes.set(xscale="log", xlabel="labels per class", ylabel="test top-1, %")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=DPI)
@@ -78,7 +79,7 @@ def plot_mistakes(
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.25 * columns, 1.65 * rows + 0.4), layout="constrained")
     figure.suptitle(f"Most confident mistakes of {arm}, linear probe")
-    all_axes = figure.subplots(rows, columns, squeeze=False).flat
+    all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in all_axes:
         axes.axis("off")
     for axes, image, row in zip(all_axes, images, mistakes.itertuples(), strict=False):

@@ -9,8 +9,10 @@ import pytest
 import torch
 import yaml
 
+from lgp.checkpoint import save_encoder
 from lgp.data.prepare import prepare
 from lgp.data.prepared import Prepared
+from lgp.models.vit import build_encoder
 from lgp.params import Params
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +29,8 @@ SMALL = {
     "graft": {"epochs": 2, "warmup_epochs": 1, "scratch_end": {"lower_blocks": 2}, "cl_end": {"lower_blocks": 2}},
     "joint": {"epochs": 2, "warmup_epochs": 1},
     "reverse": {"epochs": 2, "warmup_epochs": 1},
+    "linear": {"epochs": 10},
+    "finetune": {"10pct": {"epochs": 2, "warmup_epochs": 1}},
     "run": {"device": "cpu", "print_every_s": 1000},
 }
 
@@ -65,6 +69,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     small = merged(yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text()), SMALL)
     prepare(Params.model_validate(small).data, 0, folder)
     return Prepared(folder)
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The encoder folder of an arm whose encoder is small and untrained."""
+    small = Params.model_validate(merged(yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text()), SMALL))
+    folder = tmp_path_factory.mktemp("arm") / "encoder"
+    torch.manual_seed(0)
+    save_encoder(folder, build_encoder(small.model, small.data), small.model, small.data, prepared, {"metrics": {}})
+    return folder
 
 
 @pytest.fixture(autouse=True)

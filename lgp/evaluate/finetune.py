@@ -5,6 +5,8 @@ its parts are timm's. With `from_first_fc` the classifier sits on the first laye
 at 10 % of labels.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import RandAugment, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
@@ -54,10 +56,7 @@ class _LabelledCrops(StepCrops):
 
     def __init__(self, data: Prepared, params: FineTuneParams, batch_size: int, seed: int, name: str, ids: np.ndarray):
         super().__init__(data, params.views, 1, batch_size, seed, name, ids)
-        # pixels that a rotation or shift leaves empty take the mean colour
-        colour = tuple(round(255 * mean) for mean in (data.mean * 3)[:3])
-        given, shift = params.rand_augment, round(0.45 * data.image_size)  # as timm's own pipeline has it
-        self.augment = rand_augment_transform(given, {"img_mean": colour, "translate_const": shift}) if given else None
+        self.augment = _rand_augment(params.rand_augment, data) if params.rand_augment else None
 
     def __getitem__(self, step: int) -> Tensor:
         crops = super().__getitem__(step)
@@ -74,6 +73,21 @@ class _LabelledCrops(StepCrops):
     def labels(self, batch: Batch) -> Tensor:
         """Return the labels of a batch's images, (rows,)."""
         return torch.from_numpy(self.data.labels[self.ids_of(batch.step)[batch.rows]])
+
+
+def _rand_augment(description: str, data: Prepared) -> RandAugment:
+    # pixels that a rotation or shift leaves empty take the mean colour; both as in timm's own pipeline
+    colour, shift = tuple(round(255 * mean) for mean in (data.mean * 3)[:3]), round(0.45 * data.image_size)
+    augment: RandAugment = rand_augment_transform(description, {"img_mean": colour, "translate_const": shift})
+    for operation in augment.ops:
+        if operation.name.startswith("Posterize"):
+            # at full strength timm asks for 0 bits, Pillow refuses less than 1
+            operation.level_fn = functools.partial(_one_bit_or_more, operation.level_fn)
+    return augment
+
+
+def _one_bit_or_more(bits_of: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
+    return (max(bits_of(level, hparams)[0], 1),)
 
 
 def recipe_for(labels: str, params: Params) -> FineTuneParams:
@@ -228,7 +242,8 @@ def build_classifier(
 def layer_decayed_groups(model: VisionTransformer, rate: float, settings: FineTuneParams) -> list[dict[str, Any]]:
     """Group a classifier's parameters by layer: timm's layer decay, each group with its own rate.
 
-    Biases, norms, class token and positions are not weight-decayed, as in MAE.
+    The head takes `rate`, the last block `layer_decay` times it, and so on down; the final norm goes with the last block
+    (in MAE's released code with the head). Biases, norms, class token and positions are not weight-decayed, as in MAE.
     """
     groups = param_groups_layer_decay(
         model, settings.weight_decay, model.no_weight_decay(), layer_decay=settings.layer_decay

@@ -73,8 +73,8 @@ class LinearHeads(nn.Module):
         self.classes, self.settings = classes, list(settings)
         rates, decays = (torch.tensor(values, dtype=torch.float64) for values in zip(*settings, strict=True))
         self.rate = float(rates.max())
-        self.register_buffer("share", (rates / self.rate).float())
-        self.register_buffer("pull", (rates / self.rate * decays / 2).float())
+        self.register_buffer("share", rates / self.rate)
+        self.register_buffer("pull", rates / self.rate * decays / 2)
         self.decayed = bool(decays.any())
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if batch_norm else nn.Identity()
         start = 0.01 * torch.randn(width, classes, generator=rng)
@@ -88,10 +88,11 @@ class LinearHeads(nn.Module):
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of the heads' losses, to be trained by SGD with the rate `self.rate`."""
-        loss = cross_entropy_of_heads(self(features), labels) @ self.share
+        losses = cross_entropy_of_heads(self(features), labels)
+        loss = losses @ self.share.to(losses.dtype)
         if self.decayed:
             for weights in (self.weight, self.bias):
-                loss = loss + (weights.view(-1, len(self.settings)).square() @ self.pull).sum()
+                loss = loss + (weights.view(-1, len(self.settings)).square() @ self.pull.to(weights.dtype)).sum()
         return loss
 
     def optimizer(self) -> SGD:

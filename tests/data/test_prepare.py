@@ -258,7 +258,7 @@ def test_preparing_twice_gives_the_same_digest_and_another_seed_another(tmp_path
 
 
 def test_unknown_share_names_those_there_are(prepared: Prepared) -> None:
-    with pytest.raises(LgpError, match=r"no few-label share '5pct': prepared are 1pct, 10pct"):
+    with pytest.raises(LgpError, match=r"no few-label subsets '5pct': prepared are 1pct, 10pct"):
         prepared.subsets("5pct")
 
 

@@ -7,6 +7,7 @@ from lgp.data.splits import cap, few_label_subsets, hold_out
 from lgp.errors import LgpError
 
 LABELS = np.repeat(np.arange(5), [100, 50, 200, 7, 60])
+CLASSES = list("abcde")
 
 
 def test_held_out_part_is_stratified_and_seeded() -> None:
@@ -28,9 +29,10 @@ def test_holding_out_leaves_and_takes_at_least_one() -> None:
 
 
 def test_subsets_are_balanced_nested_and_distinct() -> None:
-    subsets = few_label_subsets(LABELS, {"10pct": 0.1, "1pct": 0.01}, 5, 0)
-    for small, large in zip(subsets["1pct"], subsets["10pct"], strict=True):
-        assert set(small) <= set(large)
+    subsets = few_label_subsets(LABELS, {"10pct": 0.1, "1pct": 0.01}, [2], 5, 0, CLASSES)
+    for small, two, large in zip(subsets["1pct"], subsets["2shot"], subsets["10pct"], strict=True):
+        assert set(small) <= set(two) <= set(large)
+        assert np.bincount(LABELS[two]).tolist() == [2] * 5
         assert np.bincount(LABELS[small]).tolist() == [1] * 5
         assert np.bincount(LABELS[large]).tolist() == [8, 8, 8, 7, 8]  # a class gives what it has
         assert large == sorted(set(large))
@@ -40,3 +42,18 @@ def test_subsets_are_balanced_nested_and_distinct() -> None:
 def test_cap_keeps_the_proportions() -> None:
     kept = cap(LABELS, 100, 0, "train")
     assert np.bincount(LABELS[kept]).tolist() == [24, 12, 48, 2, 14]
+
+
+def test_shot_of_more_images_than_a_class_has_names_the_classes() -> None:
+    with pytest.raises(LgpError, match=r"asks for 55 images of each class, fewer are in .* of b \(50\), d \(7\)"):
+        few_label_subsets(LABELS, {}, [5, 55], 5, 0, CLASSES)
+
+
+def test_kept_images_are_never_held_out() -> None:
+    kept = np.zeros(len(LABELS), dtype=bool)
+    kept[::3] = True
+    held = hold_out(LABELS, 0.2, 0, "val", kept)
+    assert not held[kept].any()
+    assert np.bincount(LABELS[held]).tolist() == np.bincount(LABELS[hold_out(LABELS, 0.2, 0, "val")]).tolist()
+    with pytest.raises(LgpError, match="name all its 100 images"):
+        hold_out(LABELS, 0.2, 0, "val", LABELS == 0)

@@ -1,0 +1,62 @@
+"""Published few-label lists: what fits, and what is refused with names."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lgp.data.subset_lists import read_subset_list
+from lgp.errors import LgpError
+
+PATHS = ["train/cat/1.jpg", "train/cat/a cat 2.jpg", "train/dog/1.jpg", "train/dog/7.jpg", "test/dog/9.jpg"]
+LABELS = np.array([0, 0, 1, 1, 1])
+SPLITS = ["train", "train", "train", "train", "test"]
+CLASSES = ["cat", "dog"]
+
+
+def read(tmp_path: Path, text: str) -> list[int]:
+    (tmp_path / "list.txt").write_text(text)
+    return read_subset_list(tmp_path / "list.txt", PATHS, LABELS, SPLITS, CLASSES).tolist()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train/cat/1.jpg\ntrain/dog/7.jpg\n",
+        "dog/7.jpg\n\ncat/1.jpg",
+        "7.jpg\ncat/1.jpg\n",
+        "cat/1.jpg 0\n7.jpg 1\n",
+        "cat/1.jpg,cat\n7.jpg, dog\n",
+    ],
+)
+def test_paths_and_names_with_and_without_labels(tmp_path: Path, text: str) -> None:
+    assert read(tmp_path, text) == [0, 3]
+
+
+def test_name_may_hold_blanks(tmp_path: Path) -> None:
+    assert read(tmp_path, "a cat 2.jpg\n7.jpg") == [1, 3]
+    assert read(tmp_path, "a cat 2.jpg cat\n7.jpg 1") == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cat/1.jpg\ndog/8.jpg\n", "unknown: dog/8.jpg"),
+        ("cat/1.jpg\n7.jpg\ntrain/dog/7.jpg 1\n", "repeated: train/dog/7.jpg"),
+        ("1.jpg\n7.jpg", "fitting several images: 1.jpg"),
+        ("cat/1.jpg 1\n7.jpg 1", r"another label than the image's: cat/1.jpg 1 \(the image's is cat\)"),
+        ("cat/1.jpg\n9.jpg", r"not of the training part: test/dog/9.jpg \(test\)"),
+        ("cat/1.jpg\n", "classes without an image: dog"),
+        ("cat/1.jpg\n 1\n7.jpg", "lines without a name: line 2"),
+        ("\n\n", "names no image"),
+        ("\n".join(f"x{i}.jpg" for i in range(9)), "unknown: x0.jpg, x1.jpg, x2.jpg, x3.jpg, x4.jpg and 4 more"),
+    ],
+)
+def test_list_that_does_not_fit_says_what_and_where(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(LgpError, match=message):
+        read(tmp_path, text)
+
+
+def test_absent_list_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LgpError, match=r"cannot read the list of images .*none.txt .*mend data.few_label_lists"):
+        read_subset_list(tmp_path / "none.txt", PATHS, LABELS, SPLITS, CLASSES)

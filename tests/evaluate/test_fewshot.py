@@ -1,0 +1,137 @@
+"""Logistic regression with few labels: scikit-learn's, and what chooses its strength."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
+from lgp.data.prepared import Prepared
+from lgp.evaluate.cache import FeatureCache, Features, normalizer, pixel_source, standardizer
+from lgp.evaluate.fewshot import evaluate_fewshot, fit_logistic_regression
+from lgp.params import FeatureParams, FewShotParams, Params
+
+
+@pytest.fixture(scope="module")
+def features(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Features:
+    return FeatureCache(tmp_path_factory.mktemp("cache"), FeatureParams(), 1.0).features(pixel_source(), prepared)
+
+
+@pytest.fixture
+def fewshot(params: Params) -> FewShotParams:
+    return params.fewshot
+
+
+def changed(params: FewShotParams, **changes: Any) -> FewShotParams:
+    return FewShotParams.model_validate(params.model_dump() | changes)
+
+
+def scaled(features: Features, scaling: Any = standardizer) -> dict[str, np.ndarray]:
+    scale = scaling(features.x["train"])
+    return {split: scale(x).astype(np.float64) for split, x in features.x.items()}
+
+
+def rows(features: Features, ids: np.ndarray) -> np.ndarray:
+    return np.searchsorted(features.ids["train"], ids)
+
+
+@pytest.mark.parametrize(("scaling", "scale"), [("standardized", standardizer), ("normalized", normalizer)])
+def test_single_image_classes_take_the_fixed_strength(
+    features: Features, fewshot: FewShotParams, prepared: Prepared, scaling: str, scale: Any
+) -> None:
+    subsets = prepared.subsets("1pct")
+    outcome = evaluate_fewshot(features, subsets, changed(fewshot, scaling=scaling))
+    x, scores = scaled(features, scale), []
+    for ids in subsets:
+        few = rows(features, ids)
+        model = LogisticRegression(C=fewshot.c_fixed, max_iter=5000, tol=1e-6)
+        model.fit(x["train"][few], features.y["train"][few])
+        scores.append(100 * model.score(x["test"], features.y["test"]))
+    assert outcome.metrics["c"] == fewshot.c_fixed
+    assert [outcome.metrics[f"test/top1_subset{i}"] for i in range(5)] == pytest.approx(scores, abs=1e-3)
+
+
+def test_more_images_a_class_are_cross_validated_within_the_labelled(
+    features: Features, fewshot: FewShotParams, prepared: Prepared
+) -> None:
+    ids = prepared.subsets("10pct")[0]
+    x, few = scaled(features), rows(features, ids)
+    y = features.y["train"][few]
+    folds = StratifiedKFold(min(fewshot.folds, np.bincount(y).min()))
+    search = GridSearchCV(LogisticRegression(max_iter=5000, tol=1e-6), {"C": fewshot.c_grid}, cv=folds)
+    search.fit(x["train"][few], y)
+    metrics = evaluate_fewshot(features, [ids, ids], fewshot).metrics
+    assert metrics["c"] == search.best_params_["C"]
+    assert metrics["test/top1"] == pytest.approx(100 * search.score(x["test"], features.y["test"]), abs=1e-3)
+
+
+def test_strength_by_validation_is_the_best_on_val(
+    features: Features, fewshot: FewShotParams, prepared: Prepared
+) -> None:
+    ids = prepared.subsets("10pct")[0]
+    x, few = scaled(features), rows(features, ids)
+    val = {}
+    for c in fewshot.c_grid:
+        model = LogisticRegression(C=c, max_iter=5000, tol=1e-6).fit(x["train"][few], features.y["train"][few])
+        val[c] = model.score(x["val"], features.y["val"])
+    metrics = evaluate_fewshot(features, [ids, ids], changed(fewshot, choose="validation")).metrics
+    assert metrics["c"] == max(val, key=lambda c: val[c])
+    assert metrics["val/top1"] == pytest.approx(100 * max(val.values()), abs=1e-3)
+
+
+def test_papers_strength_minimises_the_papers_objective(
+    features: Features, fewshot: FewShotParams, prepared: Prepared
+) -> None:
+    """λ = 0.00025 / N of (1/N) Σ loss + λ/2 · |w|² is scikit-learn's C = 1 / (N λ) = 4000."""
+    few = rows(features, prepared.subsets("10pct")[0])
+    x, y = scaled(features, normalizer)["train"][few], features.y["train"][few]
+    model, c = fit_logistic_regression(x, y, x, y, changed(fewshot, choose="fixed", c_fixed=4000))
+    assert c == 4000
+    regression = model[-1]
+    inputs = model[:-1].transform(x) if len(model) > 1 else x
+    images, lam = len(x), 0.00025 / len(x)
+
+    def objective(weights: np.ndarray, intercept: np.ndarray) -> float:
+        logits = inputs @ weights.T + intercept
+        loss = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1) - logits[range(images), y]
+        return float(loss.mean() + lam / 2 * (weights**2).sum())
+
+    least, rng = objective(regression.coef_, regression.intercept_), np.random.default_rng(0)
+    for _ in range(50):
+        step = 1e-2 * rng.normal(size=regression.coef_.shape)
+        assert objective(regression.coef_ + step, regression.intercept_) > least
+
+
+def test_rotation_for_many_features_changes_no_prediction(fewshot: FewShotParams) -> None:
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(4), 10)
+    x = rng.normal(size=(40, 300)) + y[:, None] * 0.1
+    queries = rng.normal(size=(500, 300))
+    model, c = fit_logistic_regression(x, y, x, y, fewshot)
+    plain = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(x, y)
+    assert np.mean(model.predict(queries) == plain.predict(queries)) > 0.99
+    assert np.allclose(model.predict_proba(queries), plain.predict_proba(queries), atol=2e-2)
+
+
+@pytest.mark.parametrize("choose", ["cross_validation", "validation"])
+def test_shuffling_test_labels_changes_no_choice(
+    features: Features, fewshot: FewShotParams, prepared: Prepared, choose: str
+) -> None:
+    shuffled = replace(features, y=features.y | {"test": np.random.default_rng(0).permutation(features.y["test"])})
+    outcomes = [
+        evaluate_fewshot(of, prepared.subsets("10pct"), changed(fewshot, choose=choose)) for of in (features, shuffled)
+    ]
+    assert outcomes[0].metrics["c"] == outcomes[1].metrics["c"]
+    assert outcomes[0].metrics["val/top1"] == outcomes[1].metrics["val/top1"]
+    assert outcomes[0].predictions["prediction"].tolist() == outcomes[1].predictions["prediction"].tolist()
+    assert outcomes[0].metrics["test/top1"] > 2 * outcomes[1].metrics["test/top1"]
+
+
+def test_class_without_a_labelled_image_gets_no_probability(
+    features: Features, fewshot: FewShotParams, prepared: Prepared
+) -> None:
+    ids = np.array([i for i in prepared.subsets("10pct")[0] if prepared.labels[i] != 4])
+    predictions = evaluate_fewshot(features, [ids, ids], fewshot).predictions
+    assert 4 not in set(predictions["prediction"])

@@ -1,0 +1,255 @@
+"""Fine-tuning: what it starts from, at which rates, and that it resumes and repeats to the bit."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Silent, merged
+from safetensors.torch import save_file
+
+from lgp.checkpoint import HEADS, StateStore, load_encoder
+from lgp.data.loading import Batch
+from lgp.data.prepared import Prepared
+from lgp.engine import Trainer
+from lgp.errors import LgpError
+from lgp.evaluate.finetune import (
+    _LabelledCrops,
+    batch_size_for,
+    build_classifier,
+    finetune,
+    layer_decayed_groups,
+    recipe_for,
+)
+from lgp.evaluate.outcome import Outcome
+from lgp.params import FineTuneParams, Params
+
+ALL_TRICKS = {
+    "drop_path": 0.2,
+    "rand_augment": "rand-m9-mstd0.5-inc1",
+    "random_erasing": 0.5,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "label_smoothing": 0.1,
+}
+
+
+def recipe(params: Params, **changes: Any) -> FineTuneParams:
+    return FineTuneParams.model_validate(params.finetune["10pct"].model_dump() | changes)
+
+
+def tuned(
+    arm: Path, data: Prepared, params: Params, folder: Path, subsets: int = 2, observer: Any = None, **changes: Any
+) -> Outcome:
+    some = data.subsets("10pct")[:subsets]
+    store = StateStore(folder, "code")
+    return finetune(arm, data, some, recipe(params, **changes), params, store, observer or Silent())
+
+
+@pytest.fixture
+def arm(encoder_folder: Path) -> Path:
+    return encoder_folder.parent
+
+
+def test_classifier_starts_from_the_encoder(encoder_folder: Path, params: Params) -> None:
+    encoder = load_encoder(encoder_folder).state_dict()
+    model = build_classifier(encoder_folder, 10, recipe(params))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in encoder.items())
+    assert model.head.out_features == 10
+    assert model.head.weight.abs().max() < 1e-4
+    assert not model.head.bias.any()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_averaged_patches_get_a_norm_of_their_own(encoder_folder: Path, params: Params) -> None:
+    model = build_classifier(encoder_folder, 10, recipe(params, pool="average")).eval()
+    images = torch.randn(2, 1, 8, 8)
+    tokens = model.forward_features(images)
+    expected = model.head(model.fc_norm(tokens[:, 1:].mean(dim=1)))
+    assert torch.allclose(model(images), expected)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, load_encoder(encoder_folder).blocks[0].attn.qkv.weight)
+
+
+def test_first_layer_of_the_projector_stays_below_the_classifier(
+    encoder_folder: Path, params: Params, prepared: Prepared, tmp_path: Path
+) -> None:
+    first_fc = torch.randn(32, 16)
+    model = build_classifier(encoder_folder, 10, recipe(params, from_first_fc=True), first_fc)
+    assert torch.equal(model.head[0].weight, first_fc)
+    assert model.head[0].bias is None
+    assert model.head[1].weight.shape == (10, 32)
+    with pytest.raises(LgpError, match=r"needs the first layer of a contrastive projector.*set it to false"):
+        tuned(encoder_folder.parent, prepared, params, tmp_path, from_first_fc=True)
+
+
+def test_first_layer_is_found_among_an_arms_heads(
+    encoder_folder: Path, params: Params, prepared: Prepared, tmp_path: Path
+) -> None:
+    arm = tmp_path / "joint"
+    arm.mkdir()
+    (arm / "encoder").symlink_to(encoder_folder)
+    save_file({"contrastive.projector.0.weight": torch.randn(32, 16), "mae.mask_token": torch.zeros(1)}, arm / HEADS)
+    outcome = tuned(arm, prepared, params, tmp_path / "states", from_first_fc=True)
+    assert outcome.metrics["subsets"] == 2
+
+
+def test_projector_does_not_take_averaged_patches(params: Params) -> None:
+    with pytest.raises(ValueError, match="set pool to class_token"):
+        recipe(params, from_first_fc=True, pool="average")
+
+
+def test_rates_decay_with_every_layer_below(encoder_folder: Path, params: Params) -> None:
+    """BEiT's rule, written out: embeddings are layer 0, block i is i + 1, the head the last; timm has the norm with the last block."""
+    settings = recipe(params, layer_decay=0.5)
+    model = build_classifier(encoder_folder, 10, settings)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {
+        names[id(p)]: (group["lr"], group["weight_decay"])
+        for group in layer_decayed_groups(model, 1.0, settings)
+        for p in group["params"]
+    }
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, (rate, decay) in found.items():
+        of_others = {"norm": 3, "head": 4}
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks") else of_others.get(name.split(".")[0], 0)
+        assert rate == pytest.approx(0.5 ** (4 - layer)), name
+        undecayed = model.get_parameter(name).ndim <= 1 or name in ("cls_token", "pos_embed")
+        assert decay == (0.0 if undecayed else settings.weight_decay), name
+
+
+@pytest.mark.parametrize("tricks", [{}, ALL_TRICKS], ids=["plain", "all_tricks"])
+def test_same_seed_same_numbers(arm: Path, prepared: Prepared, params: Params, tmp_path: Path, tricks: Any) -> None:
+    torch.manual_seed(1)
+    one = tuned(arm, prepared, params, tmp_path / "a", **tricks)
+    np.random.seed(5)
+    torch.manual_seed(2)
+    two = tuned(arm, prepared, params, tmp_path / "b", **tricks)
+    assert one.metrics == two.metrics
+    assert one.predictions.equals(two.predictions)
+    other = tuned(arm, prepared, Params.model_validate(params.model_dump() | {"seed": 9}), tmp_path / "c", **tricks)
+    assert not one.predictions["confidence"].equals(other.predictions["confidence"])
+
+
+class Recorder:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+
+    def log_epoch(self, values: dict[str, float]) -> None:
+        self.epochs.append(values)
+
+
+def test_interrupted_in_the_second_subset_goes_on_there_to_the_bit(
+    arm: Path, prepared: Prepared, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**ALL_TRICKS, "batch_size": 6}
+    whole = tuned(arm, prepared, params, tmp_path / "a", **settings)
+    step, steps = Trainer._step, []
+
+    def counted(trainer: Trainer, *rest: Any) -> None:
+        step(trainer, *rest)
+        steps.append(trainer.now.step)
+
+    def interrupted(trainer: Trainer, *rest: Any) -> None:
+        counted(trainer, *rest)
+        if trainer.store.folder.name == "subset1":
+            trainer._check_losses()
+            trainer._save()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(arm, prepared, params, tmp_path / "b", **settings)
+    before = len(steps)
+    monkeypatch.setattr(Trainer, "_step", counted)
+    told = Recorder()
+    resumed = tuned(arm, prepared, params, tmp_path / "b", observer=told, **settings)
+    per_subset = before - 1
+    assert len(steps) - before == per_subset - 1  # but one step of the second was done
+    assert resumed.metrics == whole.metrics
+    assert resumed.predictions.equals(whole.predictions)
+    assert [values["epoch"] for values in told.epochs] == [1, 2, 3, 4]
+
+
+def test_states_of_all_subsets_go_with_the_stage(
+    arm: Path, prepared: Prepared, params: Params, tmp_path: Path
+) -> None:
+    store = StateStore(tmp_path / "states", "code")
+    store.acquire()
+    finetune(arm, prepared, prepared.subsets("10pct")[:2], recipe(params), params, store, Silent())
+    assert store.has_state()
+    assert len(list((tmp_path / "states").rglob("state-*.pt"))) >= 2
+    store.close(True)
+    assert not (tmp_path / "states").exists()
+
+
+def test_state_that_other_code_left_is_adopted_for_every_subset(
+    arm: Path, prepared: Prepared, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = StateStore(tmp_path / "states", "old code")
+    outcome = finetune(arm, prepared, prepared.subsets("10pct")[:2], recipe(params), params, old, Silent())
+    new = StateStore(tmp_path / "states", "new code")
+    new.adopt()
+    assert new.adopted() is not None
+    monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("it was finished"))
+    again = finetune(arm, prepared, prepared.subsets("10pct")[:2], recipe(params), params, new, Silent())
+    assert again.metrics == outcome.metrics
+
+
+def test_rand_augment_changes_the_crops_as_the_step_says(prepared: Prepared, params: Params) -> None:
+    ids = prepared.subsets("10pct")[0]
+    plain, augmented, again = (
+        _LabelledCrops(prepared, recipe(params, rand_augment=given), 20, 0, "f", ids)
+        for given in (None, "rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1")
+    )
+    assert augmented[1].shape == plain[1].shape == (20, 1, 1, 8, 8)
+    assert not torch.equal(augmented[0], plain[0])
+    assert torch.equal(augmented[1], again[1])
+    again.share(1, 2)  # the second of two processes sees its half of the same
+    assert torch.equal(augmented[0][10:], again[0])
+    labels = plain.labels(Batch.whole(plain[0], 0))
+    assert labels.tolist() == prepared.labels[plain.ids_of(0)].tolist()
+
+
+def test_rand_augment_of_full_strength_keeps_a_bit(prepared: Prepared, params: Params) -> None:
+    ids = prepared.ids("train")
+    crops = _LabelledCrops(prepared, recipe(params, rand_augment="rand-m10-n4-inc1"), len(ids), 0, "f", ids)
+    assert crops[0].shape == (len(ids), 1, 1, 8, 8)
+
+
+def test_batch_is_what_so_few_images_fill(params: Params) -> None:
+    assert batch_size_for(1000, recipe(params, batch_size=64), 1) == 64
+    assert batch_size_for(13, recipe(params, batch_size=64), 1) == 13
+    assert batch_size_for(13, recipe(params, batch_size=64, mixup=0.8), 1) == 12
+    assert batch_size_for(13, recipe(params, batch_size=64, mixup=0.8), 4) == 8
+    with pytest.raises(LgpError, match=r"3 labelled images cannot be cut into 4 equal parts.*lower run.processes"):
+        batch_size_for(3, recipe(params), 4)
+
+
+def test_more_epochs_learn_the_labels(arm: Path, prepared: Prepared, params: Params, tmp_path: Path) -> None:
+    tricks = {"pool": "average", "layer_decay": 1.0, "warmup_epochs": 1, "batch_size": 22, "crop_scale_min": 0.8}
+    accuracy = []
+    for number, changes in enumerate(({"epochs": 2, "base_lr": 1e-9}, {"epochs": 20, "base_lr": 0.1})):
+        store, settings = StateStore(tmp_path / str(number), "code"), recipe(params, **tricks, **changes)
+        outcome = finetune(arm, prepared, prepared.labelled("all"), settings, params, store, Silent())
+        accuracy.append(outcome.metrics["test/top1"])
+    assert accuracy[1] > accuracy[0] + 20
+    assert outcome.metrics["labels"] == 220
+    assert outcome.metrics["train/pflop"] > 0
+
+
+def test_recipe_is_by_the_labels_name(params: Params, values: dict[str, Any]) -> None:
+    assert recipe_for("10pct", params) is params.finetune["10pct"]
+    with pytest.raises(LgpError, match=r"no recipe finetune.1pct, only 10pct: add it"):
+        recipe_for("1pct", params)
+    with pytest.raises(ValueError, match=r"no recipe finetune.1pct: add it"):
+        Params.model_validate(merged(values, {"finetuned": ["1pct"]}))
+
+
+@pytest.fixture(autouse=True)
+def _torch_is_left_as_it_was() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,97 @@
+"""Evaluation with all labels: what chooses, and that the test part never does."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Silent
+from sklearn.neighbors import KNeighborsClassifier
+
+from lgp.checkpoint import StateStore
+from lgp.data.prepared import Prepared
+from lgp.engine import Trainer
+from lgp.evaluate.cache import FeatureCache, Features, pixel_source
+from lgp.evaluate.features import pixels
+from lgp.evaluate.linear import evaluate_linear, evaluate_linear_augmented
+from lgp.evaluate.outcome import Outcome
+from lgp.evaluate.run import encoder_source
+from lgp.params import FeatureParams, Params
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def features(prepared: Prepared, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Features:
+    source = encoder_source(encoder_folder, FeatureParams(), CPU)
+    return FeatureCache(tmp_path_factory.mktemp("cache"), FeatureParams(), 1.0).features(source, prepared)
+
+
+def with_shuffled_test_labels(features: Features) -> Features:
+    return replace(features, y=features.y | {"test": np.random.default_rng(0).permutation(features.y["test"])})
+
+
+def evaluated(features: Features, params: Params) -> Outcome:
+    return evaluate_linear(features, params.linear, params.seed, CPU, params.run)
+
+
+def test_shuffling_test_labels_changes_no_choice(prepared: Prepared, params: Params, tmp_path: Path) -> None:
+    pixels = FeatureCache(tmp_path, FeatureParams(), 1.0).features(pixel_source(), prepared)
+    right, shuffled = (evaluated(f, params) for f in (pixels, with_shuffled_test_labels(pixels)))
+    assert [right.metrics[k] for k in ("base_lr", "weight_decay", "val/top1", "val/knn_top1")] == [
+        shuffled.metrics[k] for k in ("base_lr", "weight_decay", "val/top1", "val/knn_top1")
+    ]
+    assert right.predictions["prediction"].tolist() == shuffled.predictions["prediction"].tolist()
+    assert right.metrics["test/top1"] > 2 * shuffled.metrics["test/top1"]
+
+
+def test_every_metric_is_there_and_knn_is_of_each_block(features: Features, params: Params) -> None:
+    metrics = evaluated(features, params).metrics
+    assert next(iter(metrics)) == "test/top1"
+    assert metrics["labels"] == len(features.y["train"])
+    assert metrics["base_lr"] in params.linear.base_lrs
+    theirs = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    for block, (train, test) in enumerate(zip(features.by_block["train"], features.by_block["test"], strict=True)):
+        score = 100 * theirs.fit(train, features.y["train"]).score(test, features.y["test"])
+        assert metrics[f"test/knn_top1_block{block}"] == pytest.approx(score, abs=2)  # images at equal votes
+    assert metrics["test/knn_top1"] == metrics["test/knn_top1_block2"]
+
+
+def test_augmented_probe_learns_from_live_features_and_resumes_to_the_bit(
+    prepared: Prepared, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear = {"method": "augmented", "crop_scale_min": 0.6, "flip_p": 0.0, "epochs": 8, "batch_size": 64}
+    params = Params.model_validate(values | {"linear": values["linear"] | linear})
+    features = FeatureCache(tmp_path, FeatureParams(), 1.0).features(pixel_source(), prepared)
+
+    def augmented(folder: str) -> Outcome:
+        store = StateStore(tmp_path / folder, "code")
+        return evaluate_linear_augmented(features, pixels, prepared, params, CPU, store, Silent())
+
+    whole = augmented("a")
+    assert whole.metrics["test/top1"] > 50
+    step = Trainer._step
+
+    def interrupted(trainer: Trainer, *rest: Any) -> None:
+        step(trainer, *rest)
+        if trainer.now.step == 13:
+            trainer._check_losses()
+            trainer._save()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        augmented("b")
+    monkeypatch.setattr(Trainer, "_step", step)
+    resumed = augmented("b")
+    assert resumed.metrics == whole.metrics
+    assert resumed.predictions.equals(whole.predictions)
+
+
+@pytest.fixture(autouse=True)
+def _torch_is_left_as_it_was() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,58 @@
+"""Online k-NN: when it is measured, of what, and that it changes nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import merged
+
+from lgp.checkpoint import StateStore, load_encoder
+from lgp.cl import pretrain_cl
+from lgp.data.prepared import Prepared
+from lgp.evaluate.features import class_token_of, extract
+from lgp.evaluate.knn import knn_predict
+from lgp.online import OnlineKnn
+from lgp.params import OnlineKnnParams, Params
+from lgp.pretrain import Session
+
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+
+    def log_epoch(self, values: dict[str, float]) -> None:
+        self.epochs.append(values)
+
+
+def trained(values: dict[str, Any], data: Prepared, folder: Path, every: int) -> tuple[Any, Recorder]:
+    changes = {"cl": {"epochs": 4}, "run": {"online_knn": {"every_epochs": every}}}
+    told = Recorder()
+    params = Params.model_validate(merged(values, changes))
+    return pretrain_cl(Session(data, params, StateStore(folder, "code"), told)), told
+
+
+def test_measured_every_so_many_epochs_and_the_encoder_is_the_same(
+    values: dict[str, Any], prepared: Prepared, tmp_path: Path
+) -> None:
+    with_it, told = trained(values, prepared, tmp_path / "a", 2)
+    without, untold = trained(values, prepared, tmp_path / "b", 0)
+    assert ["val/online_knn_top1" in epoch for epoch in told.epochs] == [False, True, False, True]
+    assert not any("val/online_knn_top1" in epoch for epoch in untold.epochs)
+    other = without.encoder.state_dict()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in with_it.encoder.state_dict().items())
+
+
+def test_it_is_knn_of_val_among_some_of_train(prepared: Prepared, encoder_folder: Path) -> None:
+    encoder = load_encoder(encoder_folder)
+    settings = OnlineKnnParams(every_epochs=1, train_images=10**6, val_images=10**6)
+    found = OnlineKnn(encoder, prepared, CPU, settings).after_epoch(1)["val/online_knn_top1"]
+    ids = {split: prepared.ids(split) for split in ("train", "val")}
+    x = {split: extract(class_token_of(encoder, CPU), prepared, i) for split, i in ids.items()}
+    labels = prepared.labels
+    predicted = knn_predict(x["train"], labels[ids["train"]], x["val"], 10, 20, 0.07)
+    assert found == round(100 * (predicted == labels[ids["val"]]).mean(), 2)
+    some = OnlineKnn(encoder, prepared, CPU, OnlineKnnParams(train_images=50, val_images=5))
+    assert len(set(labels[some.train])) == 10
+    assert (len(some.train), len(some.val)) == (50, 5)
