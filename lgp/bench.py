@@ -25,7 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lgp.checkpoint import StateStore, save_encoder
 from lgp.cl import build_contrastive, pretrain_cl
@@ -36,12 +39,14 @@ from lgp.data.views import Colours, photometric
 from lgp.device import choose_device, choose_precision
 from lgp.engine import Epoch
 from lgp.errors import LgpError
-from lgp.evaluate.features import Features, class_token_of
-from lgp.evaluate.protocol import evaluate_linear
+from lgp.evaluate.cache import FeatureCache, FeatureSource
+from lgp.evaluate.features import by_block_of
+from lgp.evaluate.linear import evaluate_linear
+from lgp.evaluate.probe import LinearHeads, train_heads
 from lgp.graft import pretrain_graft
 from lgp.mim import pretrain_mim
 from lgp.models.vit import build_encoder
-from lgp.params import Params, ViewParams, load_params
+from lgp.params import Params, RunParams, ViewParams, load_params
 from lgp.plan import matrix_tflops, stage_cost
 from lgp.presets import FOLDER
 from lgp.pretrain import Session
@@ -246,15 +251,88 @@ def bench_views(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass(frozen=True)
+class ProbeSize:
+    """Features to probe: how many of the images are trained on, of a whole epoch of `images`."""
+
+    name: str
+    images: int
+    width: int
+    classes: int
+    batch_size: int
+    measured: int
+
+
+PROBES = (
+    ProbeSize("small", 50_000, 192, 10, 256, 50_000),
+    ProbeSize("small", 50_000, 192, 10, 1024, 50_000),
+    ProbeSize("ImageNet, ViT-B", 1_281_167, 768, 1000, 1024, 4096),
+)
+
+
+def bench_probe(device: torch.device, size: ProbeSize, heads: int = 70) -> dict[str, Any]:
+    """Measure an epoch of the linear probe's heads as one product, and one after the other as anybody would write it.
+
+    One after the other is torch's own: a layer, cross-entropy, SGD and a DataLoader over the features in memory, or
+    ready batches in its place; one head each, times how many there are.
+    """
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(size.measured, size.width)).astype(np.float16).astype(np.float32)
+    labels = rng.integers(0, size.classes, size.measured)
+    precision = choose_precision(RunParams(), device, size.width)
+    settings = [(0.1, 0.0), (0.1, 1e-6)] * (heads // 2)
+    model = LinearHeads(size.width, size.classes, settings, False, torch.Generator().manual_seed(0)).to(device)
+    train_heads(model, features[: 2 * size.batch_size], labels[: 2 * size.batch_size], 1, size.batch_size, 0, precision)
+    started = time.perf_counter()
+    train_heads(model, features, labels, 1, size.batch_size, 0, precision)
+    share = (time.perf_counter() - started) * size.images / size.measured
+    with_loader, ready = (
+        _one_head(features, labels, size, device, loader) * heads * size.images / size.measured
+        for loader in (True, False)
+    )
+    return {
+        "features": size.name,
+        "images": size.images,
+        "width": size.width,
+        "classes": size.classes,
+        "batch": size.batch_size,
+        "precision": str(precision).removeprefix("torch."),
+        "epoch_s": round(share, 3),
+        "one_by_one_epoch_s": round(with_loader, 2),
+        "ratio": round(with_loader / share, 1),
+        "one_by_one_ready_batches_s": round(ready, 2),
+        "ratio_ready": round(ready / share, 1),
+        "sweep_90_epochs_h": round(90 * share / 3600, 3),
+    }
+
+
+def _one_head(features: np.ndarray, labels: np.ndarray, size: ProbeSize, device: torch.device, loader: bool) -> float:
+    """Time an epoch of one head, in seconds."""
+    head = nn.Linear(size.width, size.classes).to(device)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    x, y = torch.from_numpy(features), torch.from_numpy(labels)
+    batches = DataLoader(TensorDataset(x, y), size.batch_size, shuffle=True) if loader else zip(
+        x.split(size.batch_size), y.split(size.batch_size), strict=True
+    )  # fmt: skip
+    started = time.perf_counter()
+    for of_batch, targets in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(head(of_batch.to(device)), targets.to(device)).backward()
+        optimizer.step()
+    return time.perf_counter() - started
+
+
 def bench_linear(device: torch.device) -> dict[str, Any]:
-    """Measure linear probing on digits: features of train, val and test, then all strengths of the grid."""
+    """Measure linear probing on digits: features of train, val and test, then the sweep and k-NN."""
     params = load_params(FOLDER / "digits.yaml")
     with _scratch() as folder:
         data = prepared_for(params, 0, folder)
         started = time.perf_counter()
-        features = Features.of(class_token_of(build_encoder(params.model, params.data), device), data)
+        encoder = build_encoder(params.model, params.data)
+        source = FeatureSource("bench", params.model.depth, lambda: by_block_of(encoder, "class_token", 6, device))
+        features = FeatureCache(folder / "features", params.features, 1.0).features(source, data)
         extracted = time.perf_counter()
-        evaluate_linear(features, params.linear)
+        evaluate_linear(features, params.linear, params.seed, device, params.run)
         probed = time.perf_counter()
     return {
         "images": sum(len(x) for x in features.x.values()),
@@ -328,6 +406,7 @@ def bench(quick: bool) -> dict[str, Any]:
         "steps": bench_steps(device, quick),
         "views_per_core": bench_views(quick),
         "linear_probe": [bench_linear(device)],
+        "seventy_heads": [bench_probe(device, size) for size in (PROBES[:1] if quick else PROBES)],
         "resume": [bench_resume(device)],
         "nothing_to_do": [bench_pipeline()],
     }

@@ -96,7 +96,7 @@ class Trainer:
         settings: the `run` section.
         store: where resume states are kept; its newest state, if any, is where `fit` goes on.
         observer: told of every epoch, after a resume also of those before it.
-        after_epoch: called by the first process with an epoch's number, from 1; what it measures the observer is told too.
+        after_epoch: called by the first process with an epoch's number, from 1; the observer is told what it measures.
     """
 
     name: str

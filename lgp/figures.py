@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 COLOURS = {"pixels": "0.6", "random": "0.4", "mim": "tab:blue", "cl": "tab:orange", "graft": "tab:green"}
@@ -46,15 +47,13 @@ def plot_depth(path: Path, by_arm: Mapping[str, Sequence[float]]) -> None:
     for arm, accuracies in by_arm.items():
         axes.plot(range(1, len(accuracies) + 1), accuracies, marker="o", label=arm, color=COLOURS.get(arm))
     axes.set(xlabel="after block", ylabel="k-NN test top-1, %")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=DPI)
 
 
-def plot_per_class(
-    path: Path, by_arm: Mapping[str, np.ndarray], classes: Sequence[str], best: str, title: str
-) -> None:
+def plot_per_class(path: Path, by_arm: Mapping[str, np.ndarray], classes: Sequence[str], best: str, title: str) -> None:
     """Draw accuracy per class, a bar for each arm, by the accuracy of the arm `best`; of many classes both ends."""
     order = np.argsort(np.nan_to_num(by_arm[best], nan=-1.0), kind="stable")
     if len(order) > SHOWN_CLASSES:
@@ -71,9 +70,7 @@ def plot_per_class(
     figure.savefig(path, dpi=DPI)
 
 
-def plot_mistakes(
-    path: Path, images: np.ndarray, mistakes: pd.DataFrame, classes: Sequence[str], arm: str
-) -> None:
+def plot_mistakes(path: Path, images: np.ndarray, mistakes: pd.DataFrame, classes: Sequence[str], arm: str) -> None:
     """Draw the images (B, H, W, C) uint8 of wrong predictions, each with what it is and what it was taken for."""
     columns = min(len(images), MISTAKES_A_ROW)
     rows = -(-len(images) // columns)
@@ -82,9 +79,10 @@ def plot_mistakes(
     all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in all_axes:
         axes.axis("off")
-    for axes, image, row in zip(all_axes, images, mistakes.itertuples(), strict=False):
+    columns_of = (mistakes[name].tolist() for name in ("label", "prediction", "confidence"))
+    for axes, image, label, prediction, confidence in zip(all_axes, images, *columns_of, strict=False):
         axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-        said = f"{classes[row.label]}, taken\nfor {classes[row.prediction]} ({100 * row.confidence:.0f} %)"
+        said = f"{classes[label]}, taken\nfor {classes[prediction]} ({100 * confidence:.0f} %)"
         axes.set_title(said, fontsize=7)
     figure.savefig(path, dpi=DPI)
 

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from lgp.data.prepared import Prepared
 from lgp.evaluate.features import class_token_of, extract
-from lgp.evaluate.knn import K, TEMPERATURE, knn_predict
+from lgp.evaluate.knn import TEMPERATURE, K, knn_predict
 from lgp.params import OnlineKnnParams
 
 

@@ -33,7 +33,7 @@ def to_html(markdown: str, title: str, folder: Path) -> str:
         title: of the window.
         folder: the pictures' paths begin here; each is there.
     """
-    body = MarkdownIt("commonmark").enable("table").render(markdown)
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
 
     def inlined(found: re.Match[str]) -> str:
         return f'src="data:image/png;base64,{base64.b64encode((folder / found[1]).read_bytes()).decode()}"'

@@ -38,7 +38,7 @@ TITLE = "Label efficiency"
 
 @dataclass(frozen=True)
 class ArmResults:
-    """What all tasks of one arm yielded, by the task's name: `linear`, `fewshot-1pct`, `finetune-10pct`, …"""
+    """What all tasks of one arm yielded, by name: `linear`, `fewshot-1pct`, `finetune-10pct` and the like."""
 
     arm: str
     tasks: Mapping[str, Outcome]
@@ -180,7 +180,14 @@ def _draw(
 
 def _drawn(figures: Path) -> list[str]:
     """Name the pictures that were drawn, in the order of the page."""
-    order = ("label_efficiency", "accuracy_by_depth", "accuracy_per_class", "worst_mistakes", "curves", "reconstructions")
+    order = (
+        "label_efficiency",
+        "accuracy_by_depth",
+        "accuracy_per_class",
+        "worst_mistakes",
+        "curves",
+        "reconstructions",
+    )
     return [name for name in order if (figures / f"{name}.png").exists()]
 
 
@@ -231,7 +238,10 @@ def _page(
     compared = [[g.sentence(a, b), task_name(task), f"[{g.low:+.1f}, {g.high:+.1f}]", f"{g.won} of {g.subsets}"]
                 for task, a, b, g in found]  # fmt: skip
     if compared:
-        lines += ["", *markdown_table(["", "labels", "95 % interval of the first less the second", "subsets won"], compared)]
+        lines += [
+            "",
+            *markdown_table(["", "labels", "95 % interval of the first less the second", "subsets won"], compared),
+        ]
     lines += ["", "## More measures", "", "On test: top-5 and expected calibration error (15 bins), percent.", ""]
     lines += markdown_table(["arm", "task", "top-1", "top-5", "calibration error"], _measures(trained))
     trainings = {arm: json.loads((folder / METRICS).read_text()) for arm, folder in folders.items()}

@@ -40,6 +40,12 @@ def test_sizes_are_those_of_the_presets() -> None:
     assert len(bench.workloads(torch.device("cpu"), quick=True)) == 2
 
 
+def test_heads_are_timed_as_one_product_and_one_by_one() -> None:
+    row = bench.bench_probe(torch.device("cpu"), bench.ProbeSize("tiny", 200, 8, 3, 32, 100), heads=4)
+    assert row["ratio"] == pytest.approx(row["one_by_one_epoch_s"] / row["epoch_s"], rel=0.5)
+    assert row["sweep_90_epochs_h"] >= 0
+
+
 def test_rate_counts_images_of_whole_calls() -> None:
     calls: list[int] = []
     rate = bench.rate_of(calls.append, 10, 0.01)

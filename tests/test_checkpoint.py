@@ -96,8 +96,8 @@ def test_torn_state_does_not_take_the_place_of_a_whole_one(tmp_path: Path) -> No
 
 def test_success_leaves_no_half_written_state(tmp_path: Path) -> None:
     store = StateStore(tmp_path / "key", "code")
-    store.latest.with_suffix(".new").write_bytes(b"half")
     store.acquire()
+    store.latest.with_suffix(".new").write_bytes(b"half")
     store.close(succeeded=True)
     assert not store.folder.exists()
 

@@ -1,6 +1,7 @@
 """The command line, run as its users do: stages by hand in a folder of their own, and every error as one line."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         commands = [["prepare"], ["mim"], ["cl"], ["graft"]]
         commands += [["linear", arm] for arm in ("mim", "cl", "graft")]
         commands += [["fewshot", arm, share] for arm in ("mim", "cl", "graft") for share in ("1pct", "10pct")]
+        commands += [["finetune", arm, "10pct"] for arm in ("mim", "cl", "graft")]
         for command in [*commands, ["report"]]:
             result = lgp(*command)
             assert result.exit_code == 0, (command, result.output, result.exception)
@@ -70,11 +72,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_stages_by_hand_end_in_a_report(finished: Path) -> None:
     table = (finished / "reports" / "results.csv").read_text().splitlines()
-    assert table[0] == "arm,task,labels,top1_mean,top1_std,subsets"
+    assert table[0] == "arm,task,labels,top1_mean,top1_std,subsets,top1_ci95"
     assert {line.split(",")[0] for line in table[1:]} == {"pixels", "random", "mim", "cl", "graft"}
-    assert len(table) == 1 + 5 * 4
+    assert len(table) == 1 + 5 * 4 + 3
     page = (finished / "reports" / "report.md").read_text()
-    for name in ("label_efficiency", "curves", "reconstructions"):
+    html = (finished / "reports" / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', html)
+    pictures = (
+        "label_efficiency",
+        "accuracy_by_depth",
+        "accuracy_per_class",
+        "worst_mistakes",
+        "curves",
+        "reconstructions",
+    )
+    assert html.count("data:image/png") == len(pictures)
+    for name in pictures:
         assert (finished / "reports" / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert f"figures/{name}.png" in page
     result = lgp("results", str(finished / "reports" / "results.csv"))
@@ -89,7 +102,7 @@ def test_nothing_partial_and_no_resume_state_is_left(finished: Path) -> None:
 
 def test_metric_files_hold_nothing_that_changes_by_itself(finished: Path) -> None:
     metrics = json.loads((finished / "metrics" / "graft-fewshot-1pct.json").read_text())
-    assert {"test/top1", "test/top1_std", "val/top1", "labels", "subsets"} <= metrics.keys()
+    assert {"test/top1", "test/top1_std", "test/top1_ci95", "val/top1", "labels", "subsets"} <= metrics.keys()
     assert not any("time" in key or "run" in key for key in metrics)
 
 
@@ -117,7 +130,7 @@ def test_every_stage_has_a_run_with_the_contracts_tags(finished: Path) -> None:
     client = mlflow.MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("lgp")
     runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id], max_results=100)}
-    assert len(runs) == 14
+    assert len(runs) == 17
     assert all(r.info.status == "FINISHED" for r in runs.values())
     graft, evaluation = runs["graft / pretrain"], runs["graft / fewshot-1pct"]
     assert graft.data.tags["upstream_run"] == runs["mim / pretrain"].info.run_id
@@ -176,7 +189,7 @@ def test_exported_checkpoint_comes_in_as_an_arm_and_is_grafted_on(
     assert imported.exit_code == 0, imported.output
     assert "decoder_blocks.0.attn.qkv.weight" in imported.output
     write(merged(values, {"arms": ["mae", "graft"], "graft": {"start": "mae", "end": "mae"}}))
-    tasks = ["linear", "fewshot-1pct", "fewshot-10pct"]
+    tasks = ["linear", "fewshot-1pct", "fewshot-10pct", "finetune-10pct"]
     evaluations = [[t.split("-")[0], arm, *t.split("-")[1:]] for arm in ("mae", "graft") for t in tasks]
     for command in [["graft"], *evaluations, ["report"]]:
         result = lgp(*command)
@@ -336,7 +349,7 @@ def test_stages_read_only_the_sections_they_list(
     monkeypatch.setattr("lgp.pretrain._batch_sizes", lambda _: {})  # looks at all arms, decides nothing
     monkeypatch.setattr(StageSpec, "__init__", noted)
     trainings = [["prepare"], ["mim"], ["cl"], ["graft"], ["joint"], ["reverse"]]
-    tasks = [["linear"], ["fewshot", "1pct"], ["fewshot", "10pct"]]
+    tasks = [["linear"], ["fewshot", "1pct"], ["fewshot", "10pct"], ["finetune", "10pct"]]
     evaluations = [[task[0], arm, *task[1:]] for arm in ("mim", "cl", "graft") for task in tasks]
     for command in [*trainings, *evaluations, ["report"]]:
         with monkeypatch.context() as patch:

@@ -17,10 +17,11 @@ PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 CONTROLS = yaml.safe_load((ROOT / "controls" / "dvc.yaml").read_text())["stages"]
 STAGES = PIPELINE | CONTROLS
 ARMS = ("mim", "cl", "graft")
+CHOICES = {"${arms}": ARMS, "${few_labels}": ("1pct", "10pct"), "${finetuned}": ("10pct",)}
 DVC = [str(Path(sys.executable).with_name("dvc"))]
 
 EVALUATIONS = [f"{task}@{arm}{share}" for arm in (*ARMS, "joint", "reverse") for task, share in
-               (("linear", ""), ("fewshot", "-1pct"), ("fewshot", "-10pct"))]  # fmt: skip
+               (("linear", ""), ("fewshot", "-1pct"), ("fewshot", "-10pct"), ("finetune", "-10pct"))]  # fmt: skip
 
 
 def of_arm(*arms: str) -> set[str]:
@@ -28,6 +29,7 @@ def of_arm(*arms: str) -> set[str]:
 
 
 FEWSHOT = {s for s in of_arm(*ARMS) if s.startswith("fewshot")}
+FINETUNE = {s for s in of_arm(*ARMS) if s.startswith("finetune")}
 LINEAR = {s for s in of_arm(*ARMS) if s.startswith("linear")}
 ALL = {"prepare", "report", *ARMS} | of_arm(*ARMS)
 
@@ -85,7 +87,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _items(stage: dict[str, Any]) -> list[dict[str, str]]:
     items: list[dict[str, str]] = [{}]
     for key, choices in stage.get("matrix", {}).items():
-        items = [{**item, key: choice} for item in items for choice in (ARMS if choices == "${arms}" else choices)]
+        items = [{**item, key: choice} for item in items for choice in CHOICES[choices]]
     return items
 
 
@@ -109,8 +111,12 @@ def would_run(folder: Path) -> set[str]:
     ("change", "expected"),
     [
         ({}, set()),
-        ({"fewshot": {"c_single": 0.5}}, FEWSHOT | {"report"}),
+        ({"fewshot": {"c_fixed": 0.5}}, FEWSHOT | {"report"}),
         ({"linear": {"knn_k": 5}}, LINEAR | {"report"}),
+        ({"features": {"pool": "average"}}, FEWSHOT | LINEAR | {"report"}),
+        ({"finetune": {"10pct": {"epochs": 7}}}, FINETUNE | {"report"}),
+        ({"few_labels": ["1pct"]}, {"report"}),
+        ({"finetuned": []}, {"report"}),
         ({"graft": {"epochs": 7}}, {"graft", "report"} | of_arm("graft")),
         ({"cl": {"epochs": 7}}, {"cl", "report"} | of_arm("cl")),
         ({"mim": {"epochs": 7}}, {"mim", "graft", "report"} | of_arm("mim", "graft")),

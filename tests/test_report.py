@@ -1,79 +1,140 @@
 """The results table and what is read off it."""
 
+import base64
+import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from lgp.errors import LgpError
-from lgp.evaluate.outcome import ArmResults
-from lgp.report import champion, paired_gap, results_table, write_page
-from lgp.results import read_results, wide_rows
+from lgp.evaluate.outcome import Outcome, Predicted, over_subsets
+from lgp.evaluate.statistics import paired_gap
+from lgp.page import table, to_html
+from lgp.report import (
+    COLUMNS,
+    ArmResults,
+    accuracy_per_class,
+    champion,
+    correct_by_subset,
+    gaps,
+    results_table,
+    worst_mistakes,
+)
+from lgp.results import read_results, task_name, wide_rows
+
+IMAGES, CLASSES = 40, 3
 
 
-def arm(name: str, offset: float, val: float) -> ArmResults:
-    def fewshot(labels: int, mean: float) -> dict[str, float]:
-        subsets = {f"test/top1_subset{i}": mean + offset + i for i in range(3)}
-        return {
-            "test/top1": mean + offset + 1,
-            "test/top1_std": 1.0,
-            "val/top1": val,
-            "labels": labels,
-            "subsets": 3,
-        } | subsets
+def outcome(subsets: int, labels: int, accuracy: float, val: float, seed: int) -> Outcome:
+    rng = np.random.default_rng(seed)
 
-    linear = {"test/top1": 90.126 + offset, "test/knn_top1": 88.0, "labels": 1000}
-    return ArmResults(name, linear, {"1pct": fewshot(10, 50.0), "10pct": fewshot(100, 80.0)})
+    def one() -> Predicted:
+        truth = {split: rng.integers(0, CLASSES, IMAGES) for split in ("val", "test")}
+        truth["test"] = np.arange(IMAGES) % CLASSES
+        shares = {"val": val, "test": accuracy}
+        given = {s: np.where(rng.random(IMAGES) < shares[s], truth[s], (truth[s] + 1) % CLASSES) for s in truth}
+        certain = {
+            s: 0.8 * np.eye(CLASSES)[g] + 0.2 * rng.dirichlet(np.ones(CLASSES), IMAGES) for s, g in given.items()
+        }
+        return Predicted(certain, truth, {split: 100 + np.arange(IMAGES) for split in truth})
+
+    return over_subsets([one() for _ in range(subsets)], labels)
 
 
-ARMS = [arm("mim", 0, 40), arm("cl", 2, 70), arm("graft", 5, 60)]
+def arm(name: str, accuracy: float, val: float, seed: int) -> ArmResults:
+    linear = outcome(1, 1000, accuracy, val, seed)
+    linear = Outcome(linear.metrics | {"test/knn_top1": 88.0}, linear.predictions)
+    few = {f"fewshot-{n}": outcome(3, labels, accuracy, val, seed) for n, labels in (("1pct", 10), ("10pct", 100))}
+    return ArmResults(name, {"linear": linear, **few, "finetune-10pct": outcome(3, 100, accuracy, val, seed + 9)})
+
+
+ARMS = [arm("mim", 0.5, 0.4, 0), arm("cl", 0.6, 1.0, 1), arm("graft", 0.9, 0.6, 2)]
 
 
 def test_table_has_the_contracts_columns_and_rows() -> None:
-    table = results_table(ARMS)
-    assert list(table.columns) == ["arm", "task", "labels", "top1_mean", "top1_std", "subsets"]
-    assert table.iloc[0].tolist() == ["mim", "knn", 1000, 88.0, 0.0, 1]
-    assert table.iloc[1].tolist() == ["mim", "linear", 1000, 90.13, 0.0, 1]
-    assert table.iloc[10].tolist() == ["graft", "fewshot-1pct", 10, 56.0, 1.0, 3]
-    assert len(table) == 12
+    found = results_table(ARMS)
+    assert list(found.columns) == COLUMNS
+    assert found["task"].tolist()[:5] == ["knn", "linear", "fewshot-1pct", "fewshot-10pct", "finetune-10pct"]
+    assert len(found) == 15
+    knn, few, metrics = found.iloc[0], found.iloc[12], ARMS[2].tasks["fewshot-1pct"].metrics
+    assert knn.tolist()[:6] == ["mim", "knn", 1000, 88.0, 0.0, 1]
+    assert knn["top1_ci95"] == pytest.approx(196 * (0.88 * 0.12 / IMAGES) ** 0.5, abs=0.01)
+    assert few.tolist()[:3] == ["graft", "fewshot-1pct", 10]
+    assert few["top1_mean"] == pytest.approx(metrics["test/top1"], abs=0.01)
+    assert few["top1_ci95"] == pytest.approx(metrics["test/top1_ci95"], abs=0.01)
 
 
 def test_table_is_printed_a_line_per_arm(tmp_path: Path) -> None:
-    results_table(ARMS).to_csv(tmp_path / "results.csv", index=False)
+    found = results_table(ARMS)
+    found.to_csv(tmp_path / "results.csv", index=False)
     header, rows = wide_rows(read_results(tmp_path / "results.csv"))
-    assert header == ["arm", "k-NN (1000 labels)", "linear (1000 labels)", "1 % (10 labels)", "10 % (100 labels)"]
-    assert rows[2] == ["graft", "88.0", "95.1", "56.0 ± 1.0", "86.0 ± 1.0"]
+    assert header == [
+        "arm",
+        "k-NN (1000 labels)",
+        "linear (1000 labels)",
+        "1 % (10 labels)",
+        "10 % (100 labels)",
+        "fine-tuned, 10 % (100 labels)",
+    ]
+    few = found.iloc[12]
+    assert rows[2][3] == f"{few['top1_mean']:.1f} ± {few['top1_ci95']:.1f}"
 
 
-def test_gap_is_paired_by_subset() -> None:
-    a, b = ARMS[2].fewshot["1pct"], dict(ARMS[1].fewshot["1pct"])
-    assert paired_gap(a, b) == (pytest.approx(3), pytest.approx(0), 3, 3)
-    b["test/top1_subset0"] += 9
-    gap, error, won, of = paired_gap(a, b)
-    assert (gap, won, of) == (pytest.approx(0), 2, 3)
-    assert error == pytest.approx(pd.Series([-6, 3, 3]).sem())
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [("fewshot-5shot", "5 a class"), ("finetune-all", "fine-tuned, all"), ("fewshot-official", "official")],
+)
+def test_tasks_have_names_for_people(task: str, name: str) -> None:
+    assert task_name(task) == name
+
+
+def test_every_two_arms_are_compared_on_the_same_images() -> None:
+    found = gaps(ARMS)
+    assert len(found) == 4 * 3
+    task, a, b, gap = next(row for row in found if row[:3] == ("fewshot-1pct", "graft", "cl"))
+    right = {x.arm: correct_by_subset(x.tasks[task].predictions) for x in ARMS}
+    assert gap == paired_gap(right[a], right[b])
+    metrics = {x.arm: x.tasks[task].metrics for x in ARMS}
+    assert gap.points == pytest.approx(metrics["graft"]["test/top1"] - metrics["cl"]["test/top1"], abs=1e-3)
+
+
+def test_predictions_are_lined_up_by_subset_and_image() -> None:
+    rows = ARMS[0].tasks["fewshot-1pct"].predictions
+    shuffled = rows.sample(frac=1, random_state=0)
+    right = correct_by_subset(shuffled)
+    assert right.shape == (3, IMAGES)
+    assert np.array_equal(right, correct_by_subset(rows))
 
 
 def test_champion_is_chosen_on_validation_not_test() -> None:
     assert champion(ARMS) == "cl"
 
 
-def test_page_names_gaps_compute_and_pictures(tmp_path: Path) -> None:
-    write_page(
-        tmp_path / "report.md",
-        "What was trained.",
-        results_table(ARMS),
-        ARMS,
-        {"mim": 0.5, "cl": 2, "graft": 1.5},
-        "cl",
-        ["label_efficiency.png"],
-    )
-    page = (tmp_path / "report.md").read_text()
-    assert "| graft over mim | 1 % | +5.0 ± 0.0 | 3 of 3 |" in page
-    assert "| graft over cl | 10 % | +3.0 ± 0.0 | 3 of 3 |" in page
-    assert "| graft | 1.5 |" in page
-    assert "What was trained." in page
-    assert "(figures/label_efficiency.png)" in page
+def test_accuracy_per_class_and_a_class_that_test_lacks() -> None:
+    rows = pd.DataFrame({"label": [0, 0, 2, 2], "prediction": [0, 1, 2, 2]})
+    assert np.array_equal(accuracy_per_class(rows, 4), [50, np.nan, 100, np.nan], equal_nan=True)
+
+
+def test_worst_mistakes_are_wrong_and_confident() -> None:
+    rows = ARMS[0].tasks["linear"].predictions
+    worst = worst_mistakes(rows)
+    assert (worst["label"] != worst["prediction"]).all()
+    assert worst["confidence"].is_monotonic_decreasing
+    assert worst["confidence"].iloc[0] == rows.loc[rows["label"] != rows["prediction"], "confidence"].max()
+
+
+def test_html_is_whole_without_any_other_file(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    picture = b"\x89PNG some picture"
+    (tmp_path / "figures" / "a.png").write_bytes(picture)
+    rows = "\n".join(table(["arm", "top-1"], [["<graft>", "1 & 2"]]))
+    page = to_html(f"# Title\n\n{rows}\n\n![a](figures/a.png)\n", "T", tmp_path)
+    assert "<h1>Title</h1>" in page
+    assert "<td>&lt;graft&gt;</td>" in page
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert [base64.b64decode(s.removeprefix("data:image/png;base64,")) for s in sources] == [picture]
 
 
 def test_absent_results_say_what_to_run(tmp_path: Path) -> None:

@@ -235,11 +235,11 @@ def _listed(table: pd.DataFrame, classes: list[str], params: DataParams) -> dict
 
 def _still_training(table: pd.DataFrame, rows: np.ndarray, name: str) -> list[int]:
     """Return the ids of a list's images; raise `LgpError` where one is no training image any more."""
-    gone = [table.at[i, "path"] for i in rows.tolist() if table.at[i, "split"] != "train"]
+    gone = [str(table.at[i, "path"]) for i in rows.tolist() if table.at[i, "split"] != "train"]
     if gone:
         raise LgpError(
-            f"data.few_label_lists.{name} names {', '.join(gone[:3])}{' and more' if len(gone) > 3 else ''}, dropped as "
-            "also standing in test: take them off the list, or set data.leaks to drop_test"
+            f"data.few_label_lists.{name} names {', '.join(gone[:3])}{' and more' if len(gone) > 3 else ''}, which "
+            "are dropped as also standing in test: take them off the list, or set data.leaks to drop_test"
         )
     return rows.tolist()
 
@@ -283,15 +283,16 @@ def _leaks(table: pd.DataFrame, params: DataParams) -> list[Leak]:
         table.loc[[leak.test if part == "test" else leak.learnt for leak in leaks], "split"] = "dropped"
         if before - set(table.loc[table["split"] == part, "label"]):
             raise LgpError(
-                f"data.leaks {params.leaks} leaves a class without an image in {part}: lower data.near_duplicate_bits, or "
-                "set data.leaks to report and look at them in metrics/prepare.json"
+                f"data.leaks {params.leaks} leaves a class without an image in {part}: lower data.near_duplicate_bits, "
+                "or set data.leaks to report and look at them in metrics/prepare.json"
             )
     return leaks
 
 
 def _described(leak: Leak, table: pd.DataFrame) -> dict[str, str]:
     same = "the same file" if leak.bits == EXACT else f"near, {leak.bits} of 64 bits apart"
-    return {"test": table.at[leak.test, "path"], "also": table.at[leak.learnt, "path"], "how": same}
+    paths = table["path"].tolist()
+    return {"test": paths[leak.test], "also": paths[leak.learnt], "how": same}
 
 
 def _all_of_size(table: pd.DataFrame, params: DataParams) -> bool:

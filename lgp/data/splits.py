@@ -17,9 +17,7 @@ def _shuffled_by_class(labels: np.ndarray, seed: int, *place: str | int) -> list
     return [rng[c].permutation(np.flatnonzero(labels == c)) for c in classes]
 
 
-def hold_out(
-    labels: np.ndarray, share: float, seed: int, name: str, kept: np.ndarray | None = None
-) -> np.ndarray:
+def hold_out(labels: np.ndarray, share: float, seed: int, name: str, kept: np.ndarray | None = None) -> np.ndarray:
     """Choose a stratified held-out part.
 
     Args:
@@ -43,8 +41,8 @@ def hold_out(
         free = positions if kept is None else positions[~kept[positions]]
         if not len(free):
             raise LgpError(
-                f"class number {c}: the lists of data.few_label_lists name all its {len(positions)} images, none is left "
-                f"to hold out for {name}"
+                f"class number {c}: the lists of data.few_label_lists name all its {len(positions)} images, none is "
+                f"left to hold out for {name}"
             )
         held[free[:wanted]] = True
     return held
@@ -96,4 +94,3 @@ def few_label_subsets(
         name: [sorted(int(i) for of_class in d for i in of_class[:number]) for d in drawn]
         for name, number in per_class.items()
     }
-

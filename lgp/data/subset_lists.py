@@ -31,8 +31,8 @@ def read_subset_list(
         Sorted positions, one for each line.
 
     Raises:
-        LgpError: the file is missing or empty, a line without a name, names that are unknown, ambiguous, repeated or not of
-            training images, labels that are others than the images', classes without an image; names them.
+        LgpError: the file is missing or empty, a line without a name, names that are unknown, ambiguous, repeated or
+            not of training images, labels that are others than the images', classes without an image; names them.
     """
     file = Path(os.environ.get("DVC_ROOT", ".")) / path.expanduser()
     try:
@@ -46,8 +46,10 @@ def read_subset_list(
         raise LgpError(f"{path} names no image: give one path or file name a line")
     found, faults = _look_up(lines, paths, labels, classes)
     counts = np.bincount(found, minlength=len(paths)) if found else np.zeros(len(paths), dtype=np.int64)
-    faults["repeated"] = [paths[i] for i in np.flatnonzero(counts > 1)]
-    faults["not of the training part"] = [f"{paths[i]} ({splits[i]})" for i in sorted(set(found)) if splits[i] != "train"]
+    faults["repeated"] = [paths[i] for i in np.flatnonzero(counts > 1).tolist()]
+    faults["not of the training part"] = [
+        f"{paths[i]} ({splits[i]})" for i in sorted(set(found)) if splits[i] != "train"
+    ]
     if not any(faults.values()):
         given = set(labels[found].tolist())
         faults["classes without an image"] = [name for label, name in enumerate(classes) if label not in given]

@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
 from filelock import FileLock
 
 from lgp.data.prepared import Prepared
@@ -81,7 +80,14 @@ class FeatureCache:
         self, source: FeatureSource, data: Prepared, split: str, ids: np.ndarray
     ) -> tuple[Path, list[np.ndarray]]:
         """Return the entry of a split, and its (N, D) after each stored block."""
-        decided_by = [FORMAT, source.digest, data.meta["digest"], split, self.params.dtype, *map(version, COMPUTED_WITH)]
+        decided_by = [
+            FORMAT,
+            source.digest,
+            data.meta["digest"],
+            split,
+            self.params.dtype,
+            *map(version, COMPUTED_WITH),
+        ]
         entry = self.folder / sha256(json.dumps(decided_by).encode()).hexdigest()[:32]
         self.folder.mkdir(parents=True, exist_ok=True)
         # of several evaluations of one encoder the first extracts, the others wait and read
@@ -132,7 +138,9 @@ class FeatureCache:
 
     def _make_room(self, wanted: int) -> None:
         """Remove the entries that were not read for longest, until `wanted` bytes more fit into the budget."""
-        entries = sorted((p for p in self.folder.iterdir() if p.is_dir() and not p.suffix), key=lambda p: p.stat().st_mtime)
+        entries = sorted(
+            (p for p in self.folder.iterdir() if p.is_dir() and not p.suffix), key=lambda p: p.stat().st_mtime
+        )
         sizes = {entry: sum(file.stat().st_size for file in entry.iterdir()) for entry in entries}
         used = sum(sizes.values())
         for entry in entries:

@@ -1,8 +1,8 @@
 """Fine-tuning: the whole encoder learns on with labels, all of them or few.
 
-The recipe is MAE's (He et al. 2022, appendix A.1, table 9), which LGP takes over with rates and layer decay of its own; all
-its parts are timm's. With `from_first_fc` the classifier sits on the first layer of the contrastive projector, as LGP does
-at 10 % of labels.
+The recipe is MAE's (He et al. 2022, appendix A.1, table 9), which LGP takes over with rates and layer decay of its own;
+all its parts are timm's. With `from_first_fc` the classifier sits on the first layer of the contrastive projector, as
+LGP does at 10 % of labels.
 """
 
 import functools
@@ -93,9 +93,7 @@ def _one_bit_or_more(bits_of: Callable[..., tuple[int]], level: float, hparams: 
 def recipe_for(labels: str, params: Params) -> FineTuneParams:
     """Return the recipe `finetune.LABELS`; raise `LgpError` where there is none, naming those there are."""
     if labels not in params.finetune:
-        raise LgpError(
-            f"there is no recipe finetune.{labels}, only {', '.join(params.finetune) or 'none'}: add it to the parameters"
-        )
+        raise LgpError(f"there is no recipe finetune.{labels}, only {', '.join(params.finetune) or 'none'}: add it")
     return params.finetune[labels]
 
 
@@ -122,19 +120,17 @@ def finetune(
         observer: told of epochs, numbered on over the subsets.
 
     Raises:
-        LgpError: `from_first_fc` with an arm that has no contrastive projector, a batch that cannot be shared, and all
-            that the training of an arm raises.
+        LgpError: `from_first_fc` with an arm that has no contrastive projector, a batch that cannot be shared, and
+            all that the training of an arm raises.
     """
     device = choose_device(params.run)
     first_fc = _first_fc(arm) if settings.from_first_fc else None
     predicted, flops = [], 0
     with joined("finetune", device):
         for number, ids in enumerate(subsets):
-            told = _OfSubset(observer, number * settings.epochs)
-            # the name gives each subset draws of its own
-            model, of_training = _fit(
-                f"finetune/{number}", arm, first_fc, data, ids, settings, params, store.part(f"subset{number}"), told, device
-            )  # fmt: skip
+            told, part = _OfSubset(observer, number * settings.epochs), store.part(f"subset{number}")
+            name = f"finetune/{number}"  # which gives each subset draws of its own
+            model, of_training = _fit(name, arm, first_fc, data, ids, settings, params, part, told, device)
             flops += of_training
             if rank() == 0:
                 predicted.append(_predict(model, data, device))
@@ -190,7 +186,7 @@ def _fit(
 
 
 def batch_size_for(images: int, settings: FineTuneParams, processes: int) -> int:
-    """Return `finetune.batch_size`, or the most that so few images fill: each process the same, and mixup an even number.
+    """Return `batch_size`, or the most that so few images fill: each process the same, and mixup an even number.
 
     Raises:
         LgpError: the images cannot be shared among the processes.
@@ -199,8 +195,8 @@ def batch_size_for(images: int, settings: FineTuneParams, processes: int) -> int
     batch_size = min(settings.batch_size, images) // part * part
     if not batch_size:
         raise LgpError(
-            f"{images} labelled images cannot be cut into {part} equal parts ({processes} processes, and mixup takes an "
-            "even number each): lower run.processes"
+            f"{images} labelled images cannot be cut into {part} equal parts ({processes} processes, and mixup takes "
+            "an even number each): lower run.processes"
         )
     return batch_size
 
@@ -210,7 +206,7 @@ def build_classifier(
 ) -> VisionTransformer:
     """Build timm's classifier on the weights of an encoder folder.
 
-    With `average` the patches are pooled before a norm of its own, as in MAE; the encoder's final norm is left out.
+    With `average` the patches are pooled before a norm of its own, as in MAE; the encoder's is left out.
 
     Args:
         encoder: its folder.
@@ -242,8 +238,9 @@ def build_classifier(
 def layer_decayed_groups(model: VisionTransformer, rate: float, settings: FineTuneParams) -> list[dict[str, Any]]:
     """Group a classifier's parameters by layer: timm's layer decay, each group with its own rate.
 
-    The head takes `rate`, the last block `layer_decay` times it, and so on down; the final norm goes with the last block
-    (in MAE's released code with the head). Biases, norms, class token and positions are not weight-decayed, as in MAE.
+    The head takes `rate`, the last block `layer_decay` times it, and so on down; the final norm goes with the last
+    block (in MAE's released code with the head). Biases, norms, class token and positions are not weight-decayed, as
+    in MAE.
     """
     groups = param_groups_layer_decay(
         model, settings.weight_decay, model.no_weight_decay(), layer_decay=settings.layer_decay

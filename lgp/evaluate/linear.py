@@ -69,7 +69,8 @@ def evaluate_linear_augmented(
     optimizer, steps = heads.optimizer(), linear.epochs * crops.steps_per_epoch
     schedule = warmup_cosine(optimizer, steps, 0)
     Trainer(
-        "linear", heads, loss_of, crops, optimizer, schedule, linear.epochs, device, precision, params.run, store, observer
+        "linear", heads, loss_of, crops, optimizer, schedule, linear.epochs, device, precision, params.run, store,
+        observer,
     ).fit()  # fmt: skip
     return _outcome(heads, features, linear, device)
 

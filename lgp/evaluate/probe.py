@@ -1,8 +1,8 @@
 """The linear probe: many linear heads on the same frozen features, of which validation chooses one.
 
-The paper's protocol (LGP, section 4; released code): SGD without momentum and half a cosine over 90 epochs, for every one
-of 35 learning rates and 2 weight decays. As published, 70 heads were trained side by side and the best *on test* was
-reported; here all are one matrix product, and the best on val is.
+The paper's protocol (LGP, section 4; released code): SGD without momentum and half a cosine over 90 epochs, for every
+one of 35 learning rates and 2 weight decays. As published, 70 heads were trained side by side and the best *on test*
+was reported; here all are one matrix product, and the best on val is.
 """
 
 import itertools
@@ -36,7 +36,7 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
         return -probabilities[rows, labels].clamp(min=torch.finfo(logits.dtype).tiny).log()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         of_logits, labels = ctx.saved_tensors  # type: ignore[attr-defined]
         # in place, for it is as large as anything here and nobody asks twice
         of_logits[torch.arange(len(labels), device=labels.device), labels] -= 1
@@ -56,6 +56,9 @@ class LinearHeads(nn.Module):
     One optimizer with the highest rate trains all as SGD would train each: a head's loss, weight decay included, is
     scaled by its share of that rate, and SGD's step is linear in the gradient. All start from the same N(0, 0.01²).
     """
+
+    share: Tensor
+    pull: Tensor
 
     def __init__(
         self,
@@ -101,7 +104,7 @@ class LinearHeads(nn.Module):
 
     @torch.inference_mode()
     def logits(self, features: np.ndarray, heads: slice | int = slice(None)) -> Tensor:
-        """Return the logits (N, C, H), or (N, C) of one head, of features (N, D) that may be memory-mapped; on the CPU."""
+        """Return the logits (N, C, H), or (N, C) of one head, of features (N, D), memory-mapped or not; on the CPU."""
         self.eval()
         starts = range(0, len(features), ROWS)
         return torch.cat([self(self.rows(features[s : s + ROWS]))[..., heads].cpu() for s in starts])

@@ -26,7 +26,9 @@ def encoder_source(folder: Path, params: FeatureParams, device: torch.device) ->
     """Describe the features of the encoder in `folder`."""
     depth = int(read_config(folder)["model_args"]["depth"])
     blocks = depth if params.by_depth else params.blocks
-    parts = [(folder / name).read_bytes() for name in (WEIGHTS, CONFIG)] + [f"{params.pool} {blocks} {device.type}".encode()]
+    parts = [(folder / name).read_bytes() for name in (WEIGHTS, CONFIG)] + [
+        f"{params.pool} {blocks} {device.type}".encode()
+    ]
     digest = sha256(b"".join(sha256(part).digest() for part in parts)).hexdigest()
     return FeatureSource(digest, blocks, lambda: by_block_of(load_encoder(folder), params.pool, blocks, device))
 

@@ -44,7 +44,7 @@ def write(root: Path, files: dict[str, bytes]) -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Two classes, and a test part with an exact copy, a re-encoded one, one of an unlabelled image, and five others."""
+    """Two classes; test has an exact copy, a re-encoded one, one of an unlabelled image, and four others."""
     root = tmp_path / "source"
     train = {f"train/{c}/{i}.png": encoded(photograph()) for c in "ab" for i in range(6)}
     unlabelled = photograph()
@@ -133,7 +133,11 @@ def test_no_label_of_an_unlabelled_image_is_read(
         (folder / "index.parquet").unlink()
         index.to_parquet(folder / "index.parquet", index=False)
         shown = params.model_copy(
-            update={"run": params.run.model_copy(update={"online_knn": params.run.online_knn.model_copy(update={"every_epochs": 1})})}
+            update={
+                "run": params.run.model_copy(
+                    update={"online_knn": params.run.online_knn.model_copy(update={"every_epochs": 1})}
+                )
+            }
         )
         session = Session(Prepared(folder), shown, StateStore(tmp_path / f"state{number}", "code"), Silent())
         weights.append(pretrain(session).encoder.state_dict())

@@ -101,7 +101,7 @@ def test_projector_does_not_take_averaged_patches(params: Params) -> None:
 
 
 def test_rates_decay_with_every_layer_below(encoder_folder: Path, params: Params) -> None:
-    """BEiT's rule, written out: embeddings are layer 0, block i is i + 1, the head the last; timm has the norm with the last block."""
+    """BEiT's rule, written out: embeddings are layer 0, block i is i + 1, the head the last; timm's norm a block's."""
     settings = recipe(params, layer_decay=0.5)
     model = build_classifier(encoder_folder, 10, settings)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -174,9 +174,7 @@ def test_interrupted_in_the_second_subset_goes_on_there_to_the_bit(
     assert [values["epoch"] for values in told.epochs] == [1, 2, 3, 4]
 
 
-def test_states_of_all_subsets_go_with_the_stage(
-    arm: Path, prepared: Prepared, params: Params, tmp_path: Path
-) -> None:
+def test_states_of_all_subsets_go_with_the_stage(arm: Path, prepared: Prepared, params: Params, tmp_path: Path) -> None:
     store = StateStore(tmp_path / "states", "code")
     store.acquire()
     finetune(arm, prepared, prepared.subsets("10pct")[:2], recipe(params), params, store, Silent())
