@@ -2,9 +2,9 @@
 
     python benchmarks/seeds.py FOLDER [--seeds 5]
 
-Each seed draws splits, subsets, first weights and batches anew. What FOLDER already holds is not run again, so it may be
-stopped and called again; without that a seed takes about 14 minutes on one CPU core. Writes digits-seeds.csv and
-digits-seeds.md beside this file.
+Each seed draws splits, subsets, first weights and batches anew. What FOLDER already holds is not run again, so it may
+be stopped and called again; a seed takes about 15 minutes on one CPU core. Writes digits-seeds.csv and digits-seeds.md
+beside this file.
 """
 
 import argparse
@@ -25,12 +25,26 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "digits-seeds.csv"
 # the paper's rule: the lower two thirds at a tenth of the peak
 RULE = {"graft": {"stage_lr": {"base_lrs": [8e-4, 8e-4, 8e-3]}}}
-VARIANTS = {"mim": "MAE", "cl": "MoCo v3, equal compute", "graft": "graft, lower two thirds at 0.1 of the rate",
-            "graft_one_rate": "graft, one rate (the preset)", "joint": "both losses summed"}  # fmt: skip
-TASKS = {"linear": ["linear"], "fewshot-1pct": ["fewshot", "1pct"], "fewshot-10pct": ["fewshot", "10pct"],
-         "finetune-10pct": ["finetune", "10pct"]}  # fmt: skip
-MEASURES = {"k-NN": ("linear", "test/knn_top1"), "linear": ("linear", "test/top1"), "1 %": ("fewshot-1pct", "test/top1"),
-            "10 %": ("fewshot-10pct", "test/top1"), "fine-tuned, 10 %": ("finetune-10pct", "test/top1")}  # fmt: skip
+VARIANTS = {
+    "mim": "MAE",
+    "cl": "MoCo v3, equal compute",
+    "graft": "graft, lower two thirds at 0.1 of the rate",
+    "graft_one_rate": "graft, one rate (the preset)",
+    "joint": "both losses summed",
+}
+TASKS = {
+    "linear": ["linear"],
+    "fewshot-1pct": ["fewshot", "1pct"],
+    "fewshot-10pct": ["fewshot", "10pct"],
+    "finetune-10pct": ["finetune", "10pct"],
+}
+MEASURES = {
+    "k-NN": ("linear", "test/knn_top1"),
+    "linear": ("linear", "test/top1"),
+    "1 %": ("fewshot-1pct", "test/top1"),
+    "10 %": ("fewshot-10pct", "test/top1"),
+    "fine-tuned, 10 %": ("finetune-10pct", "test/top1"),
+}
 
 
 def run(folder: Path, *command: str) -> None:
@@ -79,8 +93,12 @@ def of_seed(root: Path, seed: int) -> list[dict[str, Any]]:
 def page(rows: pd.DataFrame) -> str:
     """Write the tables: accuracies, and what each variant is ahead of the others, by seed."""
     seeds = rows["seed"].nunique()
-    lines = [f"# Digits, {seeds} pre-training seeds", "", "Top-1 on test, %: mean ± half the 95 % interval over the seeds "
-             "(Student's t), each a mean over five subsets of labels.", ""]  # fmt: skip
+    lines = [
+        f"# Digits, {seeds} pre-training seeds",
+        "",
+        "Top-1 on test, %: mean ± half the 95 % interval over the seeds (Student's t), each a mean over five subsets.",
+        "",
+    ]
 
     def cell(values: pd.Series, sign: str = "") -> str:
         mean, _, ci95 = mean_std_ci95(values.tolist())
@@ -88,8 +106,8 @@ def page(rows: pd.DataFrame) -> str:
         return f"**{text}**" if sign and abs(mean) > ci95 else text
 
     by = {variant: of.set_index("seed") for variant, of in rows.groupby("variant")}
-    lines += table(["arm", "what", *MEASURES], [[f"`{v}`", what, *(cell(by[v][m]) for m in MEASURES)]
-                                               for v, what in VARIANTS.items()])  # fmt: skip
+    of_variant = [[f"`{v}`", what, *(cell(by[v][m]) for m in MEASURES)] for v, what in VARIANTS.items()]
+    lines += table(["arm", "what", *MEASURES], of_variant)
     lines += ["", "Ahead, paired by seed, in points; bold where the interval excludes a tie:", ""]
     pairs = itertools.combinations(reversed(VARIANTS), 2)
     compared = [[f"`{a}` over `{b}`", *(cell(by[a][m] - by[b][m], "+") for m in MEASURES)] for a, b in pairs]
