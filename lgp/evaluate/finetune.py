@@ -29,7 +29,7 @@ from lgp.data.prepared import MODES, Prepared
 from lgp.device import choose_device, choose_precision, place
 from lgp.distributed import WorkerDone, joined, rank, world_size
 from lgp.engine import Epoch, Observer, Trainer
-from lgp.errors import LgpError
+from lgp.errors import LgpError, check_disk_space
 from lgp.evaluate.features import extract
 from lgp.evaluate.outcome import Outcome, Predicted, over_subsets
 from lgp.optim import adamw, peak_rate, warmup_cosine
@@ -38,6 +38,7 @@ from lgp.randomness import seeded
 
 BETAS = (0.9, 0.999)  # MAE, table 9
 FIRST_FC = "projector.0.weight"
+STATE_BYTES_PER_PARAMETER = 2 * 3 * 4  # two states of weight and two moments
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def finetune(
     """
     device = choose_device(params.run)
     first_fc = _first_fc(arm) if settings.from_first_fc else None
+    data.keep_decoded(params.run.decoded_gib * 2**30)
     predicted, flops = [], 0
     with joined("finetune", device):
         for number, ids in enumerate(subsets):
@@ -156,6 +158,7 @@ def _fit(
     classes = len(data.classes)
     with seeded(params.seed, f"{name}/init"):
         model = build_classifier(arm / "encoder", classes, settings, first_fc)
+    check_disk_space(store.folder, STATE_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
     precision = choose_precision(params.run, device, model.embed_dim)
     place(model, device, precision)
     batch_size = batch_size_for(len(ids), settings, world_size())

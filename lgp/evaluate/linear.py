@@ -59,6 +59,7 @@ def evaluate_linear_augmented(
     views = ViewParams(crop_scale_min=linear.crop_scale_min, flip_p=linear.flip_p)
     ids = features.ids["train"]
     crops = StepCrops(data, views, 1, _batch_size(linear, len(ids)), params.seed, "linear", ids)
+    data.keep_decoded(params.run.decoded_gib * 2**30)
     labels = torch.tensor(data.labels, device=device)
 
     def loss_of(batch: Batch) -> Tensor:

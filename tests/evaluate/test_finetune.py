@@ -1,13 +1,18 @@
 """Fine-tuning: what it starts from, at which rates, and that it resumes and repeats to the bit."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import Silent, merged
+import yaml
+from conftest import ROOT, Silent, merged
 from safetensors.torch import save_file
 
 from lgp.checkpoint import HEADS, StateStore, load_encoder
@@ -237,6 +242,26 @@ def test_more_epochs_learn_the_labels(arm: Path, prepared: Prepared, params: Par
     assert accuracy[1] > accuracy[0] + 20
     assert outcome.metrics["labels"] == 220
     assert outcome.metrics["train/pflop"] > 0
+
+
+def test_two_processes_fine_tune_to_the_same(
+    tmp_path: Path, values: dict[str, Any], prepared: Prepared, arm: Path
+) -> None:
+    confidence = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        for name, there in (("data/prepared", prepared.folder), ("models/cl", arm)):
+            (folder / name).parent.mkdir(parents=True)
+            (folder / name).symlink_to(there)
+        changes = {"finetune": {"10pct": {"drop_path": 0.0}}, "run": {"processes": processes}}
+        (folder / "params.yaml").write_text(yaml.safe_dump(merged(values, changes)))
+        environment = {k: v for k, v in os.environ.items() if k not in ("DVC_ROOT", "MLFLOW_TRACKING_URI")}
+        command = [sys.executable, str(ROOT / "cli.py"), "finetune", "cl", "10pct"]
+        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+        predictions = pd.read_parquet(folder / "predictions" / "cl-finetune-10pct.parquet")
+        confidence.append(predictions["confidence"])
+        assert not list((folder / ".lgp" / "resume").rglob("state-*"))
+    assert np.allclose(*confidence, rtol=1e-4)
 
 
 def test_recipe_is_by_the_labels_name(params: Params, values: dict[str, Any]) -> None:
