@@ -234,7 +234,7 @@ def results(path: Annotated[Path, typer.Argument(help="The table.")] = REPORTS /
     from lgp.results import read_results, wide_rows
 
     header, rows = wide_rows(read_results(path))
-    _print_table("Top-1 accuracy on test, % (± standard deviation over the few-label subsets)", header, rows)
+    _print_table("Top-1 accuracy on test, % (± half the 95 % interval)", header, rows)
     print(f"Report with pictures: {path.with_name('report.md')}. Runs, curves, models: `.venv/bin/lgp ui`.")
     print("Encoders for timm: models/ARM/encoder. Change params.yaml and run `make repro` again.")
 

@@ -59,7 +59,10 @@ def project(folder: Path, seed: int, changes: dict[str, Any], shared: Path | Non
     values = yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text()) | {"seed": seed}
     for section, keys in changes.items():
         values[section] |= keys
-    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    text = yaml.safe_dump(values)
+    if (folder / "params.yaml").exists() and (folder / "params.yaml").read_text() != text:
+        raise SystemExit(f"{folder} holds results of other parameters: remove it, or give another folder")
+    (folder / "params.yaml").write_text(text)
     if shared is not None:
         for name in ("data", "models/mim"):
             (folder / name).parent.mkdir(exist_ok=True)
@@ -120,6 +123,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
     given = parser.parse_args()
+    if given.seeds < 2:
+        parser.error("--seeds: two or more, for an interval")
     rows = pd.DataFrame([row for seed in range(given.seeds) for row in of_seed(given.folder.resolve(), seed)])
     rows.to_csv(OUT, index=False)
     OUT.with_suffix(".md").write_text(page(rows))

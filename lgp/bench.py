@@ -164,7 +164,7 @@ def train_timed(arm: str, params: Params, data: Prepared, folder: Path) -> list[
 
 
 def _step_row(arm: str, workload: Workload, prepared: Path) -> dict[str, Any]:
-    """Measure one arm at one size, in a process of its own for the sake of its memory."""
+    """Measure one arm at one size."""
     device = choose_device(workload.params.run)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     data = Prepared(prepared)
@@ -199,10 +199,14 @@ def bench_steps(device: torch.device, quick: bool) -> list[dict[str, Any]]:
         with _scratch() as folder:
             prepared_for(params, steps * workload.batch_size, folder)
             for arm in ARMS:
-                context = multiprocessing.get_context("spawn")
-                with ProcessPoolExecutor(1, mp_context=context) as alone:
-                    rows.append(alone.submit(_step_row, arm, short, folder / "prepared").result())
+                rows.append(_alone(_step_row, arm, short, folder / "prepared"))
     return rows
+
+
+def _alone(measure: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """Measure in a process of its own, for the sake of its memory."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
+        return alone.submit(measure, *given).result()
 
 
 def rate_of(work: Callable[[int], Any], images: int, seconds: float) -> float:
@@ -270,40 +274,58 @@ PROBES = (
 )
 
 
-def bench_probe(device: torch.device, size: ProbeSize, heads: int = 70) -> dict[str, Any]:
+def bench_probe(size: ProbeSize, heads: int = 70) -> dict[str, Any]:
     """Measure an epoch of the linear probe's heads as one product, and one after the other as anybody would write it.
 
-    One after the other is torch's own: a layer, cross-entropy, SGD and a DataLoader over the features in memory, or
-    ready batches in its place; one head each, times how many there are.
+    The features are read from a memory-mapped file in half precision. One after the other is torch's own: a layer,
+    cross-entropy, SGD and a DataLoader over the features in memory, or ready batches in its place; one head each, times
+    how many there are. To be run in a process of its own, for the sake of its memory.
     """
+    device = choose_device(RunParams())
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rng = np.random.default_rng(0)
-    features = rng.normal(size=(size.measured, size.width)).astype(np.float16).astype(np.float32)
     labels = rng.integers(0, size.classes, size.measured)
     precision = choose_precision(RunParams(), device, size.width)
     settings = [(0.1, 0.0), (0.1, 1e-6)] * (heads // 2)
     model = LinearHeads(size.width, size.classes, settings, False, torch.Generator().manual_seed(0)).to(device)
-    train_heads(model, features[: 2 * size.batch_size], labels[: 2 * size.batch_size], 1, size.batch_size, 0, precision)
-    started = time.perf_counter()
-    train_heads(model, features, labels, 1, size.batch_size, 0, precision)
-    share = (time.perf_counter() - started) * size.images / size.measured
-    with_loader, ready = (
-        _one_head(features, labels, size, device, loader) * heads * size.images / size.measured
-        for loader in (True, False)
-    )
+    with _scratch() as folder:
+        np.save(folder / "features.npy", rng.normal(size=(size.measured, size.width)).astype(np.float16))
+        features = np.load(folder / "features.npy", mmap_mode="c")
+        few = 2 * size.batch_size
+        train_heads(model, features[:few], labels[:few], 1, size.batch_size, 0, precision)
+        started = _now(device)
+        train_heads(model, features, labels, 1, size.batch_size, 0, precision)
+        times = size.images / size.measured
+        together = (_now(device) - started) * times
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / GIB
+        else:
+            memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 2**20
+        in_memory = np.asarray(features, dtype=np.float32)
+    with_loader, ready = (_one_head(in_memory, labels, size, device, how) * heads * times for how in (True, False))
     return {
         "features": size.name,
         "images": size.images,
+        "measured": size.measured,
         "width": size.width,
         "classes": size.classes,
         "batch": size.batch_size,
         "precision": str(precision).removeprefix("torch."),
-        "epoch_s": round(share, 3),
+        "epoch_s": round(together, 3),
+        "memory_gib": round(memory, 2),
         "one_by_one_epoch_s": round(with_loader, 2),
-        "ratio": round(with_loader / share, 1),
+        "ratio": round(with_loader / together, 1),
         "one_by_one_ready_batches_s": round(ready, 2),
-        "ratio_ready": round(ready / share, 1),
-        "sweep_90_epochs_h": round(90 * share / 3600, 3),
+        "ratio_ready": round(ready / together, 1),
+        "sweep_90_epochs_h": round(90 * together / 3600, 3),
     }
+
+
+def _now(device: torch.device) -> float:
+    """Return the time in seconds, when all that the device was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _one_head(features: np.ndarray, labels: np.ndarray, size: ProbeSize, device: torch.device, loader: bool) -> float:
@@ -314,12 +336,12 @@ def _one_head(features: np.ndarray, labels: np.ndarray, size: ProbeSize, device:
     batches = DataLoader(TensorDataset(x, y), size.batch_size, shuffle=True) if loader else zip(
         x.split(size.batch_size), y.split(size.batch_size), strict=True
     )  # fmt: skip
-    started = time.perf_counter()
+    started = _now(device)
     for of_batch, targets in batches:
         optimizer.zero_grad()
         F.cross_entropy(head(of_batch.to(device)), targets.to(device)).backward()
         optimizer.step()
-    return time.perf_counter() - started
+    return _now(device) - started
 
 
 def bench_linear(device: torch.device) -> dict[str, Any]:
@@ -406,7 +428,7 @@ def bench(quick: bool) -> dict[str, Any]:
         "steps": bench_steps(device, quick),
         "views_per_core": bench_views(quick),
         "linear_probe": [bench_linear(device)],
-        "seventy_heads": [bench_probe(device, size) for size in (PROBES[:1] if quick else PROBES)],
+        "seventy_heads": [_alone(bench_probe, size) for size in (PROBES[:1] if quick else PROBES)],
         "resume": [bench_resume(device)],
         "nothing_to_do": [bench_pipeline()],
     }

@@ -215,8 +215,9 @@ class StateStore:
                 newest[path.parent] = path
         if not newest:
             raise LgpError(f"nothing to resume: no whole state of these parameters and inputs in {self.folder}")
+        writers = {state.name.removeprefix("state-").split(".")[0] for state in newest.values()}
+        self.adopted_file.write_text(", ".join(sorted(writers)))
         for folder, state in newest.items():
-            self.adopted_file.write_text(state.name.removeprefix("state-").split(".")[0])
             copied = folder / f"{self.latest.stem}.new"
             shutil.copy(state, copied)
             copied.replace(folder / self.latest.name)

@@ -1,6 +1,7 @@
 """The parameter file: one section per stage plus small shared ones, checked whole before any work."""
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -64,7 +65,7 @@ class DataParams(Section):
     few_label_shares: dict[LabelsName, OpenShare]
     few_label_shots: list[Count] = []
     few_label_lists: dict[LabelsName, Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]] = {}
-    few_label_subsets: Annotated[Whole, Field(ge=2)]
+    few_label_subsets: Annotated[Whole, Field(ge=5)]
     leaks: Literal["report", "drop_test", "drop_train"] = "report"
     near_duplicate_bits: Annotated[Whole, Field(ge=0, le=32)] | None = 4
     max_unreadable_share: Share
@@ -323,7 +324,7 @@ class LinearParams(Section):
     base_lrs: Annotated[list[Positive], Field(min_length=1)]
     weight_decays: Annotated[list[NonNegative], Field(min_length=1)]
     epochs: Count
-    batch_size: Count
+    batch_size: Annotated[Whole, Field(ge=2)]
     batch_norm: bool
     crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
     flip_p: Share = 0.5
@@ -345,6 +346,10 @@ class FewShotParams(Section):
     folds: Annotated[Whole, Field(ge=2)]
 
 
+# timm's: magnitude, operations an image, deviation and most of the magnitude, increasing severity, probability
+RAND_AUGMENT = r"^rand(-(m\d+|n\d+|mstd\d+(\.\d+)?|mmax\d+|inc[01]|p\d+(\.\d+)?))+$"
+
+
 class FineTuneParams(TrainingParams):
     """Fine-tuning of the whole encoder with labels, as MAE and LGP do; probabilities and strengths as timm takes them.
 
@@ -359,7 +364,7 @@ class FineTuneParams(TrainingParams):
     from_first_fc: bool = False
     crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
     flip_p: Share = 0.5
-    rand_augment: Annotated[str, Field(pattern="^rand-")] | None = None
+    rand_augment: Annotated[str, Field(pattern=RAND_AUGMENT)] | None = None
     random_erasing: Share = 0.0
     mixup: NonNegative = 0.0
     cutmix: NonNegative = 0.0
@@ -421,13 +426,15 @@ class RunParams(Section):
     @model_validator(mode="after")
     def _accumulates_masked_modelling_only(self) -> Self:
         for stage, parts in self.accumulate.items():
-            if stage not in TRAINED:
-                raise ValueError(f"accumulate names {stage}, which is no training: choose of {', '.join(TRAINED)}")
-            if parts > 1 and stage not in ("mim", "reverse"):
+            if stage not in (*TRAINED, "finetune"):
+                raise ValueError(
+                    f"accumulate names {stage}, which is no training: choose of {', '.join(TRAINED)}, finetune"
+                )
+            if parts > 1 and stage not in ("mim", "reverse", "finetune"):
                 raise ValueError(
                     f"accumulate.{stage} {parts}: a contrastive loss compares each image with all others of its batch, "
                     "so a batch in parts has another loss: share it among more processes, or lower "
-                    f"{stage}.batch_size; mim and reverse can be accumulated"
+                    f"{stage}.batch_size; mim, reverse and finetune can be accumulated"
                 )
         return self
 
@@ -438,7 +445,7 @@ class Params(Section):
     seed: Annotated[Whole, Field(ge=0, lt=2**32)]
     arms: Annotated[list[ArmName], Field(min_length=1)]
     few_labels: Annotated[list[LabelsName], Field(min_length=1)]
-    finetuned: list[LabelsName] = []
+    finetuned: list[LabelsName]
     data: DataParams
     model: ModelParams
     contrastive: ContrastiveParams
@@ -532,6 +539,19 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
             seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
         return super().construct_mapping(node, deep)
+
+
+def section_values(params: Params, sections: Iterable[str]) -> dict[str, Any]:
+    """Return sections as plain values; `finetune.10pct` is that recipe alone, nothing where there is none."""
+    values = params.model_dump(mode="json", include={section.partition(".")[0] for section in sections})
+    chosen: dict[str, Any] = {}
+    for section in sections:
+        name, _, key = section.partition(".")
+        if not key:
+            chosen[name] = values[name]
+        elif key in values[name]:
+            chosen.setdefault(name, {})[key] = values[name][key]
+    return chosen
 
 
 def load_params(path: Path) -> Params:

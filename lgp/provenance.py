@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lgp.params import Params
+from lgp.params import Params, section_values
 
 # what surrounds a stage: shows, draws, records or checks a run without a say in its numbers. An edit there must
 # not train for days again, so no stage depends on it.
@@ -44,8 +44,7 @@ def input_digest(path: Path) -> str:
 
 def params_digest(params: Params, sections: Iterable[str]) -> str:
     """Digest the sections of the parameters that a stage reads."""
-    values = params.model_dump(mode="json", include=set(sections))
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(section_values(params, sections), sort_keys=True).encode()).hexdigest()
 
 
 def modules_used(entry: Path, root: Path) -> list[Path]:

@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from lgp.arms import CURVES, METRICS, RECONSTRUCTIONS
 from lgp.data.prepared import Prepared
 from lgp.device import choose_device
+from lgp.errors import LgpError
 from lgp.evaluate.baselines import evaluate_baseline
 from lgp.evaluate.outcome import Metrics, Outcome
 from lgp.evaluate.run import feature_cache
 from lgp.evaluate.statistics import Gap, accuracy_ci95, paired_gap
 from lgp.figures import (
+    plot_confusion,
     plot_curves,
     plot_depth,
     plot_label_efficiency,
@@ -34,6 +36,16 @@ from lgp.results import task_name, wide_rows
 COLUMNS = ["arm", "task", "labels", "top1_mean", "top1_std", "subsets", "top1_ci95"]
 MISTAKES = 24
 TITLE = "Label efficiency"
+# file → what it shows, in the order of the page
+PICTURES = {
+    "label_efficiency": "Accuracy over labels per class, with 95 % intervals",
+    "accuracy_by_depth": "k-NN accuracy of the features after each block, all labels",
+    "accuracy_per_class": "Accuracy per class at the fewest labels (per_class.csv has all tasks)",
+    "confusion": "Confusion of the champion at the fewest labels, over all subsets",
+    "worst_mistakes": "The champion's most confident mistakes",
+    "curves": "Training losses, which cannot be compared with each other",
+    "reconstructions": "What the masked autoencoder paints in",
+}
 
 
 @dataclass(frozen=True)
@@ -94,10 +106,22 @@ def results_table(arms: list[ArmResults]) -> pd.DataFrame:
     return table.round({"top1_mean": 2, "top1_std": 2, "top1_ci95": 2})
 
 
-def correct_by_subset(predictions: pd.DataFrame) -> np.ndarray:
-    """Turn predictions into (subsets, images) bool, whether each is right, images in the order of their ids."""
-    rows = predictions.sort_values(["subset", "id"])
-    return (rows["label"] == rows["prediction"]).to_numpy().reshape(rows["subset"].nunique(), -1)
+def correct_by_subset(a: ArmResults, b: ArmResults, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Turn two arms' predictions into (subsets, images) bool each, whether they are right, of the same images.
+
+    Raises:
+        LgpError: they were not made on the same subsets and images.
+    """
+    rows = [x.tasks[task].predictions.sort_values(["subset", "id"], ignore_index=True) for x in (a, b)]
+    same = ["subset", "id", "label"]
+    if not rows[0][same].equals(rows[1][same]):
+        raise LgpError(
+            f"the predictions of {a.arm} and {b.arm} in {task} are of different subsets or test images: run "
+            f"{task.partition('-')[0]} of both again on the same prepared data"
+        )
+    subsets = rows[0]["subset"].nunique()
+    first, second = ((r["label"] == r["prediction"]).to_numpy().reshape(subsets, -1) for r in rows)
+    return first, second
 
 
 def gaps(arms: list[ArmResults]) -> list[tuple[str, str, str, Gap]]:
@@ -105,8 +129,7 @@ def gaps(arms: list[ArmResults]) -> list[tuple[str, str, str, Gap]]:
     found = []
     for task in arms[0].tasks:
         for a, b in itertools.combinations(reversed(arms), 2):
-            of_a, of_b = (correct_by_subset(x.tasks[task].predictions) for x in (a, b))
-            found.append((task, a.arm, b.arm, paired_gap(of_a, of_b)))
+            found.append((task, a.arm, b.arm, paired_gap(*correct_by_subset(a, b, task))))
     return found
 
 
@@ -117,7 +140,7 @@ def champion(arms: list[ArmResults]) -> str:
 
 
 def write_report(
-    params: Params, data: Prepared, inputs: Inputs, table: Path, page: Path, html: Path, figures: Path
+    params: Params, data: Prepared, inputs: Inputs, table: Path, classes: Path, page: Path, html: Path, figures: Path
 ) -> str:
     """Write the table, the page twice and the pictures.
 
@@ -126,6 +149,7 @@ def write_report(
         data: prepared images.
         inputs: what to report.
         table: results.csv.
+        classes: per_class.csv: arm, task, class, top-1 in percent.
         page: report.md; names the pictures as `figures/…`.
         html: report.html, with the pictures in it.
         figures: existing folder for the pictures.
@@ -140,9 +164,11 @@ def write_report(
     trained = [inputs.read(arm) for arm in inputs.arms]
     results, best = results_table([*baselines, *trained]), champion(trained)
     results.to_csv(table, index=False)
+    per_class_table(trained, data.classes).to_csv(classes, index=False)
     _draw(figures, data, baselines, trained, best, results, inputs.arms)
     lines = _page(params, data, trained, best, results, inputs.arms)
-    lines += [line for name in _drawn(figures) for line in (f"![{name.replace('_', ' ')}](figures/{name}.png)", "")]
+    for name in _drawn(figures):
+        lines += [f"**{PICTURES[name]}**", "", f"![{name.replace('_', ' ')}](figures/{name}.png)", ""]
     text = "\n".join(lines)
     page.write_text(text)
     # the pictures are still where a stage writes them first
@@ -166,7 +192,9 @@ def _draw(
     fewest = _fewest(trained)
     per_class = {a.arm: accuracy_per_class(a.tasks[fewest].predictions, len(data.classes)) for a in trained}
     plot_per_class(figures / "accuracy_per_class.png", per_class, data.classes, best, task_name(fewest))
-    wrong = worst_mistakes(next(a for a in trained if a.arm == best).tasks["linear"].predictions)
+    of_best = next(a for a in trained if a.arm == best)
+    plot_confusion(figures / "confusion.png", of_best.tasks[fewest].predictions, data.classes)
+    wrong = worst_mistakes(of_best.tasks["linear"].predictions)
     if len(wrong):
         images = data.whole(wrong["id"].to_numpy()).permute(0, 2, 3, 1).numpy()
         plot_mistakes(figures / "worst_mistakes.png", images, wrong, data.classes, best)
@@ -180,15 +208,7 @@ def _draw(
 
 def _drawn(figures: Path) -> list[str]:
     """Name the pictures that were drawn, in the order of the page."""
-    order = (
-        "label_efficiency",
-        "accuracy_by_depth",
-        "accuracy_per_class",
-        "worst_mistakes",
-        "curves",
-        "reconstructions",
-    )
-    return [name for name in order if (figures / f"{name}.png").exists()]
+    return [name for name in PICTURES if (figures / f"{name}.png").exists()]
 
 
 def _fewest(arms: list[ArmResults]) -> str:
@@ -206,6 +226,17 @@ def accuracy_per_class(predictions: pd.DataFrame, classes: int) -> np.ndarray:
     """Return accuracy per class in percent over all subsets, (classes,); NaN where test has no image of a class."""
     correct = (predictions["label"] == predictions["prediction"]).groupby(predictions["label"]).mean()
     return 100 * correct.reindex(range(classes)).to_numpy(dtype=np.float64)
+
+
+def per_class_table(arms: list[ArmResults], classes: list[str]) -> pd.DataFrame:
+    """Return accuracy per class, in percent, of every arm and task: a row each."""
+    tables = [
+        pd.DataFrame({"arm": a.arm, "task": task, "class": classes, "top1": accuracy.round(2)})
+        for a in arms
+        for task, outcome in a.tasks.items()
+        for accuracy in [accuracy_per_class(outcome.predictions, len(classes))]
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 def worst_mistakes(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -231,8 +262,8 @@ def _page(
     lines += ["", *markdown_table(header, rows)]
     lines += ["", "## Paired comparison", ""]
     lines.append(
-        "The same subsets and test images for both arms; the interval is a bootstrap over subsets and images, of one "
-        "pre-training each: another seed moves these numbers too."
+        "The same subsets and test images for both arms; the interval (bootstrap over images, Student's t over "
+        "subsets) is of one pre-training each: another seed moves these numbers too."
     )
     found = gaps(trained)
     compared = [[g.sentence(a, b), task_name(task), f"[{g.low:+.1f}, {g.high:+.1f}]", f"{g.won} of {g.subsets}"]
@@ -243,7 +274,7 @@ def _page(
             *markdown_table(["", "labels", "95 % interval of the first less the second", "subsets won"], compared),
         ]
     lines += ["", "## More measures", "", "On test: top-5 and expected calibration error (15 bins), percent.", ""]
-    lines += markdown_table(["arm", "task", "top-1", "top-5", "calibration error"], _measures(trained))
+    lines += markdown_table(["arm", "task", "subsets", "top-1", "top-5", "calibration error"], _measures(trained))
     trainings = {arm: json.loads((folder / METRICS).read_text()) for arm, folder in folders.items()}
     compute = [[arm, f"{m['train/pflop_total']:.3g}"] for arm, m in trainings.items() if "train/pflop_total" in m]
     lines += ["", "## Compute", "", "Pre-training, counted on the first step, what an arm started from included.", ""]
@@ -256,7 +287,12 @@ def _measures(trained: list[ArmResults]) -> list[list[str]]:
         return f"{metrics[name]:.1f}" if name in metrics else "–"
 
     return [
-        [a.arm, task_name(task), *(cell(outcome.metrics, f"test/{name}") for name in ("top1", "top5", "ece"))]
+        [
+            a.arm,
+            task_name(task),
+            f"{outcome.metrics['subsets']:.0f}",
+            *(cell(outcome.metrics, f"test/{name}") for name in ("top1", "top5", "ece")),
+        ]
         for a in trained
         for task, outcome in a.tasks.items()
     ]

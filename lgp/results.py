@@ -13,7 +13,10 @@ def read_results(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         raise LgpError(f"no results in {path}: run `dvc repro` (or `make repro`) first")
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        results = list(csv.DictReader(file))
+    if results and "top1_ci95" not in results[0]:
+        raise LgpError(f"{path} is of an older version, without intervals: run `lgp report` (or `dvc repro`) again")
+    return results
 
 
 def wide_rows(results: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:

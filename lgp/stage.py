@@ -19,7 +19,7 @@ from lgp.device import launched
 from lgp.distributed import WorkerDone, launched_rank
 from lgp.errors import LgpError, check_disk_space
 from lgp.launch import launch
-from lgp.params import Params, load_params
+from lgp.params import Params, load_params, section_values
 from lgp.provenance import code_digest, file_digest, git_state, input_digest, params_digest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +112,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
         "stage": spec.name,
         "arm": spec.arm,
         "task": spec.task,
-        "params": params.model_dump(mode="json", include=set(spec.sections)),
+        "params": section_values(params, spec.sections),
         "digests": before,
         "torch": version("torch"),
         **git,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from filelock import FileLock
 
 from lgp.errors import LgpError
-from lgp.params import Params
+from lgp.params import Params, section_values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -321,7 +321,7 @@ def run(
         "dvc_experiment": os.environ.get("DVC_EXP_NAME", ""),
         "mlflow.source.name": f"lgp {spec.name}",
     }
-    values = flatten(params.model_dump(mode="json", include=set(spec.sections)))
+    values = flatten(section_values(params, spec.sections))
     values |= {"arm": spec.arm, "task": spec.task}
     resume = resume_file.read_text().strip() if resume_file.exists() else None
     name = f"{spec.arm} / {spec.task}"

@@ -24,7 +24,7 @@ def finetune(
     metrics, predictions = metrics_file(arm, task), predictions_file(arm, task)
     # the whole folder: the projector lies beside the encoder
     reads, writes = [PREPARED, arm_folder(arm)], [metrics, predictions]
-    spec = StageSpec("finetune", ["seed", "finetune"], reads, writes, arm, task, trains=True)
+    spec = StageSpec("finetune", ["seed", f"finetune.{labels}"], reads, writes, arm, task, trains=True)
     with stage(spec, params_file, fresh, resume) as run:
         data = Prepared(PREPARED)
         recipe, subsets = recipe_for(labels, run.params), data.labelled(labels)

@@ -1,10 +1,16 @@
 """Stage `linear`: linear probe and k-NN of an arm's encoder, with all labels."""
 
-from stages.options import DEFAULT_PARAMS, Arm, Debug, Fresh, ParamsFile
+from stages.options import DEFAULT_PARAMS, Arm, Debug, Fresh, ParamsFile, Resume
 from stages.paths import PREPARED, encoder_files, encoder_folder, metrics_file, predictions_file
 
 
-def linear(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: Debug = False) -> None:
+def linear(
+    arm: Arm,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    fresh: Fresh = False,
+    resume: Resume = False,
+    debug: Debug = False,
+) -> None:
     """Evaluate an arm's frozen features with all labels."""
     from lgp.data.prepared import Prepared
     from lgp.device import choose_device
@@ -15,7 +21,7 @@ def linear(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = Fa
     encoder, metrics, predictions = encoder_folder(arm), metrics_file(arm, "linear"), predictions_file(arm, "linear")
     reads = [PREPARED, *encoder_files(arm)]
     spec = StageSpec("linear", ["seed", "features", "linear"], reads, [metrics, predictions], arm, "linear")
-    with stage(spec, params_file, fresh) as run:
+    with stage(spec, params_file, fresh, resume) as run:
         data, params, device = Prepared(PREPARED), run.params, choose_device(run.params.run)
         run.tag_upstream(encoder)
         features = encoder_features(encoder, data, params, device)

@@ -20,17 +20,18 @@ def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
     folders = {arm: arm_folder(arm) for arm in params.arms}
     # an arm's curves and pictures belong to its encoder, whose digest is in its metrics
     reads = [PREPARED, *metrics.values(), *predictions.values(), *folders.values()]
-    page, html, table = REPORTS / "report.md", REPORTS / "report.html", REPORTS / "results.csv"
+    page, html = REPORTS / "report.md", REPORTS / "report.html"
+    table, classes = REPORTS / "results.csv", REPORTS / "per_class.csv"
     figures = REPORTS / "figures"
     # not in git, unlike the rest: so a fresh clone runs this stage, and its registry gets a champion
     champion = REPORTS / "champion.json"
     sections = [
         "seed", "arms", "few_labels", "finetuned", "data", "model", "features", "linear", "fewshot", "report"
     ]  # fmt: skip
-    spec = StageSpec("report", sections, reads, [table, page, html, figures, champion], "all", "report")
+    spec = StageSpec("report", sections, reads, [table, classes, page, html, figures, champion], "all", "report")
     with stage(spec, params_file, fresh) as run:
         inputs = Inputs(metrics, predictions, folders)
-        outs = (run.out(path) for path in (table, page, html, figures))
+        outs = (run.out(path) for path in (table, classes, page, html, figures))
         best = write_report(run.params, Prepared(PREPARED), inputs, *outs)
         for picture in sorted(run.out(figures).iterdir()):
             run.tracker.log_figure(picture)

@@ -41,7 +41,7 @@ def test_sizes_are_those_of_the_presets() -> None:
 
 
 def test_heads_are_timed_as_one_product_and_one_by_one() -> None:
-    row = bench.bench_probe(torch.device("cpu"), bench.ProbeSize("tiny", 200, 8, 3, 32, 100), heads=4)
+    row = bench.bench_probe(bench.ProbeSize("tiny", 200, 8, 3, 32, 100), heads=4)
     assert row["ratio"] == pytest.approx(row["one_by_one_epoch_s"] / row["epoch_s"], rel=0.5)
     assert row["sweep_90_epochs_h"] >= 0
 

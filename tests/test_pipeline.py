@@ -48,12 +48,13 @@ def test_surroundings_exist() -> None:
 def test_parameter_dependencies_are_what_the_stage_digests(name: str) -> None:
     """The sections that a stage names (its digest, its tracked parameters) are those that DVC watches."""
     source = ast.parse((ROOT / "stages" / f"{name}.py").read_text())
-    lists = [
-        [e.value for e in node.elts]
-        for node in ast.walk(source)
-        if isinstance(node, ast.List) and node.elts and all(isinstance(e, ast.Constant) for e in node.elts)
-    ]
+    lists = [[_text(e) for e in node.elts] for node in ast.walk(source) if isinstance(node, ast.List)]
     assert STAGES[name]["params"] in lists
+
+
+def _text(element: ast.expr) -> str:
+    """Write a text as dvc.yaml has it: f"finetune.{labels}" is finetune.${item.labels}."""
+    return ast.unparse(element).removeprefix("f").strip("'").replace("{", "${item.")
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,7 @@ def would_run(folder: Path) -> set[str]:
         ({"linear": {"knn_k": 5}}, LINEAR | {"report"}),
         ({"features": {"pool": "average"}}, FEWSHOT | LINEAR | {"report"}),
         ({"finetune": {"10pct": {"epochs": 7}}}, FINETUNE | {"report"}),
+        ({"finetune": {"all": {"epochs": 7}}}, set()),
         ({"few_labels": ["1pct"]}, {"report"}),
         ({"finetuned": []}, {"report"}),
         ({"graft": {"epochs": 7}}, {"graft", "report"} | of_arm("graft")),

@@ -19,6 +19,7 @@ from lgp.report import (
     champion,
     correct_by_subset,
     gaps,
+    per_class_table,
     results_table,
     worst_mistakes,
 )
@@ -40,7 +41,7 @@ def outcome(subsets: int, labels: int, accuracy: float, val: float, seed: int) -
         }
         return Predicted(certain, truth, {split: 100 + np.arange(IMAGES) for split in truth})
 
-    return over_subsets([one() for _ in range(subsets)], labels)
+    return over_subsets([one().scored() for _ in range(subsets)], labels)
 
 
 def arm(name: str, accuracy: float, val: float, seed: int) -> ArmResults:
@@ -94,27 +95,53 @@ def test_every_two_arms_are_compared_on_the_same_images() -> None:
     found = gaps(ARMS)
     assert len(found) == 4 * 3
     task, a, b, gap = next(row for row in found if row[:3] == ("fewshot-1pct", "graft", "cl"))
-    right = {x.arm: correct_by_subset(x.tasks[task].predictions) for x in ARMS}
-    assert gap == paired_gap(right[a], right[b])
+    by_arm = {x.arm: x for x in ARMS}
+    assert gap == paired_gap(*correct_by_subset(by_arm[a], by_arm[b], task))
     metrics = {x.arm: x.tasks[task].metrics for x in ARMS}
     assert gap.points == pytest.approx(metrics["graft"]["test/top1"] - metrics["cl"]["test/top1"], abs=1e-3)
 
 
 def test_predictions_are_lined_up_by_subset_and_image() -> None:
-    rows = ARMS[0].tasks["fewshot-1pct"].predictions
-    shuffled = rows.sample(frac=1, random_state=0)
-    right = correct_by_subset(shuffled)
+    task, rows = "fewshot-1pct", ARMS[0].tasks["fewshot-1pct"].predictions
+    shuffled = ArmResults("mim", {task: Outcome({}, rows.sample(frac=1, random_state=0))})
+    right, same = correct_by_subset(shuffled, ARMS[0], task)
     assert right.shape == (3, IMAGES)
-    assert np.array_equal(right, correct_by_subset(rows))
+    assert np.array_equal(right, same)
+    others = ArmResults("cl", {task: Outcome({}, rows.assign(id=rows["id"] + 1))})
+    with pytest.raises(
+        LgpError, match="of mim and cl in fewshot-1pct are of different subsets or test images: run few"
+    ):
+        correct_by_subset(ARMS[0], others, task)
 
 
 def test_champion_is_chosen_on_validation_not_test() -> None:
     assert champion(ARMS) == "cl"
 
 
+def test_shuffling_test_labels_changes_no_champion() -> None:
+    shuffled = []
+    for a in ARMS:
+        tasks = {}
+        for task, of in a.tasks.items():
+            rows = of.predictions.assign(label=of.predictions["label"].sample(frac=1, random_state=1).to_numpy())
+            metrics = of.metrics | {name: 0.0 for name in of.metrics if name.startswith("test/")}
+            tasks[task] = Outcome(metrics, rows)
+        shuffled.append(ArmResults(a.arm, tasks))
+    assert champion(shuffled) == champion(ARMS)
+
+
 def test_accuracy_per_class_and_a_class_that_test_lacks() -> None:
     rows = pd.DataFrame({"label": [0, 0, 2, 2], "prediction": [0, 1, 2, 2]})
     assert np.array_equal(accuracy_per_class(rows, 4), [50, np.nan, 100, np.nan], equal_nan=True)
+
+
+def test_table_of_classes_has_every_arm_and_task() -> None:
+    table_of = per_class_table(ARMS, ["a", "b", "c"])
+    assert len(table_of) == 3 * 4 * 3
+    rows = ARMS[2].tasks["linear"].predictions
+    of_b = 100 * (rows["prediction"] == 1)[rows["label"] == 1].mean()
+    found = table_of.query("arm == 'graft' and task == 'linear' and `class` == 'b'")["top1"]
+    assert found.tolist() == [pytest.approx(of_b, abs=0.01)]
 
 
 def test_worst_mistakes_are_wrong_and_confident() -> None:

@@ -50,12 +50,19 @@ def prepare(params: DataParams, seed: int, folder: Path) -> dict[str, Any]:
         LgpError: no such source, a class without a readable image, too many unreadable files.
     """
     source = open_source(params.source)
-    wanted = _within_caps(source.records(), params, seed)
-    index, unreadable, content = _store_encoded(source.records(), wanted, params.channels, folder)
+    paths, splits, labels = _described_records(source.records())
+    _check_shots(labels[splits == "train"], source.classes, params)
+    lists = {
+        name: [read_subset_list(Path(file), paths, labels, splits.tolist(), source.classes) for file in files]
+        for name, files in params.few_label_lists.items()
+    }
+    wanted = _within_caps(splits, labels, lists, params, seed)
+    hashed = params.near_duplicate_bits is not None
+    index, unreadable, content = _store_encoded(source.records(), wanted, params.channels, hashed, folder)
     _check_readable(unreadable, len(index) + len(unreadable), params)
     table = pd.DataFrame(index)
     _check_classes(table, source.classes)
-    listed = _listed(table, source.classes, params)
+    listed = {name: [_rows_of(table, paths, of, name) for of in found] for name, found in lists.items()}
     _split(table, params, seed, listed)
     leaks = _leaks(table, params)
     table = table.drop(columns=["content", "hash"])
@@ -101,18 +108,30 @@ def prepare(params: DataParams, seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def _within_caps(records: Iterator[Record], params: DataParams, seed: int) -> set[int] | None:
-    """Return the positions of the records to keep, or None for all."""
+def _described_records(records: Iterator[Record]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return path, split and label of every record, before any is decoded."""
+    seen = [(r.path, r.split, r.label) for r in records]
+    return [path for path, _, _ in seen], np.array([s for _, s, _ in seen]), np.array([label for _, _, label in seen])
+
+
+def _check_shots(labels: np.ndarray, classes: list[str], params: DataParams) -> None:
+    """Raise `LgpError` where a class has fewer images than a shot asks for, whatever is held out of it later."""
+    few_label_subsets(labels[labels >= 0], {}, params.few_label_shots, 0, 0, classes)
+
+
+def _within_caps(
+    splits: np.ndarray, labels: np.ndarray, lists: dict[str, list[np.ndarray]], params: DataParams, seed: int
+) -> set[int] | None:
+    """Return the positions of the records to keep, or None for all; those of published lists stay."""
     if params.max_train_images is None and params.max_test_images is None:
         return None
-    seen = [(r.split, r.label) for r in records]
-    splits = np.array([split for split, _ in seen])
-    labels = np.array([label for _, label in seen])
-    kept = np.ones(len(seen), dtype=bool)
+    kept = np.ones(len(splits), dtype=bool)
     for split, most in (("train", params.max_train_images), ("test", params.max_test_images)):
         positions = np.flatnonzero((splits == split) & (labels >= 0))
         if most is not None and len(positions) > most:
             kept[positions] = cap(labels[positions], most, seed, split)
+    for positions in itertools.chain.from_iterable(lists.values()):
+        kept[positions] = True
     return set(np.flatnonzero(kept).tolist())
 
 
@@ -128,7 +147,7 @@ class _Read:
     fault: str = ""
 
 
-def _read(record: Record, channels: int) -> _Read:
+def _read(record: Record, channels: int, hashed: bool) -> _Read:
     if record.split != "unlabeled" and record.label < 0:
         return _Read(record, fault="without a label: not inside a class folder, or none in its row")
     try:
@@ -138,7 +157,7 @@ def _read(record: Record, channels: int) -> _Read:
         if not data:
             return _Read(record, fault="empty")
         image = decode(data, channels)
-        return _Read(record, data, image.height, image.width, perceptual_hash(image))
+        return _Read(record, data, image.height, image.width, perceptual_hash(image) if hashed else 0)
     except Exception as e:  # noqa: BLE001 - decoders of damaged files raise whatever they like
         # PIL's message may name an object's address in memory, which differs from run to run
         reason = "not an image that can be decoded" if "cannot identify" in str(e) else str(e) or type(e).__name__
@@ -152,7 +171,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _store_encoded(
-    records: Iterator[Record], wanted: set[int] | None, channels: int, folder: Path
+    records: Iterator[Record], wanted: set[int] | None, channels: int, hashed: bool, folder: Path
 ) -> tuple[Index, list[dict[str, str]], bytes]:
     """Write the encoded bytes of all readable records to Arrow shards, in order; decoding is threaded."""
     index: Index = []
@@ -163,7 +182,7 @@ def _store_encoded(
         chosen = (r for i, r in enumerate(records) if wanted is None or i in wanted)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             while chunk := list(itertools.islice(chosen, 1024)):
-                for read in pool.map(lambda r: _read(r, channels), chunk):
+                for read in pool.map(lambda r: _read(r, channels, hashed), chunk):
                     record = read.record
                     if read.fault:
                         unreadable.append({"path": record.path, "reason": read.fault})
@@ -224,13 +243,16 @@ def _check_classes(table: pd.DataFrame, classes: list[str]) -> None:
         )
 
 
-def _listed(table: pd.DataFrame, classes: list[str], params: DataParams) -> dict[str, list[np.ndarray]]:
-    """Find the images of the subsets that are given as lists: name → their rows, an array for each list."""
-    paths, splits, labels = table["path"].tolist(), table["split"].tolist(), table["label"].to_numpy()
-    return {
-        name: [read_subset_list(Path(file), paths, labels, splits, classes) for file in files]
-        for name, files in params.few_label_lists.items()
-    }
+def _rows_of(table: pd.DataFrame, paths: list[str], positions: np.ndarray, name: str) -> np.ndarray:
+    """Find the stored rows of a list's images; raise `LgpError` where one could not be read."""
+    rows = {path: row for row, path in enumerate(table["path"].tolist())}
+    gone = [paths[i] for i in positions.tolist() if paths[i] not in rows]
+    if gone:
+        raise LgpError(
+            f"data.few_label_lists.{name} names {', '.join(gone[:3])}{' and more' if len(gone) > 3 else ''}, which "
+            "cannot be read: mend the files, or take them off the list"
+        )
+    return np.array([rows[paths[i]] for i in positions.tolist()], dtype=np.int64)
 
 
 def _still_training(table: pd.DataFrame, rows: np.ndarray, name: str) -> list[int]:
@@ -270,7 +292,7 @@ def _leaks(table: pd.DataFrame, params: DataParams) -> list[Leak]:
         LgpError: a class is left without a test, or training, image.
     """
     is_test = (table["split"] == "test").to_numpy()
-    leaks = find_leaks(
+    leaks, in_test = find_leaks(
         table["content"].to_numpy(),
         table["hash"].to_numpy(dtype=np.uint64),
         np.flatnonzero(is_test),
@@ -280,7 +302,7 @@ def _leaks(table: pd.DataFrame, params: DataParams) -> list[Leak]:
     if params.leaks != "report":
         part = "test" if params.leaks == "drop_test" else "train"
         before = set(table.loc[table["split"] == part, "label"])
-        table.loc[[leak.test if part == "test" else leak.learnt for leak in leaks], "split"] = "dropped"
+        table.loc[[leak.test for leak in leaks] if part == "test" else in_test, "split"] = "dropped"
         if before - set(table.loc[table["split"] == part, "label"]):
             raise LgpError(
                 f"data.leaks {params.leaks} leaves a class without an image in {part}: lower data.near_duplicate_bits, "

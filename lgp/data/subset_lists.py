@@ -1,6 +1,7 @@
 """Few-label subsets as published: a file with the path or name of one image a line, with or without its label."""
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from lgp.errors import LgpError
 
 SHOWN = 5  # names in a message
+LABELLED = re.compile(r"(.*\S)\s*[,\s]\s*(\S+)")
 
 
 def read_subset_list(
@@ -36,12 +38,13 @@ def read_subset_list(
     """
     file = Path(os.environ.get("DVC_ROOT", ".")) / path.expanduser()
     try:
-        lines = [(number, line.strip()) for number, line in enumerate(file.read_text().splitlines(), 1) if line.strip()]
+        text = file.read_text()
     except (OSError, UnicodeDecodeError) as e:
         raise LgpError(
             f"cannot read the list of images {file.absolute()} ({getattr(e, 'strerror', 'not text')}): mend "
             "data.few_label_lists"
         ) from None
+    lines = [(number, line.strip(", \t")) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise LgpError(f"{path} names no image: give one path or file name a line")
     found, faults = _look_up(lines, paths, labels, classes)
@@ -77,25 +80,22 @@ def _look_up(
         "another label than the image's": [],
     }
     for number, line in lines:
-        name, label = line, ""
-        fits = fitting(line)
-        if not fits:  # a name may hold blanks
-            name, _, label = (part.strip() for part in line.replace(",", " ").rpartition(" "))
-            fits = fitting(name) if name else []
-        if not name:
-            known = fitting(label)
-            if known:
-                fits, name, label = known, label, ""
-            elif label in classes or label.isdecimal():
-                faults["lines without a name"].append(f"line {number}")
-                continue
-        if len(fits) != 1:
+        name, label, fits = line, "", fitting(line)
+        labelled = LABELLED.fullmatch(line)
+        if not fits and labelled:  # only now, for a name may hold blanks and commas
+            name, label = labelled[1].rstrip(", \t"), labelled[2]
+            fits = fitting(name)
+        if not fits and (line in classes or line.isdecimal()):
+            faults["lines without a name"].append(f"line {number}")
+        elif len(fits) != 1:
             faults["fitting several images" if fits else "unknown"].append(line)
-            continue
-        i = fits[0]
-        if label and label not in (classes[labels[i]], str(labels[i])):
-            faults["another label than the image's"].append(f"{line} (the image's is {classes[labels[i]]})")
-        found.append(i)
+        else:
+            found.append(fits[0])
+            of_image = labels[fits[0]]
+            # a name of a class goes before the number of one, of which there may be both
+            says = classes.index(label) if label in classes else int(label) if label.isdecimal() else -1
+            if label and of_image >= 0 and says != of_image:
+                faults["another label than the image's"].append(f"{line} (the image's is {classes[of_image]})")
     return found, faults
 
 

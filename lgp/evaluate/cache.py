@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from lgp.data.prepared import Prepared
 from lgp.errors import check_disk_space
@@ -62,92 +62,100 @@ class Features:
 
 
 class FeatureCache:
-    """A folder of arrays, at most of a given size: what was not read for longest goes first."""
+    """A folder of entries, one for each source and prepared data: above a given size the least used go first."""
 
     def __init__(self, folder: Path, params: FeatureParams, cache_gib: float) -> None:
-        """Keep up to `cache_gib` of features in `folder`, as `params` say."""
+        """Keep up to `cache_gib` of features in `folder`, as `params` say, besides those in use."""
         self.folder, self.params, self.cache_gib = folder, params, cache_gib
 
     def features(self, source: FeatureSource, data: Prepared) -> Features:
         """Return the features of a source for all three splits, extracted where they are not there yet."""
         ids = {split: data.ids(split) for split in SPLITS}
-        stored = {split: self._stored(source, data, split, of_split) for split, of_split in ids.items()}
-        x = {split: self._joined(entry) for split, (entry, _) in stored.items()}
-        by_block = {split: arrays for split, (_, arrays) in stored.items()}
-        return Features(x, {s: data.labels[i] for s, i in ids.items()}, ids, len(data.classes), by_block)
-
-    def _stored(
-        self, source: FeatureSource, data: Prepared, split: str, ids: np.ndarray
-    ) -> tuple[Path, list[np.ndarray]]:
-        """Return the entry of a split, and its (N, D) after each stored block."""
-        decided_by = [
-            FORMAT,
-            source.digest,
-            data.meta["digest"],
-            split,
-            self.params.dtype,
-            *map(version, COMPUTED_WITH),
-        ]
+        decided_by = [FORMAT, source.digest, data.meta["digest"], self.params.dtype, *map(version, COMPUTED_WITH)]
         entry = self.folder / sha256(json.dumps(decided_by).encode()).hexdigest()[:32]
         self.folder.mkdir(parents=True, exist_ok=True)
         # of several evaluations of one encoder the first extracts, the others wait and read
-        with FileLock(self.folder / "extracting.lock"):
+        with FileLock(self._lock_of(entry)):
             if not entry.exists():
                 self._extract(source, data, ids, entry)
+            x = {split: self._joined(entry, split, source.blocks) for split in SPLITS}
+            by_block = {s: [_mapped(entry / f"{s}-{block}.npy") for block in range(source.blocks)] for s in SPLITS}
             entry.touch()
-            return entry, [_mapped(entry / f"{block}.npy") for block in range(source.blocks)]
+        return Features(x, {s: data.labels[i] for s, i in ids.items()}, ids, len(data.classes), by_block)
 
-    def _joined(self, entry: Path) -> np.ndarray:
-        """Return the features of the last `blocks` blocks together, (N, D of all), also memory-mapped."""
-        last = sorted(entry.glob("[0-9]*.npy"), key=lambda path: int(path.stem))[-self.params.blocks :]
+    def _lock_of(self, entry: Path) -> Path:
+        return entry.with_suffix(".lock")
+
+    def _extract(self, source: FeatureSource, data: Prepared, ids: dict[str, np.ndarray], entry: Path) -> None:
+        partial = entry.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir()
+        encode = source.encode()
+        images = sum(len(of_split) for of_split in ids.values())
+        for split, of_split in ids.items():
+            arrays: Sequence[np.memmap] = []
+            for number, batch in enumerate(extracted(encode, data, of_split)):
+                if not arrays:
+                    shape = (len(of_split), batch.shape[2])
+                    if split == SPLITS[0]:
+                        self._make_room(images * source.blocks * shape[1], entry)
+                    arrays = [self._create(partial / f"{split}-{b}.npy", shape) for b in range(source.blocks)]
+                for block, array in enumerate(arrays):
+                    array[number * BATCH : number * BATCH + len(batch)] = batch[:, block]
+            for array in arrays:
+                array.flush()
+        partial.replace(entry)
+
+    def _create(self, path: Path, shape: tuple[int, int]) -> np.memmap:
+        return np.lib.format.open_memmap(path, mode="w+", dtype=self.params.dtype, shape=shape)
+
+    def _joined(self, entry: Path, split: str, blocks: int) -> np.ndarray:
+        """Return the features of the last `features.blocks` blocks together, (N, D of all), also memory-mapped."""
+        last = [entry / f"{split}-{block}.npy" for block in range(blocks)][-self.params.blocks :]
         if len(last) == 1:
             return _mapped(last[0])
-        path = entry / f"last{len(last)}.npy"
+        path = entry / f"{split}-last{len(last)}.npy"
         if not path.exists():
             arrays = [_mapped(file) for file in last]
             shape = (len(arrays[0]), sum(a.shape[1] for a in arrays))
+            self._make_room(shape[0] * shape[1], entry)
             partial = path.with_suffix(".partial")
-            joined = np.lib.format.open_memmap(partial, mode="w+", dtype=self.params.dtype, shape=shape)
+            joined = self._create(partial, shape)
             for start in range(0, shape[0], ROWS):
                 joined[start : start + ROWS] = np.concatenate([a[start : start + ROWS] for a in arrays], axis=1)
             joined.flush()
             partial.replace(path)
         return _mapped(path)
 
-    def _extract(self, source: FeatureSource, data: Prepared, ids: np.ndarray, entry: Path) -> None:
-        for stale in self.folder.glob("*.partial"):
-            shutil.rmtree(stale)
-        partial = entry.with_suffix(".partial")
-        partial.mkdir()
-        arrays: Sequence[np.memmap] = []
-        for number, batch in enumerate(extracted(source.encode(), data, ids)):
-            if not arrays:
-                shape = (len(ids), batch.shape[2])
-                wanted = source.blocks * shape[0] * shape[1] * np.dtype(self.params.dtype).itemsize
-                self._make_room(wanted)
-                check_disk_space(self.folder, wanted)
-                arrays = [
-                    np.lib.format.open_memmap(partial / f"{b}.npy", mode="w+", dtype=self.params.dtype, shape=shape)
-                    for b in range(source.blocks)
-                ]
-            for block, array in enumerate(arrays):
-                array[number * BATCH : number * BATCH + len(batch)] = batch[:, block]
-        for array in arrays:
-            array.flush()
-        partial.replace(entry)
+    def _make_room(self, values: int, entry: Path) -> None:
+        """Remove other entries, those not read for longest first, until so many values more fit into the budget.
 
-    def _make_room(self, wanted: int) -> None:
-        """Remove the entries that were not read for longest, until `wanted` bytes more fit into the budget."""
-        entries = sorted(
-            (p for p in self.folder.iterdir() if p.is_dir() and not p.suffix), key=lambda p: p.stat().st_mtime
-        )
-        sizes = {entry: sum(file.stat().st_size for file in entry.iterdir()) for entry in entries}
+        An entry that another process is filling or opening is left.
+
+        Raises:
+            LgpError: the disk is full even so.
+        """
+        wanted = values * np.dtype(self.params.dtype).itemsize
+        entries = sorted((p for p in self.folder.iterdir() if p.is_dir() and not p.suffix), key=_last_read)
+        sizes = {other: sum(file.stat().st_size for file in other.iterdir()) for other in entries}
         used = sum(sizes.values())
-        for entry in entries:
+        for other in entries:
             if used + wanted <= self.cache_gib * GIB:
-                return
-            shutil.rmtree(entry)
-            used -= sizes[entry]
+                break
+            if other == entry:
+                continue
+            try:
+                with FileLock(self._lock_of(other), timeout=0):
+                    shutil.rmtree(other)
+            except Timeout:
+                continue
+            used -= sizes[other]
+        # writing through a map on a full disk would be killed by the system, not raise
+        check_disk_space(self.folder, wanted)
+
+
+def _last_read(entry: Path) -> float:
+    return entry.stat().st_mtime
 
 
 def _mapped(path: Path) -> np.ndarray:

@@ -41,7 +41,7 @@ def evaluate_fewshot(features: Features, subsets: list[np.ndarray], params: FewS
         model, c = fit_logistic_regression(x_few, y_few, x["val"], features.y["val"], params)
         chosen.append(c)
         probabilities = {split: _probabilities(model, of_split, features.classes) for split, of_split in x.items()}
-        outcomes.append(Predicted(probabilities, features.y, features.ids))
+        outcomes.append(Predicted(probabilities, features.y, features.ids).scored())
     outcome = over_subsets(outcomes, len(subsets[0]))
     return Outcome(outcome.metrics | {"c": float(np.median(chosen))}, outcome.predictions)
 

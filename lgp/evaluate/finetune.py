@@ -2,7 +2,7 @@
 
 The recipe is MAE's (He et al. 2022, appendix A.1, table 9), which LGP takes over with rates and layer decay of its own;
 all its parts are timm's. With `from_first_fc` the classifier sits on the first layer of the contrastive projector, as
-LGP does at 10 % of labels.
+LGP does at 10 % of labels; on the encoder itself where an arm has none (MIM), which the metric `first_fc` tells.
 """
 
 import functools
@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from lgp.checkpoint import StateStore, load_encoder, load_heads, read_config
+from lgp.checkpoint import WEIGHTS, StateStore, load_encoder, load_heads, read_config
 from lgp.data.loading import Batch, StepCrops
 from lgp.data.prepared import MODES, Prepared
 from lgp.device import choose_device, choose_precision, place
@@ -38,7 +38,7 @@ from lgp.randomness import seeded
 
 BETAS = (0.9, 0.999)  # MAE, table 9
 FIRST_FC = "projector.0.weight"
-STATE_BYTES_PER_PARAMETER = 2 * 3 * 4  # two states of weight and two moments
+STATE_BYTES_PER_WEIGHT_BYTE = 2 * 3  # two states of weight and two moments
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,15 @@ def finetune(
         observer: told of epochs, numbered on over the subsets.
 
     Raises:
-        LgpError: `from_first_fc` with an arm that has no contrastive projector, a batch that cannot be shared, and
-            all that the training of an arm raises.
+        LgpError: a batch that cannot be shared, the disk is full, and what every training raises.
     """
     device = choose_device(params.run)
     first_fc = _first_fc(arm) if settings.from_first_fc else None
+    # the states of finished subsets stay until all are done
+    of_states = STATE_BYTES_PER_WEIGHT_BYTE * (arm / "encoder" / WEIGHTS).stat().st_size * len(subsets)
+    check_disk_space(store.folder, of_states)
     data.keep_decoded(params.run.decoded_gib * 2**30)
-    predicted, flops = [], 0
+    scored, flops = [], 0
     with joined("finetune", device):
         for number, ids in enumerate(subsets):
             told, part = _OfSubset(observer, number * settings.epochs), store.part(f"subset{number}")
@@ -135,11 +137,12 @@ def finetune(
             model, of_training = _fit(name, arm, first_fc, data, ids, settings, params, part, told, device)
             flops += of_training
             if rank() == 0:
-                predicted.append(_predict(model, data, device))
+                scored.append(_predict(model, data, device).scored())
         if rank() > 0:
             raise WorkerDone
-    outcome = over_subsets(predicted, len(subsets[0]))
-    return Outcome(outcome.metrics | {"train/pflop": round(flops / 1e15, 9)}, outcome.predictions)
+    outcome = over_subsets(scored, len(subsets[0]))
+    more = {"train/pflop": round(flops / 1e15, 9), "first_fc": float(first_fc is not None)}
+    return Outcome(outcome.metrics | more, outcome.predictions)
 
 
 def _fit(
@@ -158,10 +161,9 @@ def _fit(
     classes = len(data.classes)
     with seeded(params.seed, f"{name}/init"):
         model = build_classifier(arm / "encoder", classes, settings, first_fc)
-    check_disk_space(store.folder, STATE_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
     precision = choose_precision(params.run, device, model.embed_dim)
     place(model, device, precision)
-    batch_size = batch_size_for(len(ids), settings, world_size())
+    batch_size = batch_size_for(len(ids), settings, world_size() * params.run.accumulate.get("finetune", 1))
     crops = _LabelledCrops(data, settings, batch_size, params.seed, name, ids)
     crops.share(rank(), world_size())
     rate, steps = peak_rate(settings.base_lr, batch_size), settings.epochs * crops.steps_per_epoch
@@ -188,18 +190,18 @@ def _fit(
     return model, trainer.fit().train_flops
 
 
-def batch_size_for(images: int, settings: FineTuneParams, processes: int) -> int:
-    """Return `batch_size`, or the most that so few images fill: each process the same, and mixup an even number.
+def batch_size_for(images: int, settings: FineTuneParams, parts: int) -> int:
+    """Return `batch_size`, or the most that so few images fill: each part the same, and mixup an even number.
 
     Raises:
-        LgpError: the images cannot be shared among the processes.
+        LgpError: the images cannot be shared among the processes, or be accumulated.
     """
-    part = processes * (2 if settings.mixup or settings.cutmix else 1)
-    batch_size = min(settings.batch_size, images) // part * part
+    multiple = parts * (2 if settings.mixup or settings.cutmix else 1)
+    batch_size = min(settings.batch_size, images) // multiple * multiple
     if not batch_size:
         raise LgpError(
-            f"{images} labelled images cannot be cut into {part} equal parts ({processes} processes, and mixup takes "
-            "an even number each): lower run.processes"
+            f"{min(settings.batch_size, images)} labelled images a batch cannot be cut into {parts} equal parts (of "
+            "run.processes and run.accumulate.finetune; mixup takes an even number each): lower these"
         )
     return batch_size
 
@@ -254,15 +256,12 @@ def layer_decayed_groups(model: VisionTransformer, rate: float, settings: FineTu
     ]
 
 
-def _first_fc(arm: Path) -> Tensor:
-    heads = load_heads(arm)
-    found = [tensor for name, tensor in heads.items() if f".{name}".endswith(f".{FIRST_FC}")]
-    if not found:
-        raise LgpError(
-            f"finetune.from_first_fc needs the first layer of a contrastive projector, which {arm} has not: set it to "
-            "false, or fine-tune an arm that was trained contrastively (cl, graft)"
-        )
-    return found[0]
+def _first_fc(arm: Path) -> Tensor | None:
+    """Return the first layer of an arm's contrastive projector, (hidden, width)."""
+    found = [tensor for name, tensor in load_heads(arm).items() if f".{name}".endswith(f".{FIRST_FC}")]
+    if not found and rank() == 0:
+        print(f"finetune: {arm.name} has no contrastive projector, its classifier sits on the encoder", flush=True)
+    return found[0] if found else None
 
 
 def _predict(model: nn.Module, data: Prepared, device: torch.device) -> Predicted:

@@ -63,7 +63,8 @@ def evaluate_linear_augmented(
     labels = torch.tensor(data.labels, device=device)
 
     def loss_of(batch: Batch) -> Tensor:
-        with torch.no_grad():
+        # as the cached features are computed, in single precision
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             seen = encode(data.normalize(batch.crops[:, 0]))
         return heads.loss(seen, labels[torch.from_numpy(crops.ids_of(batch.step)[batch.rows]).to(device)])
 
@@ -94,7 +95,7 @@ def _outcome(heads: LinearHeads, features: Features, params: LinearParams, devic
     held_out = ("val", "test")
     probabilities = {s: F.softmax(heads.logits(features.x[s], chosen.head), dim=1).numpy() for s in held_out}
     predicted = Predicted(probabilities, features.y, features.ids)
-    outcome = over_subsets([predicted], len(features.y["train"]))
+    outcome = over_subsets([predicted.scored()], len(features.y["train"]))
     knn = {f"{split}/knn_top1": _knn(features, split, -1, params, device) for split in ("test", "val")}
     depth = len(features.by_block["train"])
     by_depth = {f"test/knn_top1_block{b}": _knn(features, "test", b, params, device) for b in range(depth) if depth > 1}

@@ -23,6 +23,14 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """What is kept of a classifier: its scores, and a row per test image (id, label, prediction, confidence)."""
+
+    scores: Mapping[str, float]
+    table: pd.DataFrame
+
+
+@dataclass(frozen=True)
 class Predicted:
     """Probabilities (N, classes) of a classifier on val and on test, with labels and ids of the images."""
 
@@ -30,38 +38,27 @@ class Predicted:
     labels: Mapping[str, np.ndarray]
     ids: Mapping[str, np.ndarray]
 
-    def scores(self) -> dict[str, float]:
-        """Return top-1 on test and val, and on test top-5 (of ten classes or more) and the calibration error."""
+    def scored(self) -> Scored:
+        """Score top-1 on test and val, and on test top-5 (of ten classes or more) and the calibration error."""
         test, labels = self.probabilities["test"], self.labels["test"]
         scores = {f"{s}/top1": percent(self.probabilities[s].argmax(1) == self.labels[s]) for s in ("test", "val")}
         classes = test.shape[1]
         if classes >= TOP5_FROM:
             top5 = top_k_accuracy_score(labels, test, k=5, labels=np.arange(classes))
             scores["test/top5"] = round(100 * float(top5), 4)
-        return scores | {"test/ece": round(calibration_error(test, labels), 4)}
-
-    def table(self, subset: int) -> pd.DataFrame:
-        """Return a row per test image: subset, id, label, prediction, confidence."""
-        test = self.probabilities["test"]
-        return pd.DataFrame(
-            {
-                "subset": subset,
-                "id": self.ids["test"],
-                "label": self.labels["test"],
-                "prediction": test.argmax(1).astype(np.int64),
-                "confidence": test.max(1).astype(np.float32),
-            }
-        )
+        scores["test/ece"] = round(calibration_error(test, labels), 4)
+        table = {"id": self.ids["test"], "label": labels, "prediction": test.argmax(1).astype(np.int64)}
+        return Scored(scores, pd.DataFrame(table | {"confidence": test.max(1).astype(np.float32)}))
 
 
-def over_subsets(of_subset: Sequence[Predicted], labels: int) -> Outcome:
+def over_subsets(of_subset: Sequence[Scored], labels: int) -> Outcome:
     """Sum up the same task over subsets of labels: mean, standard deviation and 95 % interval of every score.
 
     Args:
-        of_subset: a trained classifier's predictions, one per subset.
+        of_subset: a trained classifier each.
         labels: labelled images in each.
     """
-    scores = [predicted.scores() for predicted in of_subset]
+    scores = [scored.scores for scored in of_subset]
     metrics: dict[str, float] = {}
     for name in scores[0]:
         values = [score[name] for score in scores]
@@ -73,7 +70,7 @@ def over_subsets(of_subset: Sequence[Predicted], labels: int) -> Outcome:
     if len(scores) > 1:
         metrics |= {f"test/top1_subset{number}": score["test/top1"] for number, score in enumerate(scores)}
     metrics |= {"labels": float(labels), "subsets": float(len(scores))}
-    tables = [predicted.table(number) for number, predicted in enumerate(of_subset)]
+    tables = [scored.table.assign(subset=number) for number, scored in enumerate(of_subset)]
     return Outcome(metrics, pd.concat(tables, ignore_index=True))
 
 

@@ -48,7 +48,7 @@ def live_features_of(folder: Path, params: FeatureParams, device: torch.device) 
 def publish_outcome(
     run: StageRun, encoder: Path, metrics: Path, predictions: Path, outcome: Outcome, data: Prepared
 ) -> None:
-    """Write the metric file and the predictions, and track both, with confusion and accuracy per class as pictures.
+    """Write the metric file and the predictions, and track both, with the confusion matrix as a picture.
 
     The metrics name the encoder by its digest, so that they differ wherever it does.
     """

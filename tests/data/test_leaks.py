@@ -13,6 +13,7 @@ from PIL import Image
 
 from lgp.checkpoint import StateStore
 from lgp.cl import pretrain_cl
+from lgp.controls import pretrain_joint
 from lgp.data.leaks import EXACT, Leak, find_leaks, perceptual_hash
 from lgp.data.prepare import prepare
 from lgp.data.prepared import Prepared
@@ -47,6 +48,7 @@ def source(tmp_path: Path) -> Path:
     """Two classes; test has an exact copy, a re-encoded one, one of an unlabelled image, and four others."""
     root = tmp_path / "source"
     train = {f"train/{c}/{i}.png": encoded(photograph()) for c in "ab" for i in range(6)}
+    train["train/a/twin.png"] = train["train/a/1.png"]
     unlabelled = photograph()
     resized = Image.open(io.BytesIO(train["train/b/2.png"])).resize((48, 48))
     test = {f"test/{c}/new{i}.png": encoded(photograph()) for c in "ab" for i in range(2)}
@@ -77,14 +79,14 @@ def test_copies_are_found_and_described(source: Path, tmp_path: Path, params: Pa
     assert len(data.ids("test")) == 7
 
 
-@pytest.mark.parametrize(("leaks", "test", "others"), [("drop_test", 4, 13), ("drop_train", 7, 10)])
+@pytest.mark.parametrize(("leaks", "test", "others"), [("drop_test", 4, 14), ("drop_train", 7, 10)])
 def test_copies_are_dropped_on_one_side(
     source: Path, tmp_path: Path, params: Params, leaks: str, test: int, others: int
 ) -> None:
     metrics, data = prepared_from(source, tmp_path, params, near_duplicate_bits=6, leaks=leaks)
     assert len(data.ids("test")) == test
     assert len(data.pretraining_ids) + len(data.ids("val")) == others
-    assert metrics["images/dropped"] == 3
+    assert metrics["images/dropped"] == (3 if leaks == "drop_test" else 4)
 
 
 def test_exact_copies_alone(source: Path, tmp_path: Path, params: Params) -> None:
@@ -102,10 +104,13 @@ def test_nearest_is_found_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lgp.data.leaks.CANDIDATES", 4)
     hashes = RNG.integers(0, 2**63, 40, dtype=np.uint64)
     hashes[33] = hashes[12] ^ np.uint64(0b101)
+    hashes[20] = hashes[12] ^ np.uint64(0b111)
     content = np.array([bytes([i]) for i in range(40)], dtype=object)
     content[38] = content[5]
-    leaks = find_leaks(content, hashes, np.arange(30, 40), np.arange(30), 4)
-    assert leaks == [Leak(38, 5, EXACT), Leak(33, 12, 2)]
+    content[6] = content[5]
+    leaks, in_test = find_leaks(content, hashes, np.arange(30, 40), np.arange(30), 4)
+    assert leaks == [Leak(38, 5, EXACT), Leak(33, 20, 1)]
+    assert in_test.tolist() == [5, 6, 12, 20]
 
 
 def test_hash_is_the_librarys() -> None:
@@ -116,7 +121,7 @@ def test_hash_is_the_librarys() -> None:
     assert perceptual_hash(image) == sum(int(bit) << (63 - i) for i, bit in enumerate(bits))
 
 
-@pytest.mark.parametrize("pretrain", [pretrain_mim, pretrain_cl])
+@pytest.mark.parametrize("pretrain", [pretrain_mim, pretrain_cl, pretrain_joint])
 def test_no_label_of_an_unlabelled_image_is_read(
     prepared: Prepared, params: Params, tmp_path: Path, pretrain: Any
 ) -> None:

@@ -27,6 +27,7 @@ def read(tmp_path: Path, text: str) -> list[int]:
         "7.jpg\ncat/1.jpg\n",
         "cat/1.jpg 0\n7.jpg 1\n",
         "cat/1.jpg,cat\n7.jpg, dog\n",
+        "cat/1.jpg\t0\n7.jpg\t1\n",
     ],
 )
 def test_paths_and_names_with_and_without_labels(tmp_path: Path, text: str) -> None:
@@ -36,6 +37,15 @@ def test_paths_and_names_with_and_without_labels(tmp_path: Path, text: str) -> N
 def test_name_may_hold_blanks(tmp_path: Path) -> None:
     assert read(tmp_path, "a cat 2.jpg\n7.jpg") == [1, 3]
     assert read(tmp_path, "a cat 2.jpg cat\n7.jpg 1") == [1, 3]
+
+
+def test_names_of_classes_go_before_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a,b.jpg 10\nc.jpg 2\n")
+    paths, labels, classes = ["train/10/a,b.jpg", "train/2/c.jpg"], np.array([0, 1]), ["10", "2"]
+    assert read_subset_list(tmp_path / "list.txt", paths, labels, ["train"] * 2, classes).tolist() == [0, 1]
+    (tmp_path / "list.txt").write_text("a,b.jpg 2\nc.jpg 2\n")
+    with pytest.raises(LgpError, match="the image's is 10"):
+        read_subset_list(tmp_path / "list.txt", paths, labels, ["train"] * 2, classes)
 
 
 @pytest.mark.parametrize(

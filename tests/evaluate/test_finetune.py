@@ -29,7 +29,7 @@ from lgp.evaluate.finetune import (
     recipe_for,
 )
 from lgp.evaluate.outcome import Outcome
-from lgp.params import FineTuneParams, Params
+from lgp.params import FineTuneParams, Params, load_params
 
 ALL_TRICKS = {
     "drop_path": 0.2,
@@ -85,8 +85,9 @@ def test_first_layer_of_the_projector_stays_below_the_classifier(
     assert torch.equal(model.head[0].weight, first_fc)
     assert model.head[0].bias is None
     assert model.head[1].weight.shape == (10, 32)
-    with pytest.raises(LgpError, match=r"needs the first layer of a contrastive projector.*set it to false"):
-        tuned(encoder_folder.parent, prepared, params, tmp_path, from_first_fc=True)
+    without = tuned(encoder_folder.parent, prepared, params, tmp_path / "a", from_first_fc=True)
+    assert without.metrics["first_fc"] == 0
+    assert without.metrics == tuned(encoder_folder.parent, prepared, params, tmp_path / "b").metrics
 
 
 def test_first_layer_is_found_among_an_arms_heads(
@@ -97,7 +98,7 @@ def test_first_layer_is_found_among_an_arms_heads(
     (arm / "encoder").symlink_to(encoder_folder)
     save_file({"contrastive.projector.0.weight": torch.randn(32, 16), "mae.mask_token": torch.zeros(1)}, arm / HEADS)
     outcome = tuned(arm, prepared, params, tmp_path / "states", from_first_fc=True)
-    assert outcome.metrics["subsets"] == 2
+    assert outcome.metrics["first_fc"] == 1
 
 
 def test_projector_does_not_take_averaged_patches(params: Params) -> None:
@@ -223,12 +224,38 @@ def test_rand_augment_of_full_strength_keeps_a_bit(prepared: Prepared, params: P
     assert crops[0].shape == (len(ids), 1, 1, 8, 8)
 
 
+@pytest.mark.parametrize("preset", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_the_presets_are_built(preset: Path, prepared: Prepared) -> None:
+    ids = prepared.subsets("10pct")[0]
+    for settings in load_params(preset).finetune.values():
+        assert _LabelledCrops(prepared, settings, 4, 0, "f", ids)[0].shape == (4, 1, 1, 8, 8)
+
+
+def test_rand_augment_that_timm_does_not_know_is_refused(params: Params) -> None:
+    for wrong in ("rand-q3", "rand-m9# a comment", "auto"):
+        with pytest.raises(ValueError, match="rand_augment"):
+            recipe(params, rand_augment=wrong)
+
+
+def test_shuffling_test_labels_changes_no_prediction(
+    arm: Path, prepared: Prepared, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = tuned(arm, prepared, params, tmp_path / "a")
+    test, labels = prepared.ids("test"), prepared.labels.copy()
+    labels[test] = np.random.default_rng(0).permutation(labels[test])
+    monkeypatch.setattr(prepared, "labels", labels)
+    shuffled = tuned(arm, prepared, params, tmp_path / "b")
+    assert right.predictions["prediction"].tolist() == shuffled.predictions["prediction"].tolist()
+    assert right.metrics["val/top1"] == shuffled.metrics["val/top1"]
+    assert right.predictions["label"].tolist() != shuffled.predictions["label"].tolist()
+
+
 def test_batch_is_what_so_few_images_fill(params: Params) -> None:
     assert batch_size_for(1000, recipe(params, batch_size=64), 1) == 64
     assert batch_size_for(13, recipe(params, batch_size=64), 1) == 13
     assert batch_size_for(13, recipe(params, batch_size=64, mixup=0.8), 1) == 12
     assert batch_size_for(13, recipe(params, batch_size=64, mixup=0.8), 4) == 8
-    with pytest.raises(LgpError, match=r"3 labelled images cannot be cut into 4 equal parts.*lower run.processes"):
+    with pytest.raises(LgpError, match=r"3 labelled images a batch cannot be cut into 4 equal parts.*lower these"):
         batch_size_for(3, recipe(params), 4)
 
 
