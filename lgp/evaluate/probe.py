@@ -19,7 +19,7 @@ from lgp.optim import peak_rate, warmup_cosine
 from lgp.params import LinearParams
 from lgp.randomness import generator
 
-ROWS = 4096  # that are scored at once
+ROWS = 1024  # that are scored at once
 
 
 class _SoftmaxCrossEntropy(torch.autograd.Function):
