@@ -266,3 +266,47 @@ def test_class_folders_without_a_train_folder_are_recognised(tmp_path: Path, par
     folder(tmp_path, {"ant": 2, "bee": 2}, split=".")
     with pytest.raises(LgpError, match=r"found the folders ant, bee: are these classes\? then move them into train/"):
         prepare(data_params(params, source=str(tmp_path)), 0, tmp_path)
+
+
+def test_published_lists_are_kept_in_training_whatever_is_capped_or_held_out(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "source", {"a": 20, "b": 20})
+    names = [f"train/{c}/{i}.png" for c in "ab" for i in range(12)]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    given = {"few_label_lists": {"official": str(tmp_path / "list.txt")}, "max_train_images": 28, "val_share": 0.5}
+    _, data = prepared_from(source, tmp_path, params, **given)
+    (subset,) = data.subsets("official")
+    assert sorted(data._index["path"].iloc[subset]) == sorted(names)
+    assert set(subset) <= set(data.ids("train"))
+
+
+def test_list_is_refused_before_anything_is_decoded(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder(tmp_path / "source", {"a": 5, "b": 5})
+    (tmp_path / "list.txt").write_text("train/a/0.png\ntrain/b/77.png")
+    monkeypatch.setattr("lgp.data.prepare._read", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(LgpError, match=r"unknown: train/b/77\.png"):
+        prepared_from(source, tmp_path, params, few_label_lists={"official": str(tmp_path / "list.txt")})
+
+
+def test_listed_image_that_cannot_be_read_is_named(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "source", {"a": 20, "b": 20})
+    (source / "train" / "a" / "3.png").write_bytes(b"damaged")
+    (tmp_path / "list.txt").write_text("train/a/3.png\ntrain/b/7.png")
+    with pytest.raises(LgpError, match=r"official names train/a/3\.png, which cannot be read"):
+        prepared_from(source, tmp_path, params, few_label_lists={"official": str(tmp_path / "list.txt")})
+
+
+def test_shot_that_a_class_cannot_give_is_refused_before_anything_is_decoded(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder(tmp_path / "source", {"a": 20, "b": 4})
+    monkeypatch.setattr("lgp.data.prepare._read", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(LgpError, match=r"5 images of each class, fewer are in the training part of b \(4\)"):
+        prepared_from(source, tmp_path, params, few_label_shots=[5])
+
+
+def test_class_that_only_test_has_is_named(tmp_path: Path, params: Params) -> None:
+    source = folder(folder(tmp_path / "source", {"a": 5, "b": 5}), {"a": 2, "c": 2}, "test")
+    with pytest.raises(LgpError, match="test has classes that train lacks: c"):
+        prepared_from(source, tmp_path, params)
