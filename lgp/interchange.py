@@ -227,7 +227,7 @@ def publish_imported(run: StageRun, folder: Path, imported: Imported, data: Prep
 
     Args:
         run: the stage.
-        folder: of the arm: gets `encoder/`, `metrics.json`, and the projector as `heads.safetensors` if there is one.
+        folder: of the arm: gets `encoder/`, `metrics.json`, and the projector, if there is one, as `heads.safetensors`.
         imported: encoder and projector.
         data: the images it will be evaluated on, whose mean and deviation it is saved with.
     """
@@ -235,8 +235,8 @@ def publish_imported(run: StageRun, folder: Path, imported: Imported, data: Prep
     values = {"encoder_parameters": sum(p.numel() for p in imported.encoder.parameters())}
     provenance = run.provenance | {"layout": imported.layout, "metrics": values}
     save_encoder(out / "encoder", imported.encoder, params.model, params.data, data, provenance)
-    if imported.projector:
-        save_tensors({name: tensor.contiguous() for name, tensor in imported.projector.items()}, out / HEADS)
+    # empty where there is no projector: what reads an arm finds the same files in all
+    save_tensors({name: tensor.contiguous() for name, tensor in imported.projector.items()}, out / HEADS)
     run.write_metrics(out / METRICS, values)
     run.tracker.will_register(folder / "encoder", run.spec.arm, encoder_digest(out / "encoder"))
 

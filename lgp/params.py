@@ -1,12 +1,13 @@
 """The parameter file: one section per stage plus small shared ones, checked whole before any work."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lgp.arms import TRAINED
 from lgp.errors import LgpError
@@ -81,8 +82,9 @@ class DataParams(Section):
         for name in names:
             if names.count(name) > 1 or name == ALL_LABELS:
                 raise ValueError(
-                    f"few_label_shares, few_label_shots and few_label_lists name {name} twice, or it means all labels: "
-                    "call it otherwise"
+                    f"few_label_shares, few_label_shots and few_label_lists name {name} twice: each name once"
+                    if name != ALL_LABELS
+                    else "all means all labels: call the share or list otherwise"
                 )
         return self
 
@@ -326,8 +328,8 @@ class LinearParams(Section):
     epochs: Count
     batch_size: Annotated[Whole, Field(ge=2)]
     batch_norm: bool
-    crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
-    flip_p: Share = 0.5
+    crop_scale_min: Annotated[float, Field(gt=0, le=1)]
+    flip_p: Share
     knn_k: Count
     knn_temperature: Positive
 
@@ -347,7 +349,7 @@ class FewShotParams(Section):
 
 
 # timm's: magnitude, operations an image, deviation and most of the magnitude, increasing severity, probability
-RAND_AUGMENT = r"^rand(-(m\d+|n\d+|mstd\d+(\.\d+)?|mmax\d+|inc[01]|p\d+(\.\d+)?))+$"
+RAND_AUGMENT = r"rand(-(m\d+|n\d+|mstd\d+(\.\d+)?|mmax\d+|inc[01]|p\d+(\.\d+)?))+"
 
 
 class FineTuneParams(TrainingParams):
@@ -364,11 +366,18 @@ class FineTuneParams(TrainingParams):
     from_first_fc: bool = False
     crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
     flip_p: Share = 0.5
-    rand_augment: Annotated[str, Field(pattern=RAND_AUGMENT)] | None = None
+    rand_augment: str | None = None
     random_erasing: Share = 0.0
     mixup: NonNegative = 0.0
     cutmix: NonNegative = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @field_validator("rand_augment")
+    @classmethod
+    def _timm_knows_it(cls, given: str | None) -> str | None:
+        if given is not None and not re.fullmatch(RAND_AUGMENT, given):
+            raise ValueError("give timm's description, like rand-m9-mstd0.5-inc1, or null")
+        return given
 
     @model_validator(mode="after")
     def _projector_takes_the_class_token(self) -> Self:
@@ -503,8 +512,8 @@ class Params(Section):
             for name in names:
                 if name not in [*valid, *more]:
                     raise ValueError(
-                        f"{key} names {name}, valid are {', '.join([*valid, *more])}: add it to data.few_label_shares, "
-                        "few_label_shots or few_label_lists"
+                        f"{key} names {name}, valid are {', '.join([*valid, *more])}: choose of these, or add a share, "
+                        "a shot or a list to data.few_label_shares, few_label_shots or few_label_lists"
                     )
                 if names.count(name) > 1:
                     raise ValueError(f"{key} names {name} twice")

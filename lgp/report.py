@@ -40,9 +40,9 @@ TITLE = "Label efficiency"
 PICTURES = {
     "label_efficiency": "Accuracy over labels per class, with 95 % intervals",
     "accuracy_by_depth": "k-NN accuracy of the features after each block, all labels",
-    "accuracy_per_class": "Accuracy per class at the fewest labels (per_class.csv has all tasks)",
+    "accuracy_per_class": "Accuracy per class at the fewest labels, by the champion's (per_class.csv has all tasks)",
     "confusion": "Confusion of the champion at the fewest labels, over all subsets",
-    "worst_mistakes": "The champion's most confident mistakes",
+    "worst_mistakes": "The champion's most confident mistakes with all labels (linear probe)",
     "curves": "Training losses, which cannot be compared with each other",
     "reconstructions": "What the masked autoencoder paints in",
 }
@@ -103,7 +103,7 @@ def results_table(arms: list[ArmResults]) -> pd.DataFrame:
             ci95 = m.get("test/top1_ci95", accuracy_ci95(top1, images))
             rows.append([a.arm, task, labels, top1, m.get("test/top1_std", 0.0), int(m["subsets"]), ci95])
     table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.round({"top1_mean": 2, "top1_std": 2, "top1_ci95": 2})
+    return table.round({"top1_mean": 4, "top1_std": 4, "top1_ci95": 4})
 
 
 def correct_by_subset(a: ArmResults, b: ArmResults, task: str) -> tuple[np.ndarray, np.ndarray]:
@@ -125,11 +125,15 @@ def correct_by_subset(a: ArmResults, b: ArmResults, task: str) -> tuple[np.ndarr
 
 
 def gaps(arms: list[ArmResults]) -> list[tuple[str, str, str, Gap]]:
-    """Compare every two arms in every task on the same subsets and test images: (task, arm, other arm, gap)."""
+    """Compare every two arms in every task on the same subsets and test images: (task, arm ahead, other arm, gap)."""
     found = []
     for task in arms[0].tasks:
         for a, b in itertools.combinations(reversed(arms), 2):
-            found.append((task, a.arm, b.arm, paired_gap(*correct_by_subset(a, b, task))))
+            of_a, of_b = correct_by_subset(a, b, task)
+            if of_a.mean() >= of_b.mean():
+                found.append((task, a.arm, b.arm, paired_gap(of_a, of_b)))
+            else:
+                found.append((task, b.arm, a.arm, paired_gap(of_b, of_a)))
     return found
 
 

@@ -1,7 +1,15 @@
 """Stage `finetune`: accuracy of an arm's encoder when all of it learns on, with few labels or all."""
 
 from stages.options import DEFAULT_PARAMS, Arm, Debug, Fresh, Labels, ParamsFile, Resume
-from stages.paths import PREPARED, arm_folder, encoder_folder, metrics_file, predictions_file
+from stages.paths import (
+    PREPARED,
+    arm_folder,
+    encoder_files,
+    encoder_folder,
+    heads_file,
+    metrics_file,
+    predictions_file,
+)
 
 
 def finetune(
@@ -22,8 +30,7 @@ def finetune(
 
     encoder, task = encoder_folder(arm), f"finetune-{labels}"
     metrics, predictions = metrics_file(arm, task), predictions_file(arm, task)
-    # the whole folder: the projector lies beside the encoder
-    reads, writes = [PREPARED, arm_folder(arm)], [metrics, predictions]
+    reads, writes = [PREPARED, *encoder_files(arm), heads_file(arm)], [metrics, predictions]
     spec = StageSpec("finetune", ["seed", f"finetune.{labels}"], reads, writes, arm, task, trains=True)
     with stage(spec, params_file, fresh, resume) as run:
         data = Prepared(PREPARED)

@@ -23,6 +23,11 @@ def encoder_files(arm: str) -> list[Path]:
     return [encoder_folder(arm) / "model.safetensors", encoder_folder(arm) / "config.json"]
 
 
+def heads_file(arm: str) -> Path:
+    """What a pre-training has beside its encoder: decoder, projector."""
+    return arm_folder(arm) / "heads.safetensors"
+
+
 def metrics_file(arm: str, task: str) -> Path:
     """The flat metrics of an arm and task."""
     return METRICS / f"{arm}-{task}.json"

@@ -20,5 +20,11 @@ def prepare(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debu
         run.tracker.tag("data_digest", metrics["digest"])
         counts = ", ".join(f"{metrics[f'images/{s}']} {s}" for s in ("train", "unlabeled", "val", "test"))
         print(f"prepare: {counts} images in {metrics['classes']} classes", flush=True)
+        if metrics["leaks"]:
+            fate = {"report": "which stay", "drop_test": "dropped from test", "drop_train": "dropped from the rest"}
+            print(
+                f"prepare: {metrics['leaks/exact']} test images also stand elsewhere, {metrics['leaks/near']} nearly, "
+                f"{fate[run.params.data.leaks]}: listed in {metrics_path}"
+            )
         for unreadable in metrics["unreadable"]:
             print(f"prepare: left out {unreadable['path']} ({unreadable['reason']})")

@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from lgp.checkpoint import save_encoder
+from lgp.arms import HEADS
+from lgp.checkpoint import save_encoder, save_tensors
 from lgp.data.prepare import prepare
 from lgp.data.prepared import Prepared
 from lgp.models.vit import build_encoder
@@ -78,6 +79,7 @@ def encoder_folder(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("arm") / "encoder"
     torch.manual_seed(0)
     save_encoder(folder, build_encoder(small.model, small.data), small.model, small.data, prepared, {"metrics": {}})
+    save_tensors({}, folder.parent / HEADS)
     return folder
 
 

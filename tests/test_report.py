@@ -94,6 +94,7 @@ def test_tasks_have_names_for_people(task: str, name: str) -> None:
 def test_every_two_arms_are_compared_on_the_same_images() -> None:
     found = gaps(ARMS)
     assert len(found) == 4 * 3
+    assert all(gap.points >= 0 for *_, gap in found)
     task, a, b, gap = next(row for row in found if row[:3] == ("fewshot-1pct", "graft", "cl"))
     by_arm = {x.arm: x for x in ARMS}
     assert gap == paired_gap(*correct_by_subset(by_arm[a], by_arm[b], task))

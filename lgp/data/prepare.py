@@ -313,8 +313,7 @@ def _leaks(table: pd.DataFrame, params: DataParams) -> list[Leak]:
 
 def _described(leak: Leak, table: pd.DataFrame) -> dict[str, str]:
     same = "the same file" if leak.bits == EXACT else f"near, {leak.bits} of 64 bits apart"
-    paths = table["path"].tolist()
-    return {"test": paths[leak.test], "also": paths[leak.learnt], "how": same}
+    return {"test": str(table["path"].iat[leak.test]), "also": str(table["path"].iat[leak.learnt]), "how": same}
 
 
 def _all_of_size(table: pd.DataFrame, params: DataParams) -> bool:

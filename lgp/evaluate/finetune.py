@@ -133,6 +133,8 @@ def finetune(
     with joined("finetune", device):
         for number, ids in enumerate(subsets):
             told, part = _OfSubset(observer, number * settings.epochs), store.part(f"subset{number}")
+            if rank() == 0:
+                print(f"finetune: {arm.name}, subset {number + 1} of {len(subsets)}, {len(ids)} labels", flush=True)
             name = f"finetune/{number}"  # which gives each subset draws of its own
             model, of_training = _fit(name, arm, first_fc, data, ids, settings, params, part, told, device)
             flops += of_training

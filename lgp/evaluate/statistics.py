@@ -53,11 +53,9 @@ class Gap:
         return self.low > 0 or self.high < 0
 
     def sentence(self, a: str, b: str) -> str:
-        """Say it as `A beats B by x ± y points`."""
-        half = f"{abs(self.points):.1f} ± {(self.high - self.low) / 2:.1f} points"
-        if not self.decided:
-            return f"{a} and {b} are level: {'+' if self.points >= 0 else '−'}{half}"
-        return f"{a} beats {b} by {half}" if self.points > 0 else f"{b} beats {a} by {half}"
+        """Say of an arm and the one behind it: `A beats B by x ± y points`."""
+        verb = f"{a} beats {b} by" if self.decided else f"{a} and {b} are level, ahead by"
+        return f"{verb} {self.points:.1f} ± {(self.high - self.low) / 2:.1f} points"
 
 
 def paired_gap(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Gap:
