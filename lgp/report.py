@@ -275,7 +275,7 @@ def _page(
     if compared:
         lines += [
             "",
-            *markdown_table(["", "labels", "95 % interval of the first less the second", "subsets won"], compared),
+            *markdown_table(["", "labels", "95 % interval", "subsets won"], compared),
         ]
     lines += ["", "## More measures", "", "On test: top-5 and expected calibration error (15 bins), percent.", ""]
     lines += markdown_table(["arm", "task", "subsets", "top-1", "top-5", "calibration error"], _measures(trained))
