@@ -111,7 +111,8 @@ def prepare(params: DataParams, seed: int, folder: Path) -> dict[str, Any]:
 def _described_records(records: Iterator[Record]) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Return path, split and label of every record, before any is decoded."""
     seen = [(r.path, r.split, r.label) for r in records]
-    return [path for path, _, _ in seen], np.array([s for _, s, _ in seen]), np.array([label for _, _, label in seen])
+    splits, labels = np.array([s for _, s, _ in seen], dtype=str), np.array([i for _, _, i in seen], dtype=np.int64)
+    return [path for path, _, _ in seen], splits, labels
 
 
 def _check_shots(labels: np.ndarray, classes: list[str], params: DataParams) -> None:
@@ -300,14 +301,16 @@ def _leaks(table: pd.DataFrame, params: DataParams) -> list[Leak]:
         params.near_duplicate_bits,
     )
     if params.leaks != "report":
-        part = "test" if params.leaks == "drop_test" else "train"
-        before = set(table.loc[table["split"] == part, "label"])
-        table.loc[[leak.test for leak in leaks] if part == "test" else in_test, "split"] = "dropped"
-        if before - set(table.loc[table["split"] == part, "label"]):
-            raise LgpError(
-                f"data.leaks {params.leaks} leaves a class without an image in {part}: lower data.near_duplicate_bits, "
-                "or set data.leaks to report and look at them in metrics/prepare.json"
-            )
+        parts = ("test",) if params.leaks == "drop_test" else ("train", "val")
+        before = {part: set(table.loc[table["split"] == part, "label"]) for part in parts}
+        dropped = [leak.test for leak in leaks] if params.leaks == "drop_test" else in_test
+        table.loc[dropped, "split"] = "dropped"
+        for part in parts:
+            if before[part] - set(table.loc[table["split"] == part, "label"]):
+                raise LgpError(
+                    f"data.leaks {params.leaks} leaves a class without an image in {part}: lower "
+                    "data.near_duplicate_bits, or set data.leaks to report and look at them in metrics/prepare.json"
+                )
     return leaks
 
 

@@ -38,13 +38,13 @@ def read_subset_list(
     """
     file = Path(os.environ.get("DVC_ROOT", ".")) / path.expanduser()
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise LgpError(
             f"cannot read the list of images {file.absolute()} ({getattr(e, 'strerror', 'not text')}): mend "
             "data.few_label_lists"
         ) from None
-    lines = [(number, line.strip(", \t")) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line.strip(", \t")) for number, line in enumerate(text.splitlines(), 1) if line.strip(", \t")]
     if not lines:
         raise LgpError(f"{path} names no image: give one path or file name a line")
     found, faults = _look_up(lines, paths, labels, classes)
@@ -81,10 +81,12 @@ def _look_up(
     }
     for number, line in lines:
         name, label, fits = line, "", fitting(line)
-        labelled = LABELLED.fullmatch(line)
-        if not fits and labelled:  # only now, for a name may hold blanks and commas
-            name, label = labelled[1].rstrip(", \t"), labelled[2]
-            fits = fitting(name)
+        if not fits:  # only now, for a name may hold blanks and commas, as that of a class may
+            ends = [c for c in classes if line.endswith((f" {c}", f",{c}", f"\t{c}"))]
+            labelled = LABELLED.fullmatch(line)
+            label = max(ends, key=len) if ends else labelled[2] if labelled else ""
+            name = line.removesuffix(label).rstrip(", \t")
+            fits = fitting(name) if name else []
         if not fits and (line in classes or line.isdecimal()):
             faults["lines without a name"].append(f"line {number}")
         elif len(fits) != 1:

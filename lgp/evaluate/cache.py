@@ -136,22 +136,28 @@ class FeatureCache:
             LgpError: the disk is full even so.
         """
         wanted = values * np.dtype(self.params.dtype).itemsize
-        entries = sorted((p for p in self.folder.iterdir() if p.is_dir() and not p.suffix), key=_last_read)
-        sizes = {other: sum(file.stat().st_size for file in other.iterdir()) for other in entries}
+        # two that make room at once would trip over what the other removes
+        with FileLock(self.folder / "room.lock"):
+            self._evict(wanted, entry)
+        # writing through a map on a full disk would be killed by the system, not raise
+        check_disk_space(self.folder, wanted)
+
+    def _evict(self, wanted: int, entry: Path) -> None:
+        folders = sorted((p for p in self.folder.iterdir() if p.is_dir() and p.stem != entry.stem), key=_last_read)
+        sizes = {other: sum(file.stat().st_size for file in other.glob("*.npy")) for other in folders}
         used = sum(sizes.values())
-        for other in entries:
-            if used + wanted <= self.cache_gib * GIB:
-                break
-            if other == entry:
+        for other in folders:
+            killed = bool(other.suffix)  # what a process that is no more was filling, or removing
+            if used + wanted <= self.cache_gib * GIB and not killed:
                 continue
             try:
                 with FileLock(self._lock_of(other), timeout=0):
-                    shutil.rmtree(other)
+                    # a half removed entry must not look like a whole one
+                    removed = other if killed else other.replace(other.with_suffix(".partial"))
+                    shutil.rmtree(removed)
             except Timeout:
                 continue
             used -= sizes[other]
-        # writing through a map on a full disk would be killed by the system, not raise
-        check_disk_space(self.folder, wanted)
 
 
 def _last_read(entry: Path) -> float:

@@ -27,7 +27,7 @@ from lgp.checkpoint import WEIGHTS, StateStore, load_encoder, load_heads, read_c
 from lgp.data.loading import Batch, StepCrops
 from lgp.data.prepared import MODES, Prepared
 from lgp.device import choose_device, choose_precision, place
-from lgp.distributed import WorkerDone, joined, rank, world_size
+from lgp.distributed import WorkerDone, joined, launched_rank, rank, world_size
 from lgp.engine import Epoch, Observer, Trainer
 from lgp.errors import LgpError, check_disk_space
 from lgp.evaluate.features import extract
@@ -127,7 +127,8 @@ def finetune(
     first_fc = _first_fc(arm) if settings.from_first_fc else None
     # the states of finished subsets stay until all are done
     of_states = STATE_BYTES_PER_WEIGHT_BYTE * (arm / "encoder" / WEIGHTS).stat().st_size * len(subsets)
-    check_disk_space(store.folder, of_states)
+    there = sum(file.stat().st_size for file in store.folder.rglob("state-*.pt"))
+    check_disk_space(store.folder, max(of_states - there, 0))
     data.keep_decoded(params.run.decoded_gib * 2**30)
     scored, flops = [], 0
     with joined("finetune", device):
@@ -193,16 +194,16 @@ def _fit(
 
 
 def batch_size_for(images: int, settings: FineTuneParams, parts: int) -> int:
-    """Return `batch_size`, or the most that so few images fill: each part the same, and mixup an even number.
+    """Return `batch_size`, or all of so few images, an even number with mixup; it never depends on how it is shared.
 
     Raises:
         LgpError: the images cannot be shared among the processes, or be accumulated.
     """
-    multiple = parts * (2 if settings.mixup or settings.cutmix else 1)
-    batch_size = min(settings.batch_size, images) // multiple * multiple
-    if not batch_size:
+    pair = 2 if settings.mixup or settings.cutmix else 1
+    batch_size = min(settings.batch_size, images) // pair * pair
+    if not batch_size or batch_size % (parts * pair):
         raise LgpError(
-            f"{min(settings.batch_size, images)} labelled images a batch cannot be cut into {parts} equal parts (of "
+            f"{batch_size} labelled images a batch cannot be cut into {parts} equal parts (of "
             "run.processes and run.accumulate.finetune; mixup takes an even number each): lower these"
         )
     return batch_size
@@ -261,7 +262,7 @@ def layer_decayed_groups(model: VisionTransformer, rate: float, settings: FineTu
 def _first_fc(arm: Path) -> Tensor | None:
     """Return the first layer of an arm's contrastive projector, (hidden, width)."""
     found = [tensor for name, tensor in load_heads(arm).items() if f".{name}".endswith(f".{FIRST_FC}")]
-    if not found and rank() == 0:
+    if not found and launched_rank() == 0:
         print(f"finetune: {arm.name} has no contrastive projector, its classifier sits on the encoder", flush=True)
     return found[0] if found else None
 

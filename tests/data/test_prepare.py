@@ -306,6 +306,11 @@ def test_shot_that_a_class_cannot_give_is_refused_before_anything_is_decoded(
         prepared_from(source, tmp_path, params, few_label_shots=[5])
 
 
+def test_source_without_an_image_is_an_error(tmp_path: Path, params: Params) -> None:
+    with pytest.raises(LgpError, match="the data source holds no image at all"):
+        prepared_from(folder(tmp_path / "source", {"a": 0, "b": 0}), tmp_path, params)
+
+
 def test_class_that_only_test_has_is_named(tmp_path: Path, params: Params) -> None:
     source = folder(folder(tmp_path / "source", {"a": 5, "b": 5}), {"a": 2, "c": 2}, "test")
     with pytest.raises(LgpError, match="test has classes that train lacks: c"):

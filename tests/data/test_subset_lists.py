@@ -48,6 +48,13 @@ def test_names_of_classes_go_before_their_numbers(tmp_path: Path) -> None:
         read_subset_list(tmp_path / "list.txt", paths, labels, ["train"] * 2, classes)
 
 
+def test_names_of_classes_may_hold_blanks_and_files_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a.png,polar bear\n,\nb.png brown bear\n", encoding="utf-8-sig")
+    paths, classes = ["train/polar bear/a.png", "train/brown bear/b.png"], ["polar bear", "brown bear"]
+    found = read_subset_list(tmp_path / "list.txt", paths, np.array([0, 1]), ["train"] * 2, classes)
+    assert found.tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -132,6 +132,14 @@ def test_entry_in_use_by_another_process_stays(tmp_path: Path, prepared: Prepare
     assert not entry.exists()
 
 
+def test_what_killed_processes_left_is_removed(tmp_path: Path, prepared: Prepared) -> None:
+    orphan = tmp_path / f"{'0' * 32}.partial"
+    orphan.mkdir()
+    (orphan / "train-0.npy").write_bytes(b"half")
+    cache(tmp_path).features(pixel_source(), prepared)
+    assert not orphan.exists()
+
+
 def test_what_was_not_read_for_longest_goes_first(tmp_path: Path, prepared: Prepared, counted: list[int]) -> None:
     one = sum(len(prepared.ids(split)) for split in ("train", "val", "test")) * 64 * 4 / 2**30
 

@@ -254,7 +254,9 @@ def test_batch_is_what_so_few_images_fill(params: Params) -> None:
     assert batch_size_for(1000, recipe(params, batch_size=64), 1) == 64
     assert batch_size_for(13, recipe(params, batch_size=64), 1) == 13
     assert batch_size_for(13, recipe(params, batch_size=64, mixup=0.8), 1) == 12
-    assert batch_size_for(13, recipe(params, batch_size=64, mixup=0.8), 4) == 8
+    assert batch_size_for(130, recipe(params, batch_size=64, mixup=0.8), 4) == 64
+    with pytest.raises(LgpError, match=r"12 labelled images a batch cannot be cut into 4 equal parts"):
+        batch_size_for(13, recipe(params, batch_size=64, mixup=0.8), 4)
     with pytest.raises(LgpError, match=r"3 labelled images a batch cannot be cut into 4 equal parts.*lower these"):
         batch_size_for(3, recipe(params), 4)
 
