@@ -1,12 +1,13 @@
 """An evaluation as a stage: an arm's features from the cache in, metrics, predictions and pictures out."""
 
+import json
 import os
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 
-from lgp.checkpoint import CONFIG, WEIGHTS, check_input_size, load_encoder, read_config
+from lgp.checkpoint import check_input_size, load_encoder, read_config
 from lgp.data.prepared import Prepared
 from lgp.evaluate.cache import FeatureCache, Features, FeatureSource
 from lgp.evaluate.features import Encode, by_block_of
@@ -26,10 +27,8 @@ def encoder_source(folder: Path, params: FeatureParams, device: torch.device) ->
     """Describe the features of the encoder in `folder`."""
     depth = int(read_config(folder)["model_args"]["depth"])
     blocks = depth if params.by_depth else params.blocks
-    parts = [(folder / name).read_bytes() for name in (WEIGHTS, CONFIG)] + [
-        f"{params.pool} {blocks} {device.type}".encode()
-    ]
-    digest = sha256(b"".join(sha256(part).digest() for part in parts)).hexdigest()
+    decided_by = [encoder_digest(folder), read_config(folder)["model_args"], params.pool, blocks, device.type]
+    digest = sha256(json.dumps(decided_by).encode()).hexdigest()
     return FeatureSource(digest, blocks, lambda: by_block_of(load_encoder(folder), params.pool, blocks, device))
 
 
