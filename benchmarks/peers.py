@@ -30,11 +30,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lgp import bench
-from lgp.data.loading import StepCrops
-from lgp.device import choose_device
+from lgp.compute.device import choose_device
+from lgp.data.loading import CropDataset
 from lgp.models.vit import ARCHITECTURE, model_args
-from lgp.params import Params, load_params
-from lgp.presets import FOLDER
+from lgp.params.file import Params, load_params
+from lgp.workflow.presets import FOLDER
 
 warnings.filterwarnings("ignore")
 
@@ -177,7 +177,7 @@ def compare_views(quick: bool) -> list[dict[str, Any]]:
         peer = partial(pil_views, small if size == 32 else encoded, view1, view2)
         with tempfile.TemporaryDirectory() as folder:
             data = bench.prepared_for(params, 10 * batch, Path(folder))
-            crops = StepCrops(data, bench.RECIPE, 2, batch, 0, "peers")
+            crops = CropDataset(data, bench.RECIPE, 2, batch, 0, "peers")
             work = {
                 "all": bench.two_views(data, crops),
                 "read_and_crop": crops.__getitem__,

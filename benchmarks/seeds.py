@@ -19,7 +19,7 @@ import pandas as pd
 import yaml
 
 from lgp.evaluate.statistics import mean_std_ci95
-from lgp.page import table
+from lgp.report.page import table
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "digits-seeds.csv"

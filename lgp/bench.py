@@ -30,27 +30,31 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lgp.checkpoint import StateStore, save_encoder
-from lgp.cl import build_contrastive, pretrain_cl
-from lgp.data.loading import StepCrops
-from lgp.data.prepare import prepare
-from lgp.data.prepared import Prepared
-from lgp.data.views import Colours, photometric
-from lgp.device import choose_device, choose_precision
-from lgp.engine import Epoch
+from lgp.compute.device import choose_device
+from lgp.compute.precision import choose_precision
+from lgp.compute.randomness import generator
+from lgp.data.loading import CropDataset
+from lgp.data.preparation import prepare
+from lgp.data.storage import Images
+from lgp.data.views import ColorJitter, color_jitter
 from lgp.errors import LgpError
-from lgp.evaluate.cache import FeatureCache, FeatureSource
-from lgp.evaluate.features import by_block_of
 from lgp.evaluate.linear import evaluate_linear
 from lgp.evaluate.probe import LinearHeads, train_heads
-from lgp.graft import pretrain_graft
-from lgp.mim import pretrain_mim
+from lgp.features.cache import FeatureCache, FeatureSource
+from lgp.features.extraction import by_block_of
+from lgp.models.encoder_folder import save_encoder
 from lgp.models.vit import build_encoder
-from lgp.params import Params, RunParams, ViewParams, load_params
-from lgp.plan import matrix_tflops, stage_cost
-from lgp.presets import FOLDER
-from lgp.pretrain import Session
-from lgp.randomness import generator
+from lgp.params.file import Params, load_params
+from lgp.params.pretrain import ViewParams
+from lgp.params.run import RunParams
+from lgp.pretrain.arm import Session
+from lgp.pretrain.cl import build_contrastive, pretrain_cl
+from lgp.pretrain.graft import pretrain_graft
+from lgp.pretrain.mim import pretrain_mim
+from lgp.pretrain.plan import matrix_tflops, stage_cost
+from lgp.training.loop import Epoch
+from lgp.training.resume_states import StateStore
+from lgp.workflow.presets import FOLDER
 
 GIB = 2**30
 ARMS = ("mim", "cl", "graft")
@@ -106,12 +110,12 @@ def photographs() -> list[Image.Image]:
     return [Image.fromarray(image) for image in load_sample_images().images]
 
 
-def prepared_for(params: Params, images: int, folder: Path) -> Prepared:
+def prepared_for(params: Params, images: int, folder: Path) -> Images:
     """Prepare images for these parameters: digits, or random cuts of photographs (whole ones from 224 pixels on)."""
     (folder / "prepared").mkdir()
     if params.data.source == "digits":
         prepare(params.data, 0, folder / "prepared")
-        return Prepared(folder / "prepared")
+        return Images(folder / "prepared")
     source, rng, size = folder / "source", np.random.default_rng(0), params.data.image_size
     (source / "unlabeled").mkdir(parents=True)
     photos = photographs()
@@ -127,7 +131,7 @@ def prepared_for(params: Params, images: int, folder: Path) -> Prepared:
     )
     prepare(data, 0, folder / "prepared")
     shutil.rmtree(source)
-    return Prepared(folder / "prepared")
+    return Images(folder / "prepared")
 
 
 @contextmanager
@@ -145,7 +149,7 @@ def shortened(params: Params, batch_size: int, epochs: int) -> Params:
     return params.model_copy(update={**arms, "run": run, "arms": list(ARMS)})
 
 
-def train_timed(arm: str, params: Params, data: Prepared, folder: Path) -> list[float]:
+def train_timed(arm: str, params: Params, data: Images, folder: Path) -> list[float]:
     """Train an arm, and return the seconds of each epoch but the first, which warms up."""
     clock, before = Clock(), folder / "before" / "encoder"
     session = Session(data, params, StateStore(folder / f"state-{arm}", "bench"), clock)
@@ -167,7 +171,7 @@ def _step_row(arm: str, workload: Workload, prepared: Path) -> dict[str, Any]:
     """Measure one arm at one size."""
     device = choose_device(workload.params.run)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    data = Prepared(prepared)
+    data = Images(prepared)
     with _scratch() as folder:
         seconds = min(train_timed(arm, workload.params, data, folder))
     images = len(data.pretraining_ids) // workload.batch_size * workload.batch_size
@@ -219,14 +223,14 @@ def rate_of(work: Callable[[int], Any], images: int, seconds: float) -> float:
     return images * calls / (time.perf_counter() - started)
 
 
-def two_views(data: Prepared, crops: StepCrops) -> Callable[[int], None]:
+def two_views(data: Images, crops: CropDataset) -> Callable[[int], None]:
     """Return what makes both views of the batch of a step, all operations of the recipe included."""
 
     def make(step: int) -> None:
         cut = crops[step].transpose(0, 1).flatten(0, 1).float() / 255
         images = len(cut) // 2
-        colours = [Colours.draw(images, view, RECIPE, generator(0, "bench", step, view)) for view in (0, 1)]
-        data.normalize(photometric(cut, Colours.cat(colours), RECIPE))
+        colours = [ColorJitter.draw(images, view, RECIPE, generator(0, "bench", step, view)) for view in (0, 1)]
+        data.normalize(color_jitter(cut, ColorJitter.cat(colours), RECIPE))
 
     return make
 
@@ -243,7 +247,7 @@ def bench_views(quick: bool) -> list[dict[str, Any]]:
     for preset, name, batch in (("cifar10", "32×32", 64), ("imagenet-vit-b16", "JPEG 640×427 → 224×224", 8)):
         with _scratch() as folder:
             data = prepared_for(load_params(FOLDER / f"{preset}.yaml"), 10 * batch, folder)
-            crops = StepCrops(data, RECIPE, 2, batch, 0, "bench")
+            crops = CropDataset(data, RECIPE, 2, batch, 0, "bench")
             add(name, "read and crop", crops.__getitem__, batch)
             add(name, "all", two_views(data, crops), batch)
             if preset != "cifar10":

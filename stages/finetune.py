@@ -1,15 +1,8 @@
 """Stage `finetune`: accuracy of an arm's encoder when all of it learns on, with few labels or all."""
 
+from stages.evaluation import evaluation
 from stages.options import DEFAULT_PARAMS, Arm, Debug, Fresh, Labels, ParamsFile, Resume
-from stages.paths import (
-    PREPARED,
-    arm_folder,
-    encoder_files,
-    encoder_folder,
-    heads_file,
-    metrics_file,
-    predictions_file,
-)
+from stages.paths import LABELS, arm_folder
 
 
 def finetune(
@@ -20,22 +13,18 @@ def finetune(
     resume: Resume = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune an arm's encoder on each of the prepared subsets, or with `all` labels."""
-    from lgp.checkpoint import check_input_size
-    from lgp.data.prepared import Prepared
-    from lgp.evaluate.finetune import finetune as fine_tune
-    from lgp.evaluate.finetune import recipe_for
-    from lgp.evaluate.run import publish_outcome
-    from lgp.stage import StageSpec, stage
+    """Fine-tune an arm's encoder on each of the subsets of that name, or with `all` labels."""
+    from lgp.data.subsets import load_subsets
+    from lgp.params.file import load_params
+    from lgp.params.labels import ALL_LABELS
 
-    encoder, task = encoder_folder(arm), f"finetune-{labels}"
-    metrics, predictions = metrics_file(arm, task), predictions_file(arm, task)
-    reads, writes = [PREPARED, *encoder_files(arm), heads_file(arm)], [metrics, predictions]
-    spec = StageSpec("finetune", ["seed", f"finetune.{labels}"], reads, writes, arm, task, trains=True)
-    with stage(spec, params_file, fresh, resume) as run:
-        data = Prepared(PREPARED)
-        recipe, subsets = recipe_for(labels, run.params), data.labelled(labels)
-        check_input_size(encoder, data)
-        run.tag_upstream(encoder)
-        outcome = fine_tune(arm_folder(arm), data, subsets, recipe, run.params, run.store, run.tracker)
-        publish_outcome(run, encoder, metrics, predictions, outcome, data)
+    recipe = load_params(params_file).recipe(labels)
+    if labels != ALL_LABELS:
+        load_subsets(LABELS, labels)
+    sections = ["seed", f"finetune.{labels}"]
+    with evaluation(arm, f"finetune-{labels}", sections, params_file, fresh, resume) as task:
+        from lgp.evaluate.fine_tuning import finetune as fine_tune
+        from lgp.models.encoder_folder import check_input_size
+
+        check_input_size(task.encoder, task.data)
+        task.publish(fine_tune(arm_folder(arm), task.data, task.data.labelled(labels), recipe, task.session))

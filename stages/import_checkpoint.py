@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from lgp.arms import TRAINED
 from lgp.errors import LgpError
+from lgp.params.arms import BASELINES, TRAINED
 from stages.options import DEFAULT_PARAMS, ArmName, Debug, ParamsFile
 from stages.paths import PREPARED, arm_folder
 
@@ -22,21 +22,25 @@ def import_checkpoint(
     debug: Debug = False,
 ) -> None:
     """Make an arm of a checkpoint of MAE, MoCo v3, LGP, timm or lgp."""
-    from lgp.data.prepared import Prepared
-    from lgp.interchange import import_checkpoint as read
-    from lgp.interchange import publish_imported
-    from lgp.stage import StageSpec, stage
+    from lgp.workflow.pipeline import SECTIONS
+    from lgp.workflow.stage import StageSpec, stage
 
     if arm in TRAINED:
         raise LgpError(f"the arm {arm} is trained by `lgp {arm}`: choose another name, and set graft.start to it")
+    if arm in BASELINES:
+        raise LgpError(f"the arm {arm} is a baseline: choose another name")
     if not file.is_file():
         raise LgpError(f"no file {file}: give a checkpoint (.pth, .pth.tar, .pt or .safetensors)")
     folder = arm_folder(arm)
-    spec = StageSpec("import_checkpoint", ["data", "model"], [PREPARED, file], [folder], arm, "pretrain")
+    spec = StageSpec("import_checkpoint", SECTIONS["import_checkpoint"], [PREPARED, file], [folder], arm, "pretrain")
     with stage(spec, params_file) as run:
+        from lgp.data.storage import Images
+        from lgp.models.interchange import import_checkpoint as read
+        from lgp.workflow.publishing import publish_imported
+
         imported = read(file, run.params.model, run.params.data, partial)
         for use in imported.uses:
             print(f"{use.name:60} {use.target or '–':40} {use.how}")
         print(f"no tensor tells the number of heads: model.heads is {run.params.model.heads}")
-        publish_imported(run, folder, imported, Prepared(PREPARED))
+        publish_imported(run, folder, imported, Images(PREPARED))
     print(f"{file} ({imported.layout}) is now the arm {arm}: list it in `arms`, or set graft.start to it")

@@ -1,12 +1,52 @@
-"""Options that the stages share."""
+"""Options that the stages share, and how a command fails: in one line."""
 
+import os
 import re
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from lgp.errors import LgpError
+from lgp.errors import LgpError, is_disk_full
+
+
+class OneLineErrors(TyperGroup):
+    """Prints a caller's mistake as one line and exits with 1; `--debug` of a stage shows the traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (LgpError, OSError, KeyboardInterrupt) as e:
+            if ctx.find_root().meta.get("lgp.debug"):
+                raise
+            # of the processes that torchrun started
+            rank = os.environ["RANK"] if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+            if isinstance(e, KeyboardInterrupt):
+                # a training that was asked to stop says where, and has an exit code of its own
+                stopped = str(e) or "stopped: run the same command again, a training goes on from its last state"
+                if rank == "0":
+                    print(stopped, file=sys.stderr)
+                raise typer.Exit(getattr(e, "exit_code", 130)) from None
+            print(f"error: {_line(e)}" if rank == "0" else f"error in process {rank}: {_line(e)}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, OSError) and is_disk_full(error):
+        return f"disk full while writing {error.filename or 'a file'}: free some space and run again"
+    return " ".join(str(error).split())
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and exit, where it is asked for."""
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("lgp"))
+        raise typer.Exit
 
 
 def _remember_debug(context: typer.Context, debug: bool) -> bool:
@@ -29,7 +69,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Arm = Annotated[str, typer.Argument(help="Whose encoder: mim, cl, graft, …", callback=_arm_name)]
 ArmName = Annotated[str, typer.Option("--arm", metavar="NAME", help="What to call the arm.", callback=_arm_name)]
 Labels = Annotated[
-    str, typer.Argument(help="Which few labels: 1pct, 10pct, 5shot, …, as in data.few_label_shares, _shots and _lists.")
+    str,
+    typer.Argument(
+        help="Which few labels: 1pct, 10pct, 5shot, …: a name in labels.shares, labels.shots or labels.lists."
+    ),
 ]
 
 DEFAULT_PARAMS = Path("params.yaml")

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+INPUTS = Path("inputs")
 PREPARED = Path("data/prepared")
+LABELS = Path("data/labels")
 METRICS = Path("metrics")
 PREDICTIONS = Path("predictions")
 REPORTS = Path("reports")
@@ -33,11 +35,11 @@ def metrics_file(arm: str, task: str) -> Path:
     return METRICS / f"{arm}-{task}.json"
 
 
-def conflict_file(arm: str) -> Path:
-    """A row per part of the encoder and batch: the cosine of the gradients of MIM and CL."""
-    return REPORTS / "conflict" / f"{arm}.csv"
-
-
 def predictions_file(arm: str, task: str) -> Path:
     """A row per test image and subset."""
     return PREDICTIONS / f"{arm}-{task}.parquet"
+
+
+def conflict_file(arm: str) -> Path:
+    """A row per part of the encoder and batch: the cosine of the gradients of MIM and CL."""
+    return REPORTS / "conflict" / f"{arm}.csv"

@@ -1,6 +1,4 @@
-"""Stage `prepare`: decode, split and store the images, draw the few-label subsets."""
-
-from pathlib import Path
+"""Stage `prepare`: decode, split and store the images."""
 
 from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile
 from stages.paths import METRICS, PREPARED
@@ -8,23 +6,19 @@ from stages.paths import METRICS, PREPARED
 
 def prepare(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: Debug = False) -> None:
     """Prepare the images of `data.source`."""
-    from lgp.data.prepare import prepare as prepare_data
-    from lgp.stage import StageSpec, stage
+    from lgp.workflow.pipeline import SECTIONS
+    from lgp.workflow.stage import StageSpec, stage
 
     metrics_path = METRICS / "prepare.json"
-    reads: list[Path] = []
-    spec = StageSpec("prepare", ["seed", "data"], reads, [PREPARED, metrics_path], arm="data", task="prepare")
+    spec = StageSpec("prepare", SECTIONS["prepare"], [], [PREPARED, metrics_path], "data", "prepare")
     with stage(spec, params_file, fresh) as run:
+        from lgp.data.preparation import PARTS
+        from lgp.data.preparation import prepare as prepare_data
+
         metrics = prepare_data(run.params.data, run.params.seed, run.out(PREPARED))
         run.write_metrics(run.out(metrics_path), metrics)
         run.tracker.tag("data_digest", metrics["digest"])
-        counts = ", ".join(f"{metrics[f'images/{s}']} {s}" for s in ("train", "unlabeled", "val", "test"))
-        print(f"prepare: {counts} images in {metrics['classes']} classes", flush=True)
-        if metrics["leaks"]:
-            fate = {"report": "which stay", "drop_test": "dropped from test", "drop_train": "dropped from the rest"}
-            print(
-                f"prepare: {metrics['leaks/exact']} test images also stand elsewhere, {metrics['leaks/near']} nearly, "
-                f"{fate[run.params.data.leaks]}: listed in {metrics_path}"
-            )
+        counts = ", ".join(f"{metrics[f'images/{part}']} {part}" for part in PARTS)
+        print(f"prepare: {counts} images", flush=True)
         for unreadable in metrics["unreadable"]:
             print(f"prepare: left out {unreadable['path']} ({unreadable['reason']})")

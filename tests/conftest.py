@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
-from lgp.arms import HEADS
-from lgp.checkpoint import save_encoder, save_tensors
-from lgp.data.prepare import prepare
-from lgp.data.prepared import Prepared
+from lgp.data.preparation import prepare
+from lgp.data.storage import Prepared
+from lgp.models.encoder_folder import save_encoder, save_tensors
+from lgp.models.files import HEADS
 from lgp.models.vit import build_encoder
-from lgp.params import Params
+from lgp.params.file import Params
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,9 +9,9 @@ import torch
 from conftest import merged
 
 from lgp import bench
-from lgp.data.loading import StepCrops
-from lgp.params import Params, load_params
-from lgp.presets import FOLDER
+from lgp.data.loading import CropDataset
+from lgp.params.file import Params, load_params
+from lgp.workflow.presets import FOLDER
 
 
 @pytest.mark.parametrize("arm", bench.ARMS)
@@ -30,7 +30,7 @@ def test_photographs_are_prepared_and_get_two_views(preset: str, encoded: bool, 
     assert bool(list(data.folder.glob("*.arrow"))) == encoded
     if encoded:
         assert set(map(tuple, data.sizes.tolist())) == {bench.PHOTO_SIZE[::-1]}
-    bench.two_views(data, StepCrops(data, bench.RECIPE, 2, 4, 0, "bench"))(0)
+    bench.two_views(data, CropDataset(data, bench.RECIPE, 2, 4, 0, "bench"))(0)
 
 
 def test_sizes_are_those_of_the_presets() -> None:

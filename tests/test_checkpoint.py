@@ -11,11 +11,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lgp.checkpoint import StateStore, load_encoder, save_encoder, save_tensors
-from lgp.data.prepared import Prepared
+from lgp.data.storage import Prepared
 from lgp.errors import LgpError, check_disk_space, is_disk_full
+from lgp.models.encoder_folder import load_encoder, save_encoder, save_tensors
 from lgp.models.vit import build_encoder, init_encoder_as_mae
-from lgp.params import Params
+from lgp.params.file import Params
+from lgp.training.resume_states import StateStore
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_success_leaves_no_half_written_state(tmp_path: Path) -> None:
     assert not store.folder.exists()
 
 
-@pytest.mark.parametrize("where", ["os.fsync", "lgp.checkpoint._Digesting.write"])
+@pytest.mark.parametrize("where", ["os.fsync", "lgp.models.encoder_folder._Digesting.write"])
 def test_failed_write_leaves_the_state_before(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = StateStore(tmp_path, "code")
     store.save({"step": 1})
@@ -195,7 +196,7 @@ def test_full_disk_while_writing_weights_is_an_os_error(tmp_path: Path, monkeypa
     def full(*_: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("lgp.checkpoint.save_file", full)
+    monkeypatch.setattr("lgp.models.encoder_folder.save_file", full)
     with pytest.raises(OSError, match="No space left") as error:
         save_tensors({}, tmp_path / "x.safetensors")
     assert is_disk_full(error.value)

@@ -7,18 +7,18 @@ import pytest
 import torch
 from conftest import Silent, merged
 
-from lgp import cl, mim
-from lgp.checkpoint import StateStore
-from lgp.cl import build_contrastive, contrastive_loss_of, pretrain_cl
 from lgp.data.loading import Batch
-from lgp.data.prepared import Prepared
-from lgp.mim import pretrain_mim
+from lgp.data.storage import Prepared
 from lgp.models.moco import MoCo, momentum_at
 from lgp.models.simclr import SimCLR
 from lgp.models.vicreg import VICReg, vicreg_loss
 from lgp.models.vit import View, build_encoder
-from lgp.params import Params
-from lgp.pretrain import Session
+from lgp.params.file import Params
+from lgp.pretrain import cl, mim
+from lgp.pretrain.arm import Session
+from lgp.pretrain.cl import build_contrastive, contrastive_loss_of, pretrain_cl
+from lgp.pretrain.mim import pretrain_mim
+from lgp.training.resume_states import StateStore
 
 
 def session_of(values: Any, prepared: Prepared, tmp_path: Path, **contrastive: Any) -> Session:

@@ -17,9 +17,9 @@ from conftest import ROOT, merged
 from typer.testing import CliRunner
 
 from cli import app
-from lgp.checkpoint import load_encoder
-from lgp.data.prepared import Prepared
-from lgp.evaluate.features import class_token_of, extract
+from lgp.data.storage import Prepared
+from lgp.features.extraction import class_token_of, extract
+from lgp.models.encoder_folder import load_encoder
 
 RUNNER = CliRunner()
 
@@ -266,7 +266,7 @@ def test_full_disk_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", "images.arrow")
 
-    monkeypatch.setattr("lgp.data.prepare._write_shards", full)
+    monkeypatch.setattr("lgp.data.preparation._write_shards", full)
     assert "disk full while writing images.arrow: free some space and run again" in error_of(lgp("prepare"))
     assert not list(project.rglob(".partial.*"))
 
@@ -298,7 +298,7 @@ def test_parameters_edited_while_a_stage_runs_fail_it(
 def test_interrupted_stage_goes_on_in_the_same_run(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 
-    from lgp.engine import Trainer
+    from lgp.training.loop import Trainer
 
     assert lgp("prepare").exit_code == 0
     step = Trainer._step
@@ -331,8 +331,8 @@ def test_stages_read_only_the_sections_they_list(
     project: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a stage reads beyond the sections that DVC watches would make DVC record a lie."""
-    from lgp.params import Params
-    from lgp.stage import StageSpec
+    from lgp.params.file import Params
+    from lgp.workflow.stage import StageSpec
 
     read: set[str] = set()
     allowed: list[set[str]] = []
@@ -347,7 +347,7 @@ def test_stages_read_only_the_sections_they_list(
         created(self, *args, **kwargs)
         allowed.append({section.partition(".")[0] for section in self.sections})
 
-    monkeypatch.setattr("lgp.pretrain._batch_sizes", lambda _: {})  # looks at all arms, decides nothing
+    monkeypatch.setattr("lgp.pretrain.arm._batch_sizes", lambda _: {})  # looks at all arms, decides nothing
     monkeypatch.setattr(StageSpec, "__init__", noted)
     trainings = [["prepare"], ["mim"], ["cl"], ["graft"], ["joint"], ["reverse"]]
     tasks = [["linear"], ["fewshot", "1pct"], ["fewshot", "10pct"], ["finetune", "10pct"]]
@@ -355,7 +355,7 @@ def test_stages_read_only_the_sections_they_list(
     for command in [*trainings, *evaluations, ["report"]]:
         with monkeypatch.context() as patch:
             loaded = Params.model_validate(values)
-            for module in ("lgp.stage", "lgp.params"):
+            for module in ("lgp.workflow.stage", "lgp.params.file"):
                 patch.setattr(f"{module}.load_params", lambda _, loaded=loaded: loaded)
             patch.setattr(Params, "__getattribute__", watched)
             read.clear()

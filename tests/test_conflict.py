@@ -12,17 +12,18 @@ from conftest import Silent, merged
 from test_graft import saved
 from torch import Tensor
 
-from lgp import conflict
-from lgp.checkpoint import StateStore, load_encoder
-from lgp.conflict import knn_by_block, measure_conflict, rates_for, suggest_cut
 from lgp.data.loading import Batch
-from lgp.data.prepared import Prepared
+from lgp.data.storage import Prepared
 from lgp.errors import LgpError
-from lgp.evaluate.features import class_token_of, extract
-from lgp.evaluate.knn import knn_predict
+from lgp.features.extraction import class_token_of, extract
+from lgp.features.knn import knn_predict
+from lgp.models.encoder_folder import load_encoder
 from lgp.models.vit import tokens_by_block
-from lgp.params import Params
-from lgp.pretrain import LossOf, Session
+from lgp.params.file import Params
+from lgp.pretrain import conflict
+from lgp.pretrain.arm import LossOf, Session
+from lgp.pretrain.conflict import knn_by_block, measure_conflict, rates_for, suggest_cut
+from lgp.training.resume_states import StateStore
 
 Loss = LossOf
 

@@ -8,13 +8,13 @@ import torch
 from conftest import Silent, merged
 from test_graft import changed, saved
 
-from lgp import controls
-from lgp.checkpoint import StateStore
-from lgp.controls import pretrain_joint, pretrain_reverse
 from lgp.data.loading import Batch
-from lgp.data.prepared import Prepared
-from lgp.params import Params
-from lgp.pretrain import Objective, Session
+from lgp.data.storage import Prepared
+from lgp.params.file import Params
+from lgp.pretrain import controls
+from lgp.pretrain.arm import Objective, Session
+from lgp.pretrain.controls import pretrain_joint, pretrain_reverse
+from lgp.training.resume_states import StateStore
 
 
 @pytest.fixture

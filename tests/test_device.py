@@ -8,16 +8,18 @@ import torch
 from conftest import Silent, merged
 from torch import Tensor
 
-from lgp.checkpoint import StateStore
-from lgp.cl import pretrain_cl
-from lgp.data.prepared import Prepared
-from lgp.device import choose_device, choose_precision, in_single_precision
-from lgp.distributed import SyncBatchNorm1d
+from lgp.compute.device import choose_device
+from lgp.compute.distributed import SyncBatchNorm1d
+from lgp.compute.precision import choose_precision, in_single_precision
+from lgp.data.storage import Prepared
 from lgp.errors import LgpError
-from lgp.mim import pretrain_mim
 from lgp.models.moco import contrastive_loss
-from lgp.params import Params, RunParams
-from lgp.pretrain import Session
+from lgp.params.file import Params
+from lgp.params.run import RunParams
+from lgp.pretrain.arm import Session
+from lgp.pretrain.cl import pretrain_cl
+from lgp.pretrain.mim import pretrain_mim
+from lgp.training.resume_states import StateStore
 
 CPU = torch.device("cpu")
 

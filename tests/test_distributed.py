@@ -14,18 +14,20 @@ import torch.multiprocessing as mp
 from conftest import Silent, merged
 from torch import Tensor, nn
 
-from lgp import engine
-from lgp.checkpoint import StateStore
-from lgp.cl import pretrain_cl
-from lgp.data.prepared import Prepared
-from lgp.distributed import SyncBatchNorm1d, WorkerDone, gather, send_bytes
+from lgp.compute.distributed import SyncBatchNorm1d, gather, send_bytes
+from lgp.compute.launch import WorkerDone
+from lgp.data.storage import Prepared
 from lgp.errors import LgpError
-from lgp.mim import pretrain_mim
 from lgp.models.moco import contrastive_loss
 from lgp.models.simclr import nt_xent
 from lgp.models.vicreg import vicreg_loss
-from lgp.params import Params, VicregWeights
-from lgp.pretrain import Session, check_shares
+from lgp.params.file import Params
+from lgp.params.pretrain import VicregWeights
+from lgp.pretrain.arm import Session, check_shares
+from lgp.pretrain.cl import pretrain_cl
+from lgp.pretrain.mim import pretrain_mim
+from lgp.training import loop as engine
+from lgp.training.resume_states import StateStore
 
 PROCESSES, ROWS, WIDTH = 2, 5, 6
 

@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from lgp.checkpoint import StateStore
-from lgp.cl import pretrain_cl
+from lgp.compute.device import choose_device
 from lgp.data.loading import Batch
-from lgp.data.prepared import Prepared
-from lgp.device import choose_device
-from lgp.engine import Trainer
+from lgp.data.storage import Prepared
 from lgp.errors import LgpError
-from lgp.mim import pretrain_mim
-from lgp.params import Params, RunParams
-from lgp.pretrain import Pretrained, Session
+from lgp.params.file import Params
+from lgp.params.run import RunParams
+from lgp.pretrain.arm import Pretrained, Session
+from lgp.pretrain.cl import pretrain_cl
+from lgp.pretrain.mim import pretrain_mim
+from lgp.training.loop import Trainer
+from lgp.training.resume_states import StateStore
 
 PRETRAIN = {"mim": pretrain_mim, "cl": pretrain_cl}
 
@@ -60,7 +61,7 @@ def test_resumed_equals_uninterrupted(
     notes = Notes()
     whole = PRETRAIN[arm](Session(prepared, params, StateStore(tmp_path / "whole", "code"), notes))
     always = params.model_copy(update={"run": params.run.model_copy(update={"save_every_s": 1e-9})})
-    monkeypatch.setattr("lgp.engine.SAVE_SHARE", math.inf)
+    monkeypatch.setattr("lgp.training.loop.SAVE_SHARE", math.inf)
     step = Trainer._step
 
     def interrupted(self: Trainer, batch: Any, total: int) -> None:

@@ -12,13 +12,14 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
-from lgp.checkpoint import StateStore, load_encoder, save_encoder
-from lgp.data.prepared import Prepared
+from lgp.data.storage import Prepared
 from lgp.errors import LgpError
-from lgp.graft import build_graft, decayed_rates, graft_rates, l1_pull, pretrain_graft, stage_rates
+from lgp.models.encoder_folder import load_encoder, save_encoder
 from lgp.models.vit import build_encoder, init_encoder_as_mae
-from lgp.params import Params
-from lgp.pretrain import Pretrained, Session
+from lgp.params.file import Params
+from lgp.pretrain.arm import Pretrained, Session
+from lgp.pretrain.graft import build_graft, decayed_rates, graft_rates, l1_pull, pretrain_graft, stage_rates
+from lgp.training.resume_states import StateStore
 
 
 def papers_rate(name: str, depth: int) -> float:
@@ -203,7 +204,7 @@ def test_policies_that_contradict_are_refused(
 ) -> None:
     import yaml
 
-    from lgp.params import load_params
+    from lgp.params.file import load_params
 
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(merged(values, {"graft": change})))
     with pytest.raises(LgpError) as error:

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lgp.errors import LgpError
-from lgp.interchange import export_checkpoint, import_checkpoint
 from lgp.models.heads import mlp
+from lgp.models.interchange import export_checkpoint, import_checkpoint
 from lgp.models.mae import MAE
 from lgp.models.vit import ARCHITECTURE, model_args
-from lgp.params import Params
+from lgp.params.file import Params
 
 Tensors = dict[str, Tensor]
 

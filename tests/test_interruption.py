@@ -18,7 +18,7 @@ from conftest import ROOT, SMALL, merged
 from safetensors.torch import load
 from torch import Tensor
 
-from lgp.interruption import Interruption
+from lgp.compute.interruption import Interruption
 
 EPOCHS = 60
 COMMAND = [sys.executable, str(ROOT / "cli.py")]

@@ -6,14 +6,16 @@ from typing import Any
 import torch
 from conftest import merged
 
-from lgp.checkpoint import StateStore, load_encoder
-from lgp.cl import pretrain_cl
-from lgp.data.prepared import Prepared
-from lgp.evaluate.features import class_token_of, extract
-from lgp.evaluate.knn import knn_predict
-from lgp.online import OnlineKnn
-from lgp.params import OnlineKnnParams, Params
-from lgp.pretrain import Session
+from lgp.data.storage import Prepared
+from lgp.features.extraction import class_token_of, extract
+from lgp.features.knn import knn_predict
+from lgp.features.online_knn import OnlineKnn
+from lgp.models.encoder_folder import load_encoder
+from lgp.params.file import Params
+from lgp.params.pretrain import OnlineKnnParams
+from lgp.pretrain.arm import Session
+from lgp.pretrain.cl import pretrain_cl
+from lgp.training.resume_states import StateStore
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lgp.cl import build_contrastive
 from lgp.models.vit import build_encoder
-from lgp.optim import adamw, parameter_groups, peak_rate, warmup_cosine
-from lgp.params import Params
+from lgp.params.file import Params
+from lgp.pretrain.cl import build_contrastive
+from lgp.training.optimizer import adamw, parameter_groups, peak_rate, warmup_cosine
 
 
 def test_rate_scales_with_the_batch() -> None:

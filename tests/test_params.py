@@ -8,7 +8,7 @@ import yaml
 from conftest import ROOT, merged
 
 from lgp.errors import LgpError
-from lgp.params import load_params
+from lgp.params.file import load_params
 
 
 def load(tmp_path: Path, values: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, merged
 
-from lgp.provenance import SURROUNDINGS, modules_used
+from lgp.workflow.provenance import SURROUNDINGS, modules_used
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 CONTROLS = yaml.safe_load((ROOT / "controls" / "dvc.yaml").read_text())["stages"]

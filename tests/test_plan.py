@@ -8,11 +8,11 @@ from conftest import ROOT
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lgp.cl import build_contrastive
-from lgp.mim import build_mae
 from lgp.models.vit import View, build_encoder
-from lgp.params import Params, load_params
-from lgp.plan import BATCH, Machine, graft_rates_by_part, measure, plan_stage, stage_cost
+from lgp.params.file import Params, load_params
+from lgp.pretrain.cl import build_contrastive
+from lgp.pretrain.mim import build_mae
+from lgp.pretrain.plan import BATCH, Machine, graft_rates_by_part, measure, plan_stage, stage_cost
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import torch
 
-from lgp.randomness import counted_seed, generator, seeded
+from lgp.compute.randomness import counted_seed, generator, seeded
 
 
 def test_same_place_gives_same_draws_and_other_places_others() -> None:

@@ -11,8 +11,8 @@ import pytest
 from lgp.errors import LgpError
 from lgp.evaluate.outcome import Outcome, Predicted, over_subsets
 from lgp.evaluate.statistics import paired_gap
-from lgp.page import table, to_html
-from lgp.report import (
+from lgp.report.page import table, to_html
+from lgp.report.report import (
     COLUMNS,
     ArmResults,
     accuracy_per_class,
@@ -23,7 +23,7 @@ from lgp.report import (
     results_table,
     worst_mistakes,
 )
-from lgp.results import read_results, task_name, wide_rows
+from lgp.report.table import read_results, task_name, wide_rows
 
 IMAGES, CLASSES = 40, 3
 

@@ -11,13 +11,13 @@ from conftest import Silent
 from torch import nn
 from torch.optim import AdamW
 
-from lgp.checkpoint import StateStore
-from lgp.cl import pretrain_cl
-from lgp.data.prepared import Prepared
+from lgp.data.storage import Prepared
 from lgp.errors import LgpError
-from lgp.params import Params
-from lgp.pretrain import Session
-from lgp.trained import group_of, movement, spread, weights_of
+from lgp.params.file import Params
+from lgp.pretrain.arm import Session
+from lgp.pretrain.cl import pretrain_cl
+from lgp.pretrain.sanity_checks import group_of, movement, spread, weights_of
+from lgp.training.resume_states import StateStore
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lgp.data.prepared import Prepared
+from lgp.compute.randomness import Stream
+from lgp.data.storage import Images
 from lgp.data.views import random_boxes, random_flips
-from lgp.params import ViewParams
-from lgp.randomness import generator
+from lgp.params.pretrain import ViewParams
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,10 @@ class Batch:
         return [Batch(c, self.step, slice(s, s + each), self.size) for c, s in zip(crops, starts, strict=True)]
 
 
-class StepCrops(Dataset[Tensor]):
-    """Item s are the crops of this process's rows of step s: (rows, V, C, S, S) uint8; only the seed and s decide.
+class CropDataset(Dataset[Tensor]):
+    """The crops of each step: item s holds this process's rows of step s, (rows, V, C, S, S) uint8.
+
+    Item s is a pure function of the stream and s.
 
     An epoch is a random order of the images without its incomplete last batch, so every batch is full (as MAE and
     MoCo v3 drop it).
@@ -55,33 +57,38 @@ class StepCrops(Dataset[Tensor]):
 
     def __init__(
         self,
-        data: Prepared,
+        data: Images,
         params: ViewParams,
         views: int,
         batch_size: int,
-        seed: int,
-        name: str,
+        stream: Stream,
         ids: np.ndarray | None = None,
     ) -> None:
-        """Batches of the images `ids`, all of pre-training unless given.
+        """Make batches of the images `ids`, all of pre-training unless given.
 
-        `name`, of the stage, keeps its draws apart from other stages'.
+        Args:
+            data: prepared images.
+            params: crops and flips.
+            views: V, crops of each image.
+            batch_size: of all processes together.
+            stream: of the training.
+            ids: (N,) images of an epoch.
         """
         self.data, self.params, self.views = data, params, views
-        self.batch_size, self.seed, self.name = batch_size, seed, name
+        self.batch_size, self.stream = batch_size, stream
         self.ids = data.pretraining_ids if ids is None else ids
         self.rows = slice(0, batch_size)
         self.steps_per_epoch = len(self.ids) // batch_size
         self._latest_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
-    def share(self, rank: int, processes: int) -> None:
-        """Read from now on but the rows of one of several processes, which divide the batch."""
+    def shard(self, rank: int, processes: int) -> None:
+        """Read only the rows of one of several processes from now on. The processes divide the batch."""
         each = self.batch_size // processes
         self.rows = slice(rank * each, (rank + 1) * each)
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._latest_order[0] != epoch:
-            order = torch.randperm(len(self.ids), generator=generator(self.seed, f"{self.name}/order", epoch))
+            order = torch.randperm(len(self.ids), generator=self.stream.generator("order", epoch))
             self._latest_order = (epoch, self.ids[order.numpy()])
         return self._latest_order[1]
 
@@ -93,7 +100,7 @@ class StepCrops(Dataset[Tensor]):
     def __getitem__(self, step: int) -> Tensor:
         """Return the crops of step `step`."""
         ids = self.ids_of(step)
-        rng = generator(self.seed, f"{self.name}/crops", step)
+        rng = self.stream.generator("crops", step)
         boxes = random_boxes(torch.from_numpy(self.data.sizes[ids]), self.views, self.params.crop_scale_min, rng)
         flipped = random_flips(len(ids), self.views, self.params.flip_p, rng)[self.rows]
         crops = self.data.crops(ids[self.rows], boxes[self.rows])
@@ -105,7 +112,7 @@ class StepCrops(Dataset[Tensor]):
         return Batch(crops, step, self.rows, self.batch_size)
 
 
-def loader(crops: StepCrops, first: int, last: int, workers: int, pin: bool) -> DataLoader[Tensor]:
+def loader(crops: CropDataset, first: int, last: int, workers: int, pin: bool) -> DataLoader[Tensor]:
     """Iterate over the crops of steps [first, last), the same with any number of workers."""
     # forked, so that they share the images that are kept decoded
     context = "fork" if workers else None

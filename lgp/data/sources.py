@@ -1,4 +1,4 @@
-"""Data sources: each yields records of one image, in a fixed order, decoding nothing."""
+"""Data sources: each describes and reads its images in a fixed order, and decodes nothing."""
 
 import json
 import os
@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lgp.errors import LgpError
 
+DIGITS = "digits"
 PARQUET_SPLITS = {
     "train": "train",
     "test": "test",
@@ -23,25 +24,37 @@ PARQUET_SPLITS = {
 }
 
 
-@dataclass(frozen=True)
-class Record:
-    """One image before decoding.
+class Described(NamedTuple):
+    """What a source says of an image without reading it.
 
-    `split` is train, test or unlabeled; `label` an index into the class names, -1 where there is none;
-    `path` names the image in messages; `read` gives the encoded bytes, or pixels (H, W, C) uint8.
+    `split` is train, test or unlabeled. `label` is an index into the class names, -1 where there is none. `path` is the
+    image's identity within its source.
     """
 
     split: str
     label: int
     path: str
+
+
+class Record(NamedTuple):
+    """One image before decoding: `read` gives the encoded bytes, or pixels (H, W, C) uint8."""
+
+    about: Described
     read: Callable[[], bytes | np.ndarray]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Class names, and a function that starts the records anew."""
+    """Images in a fixed order.
+
+    Attributes:
+        classes: class names.
+        described: starts the descriptions anew, one per image.
+        records: starts the records anew, in the same order.
+    """
 
     classes: list[str]
+    described: Callable[[], Iterator[Described]]
     records: Callable[[], Iterator[Record]]
 
 
@@ -51,7 +64,7 @@ def open_source(source: str) -> Source:
     Raises:
         LgpError: nothing there, or nothing that looks like one of the three layouts.
     """
-    if source == "digits":
+    if source == DIGITS:
         return _digits()
     # relative to the project, also where an experiment runs in a copy of it
     path = Path(os.environ.get("DVC_ROOT", ".")) / Path(source).expanduser()
@@ -81,11 +94,13 @@ def _digits() -> Source:
     # 0..16 → 0..255, the whole range of a byte
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
 
-    def records() -> Iterator[Record]:
-        for i, (image, label) in enumerate(zip(pixels, digits.target, strict=True)):
-            yield Record("train", int(label), f"digits/{i}", partial(_same, image))
+    def described() -> Iterator[Described]:
+        return (Described("train", int(label), f"{DIGITS}/{i}") for i, label in enumerate(digits.target))
 
-    return Source([str(name) for name in digits.target_names], records)
+    def records() -> Iterator[Record]:
+        return (Record(about, partial(_same, image)) for about, image in zip(described(), pixels, strict=True))
+
+    return Source([str(name) for name in digits.target_names], described, records)
 
 
 def _same(data: bytes | np.ndarray) -> bytes | np.ndarray:
@@ -106,18 +121,21 @@ def _image_folder(root: Path) -> Source:
     if unknown:
         raise LgpError(f"{test} has classes that train lacks: {', '.join(unknown)}; rename or remove them")
 
-    def records() -> Iterator[Record]:
+    def described() -> Iterator[Described]:
         for split in ("train", "test"):
             for entry in _visible(root / split) if (root / split).is_dir() else []:
-                # a file outside a class folder has no label: it is read as one, and listed as unreadable
+                # a file outside a class folder has no label: it is offered without one, and listed as unreadable
                 label = classes.index(entry.name) if entry.is_dir() else -1
                 for file in _files_below(entry):
-                    yield Record(split, label, str(file.relative_to(root)), file.read_bytes)
+                    yield Described(split, label, str(file.relative_to(root)))
         if (root / "unlabeled").is_dir():
             for file in _files_below(root / "unlabeled"):
-                yield Record("unlabeled", -1, str(file.relative_to(root)), file.read_bytes)
+                yield Described("unlabeled", -1, str(file.relative_to(root)))
 
-    return Source(classes, records)
+    def records() -> Iterator[Record]:
+        return (Record(about, (root / about.path).read_bytes) for about in described())
+
+    return Source(classes, described, records)
 
 
 def _files_below(entry: Path) -> list[Path]:
@@ -156,11 +174,17 @@ def _parquet(root: Path, files: list[Path]) -> Source:
         label: i for i, label in enumerate(sorted(v for v in found if v >= 0))
     }
 
+    def described() -> Iterator[Described]:
+        return (about for about, _ in rows([]))
+
     def records() -> Iterator[Record]:
+        for about, row in rows(["image"]):
+            yield Record(about, partial(_same, (row["image"] or {}).get("bytes") or b""))
+
+    def rows(columns: list[str]) -> Iterator[tuple[Described, dict[str, Any]]]:
         for file, split in chosen.items():
-            columns = ["image"] if split == "unlabeled" else ["image", "label"]
-            rows = (row for b in pq.ParquetFile(file).iter_batches(256, columns=columns) for row in b.to_pylist())
-            for number, row in enumerate(rows):
+            of_file = columns if split == "unlabeled" else [*columns, "label"]
+            for number, row in enumerate(_rows_of(file, of_file)):
                 given = row.get("label")
                 label = index.get(given, -1)
                 if label < 0 and given is not None and given >= 0:
@@ -168,11 +192,20 @@ def _parquet(root: Path, files: list[Path]) -> Source:
                         f"{file}: row {number} has the label {given}, which is none of the {len(index)} classes "
                         f"({'named in the schema' if names else 'found in train'}): mend or remove it"
                     )
-                data = (row["image"] or {}).get("bytes") or b""
                 of_row = "unlabeled" if split == "train" and label < 0 else split
-                yield Record(of_row, label, f"{file.name}#{number}", partial(_same, data))
+                yield Described(of_row, label, f"{file.name}#{number}"), row
 
-    return Source(names or [str(label) for label in index], records)
+    return Source(names or [str(label) for label in index], described, records)
+
+
+def _rows_of(file: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Read columns of a Parquet file row by row; without columns, an empty row each."""
+    import pyarrow.parquet as pq
+
+    opened = pq.ParquetFile(file)
+    if not columns:
+        return ({} for _ in range(opened.metadata.num_rows))
+    return (row for batch in opened.iter_batches(256, columns=columns) for row in batch.to_pylist())
 
 
 def _check_parquet(file: Path, labelled: bool) -> None:

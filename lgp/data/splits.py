@@ -5,9 +5,9 @@ All choices are per class and seeded, so classes stay balanced and no part depen
 
 import numpy as np
 
+from lgp.compute.randomness import counted_seed
 from lgp.errors import LgpError
-from lgp.params import shot_name
-from lgp.randomness import counted_seed
+from lgp.params.labels import shot_name
 
 
 def _shuffled_by_class(labels: np.ndarray, seed: int, *place: str | int) -> list[np.ndarray]:
@@ -17,7 +17,29 @@ def _shuffled_by_class(labels: np.ndarray, seed: int, *place: str | int) -> list
     return [rng[c].permutation(np.flatnonzero(labels == c)) for c in classes]
 
 
-def hold_out(labels: np.ndarray, share: float, seed: int, name: str, kept: np.ndarray | None = None) -> np.ndarray:
+def check_class_sizes(labels: np.ndarray, classes: list[str], needed: int) -> None:
+    """Raise `LgpError` where there are fewer than two classes, or one has fewer than `needed` training images.
+
+    Args:
+        labels: (N,) class indices of the training images, -1 where unlabelled.
+        classes: class names.
+        needed: 3 where test and validation are held out, 2 where validation is, 1 where nothing is.
+    """
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes)).tolist()
+    empty = [name for name, count in zip(classes, counts, strict=True) if not count]
+    if empty:
+        raise LgpError(f"no readable training image in class {', '.join(empty)}: add some, or remove the class")
+    if len(classes) < 2:
+        raise LgpError(f"the only class is {classes[0]!r}: evaluation needs two or more, add another class folder")
+    scarce = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < needed]
+    if scarce:
+        raise LgpError(
+            f"fewer than {needed} readable training images in class {', '.join(scarce)}: one each is held out for "
+            "validation (and for test, without a test part), add some or remove the class"
+        )
+
+
+def hold_out(labels: np.ndarray, share: float, seed: int, name: str) -> np.ndarray:
     """Choose a stratified held-out part.
 
     Args:
@@ -25,27 +47,19 @@ def hold_out(labels: np.ndarray, share: float, seed: int, name: str, kept: np.nd
         share: of each class, rounded; at least one image is held out and at least one stays behind.
         seed: the run's seed.
         name: of the part; parts of other names are drawn independently.
-        kept: (N,) bool, images that must stay behind; none unless given.
 
     Returns:
         (N,) bool, True where held out.
 
     Raises:
-        LgpError: a class has too few images, or too few that need not stay behind.
+        LgpError: a class has too few images.
     """
-    held = np.zeros(len(labels), dtype=bool)
+    held_out = np.zeros(len(labels), dtype=bool)
     for c, positions in enumerate(_shuffled_by_class(labels, seed, "split", name)):
         if len(positions) < 2:
             raise LgpError(f"class number {c} has {len(positions)} image(s), too few to hold one out for {name}")
-        wanted = min(max(1, round(share * len(positions))), len(positions) - 1)
-        free = positions if kept is None else positions[~kept[positions]]
-        if not len(free):
-            raise LgpError(
-                f"class number {c}: the lists of data.few_label_lists name all its {len(positions)} images, none is "
-                f"left to hold out for {name}"
-            )
-        held[free[:wanted]] = True
-    return held
+        held_out[positions[: min(max(1, round(share * len(positions))), len(positions) - 1)]] = True
+    return held_out
 
 
 def cap(labels: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
@@ -84,7 +98,7 @@ def few_label_subsets(
         scarce = [f"{name} ({count})" for name, count in zip(classes, found.tolist(), strict=True) if count < shot]
         if scarce:
             raise LgpError(
-                f"data.few_label_shots asks for {shot} images of each class, fewer are in the training part of "
+                f"labels.shots asks for {shot} images of each class, fewer are in the training part of "
                 f"{', '.join(scarce)}: lower it, or add images"
             )
     per_class = {name: max(1, round(share * len(labels) / len(classes))) for name, share in shares.items()}

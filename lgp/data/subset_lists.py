@@ -14,6 +14,11 @@ SHOWN = 5  # names in a message
 LABELLED = re.compile(r"(.*\S)\s*[,\s]\s*(\S+)")
 
 
+def list_file(path: Path) -> Path:
+    """Return where a list lies: relative to the project, also where an experiment runs in a copy of it."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / path.expanduser()
+
+
 def read_subset_list(
     path: Path, paths: Sequence[str], labels: np.ndarray, splits: Sequence[str], classes: Sequence[str]
 ) -> np.ndarray:
@@ -26,7 +31,7 @@ def read_subset_list(
         path: of the list.
         paths: of all images, within their source.
         labels: (N,) their class indices.
-        splits: of each, as the source has it: `train`, `test`, `unlabeled`.
+        splits: of each; only images of `train` may be listed.
         classes: class names.
 
     Returns:
@@ -36,13 +41,13 @@ def read_subset_list(
         LgpError: the file is missing or empty, a line without a name, names that are unknown, ambiguous, repeated or
             not of training images, labels that are others than the images', classes without an image; names them.
     """
-    file = Path(os.environ.get("DVC_ROOT", ".")) / path.expanduser()
+    file = list_file(path)
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise LgpError(
             f"cannot read the list of images {file.absolute()} ({getattr(e, 'strerror', 'not text')}): mend "
-            "data.few_label_lists"
+            "labels.lists"
         ) from None
     lines = [(number, line.strip(", \t")) for number, line in enumerate(text.splitlines(), 1) if line.strip(", \t")]
     if not lines:

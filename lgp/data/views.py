@@ -16,8 +16,8 @@ from kornia.color import rgb_to_grayscale
 from kornia.filters import gaussian_blur2d
 from torch import Generator, Tensor
 
-from lgp.device import in_single_precision
-from lgp.params import ViewParams
+from lgp.compute.precision import in_single_precision
+from lgp.params.pretrain import ViewParams
 
 ASPECT = (3 / 4, 4 / 3)
 TRIES = 10
@@ -68,11 +68,11 @@ def random_flips(images: int, views: int, flip_p: float, rng: Generator) -> Tens
 
 
 @dataclass(frozen=True)
-class Colours:
+class ColorJitter:
     """What happens to the colours of one view of B images, on the host, in the order of MoCo v3.
 
     Attributes:
-        jitter: (B,) bool, whether the colours are jittered.
+        jittered: (B,) bool, whether brightness, contrast, saturation and hue change.
         order: (B, 4) which of brightness, contrast, saturation, hue comes first, second, …
         factors: (B, 3) of brightness, contrast, saturation; 1 changes nothing.
         shift: (B,) of the hue, in full turns.
@@ -82,7 +82,7 @@ class Colours:
         solarize: (B,) bool, whether values of 0.5 and more are inverted.
     """
 
-    jitter: Tensor
+    jittered: Tensor
     order: Tensor
     factors: Tensor
     shift: Tensor
@@ -92,7 +92,7 @@ class Colours:
     solarize: Tensor
 
     @classmethod
-    def draw(cls, images: int, view: int, params: ViewParams, rng: Generator) -> "Colours":
+    def draw(cls, images: int, view: int, params: ViewParams, rng: Generator) -> "ColorJitter":
         """Draw for the view 0 or 1, which picks the blur and solarise probabilities."""
 
         def chosen(p: float) -> Tensor:
@@ -105,7 +105,7 @@ class Colours:
         return cls(
             factors=torch.stack([uniform(1 - s, 1 + s) for s in strengths], dim=1),
             shift=uniform(-params.hue, params.hue),
-            jitter=chosen(params.jitter_p),
+            jittered=chosen(params.jitter_p),
             order=torch.rand(images, 4, generator=rng).argsort(dim=1),
             grey=chosen(params.grayscale_p),
             blur=chosen(params.blur_p[view]),
@@ -114,17 +114,17 @@ class Colours:
         )
 
     @classmethod
-    def cat(cls, parts: "Sequence[Colours]") -> "Colours":
+    def cat(cls, parts: "Sequence[ColorJitter]") -> "ColorJitter":
         """Put those of several batches one after the other."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
-    def __getitem__(self, rows: slice) -> "Colours":
+    def __getitem__(self, rows: slice) -> "ColorJitter":
         """Return those of some images."""
-        return Colours(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return ColorJitter(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 @in_single_precision
-def photometric(images: Tensor, colours: Colours, params: ViewParams) -> Tensor:
+def color_jitter(images: Tensor, jitter: ColorJitter, params: ViewParams) -> Tensor:
     """Apply MoCo v3's colour operations to a batch, each image with its own parameters.
 
     Colour jitter (its operations in an order of the image's own), grey, Gaussian blur, solarise, in this order.
@@ -132,7 +132,7 @@ def photometric(images: Tensor, colours: Colours, params: ViewParams) -> Tensor:
 
     Args:
         images: (B, C, S, S) float in [0, 1].
-        colours: of the same B images.
+        jitter: drawn for the same B images.
         params: strengths.
 
     Returns:
@@ -140,16 +140,16 @@ def photometric(images: Tensor, colours: Colours, params: ViewParams) -> Tensor:
     """
     images = images.clone()
     if images.device.type != "cpu":
-        _photometric(images, colours, params)
+        _jitter_in_place(images, jitter, params)
         return images
     rows = max(CHUNK_BYTES // max(images[:1].nbytes, 1), 1)
     for start in range(0, len(images), rows):
         chunk = slice(start, start + rows)
-        _photometric(images[chunk], colours[chunk], params)
+        _jitter_in_place(images[chunk], jitter[chunk], params)
     return images
 
 
-def _photometric(images: Tensor, colours: Colours, params: ViewParams) -> None:
+def _jitter_in_place(images: Tensor, jitter: ColorJitter, params: ViewParams) -> None:
     """Do it in place."""
     colour, device = images.shape[1] == 3, images.device
 
@@ -165,26 +165,26 @@ def _photometric(images: Tensor, colours: Colours, params: ViewParams) -> None:
     def by(values: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda rows: values[rows].to(device, non_blocking=True)
 
-    brightness, contrast, saturation = (by(factor) for factor in colours.factors.unbind(1))
-    shift, sigma = by(colours.shift), by(colours.sigma)
-    jitters: dict[int, Callable[[Tensor, Tensor], Tensor]] = {}
+    brightness, contrast, saturation = (by(factor) for factor in jitter.factors.unbind(1))
+    shift, sigma = by(jitter.shift), by(jitter.sigma)
+    operations: dict[int, Callable[[Tensor, Tensor], Tensor]] = {}
     if params.brightness:
-        jitters[BRIGHTNESS] = lambda x, rows: ke.adjust_brightness_accumulative(x, brightness(rows))
+        operations[BRIGHTNESS] = lambda x, rows: ke.adjust_brightness_accumulative(x, brightness(rows))
     if params.contrast:
-        jitters[CONTRAST] = lambda x, rows: ke.adjust_contrast_with_mean_subtraction(x, contrast(rows))
+        operations[CONTRAST] = lambda x, rows: ke.adjust_contrast_with_mean_subtraction(x, contrast(rows))
     if params.saturation and colour:
-        jitters[SATURATION] = lambda x, rows: ke.adjust_saturation_with_gray_subtraction(x, saturation(rows))
+        operations[SATURATION] = lambda x, rows: ke.adjust_saturation_with_gray_subtraction(x, saturation(rows))
     if params.hue and colour:
-        jitters[HUE] = lambda x, rows: shift_hue(x, shift(rows))
-    for place in colours.order.unbind(1):
-        for number, jitter in jitters.items():
-            apply(colours.jitter & (place == number), jitter)
+        operations[HUE] = lambda x, rows: shift_hue(x, shift(rows))
+    for place in jitter.order.unbind(1):
+        for number, operation in operations.items():
+            apply(jitter.jittered & (place == number), operation)
     if colour:
-        apply(colours.grey, lambda x, _: rgb_to_grayscale(x).expand_as(x))
+        apply(jitter.grey, lambda x, _: rgb_to_grayscale(x).expand_as(x))
     # three of the largest sigma to each side, as far as the image reaches
     kernel = 2 * min(math.ceil(3 * BLUR_SIGMA[1]), images.shape[-1] - 1) + 1
-    apply(colours.blur, lambda x, rows: gaussian_blur2d(x, kernel, sigma(rows)[:, None].expand(-1, 2)))
-    apply(colours.solarize, lambda x, _: torch.minimum(x, 1 - x))  # at the threshold 0.5
+    apply(jitter.blur, lambda x, rows: gaussian_blur2d(x, kernel, sigma(rows)[:, None].expand(-1, 2)))
+    apply(jitter.solarize, lambda x, _: torch.minimum(x, 1 - x))  # at the threshold 0.5
 
 
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:

@@ -4,20 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lgp.checkpoint import StateStore
-from lgp.data.loading import Batch, StepCrops
-from lgp.data.prepared import Prepared
-from lgp.device import choose_precision, place
-from lgp.engine import Observer, Trainer
+from lgp.compute.precision import choose_precision, place
+from lgp.compute.randomness import Stream, generator
+from lgp.data.labels import LabelledImages
+from lgp.data.loading import Batch, CropDataset
 from lgp.errors import LgpError
-from lgp.evaluate.cache import Features
-from lgp.evaluate.features import Encode
-from lgp.evaluate.knn import knn_predict
 from lgp.evaluate.outcome import Outcome, Predicted, over_subsets, percent
 from lgp.evaluate.probe import LinearHeads, choose_head, head_settings, train_heads
-from lgp.optim import warmup_cosine
-from lgp.params import LinearParams, Params, RunParams, ViewParams
-from lgp.randomness import generator
+from lgp.features.cache import Features
+from lgp.features.extraction import Encode
+from lgp.features.knn import knn_predict
+from lgp.params.evaluate import LinearParams
+from lgp.params.pretrain import ViewParams
+from lgp.params.run import RunParams
+from lgp.pretrain.arm import Session
+from lgp.training.loop import Trainer
+from lgp.training.optimizer import warmup_cosine
 
 
 def evaluate_linear(
@@ -33,47 +35,48 @@ def evaluate_linear(
 
 
 def evaluate_linear_augmented(
-    features: Features,
-    encode: Encode,
-    data: Prepared,
-    params: Params,
-    device: torch.device,
-    store: StateStore,
-    observer: Observer,
+    features: Features, encode: Encode, data: LabelledImages, session: Session, device: torch.device
 ) -> Outcome:
     """Train all heads on the features of random crops and flips, as published; the rest as `evaluate_linear`.
 
     Args:
         features: of whole images, to choose and to test on.
         encode: normalised images (B, C, S, S) → features (B, D), the same that `features` are made by.
-        data: prepared images.
-        params: all parameters.
+        data: images and labels.
+        session: parameters, resume states, observer.
         device: where to train.
-        store: of resume states.
-        observer: told of epochs.
     """
-    linear = params.linear
-    heads = _heads(features, linear, params.seed)
-    precision = choose_precision(params.run, device, features.x["train"].shape[1])
+    linear, run = session.params.linear, session.params.run
+    heads = _heads(features, linear, session.params.seed)
+    precision = choose_precision(run, device, features.x["train"].shape[1])
     place(heads, device, precision)
     views = ViewParams(crop_scale_min=linear.crop_scale_min, flip_p=linear.flip_p)
     ids = features.ids["train"]
-    crops = StepCrops(data, views, 1, _batch_size(linear, len(ids)), params.seed, "linear", ids)
-    data.keep_decoded(params.run.decoded_gib * 2**30)
+    crops = CropDataset(data, views, 1, _batch_size(linear, len(ids)), Stream(session.params.seed, "linear"), ids)
+    data.keep_decoded(run.decoded_gib * 2**30)
     labels = torch.tensor(data.labels, device=device)
 
     def loss_of(batch: Batch) -> Tensor:
         # as the cached features are computed, in single precision
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            seen = encode(data.normalize(batch.crops[:, 0]))
-        return heads.loss(seen, labels[torch.from_numpy(crops.ids_of(batch.step)[batch.rows]).to(device)])
+            of_batch = encode(data.normalize(batch.crops[:, 0]))
+        return heads.loss(of_batch, labels[torch.from_numpy(crops.ids_of(batch.step)[batch.rows]).to(device)])
 
     optimizer, steps = heads.optimizer(), linear.epochs * crops.steps_per_epoch
-    schedule = warmup_cosine(optimizer, steps, 0)
     Trainer(
-        "linear", heads, loss_of, crops, optimizer, schedule, linear.epochs, device, precision, params.run, store,
-        observer,
-    ).fit()  # fmt: skip
+        name="linear",
+        model=heads,
+        loss_of=loss_of,
+        crops=crops,
+        optimizer=optimizer,
+        schedule=warmup_cosine(optimizer, steps, 0),
+        epochs=linear.epochs,
+        device=device,
+        precision=precision,
+        settings=run,
+        store=session.store,
+        observer=session.observer,
+    ).fit()
     return _outcome(heads, features, linear, device)
 
 

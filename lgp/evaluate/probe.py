@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from lgp.device import in_single_precision
-from lgp.optim import peak_rate, warmup_cosine
-from lgp.params import LinearParams
-from lgp.randomness import generator
+from lgp.compute.precision import in_single_precision
+from lgp.compute.randomness import generator
+from lgp.params.evaluate import LinearParams
+from lgp.training.optimizer import peak_rate, warmup_cosine
 
 ROWS = 1024  # that are scored at once
 
@@ -57,8 +57,8 @@ class LinearHeads(nn.Module):
     scaled by its share of that rate, and SGD's step is linear in the gradient. All start from the same N(0, 0.01²).
     """
 
-    share: Tensor
-    pull: Tensor
+    rate_ratio: Tensor
+    decay_ratio: Tensor
 
     def __init__(
         self,
@@ -76,8 +76,8 @@ class LinearHeads(nn.Module):
         self.classes, self.settings = classes, list(settings)
         rates, decays = (torch.tensor(values, dtype=torch.float64) for values in zip(*settings, strict=True))
         self.rate = float(rates.max())
-        self.register_buffer("share", rates / self.rate)
-        self.register_buffer("pull", rates / self.rate * decays / 2)
+        self.register_buffer("rate_ratio", rates / self.rate)
+        self.register_buffer("decay_ratio", rates / self.rate * decays / 2)
         self.decayed = bool(decays.any())
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if batch_norm else nn.Identity()
         start = 0.01 * torch.randn(width, classes, generator=rng)
@@ -92,10 +92,10 @@ class LinearHeads(nn.Module):
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of the heads' losses, to be trained by SGD with the rate `self.rate`."""
         losses = cross_entropy_of_heads(self(features), labels)
-        loss = losses @ self.share.to(losses.dtype)
+        loss = losses @ self.rate_ratio.to(losses.dtype)
         if self.decayed:
             for weights in (self.weight, self.bias):
-                loss = loss + (weights.view(-1, len(self.settings)).square() @ self.pull.to(weights.dtype)).sum()
+                loss = loss + (weights.view(-1, len(self.settings)).square() @ self.decay_ratio.to(weights.dtype)).sum()
         return loss
 
     def optimizer(self) -> SGD:

@@ -1,1 +1,1 @@
-"""The encoder and the two objectives: masked autoencoder and momentum contrast."""
+"""The encoder, the models that pre-train it, and the folders that keep it."""

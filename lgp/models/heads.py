@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lgp.distributed import SyncBatchNorm1d
+from lgp.compute.distributed import SyncBatchNorm1d
 
 
 def mlp(layers: int, width_in: int, hidden: int, width_out: int, last_norm: bool = True) -> nn.Sequential:

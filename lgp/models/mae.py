@@ -6,6 +6,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from lgp.models.roles import PretrainingModel
 from lgp.models.vit import embed, encode_tokens, init_as_mae, keep_patches, sincos_positions
 
 NORM_EPS = 1e-6
@@ -52,7 +53,7 @@ def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Te
     return ids_shuffle[:, :keep], ids_restore, mask
 
 
-class MAE(nn.Module):
+class MAE(PretrainingModel):
     """An encoder on the visible patches and a light decoder that predicts the removed ones."""
 
     def __init__(

@@ -9,9 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from lgp.device import in_single_precision
-from lgp.distributed import gather, rank
+from lgp.compute.distributed import gather, rank
+from lgp.compute.precision import in_single_precision
 from lgp.models.heads import mlp
+from lgp.models.roles import PretrainingModel
 from lgp.models.vit import View, class_token
 
 
@@ -40,7 +41,7 @@ def momentum_at(progress: float, base: float) -> float:
     return 1 - (1 - base) * (1 + math.cos(math.pi * progress)) / 2
 
 
-class MoCo(nn.Module):
+class MoCo(PretrainingModel):
     """An encoder with projector and predictor, and its momentum copy without predictor."""
 
     def __init__(
@@ -60,6 +61,10 @@ class MoCo(nn.Module):
         self.predictor = mlp(2, projector_dim, predictor_hidden, projector_dim)
         self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
+
+    def momentum_copies(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return encoder and projector with their copies."""
+        return [(self.momentum_encoder, self.encoder), (self.momentum_projector, self.projector)]
 
     @torch.no_grad()
     def update_momentum_encoder(self, momentum: float) -> None:

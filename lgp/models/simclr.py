@@ -3,11 +3,12 @@
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
-from lgp.device import in_single_precision
-from lgp.distributed import gather, rank
+from lgp.compute.distributed import gather, rank
+from lgp.compute.precision import in_single_precision
 from lgp.models.heads import mlp
+from lgp.models.roles import PretrainingModel
 from lgp.models.vit import View, class_token
 
 
@@ -35,7 +36,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(similarity, positives)
 
 
-class SimCLR(nn.Module):
+class SimCLR(PretrainingModel):
     """An encoder with a projector of two layers."""
 
     def __init__(

@@ -2,13 +2,14 @@
 
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
-from lgp.device import in_single_precision
-from lgp.distributed import gather
+from lgp.compute.distributed import gather
+from lgp.compute.precision import in_single_precision
 from lgp.models.heads import mlp
+from lgp.models.roles import PretrainingModel
 from lgp.models.vit import View, class_token
-from lgp.params import VicregWeights
+from lgp.params.pretrain import VicregWeights
 
 EPS = 1e-4  # section 4.1
 GAMMA = 1.0  # the deviation that each dimension is to reach, section 4.1
@@ -44,7 +45,7 @@ def vicreg_loss(z1: Tensor, z2: Tensor, weights: VicregWeights) -> Tensor:
     return weights.invariance * invariance + weights.variance * variance + weights.covariance * covariance
 
 
-class VICReg(nn.Module):
+class VICReg(PretrainingModel):
     """An encoder with an expander of three layers, whose last has no BatchNorm."""
 
     def __init__(

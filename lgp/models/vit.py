@@ -1,7 +1,6 @@
 """The encoder: timm's ViT with fixed 2D sin-cos positions, initialised as MAE or MoCo v3 do."""
 
 import math
-import re
 from typing import Any, NamedTuple
 
 import timm
@@ -9,11 +8,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lgp.params import DataParams, ModelParams
+from lgp.params.data import DataParams
+from lgp.params.model import ModelParams
 
-# the parameters before the blocks, by the beginning of their names
-EMBEDDINGS = ("cls_token", "pos_embed", "patch_embed")
-BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 # any timm ViT: model_args say the rest, and travel in the encoder folder's config.json
 ARCHITECTURE = "vit_base_patch16_224"
 
@@ -38,12 +35,6 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     angles_x, angles_y = x.flatten()[:, None] * omega, y.flatten()[:, None] * omega
     patches = torch.cat([angles_x.sin(), angles_x.cos(), angles_y.sin(), angles_y.cos()], dim=1)
     return torch.cat([torch.zeros(1, width), patches.float()])[None]
-
-
-def block_of(name: str) -> int | None:
-    """Return the number of the encoder's block, from 0, that a parameter of this name belongs to, None if to none."""
-    block = BLOCK.search(name)
-    return int(block.group(1)) if block else None
 
 
 def model_args(model: ModelParams, data: DataParams) -> dict[str, Any]:
@@ -113,7 +104,7 @@ class View(NamedTuple):
     """A view of each image of a batch, as a contrastive model takes it."""
 
     images: Tensor  # (B, C, S, S), normalised
-    ids_keep: Tensor | None = None  # (B, n), the patches that the learning encoder sees; None: all
+    ids_keep: Tensor | None = None  # (B, n), the patches that the encoder sees; None: all
 
 
 def embed(encoder: VisionTransformer, images: Tensor) -> Tensor:

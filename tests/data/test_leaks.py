@@ -11,16 +11,17 @@ import torch
 from conftest import Silent
 from PIL import Image
 
-from lgp.checkpoint import StateStore
-from lgp.cl import pretrain_cl
-from lgp.controls import pretrain_joint
 from lgp.data.leaks import EXACT, Leak, find_leaks, perceptual_hash
-from lgp.data.prepare import prepare
-from lgp.data.prepared import Prepared
+from lgp.data.preparation import prepare
+from lgp.data.storage import Prepared
 from lgp.errors import LgpError
-from lgp.mim import pretrain_mim
-from lgp.params import DataParams, Params
-from lgp.pretrain import Session
+from lgp.params.data import DataParams
+from lgp.params.file import Params
+from lgp.pretrain.arm import Session
+from lgp.pretrain.cl import pretrain_cl
+from lgp.pretrain.controls import pretrain_joint
+from lgp.pretrain.mim import pretrain_mim
+from lgp.training.resume_states import StateStore
 
 RNG = np.random.default_rng(0)
 

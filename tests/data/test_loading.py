@@ -10,18 +10,19 @@ from conftest import merged
 from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 
-from lgp.data.loading import Batch, StepCrops, loader
-from lgp.data.prepare import prepare
-from lgp.data.prepared import Prepared
+from lgp.compute.randomness import generator
+from lgp.data.loading import Batch, CropDataset, loader
+from lgp.data.preparation import prepare
+from lgp.data.storage import Prepared
 from lgp.data.views import random_boxes
-from lgp.params import DataParams, ViewParams
-from lgp.randomness import generator
+from lgp.params.data import DataParams
+from lgp.params.pretrain import ViewParams
 
 VIEWS = ViewParams(crop_scale_min=0.4, flip_p=0.5)
 
 
-def crops(prepared: Prepared, batch_size: int = 64, seed: int = 0) -> StepCrops:
-    return StepCrops(prepared, VIEWS, 2, batch_size, seed, "cl")
+def crops(prepared: Prepared, batch_size: int = 64, seed: int = 0) -> CropDataset:
+    return CropDataset(prepared, VIEWS, 2, batch_size, seed, "cl")
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core
@@ -91,7 +92,7 @@ def test_crops_of_encoded_images_equal_torchvisions(photographs: Prepared) -> No
 def test_small_data_is_decoded_once_and_shared_by_workers(
     photographs: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches = StepCrops(photographs, VIEWS, 2, 4, 0, "cl")
+    batches = CropDataset(photographs, VIEWS, 2, 4, 0, "cl")
     total = 2 * batches.steps_per_epoch
     anew = list(loader(batches, 0, total, workers=0, pin=False))
     photographs.keep_decoded(1)  # too little for them

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from lgp.data.prepare import prepare
-from lgp.data.prepared import Prepared, decode
+from lgp.data.preparation import prepare
+from lgp.data.storage import Prepared, decode
 from lgp.errors import LgpError
-from lgp.params import DataParams, Params
+from lgp.params.data import DataParams
+from lgp.params.file import Params
 
 RNG = np.random.default_rng(0)
 
@@ -97,7 +98,7 @@ def test_images_of_other_sizes_stay_encoded(tmp_path: Path, params: Params) -> N
 def test_shards_are_read_back_across_their_borders(
     tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lgp.data.prepare.SHARD_BYTES", 1500)
+    monkeypatch.setattr("lgp.data.preparation.SHARD_BYTES", 1500)
     source = folder(tmp_path / "images", {"ant": 10, "bee": 10}, size=(20, 14))
     _, data = prepared_from(source, tmp_path, params)
     assert len(list((tmp_path / "prepared").glob("*.arrow"))) > 3
@@ -284,7 +285,7 @@ def test_list_is_refused_before_anything_is_decoded(
 ) -> None:
     source = folder(tmp_path / "source", {"a": 5, "b": 5})
     (tmp_path / "list.txt").write_text("train/a/0.png\ntrain/b/77.png")
-    monkeypatch.setattr("lgp.data.prepare._read", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("lgp.data.preparation._read", lambda *_: pytest.fail("decoded"))
     with pytest.raises(LgpError, match=r"unknown: train/b/77\.png"):
         prepared_from(source, tmp_path, params, few_label_lists={"official": str(tmp_path / "list.txt")})
 
@@ -301,7 +302,7 @@ def test_shot_that_a_class_cannot_give_is_refused_before_anything_is_decoded(
     tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = folder(tmp_path / "source", {"a": 20, "b": 4})
-    monkeypatch.setattr("lgp.data.prepare._read", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("lgp.data.preparation._read", lambda *_: pytest.fail("decoded"))
     with pytest.raises(LgpError, match=r"5 images of each class, fewer are in the training part of b \(4\)"):
         prepared_from(source, tmp_path, params, few_label_shots=[5])
 

@@ -9,10 +9,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from lgp.data.prepared import crop_and_resize
-from lgp.data.views import Colours, photometric, random_boxes, random_flips, shift_hue
-from lgp.params import ViewParams
-from lgp.randomness import generator
+from lgp.compute.randomness import generator
+from lgp.data.storage import crop_and_resize
+from lgp.data.views import ColorJitter, color_jitter, random_boxes, random_flips, shift_hue
+from lgp.params.pretrain import ViewParams
 
 
 def images(batch: int = 16, channels: int = 3, size: int = 32) -> Tensor:
@@ -79,9 +79,9 @@ MOCO = {
 }  # fmt: skip
 
 
-def drawn(batch: Tensor, params: ViewParams, view: int = 0) -> tuple[Colours, Tensor]:
-    colours = Colours.draw(len(batch), view, params, generator(0, "x"))
-    return colours, photometric(batch, colours, params)
+def drawn(batch: Tensor, params: ViewParams, view: int = 0) -> tuple[ColorJitter, Tensor]:
+    colours = ColorJitter.draw(len(batch), view, params, generator(0, "x"))
+    return colours, color_jitter(batch, colours, params)
 
 
 def one_by_one(operation: Any, batch: Tensor, values: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def test_whole_recipe_equals_torchvisions_operations_image_by_image() -> None:
 
 
 def test_every_order_of_the_jitter_is_as_likely() -> None:
-    colours = Colours.draw(4800, 0, params_with(**MOCO), generator(0, "x"))
+    colours = ColorJitter.draw(4800, 0, params_with(**MOCO), generator(0, "x"))
     orders = {tuple(order) for order in colours.order.tolist()}
     assert len(orders) == 24
     first = torch.bincount(colours.order[:, 0], minlength=4)
@@ -169,7 +169,7 @@ def test_every_order_of_the_jitter_is_as_likely() -> None:
 
 
 def test_every_operation_takes_its_share_of_the_images() -> None:
-    colours = [Colours.draw(4000, view, params_with(**MOCO), generator(0, "x", view)) for view in (0, 1)]
+    colours = [ColorJitter.draw(4000, view, params_with(**MOCO), generator(0, "x", view)) for view in (0, 1)]
     for view, of_view in enumerate(colours):
         for name, expected in (
             ("jitter", 0.8),
@@ -197,7 +197,7 @@ def test_grey_images_take_part_without_colour() -> None:
 def test_a_part_of_the_batch_gets_the_same_views_as_in_the_whole() -> None:
     batch, params = images(12), params_with(**MOCO)
     colours, whole = drawn(batch, params)
-    part = photometric(batch[4:8], colours[4:8], params)
+    part = color_jitter(batch[4:8], colours[4:8], params)
     assert torch.allclose(part, whole[4:8], atol=1e-6)
 
 
@@ -212,12 +212,12 @@ def test_mixed_precision_changes_no_view() -> None:
     batch, params = images(), params_with(**MOCO)
     colours, plain = drawn(batch, params)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(photometric(batch, colours, params), plain)
+        assert torch.equal(color_jitter(batch, colours, params), plain)
 
 
 def test_views_are_a_function_of_the_generator_alone() -> None:
     params, batch = params_with(**MOCO), images()
     first, again = drawn(batch, params)[1], drawn(batch, params)[1]
     assert torch.equal(first, again)
-    other = photometric(batch, Colours.draw(len(batch), 0, params, generator(0, "x", 6)), params)
+    other = color_jitter(batch, ColorJitter.draw(len(batch), 0, params, generator(0, "x", 6)), params)
     assert not torch.equal(first, other)

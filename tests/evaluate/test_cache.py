@@ -11,14 +11,14 @@ import pytest
 import torch
 from filelock import FileLock
 
-from lgp.checkpoint import load_encoder
-from lgp.data.prepared import Prepared
+from lgp.data.storage import Prepared
 from lgp.evaluate import cache as module
-from lgp.evaluate.cache import FeatureCache, FeatureSource, normalizer, pixel_source, standardizer
-from lgp.evaluate.features import class_token_of, extract
-from lgp.evaluate.run import encoder_source, live_features_of
+from lgp.features.cache import FeatureCache, FeatureSource, normalizer, pixel_source, standardizer
+from lgp.features.extraction import class_token_of, extract
+from lgp.features.of_encoder import encoder_source, live_features_of
+from lgp.models.encoder_folder import load_encoder
 from lgp.models.vit import tokens_by_block
-from lgp.params import FeatureParams
+from lgp.params.evaluate import FeatureParams
 
 CPU = torch.device("cpu")
 

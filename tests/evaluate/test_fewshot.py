@@ -8,10 +8,11 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-from lgp.data.prepared import Prepared
-from lgp.evaluate.cache import FeatureCache, Features, normalizer, pixel_source, standardizer
-from lgp.evaluate.fewshot import evaluate_fewshot, fit_logistic_regression
-from lgp.params import FeatureParams, FewShotParams, Params
+from lgp.data.storage import Prepared
+from lgp.evaluate.few_labels import evaluate_fewshot, fit_logistic_regression
+from lgp.features.cache import FeatureCache, Features, normalizer, pixel_source, standardizer
+from lgp.params.evaluate import FeatureParams, FewShotParams
+from lgp.params.file import Params
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,10 @@ import yaml
 from conftest import ROOT, Silent, merged
 from safetensors.torch import save_file
 
-from lgp.checkpoint import HEADS, StateStore, load_encoder
 from lgp.data.loading import Batch
-from lgp.data.prepared import Prepared
-from lgp.engine import Trainer
+from lgp.data.storage import Prepared
 from lgp.errors import LgpError
-from lgp.evaluate.finetune import (
+from lgp.evaluate.fine_tuning import (
     _LabelledCrops,
     batch_size_for,
     build_classifier,
@@ -29,7 +27,12 @@ from lgp.evaluate.finetune import (
     recipe_for,
 )
 from lgp.evaluate.outcome import Outcome
-from lgp.params import FineTuneParams, Params, load_params
+from lgp.models.encoder_folder import load_encoder
+from lgp.models.files import HEADS
+from lgp.params.evaluate import FineTuneParams
+from lgp.params.file import Params, load_params
+from lgp.training.loop import Trainer
+from lgp.training.resume_states import StateStore
 
 ALL_TRICKS = {
     "drop_path": 0.2,

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from lgp.evaluate.knn import knn_predict
+from lgp.features.knn import knn_predict
 
 RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_predictions_equal_scikit_learns(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lgp.evaluate.knn.QUERIES", 7)
-    monkeypatch.setattr("lgp.evaluate.knn.CANDIDATES", 13)
+    monkeypatch.setattr("lgp.features.knn.QUERIES", 7)
+    monkeypatch.setattr("lgp.features.knn.CANDIDATES", 13)
     train, queries = RNG.normal(size=(200, 8)), RNG.normal(size=(50, 8))
     labels = RNG.integers(0, 4, 200)
     theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))

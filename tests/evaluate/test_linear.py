@@ -11,15 +11,16 @@ import torch
 from conftest import Silent
 from sklearn.neighbors import KNeighborsClassifier
 
-from lgp.checkpoint import StateStore
-from lgp.data.prepared import Prepared
-from lgp.engine import Trainer
-from lgp.evaluate.cache import FeatureCache, Features, pixel_source
-from lgp.evaluate.features import pixels
+from lgp.data.storage import Prepared
 from lgp.evaluate.linear import evaluate_linear, evaluate_linear_augmented
 from lgp.evaluate.outcome import Outcome
-from lgp.evaluate.run import encoder_source
-from lgp.params import FeatureParams, Params
+from lgp.features.cache import FeatureCache, Features, pixel_source
+from lgp.features.extraction import pixels
+from lgp.features.of_encoder import encoder_source
+from lgp.params.evaluate import FeatureParams
+from lgp.params.file import Params
+from lgp.training.loop import Trainer
+from lgp.training.resume_states import StateStore
 
 CPU = torch.device("cpu")
 

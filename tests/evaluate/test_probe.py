@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lgp.compute.randomness import generator
 from lgp.evaluate.probe import LinearHeads, choose_head, cross_entropy_of_heads, head_settings, train_heads
-from lgp.params import LinearParams, Params
-from lgp.randomness import generator
+from lgp.params.evaluate import LinearParams
+from lgp.params.file import Params
 
 CLASSES, WIDTH, IMAGES, BATCH, EPOCHS = 5, 12, 90, 32, 6
 RATES = [base * scale for scale in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 10) for base in (1, 3, 5, 7, 9)]

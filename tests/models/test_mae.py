@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lgp.models.mae import MAE, normalize_patches, patchify, random_masking, unpatchify
 from lgp.models.vit import build_encoder, init_encoder_as_mae, sincos_positions
-from lgp.params import Params
+from lgp.params.file import Params
 
 
 @pytest.fixture

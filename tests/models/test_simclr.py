@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lgp.models.simclr import SimCLR, nt_xent
 from lgp.models.vit import View, build_encoder
-from lgp.params import Params
+from lgp.params.file import Params
 
 
 def slow_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> float:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lgp.models.vicreg import VICReg, covariance_term, variance_term, vicreg_loss
 from lgp.models.vit import build_encoder
-from lgp.params import Params, VicregWeights
+from lgp.params.file import Params
+from lgp.params.pretrain import VicregWeights
 
 
 def slow_terms(z: Tensor) -> tuple[float, float]:

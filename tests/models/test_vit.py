@@ -16,7 +16,7 @@ from lgp.models.vit import (
     init_encoder_as_moco,
     sincos_positions,
 )
-from lgp.params import Params
+from lgp.params.file import Params
 
 
 @pytest.fixture

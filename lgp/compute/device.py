@@ -1,0 +1,49 @@
+"""Where to compute, and with how many threads."""
+
+import ctypes
+import os
+
+import torch
+
+from lgp.compute.launch import launched
+from lgp.errors import LgpError
+from lgp.params.run import RunParams
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
+
+
+def choose_device(settings: RunParams) -> torch.device:
+    """Turn `run.device` (`auto`, `cpu` or `cuda`) into a device, and prepare it for its work.
+
+    On a CPU: the number of threads, where several processes share the cores. On CUDA: the device of this process.
+
+    Raises:
+        LgpError: CUDA is asked for and absent.
+    """
+    cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not cuda:
+        raise LgpError("run.device is cuda, but torch finds no CUDA device: set it to auto or cpu")
+    local_rank = int(os.environ["LOCAL_RANK"]) if launched() else 0
+    if settings.device != "cpu" and cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise LgpError(
+                f"process {local_rank} of this machine has no CUDA device of its own, there are "
+                f"{torch.cuda.device_count()}: set run.processes to at most that, or run.device to cpu"
+            )
+        return torch.device("cuda", local_rank)
+    processes = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
+    if settings.threads is not None or processes > 1:
+        torch.set_num_threads(settings.threads or max(torch.get_num_threads() // processes, 1))
+    _keep_freed_memory()
+    return torch.device("cpu")
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one, instead of fetching and clearing it anew each time."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return
+    # some take no more than 32 MiB; a trim threshold alone would end glibc's own adaptation
+    if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

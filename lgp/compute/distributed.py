@@ -1,0 +1,161 @@
+"""Several processes that train one model, started by `torchrun`, and what crosses between them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lgp.compute.launch import launched
+from lgp.compute.precision import in_single_precision
+from lgp.errors import LgpError
+
+WAIT = timedelta(minutes=30)  # for the slowest process, which may be saving a state
+PIECE_BYTES = 2**30  # of what is sent at once
+
+
+def world_size() -> int:
+    """Return the number of processes that train together, 1 without `torchrun`."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number among them, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+@contextmanager
+def joined(name: str, device: torch.device) -> Iterator[None]:
+    """Meet the other processes that `torchrun` started, if any, for the block.
+
+    Raises:
+        LgpError: another process was lost.
+    """
+    if not launched():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
+    try:
+        yield
+    except RuntimeError as e:
+        if isinstance(e, dist.DistError) or "gloo/transport" in str(e) or "Connection" in str(e):
+            raise LgpError(
+                f"{name}: process {rank()} of {world_size()} lost another one ({' '.join(str(e).split())[:200]}): run "
+                "again, it goes on from its last state"
+            ) from None
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def agree(request: int) -> int:
+    """Return the largest request of all processes. Each must call this at the same point of its work."""
+    if world_size() == 1:
+        return request
+    largest = torch.tensor(request)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def average(values: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes."""
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def send_bytes(data: bytes | None) -> bytes | None:
+    """Return what the first process gives, in every process."""
+    if world_size() == 1:
+        return data
+    length = torch.tensor(-1 if data is None else len(data))
+    dist.broadcast(length, 0)
+    if length < 0:
+        return None
+    whole = (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(length), dtype=torch.uint8)
+    )
+    for piece in whole.split(PIECE_BYTES):
+        dist.broadcast(piece, 0)
+    return whole.numpy().tobytes()
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Concatenate a tensor (B, …) over all processes, in the order of their ranks: (P·B, …).
+
+    The gradient of every process's loss flows back to the process that the rows came from, summed. Where
+    each process's loss is a mean over its own rows, averaging the parameters' gradients over processes (as
+    DistributedDataParallel does) then gives the gradient of the mean over all rows. Every process must have
+    the same B.
+    """
+    if world_size() == 1:
+        return tensor
+    gathered: Tensor = _Gather.apply(tensor)
+    return gathered
+
+
+# torch's own differentiable collectives are deprecated in one version and missing in another
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        summed = gradient.contiguous().clone()
+        dist.all_reduce(summed)
+        return summed.chunk(world_size())[rank()]
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; the gradients of all of them flow back."""
+
+    @staticmethod
+    def forward(_: Any, tensor: Tensor) -> Tensor:
+        summed = tensor.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(None, gradient.contiguous())
+
+
+class SyncBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm over the rows of all processes, in single precision; with one process it is `BatchNorm1d` itself.
+
+    torch's own SyncBatchNorm refuses CPU tensors. Every process must have the same number of rows. State and its
+    names are those of `BatchNorm1d`.
+    """
+
+    @in_single_precision
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, D), in training with mean and variance of all processes' rows, else with the running ones."""
+        if world_size() == 1 or not self.training:
+            normalised: Tensor = super().forward(x)
+            return normalised
+        rows = len(x) * world_size()
+        mean = _Sum.apply(x.sum(0)) / rows
+        centred = x - mean
+        variance = _Sum.apply(centred.square().sum(0)) / rows
+        self._remember(mean.detach(), variance.detach() * (rows / max(rows - 1, 1)))
+        normalised = centred * torch.rsqrt(variance + self.eps)
+        return normalised * self.weight + self.bias if self.affine else normalised
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(unbiased_variance, momentum)

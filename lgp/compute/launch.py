@@ -1,0 +1,61 @@
+"""Several processes for one command, as `torchrun` starts them; `run.processes` asks for it. Light: no torch until then."""
+
+import logging
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from lgp.errors import LgpError
+
+
+class WorkerDone(Exception):  # noqa: N818 - no error
+    """Ends the part of every process but the first, which alone publishes the result."""
+
+
+def launched() -> bool:
+    """Tell whether `torchrun`, by hand or through `run.processes`, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launched_rank() -> int:
+    """Return this process's number, from 0, among those that `torchrun` started; 0 without it."""
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def launch(name: str, processes: int) -> NoReturn:
+    """Run this very command in `processes` processes on this machine, and exit as they do.
+
+    Raises:
+        LgpError: one of them died; the others are stopped.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # silence its tracebacks: the line below names the process that died
+    for logger in [n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed.elastic")]:
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*sys.argv)
+    except SignalException as e:
+        sys.exit(128 + e.sigval)
+    except ChildFailedError as e:
+        # which process to name: one that was killed, else one that exited, last one that torchrun stopped (SIGTERM)
+        rank, failure = min(e.failures.items(), key=lambda f: (f[1].exitcode == -signal.SIGTERM, f[1].exitcode > 0))
+        if failure.exitcode > 0:  # it has printed its own error or message
+            sys.exit(failure.exitcode)
+        raise LgpError(
+            f"{name}: process {rank} of {processes} (process id {failure.pid}) ended with {failure.signal_name()}, the "
+            "others were stopped: run the same command again, it goes on from its last state"
+        ) from None
+    sys.exit(0)

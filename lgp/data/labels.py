@@ -1,0 +1,200 @@
+"""Labels apart from images: classes, the label and the part of each image for evaluation, few-label subsets.
+
+| file | content |
+|---|---|
+| `labels.parquet` | a row per prepared image: label (-1 without one) and split |
+| `subsets.json` | the few-label subsets, as lists of image ids |
+| `meta.json` | class names, a digest of it all |
+
+A changed label, subset or list changes these files and no prepared image, so evaluations run again and no training.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lgp.data.leaks import EXACT, Leak, find_leaks
+from lgp.data.sources import DIGITS, Source, open_source
+from lgp.data.splits import check_class_sizes, few_label_subsets
+from lgp.data.storage import Images
+from lgp.data.subset_lists import list_file, read_subset_list
+from lgp.data.subsets import Subsets, load_subsets, save_subsets
+from lgp.errors import LgpError
+from lgp.params.labels import ALL_LABELS, LabelsParams
+
+TABLE, META = "labels.parquet", "meta.json"
+SPLITS = ("train", "unlabeled", "val", "test", "dropped")
+SHOWN_LEAKS = 100  # with their names; all are counted
+
+
+def write_labels(params: LabelsParams, source_name: str, images: Images, seed: int, folder: Path) -> dict[str, Any]:
+    """Write labels and few-label subsets of prepared images into `folder` (existing), and return their metrics.
+
+    Args:
+        params: the section `labels`.
+        source_name: `data.source`, whose labels are read anew.
+        images: prepared from that source.
+        seed: of the run; the subsets follow from it.
+        folder: where to write.
+
+    Returns:
+        Counts per split and subset, classes, the digest, and the test images that also stand elsewhere.
+
+    Raises:
+        LgpError: the source has other images by now, a list does not fit, or a class has too few images.
+    """
+    source = open_source(source_name)
+    labels = _labels_of(images, source)
+    splits = np.where((images.parts == "train") & (labels < 0), "unlabeled", images.parts).astype(object)
+    splits[np.isin(images.parts, ("val", "test")) & (labels < 0)] = "dropped"
+    lists = _read_lists(params, images, labels, source.classes)
+    splits[[i for rows in itertools.chain.from_iterable(lists.values()) for i in rows]] = "train"
+    leaks = _find_leaks(images, params.near_duplicate_bits)
+    if params.leaks == "drop_test":
+        _drop_test(splits, labels, leaks)
+    train = np.flatnonzero(splits == "train")
+    check_class_sizes(labels[train], source.classes, needed=1)
+    drawn = few_label_subsets(labels[train], params.shares, params.shots, params.subsets, seed, source.classes)
+    subsets = {name: [train[rows].tolist() for rows in subsets] for name, subsets in drawn.items()} | lists
+    digest = _write(folder, pd.DataFrame({"label": labels, "split": splits}), subsets, source.classes, images)
+    return {
+        **{f"images/{split}": int((splits == split).sum()) for split in SPLITS},
+        "classes": len(source.classes),
+        **{f"labels/{name}": len(of_name[0]) for name, of_name in subsets.items()},
+        "leaks/exact": sum(leak.bits == EXACT for leak in leaks),
+        "leaks/near": sum(leak.bits != EXACT for leak in leaks),
+        "leaks": [_described(leak, images.paths) for leak in leaks[:SHOWN_LEAKS]],
+        "digest": digest,
+    }
+
+
+def _labels_of(images: Images, source: Source) -> np.ndarray:
+    """Return the label of each prepared image, (N,), as the source has it now."""
+    by_path = {about.path: about.label for about in source.described()}
+    gone = [path for path in images.paths if path not in by_path]
+    if gone:
+        raise LgpError(
+            f"the source has no {gone[0]} any more{f', nor {len(gone) - 1} other prepared images' if gone[1:] else ''}: "
+            "prepare its images again (`dvc repro --force prepare`)"
+        )
+    return np.array([by_path[path] for path in images.paths], dtype=np.int64)
+
+
+def _read_lists(
+    params: LabelsParams, images: Images, labels: np.ndarray, classes: list[str]
+) -> dict[str, list[list[int]]]:
+    """Read the published lists. An image of val may be listed: it then counts as a training image."""
+    parts = np.where(images.parts == "val", "train", images.parts).tolist()
+    return {
+        name: [read_subset_list(Path(file), images.paths, labels, parts, classes).tolist() for file in files]
+        for name, files in params.lists.items()
+    }
+
+
+def _find_leaks(images: Images, bits: int | None) -> list[Leak]:
+    """Find the test images that also stand elsewhere among the prepared ones."""
+    content, hashes = (images.index[column].to_numpy() for column in ("content", "hash"))
+    leaks, _ = find_leaks(
+        content, hashes.astype(np.uint64), images.ids("test"), np.flatnonzero(images.parts != "test"), bits
+    )
+    return leaks
+
+
+def _drop_test(splits: np.ndarray, labels: np.ndarray, leaks: Sequence[Leak]) -> None:
+    """Take the test images that leak out of test; raise `LgpError` where that leaves a class without one."""
+    before = set(labels[splits == "test"])
+    splits[[leak.test for leak in leaks]] = "dropped"
+    if before - set(labels[splits == "test"]):
+        raise LgpError(
+            "labels.leaks drop_test leaves a class without a test image: lower labels.near_duplicate_bits, or set "
+            "labels.leaks to report and look at the leaks in metrics/labels.json"
+        )
+
+
+def _described(leak: Leak, paths: Sequence[str]) -> dict[str, str]:
+    same = "the same file" if leak.bits == EXACT else f"near, {leak.bits} of 64 bits apart"
+    return {"test": paths[leak.test], "also": paths[leak.learnt], "how": same}
+
+
+def _write(folder: Path, table: pd.DataFrame, subsets: Subsets, classes: list[str], images: Images) -> str:
+    table.to_parquet(folder / TABLE, index=False)
+    save_subsets(folder, subsets)
+    digest = hashlib.sha256(images.meta["digest"].encode())
+    digest.update(table.to_csv(index=False).encode())
+    digest.update(json.dumps([subsets, classes], sort_keys=True).encode())
+    meta = {"classes": classes, "images": images.meta["digest"], "digest": digest.hexdigest()}
+    (folder / META).write_text(json.dumps(meta, indent=2))
+    return digest.hexdigest()
+
+
+def describe(metrics: dict[str, Any], fate: str) -> list[str]:
+    """Say in a line or two what `write_labels` found; `fate` is `labels.leaks`."""
+    counts = ", ".join(f"{metrics[f'images/{split}']} {split}" for split in SPLITS[:-1])
+    lines = [f"{counts} images in {metrics['classes']} classes"]
+    if metrics["leaks"]:
+        kept = {"report": "which stay", "drop_test": "dropped from test"}[fate]
+        exact, near = metrics["leaks/exact"], metrics["leaks/near"]
+        lines.append(f"{exact} test images also stand elsewhere, {near} nearly, {kept}: listed in metrics/labels.json")
+    return lines
+
+
+def labels_state(source_name: str, lists: Sequence[str]) -> str:
+    """Digest what the labels come from, as it is now: which image has which label, and the content of the lists."""
+    state = hashlib.sha256(source_name.encode())
+    if source_name != DIGITS:  # which never changes
+        source = open_source(source_name)
+        state.update(json.dumps(source.classes).encode())
+        for about in source.described():
+            state.update(f"{about}\n".encode())
+    for name in lists:
+        file = list_file(Path(name))
+        state.update(f"{name}\n".encode() + (file.read_bytes() if file.is_file() else b""))
+    return state.hexdigest()
+
+
+class LabelledImages(Images):
+    """Prepared images with their labels, opened for reading: what evaluation sees."""
+
+    def __init__(self, images: Path, labels: Path) -> None:
+        """Open both folders; raise `LgpError` where one is missing, or the labels are of other images."""
+        super().__init__(images)
+        try:
+            self.labels_meta: dict[str, Any] = json.loads((labels / META).read_text())
+        except OSError:
+            raise LgpError(f"no labels in {labels}: run `lgp labels` first") from None
+        if self.labels_meta["images"] != self.meta["digest"]:
+            raise LgpError(f"the labels in {labels} are of other images than those in {images}: run `lgp labels` again")
+        self._labels_folder = labels
+
+    @cached_property
+    def _table(self) -> pd.DataFrame:
+        return pd.read_parquet(self._labels_folder / TABLE)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names; a label is an index into them."""
+        return list(self.labels_meta["classes"])
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(N,) class index per image, -1 where unlabelled."""
+        return self._table["label"].to_numpy(dtype=np.int64)
+
+    def ids(self, part: str) -> np.ndarray:
+        """Return the sorted ids of `train` (labelled), `unlabeled`, `val` or `test`."""
+        return np.flatnonzero(self._table["split"].to_numpy() == part)
+
+    def subsets(self, name: str) -> list[np.ndarray]:
+        """Return the few-label subsets of one name, each a sorted array of ids; raise `LgpError` where there are none."""
+        return load_subsets(self._labels_folder, name)
+
+    def labelled(self, name: str) -> list[np.ndarray]:
+        """Return the subsets `name`, or the whole training part as the only one for `all`."""
+        return [self.ids("train")] if name == ALL_LABELS else self.subsets(name)

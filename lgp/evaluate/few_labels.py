@@ -1,0 +1,87 @@
+"""Evaluation with few labels: logistic regression on frozen features of each subset.
+
+Test labels decide nothing: the strength of the regularisation is chosen by cross-validation within the labelled
+images, or on the validation part, or it is fixed.
+"""
+
+from typing import Any
+
+import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+
+from lgp.evaluate.outcome import Outcome, Predicted, over_subsets
+from lgp.features.cache import Features, normalizer, standardizer
+from lgp.params.evaluate import FewShotParams
+
+Classifier = Any  # of scikit-learn, with fit, score, predict_proba and classes_
+SCALINGS = {"standardized": standardizer, "normalized": normalizer}
+
+MAX_ITER = 5000
+# few images are separable: at scikit-learn's 1e-4 and in single precision the weights depend on the solver's path
+TOL = 1e-6
+
+
+def evaluate_fewshot(features: Features, subsets: list[np.ndarray], params: FewShotParams) -> Outcome:
+    """Fit logistic regression to each few-label subset.
+
+    Args:
+        features: of the encoder.
+        subsets: arrays of image ids, all within the training part.
+        params: scaling, and where the strength comes from.
+    """
+    scale = SCALINGS[params.scaling](features.x["train"])  # which needs no label
+    x = {split: scale(features.x[split]) for split in ("val", "test")}
+    outcomes, chosen = [], []
+    for ids in subsets:
+        rows = np.searchsorted(features.ids["train"], ids)
+        x_few, y_few = scale(features.x["train"][rows]), features.y["train"][rows]
+        model, c = fit_logistic_regression(x_few, y_few, x["val"], features.y["val"], params)
+        chosen.append(c)
+        probabilities = {split: _probabilities(model, of_split, features.classes) for split, of_split in x.items()}
+        outcomes.append(Predicted(probabilities, features.y, features.ids).scored())
+    outcome = over_subsets(outcomes, len(subsets[0]))
+    return Outcome(outcome.metrics | {"c": float(np.median(chosen))}, outcome.predictions)
+
+
+def fit_logistic_regression(
+    x: np.ndarray, y: np.ndarray, x_val: np.ndarray, y_val: np.ndarray, params: FewShotParams
+) -> tuple[Classifier, float]:
+    """Fit with the C that `params.choose` says; cross-validation needs two images or more of every class.
+
+    With more features than images the features are first rotated into the span of the images (PCA, nothing
+    dropped): an L2-penalised linear model has its weights in that span, so it stays the same, and is found faster.
+
+    Returns:
+        The classifier, and C: scikit-learn's inverse strength, 1 / (N · λ) of a mean loss with penalty λ/2 · |w|². The
+        paper's λ of 0.00025 / N is C = 4000.
+    """
+    x = x.astype(np.float64)
+
+    def pipeline(model: Classifier) -> Classifier:
+        rotated = [PCA(svd_solver="full")] if x.shape[1] > x.shape[0] else []
+        return make_pipeline(*rotated, model).fit(x, y)
+
+    if params.choose == "validation":
+        models = [pipeline(_regression(c)) for c in params.c_grid]
+        best = int(np.argmax([model.score(x_val, y_val) for model in models]))
+        return models[best], params.c_grid[best]
+    folds = min(params.folds, int(np.bincount(y)[np.unique(y)].min()))
+    if params.choose == "fixed" or folds < 2:
+        return pipeline(_regression(params.c_fixed)), params.c_fixed
+    # unshuffled folds: the subsets are random already, and nothing is left to chance
+    searched = pipeline(GridSearchCV(_regression(1.0), {"C": params.c_grid}, cv=StratifiedKFold(folds)))
+    return searched, float(searched[-1].best_params_["C"])
+
+
+def _regression(c: float) -> LogisticRegression:
+    return LogisticRegression(C=c, max_iter=MAX_ITER, tol=TOL)
+
+
+def _probabilities(model: Classifier, x: np.ndarray, classes: int) -> np.ndarray:
+    """Return (N, classes); a class that the labelled images lack gets 0."""
+    probabilities = np.zeros((len(x), classes), dtype=np.float64)
+    probabilities[:, model.classes_] = model.predict_proba(x)
+    return probabilities

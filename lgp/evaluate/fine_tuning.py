@@ -1,0 +1,284 @@
+"""Fine-tuning: the whole encoder learns on with labels, all of them or few.
+
+The recipe is MAE's (He et al. 2022, appendix A.1, table 9). LGP takes it over with rates and layer decay of its own. All
+its parts are timm's. With `from_first_fc` the classifier sits on the first layer of the contrastive projector, as LGP
+does at 10 % of labels. An arm without a projector (MIM) has its classifier on the encoder; its metric `first_fc` is 0.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import Mixup
+from timm.data.auto_augment import RandAugment, rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+
+from lgp.compute.device import choose_device
+from lgp.compute.distributed import joined, rank, world_size
+from lgp.compute.launch import WorkerDone, launched_rank
+from lgp.compute.precision import choose_precision, place
+from lgp.compute.randomness import Stream, seeded
+from lgp.data.labels import LabelledImages
+from lgp.data.loading import Batch, CropDataset
+from lgp.data.storage import MODES
+from lgp.errors import LgpError, check_disk_space
+from lgp.evaluate.outcome import Outcome, Predicted, over_subsets
+from lgp.features.extraction import extract
+from lgp.models.encoder_folder import load_encoder, read_config
+from lgp.models.files import ENCODER, WEIGHTS
+from lgp.models.heads_file import load_first_fc
+from lgp.params.evaluate import FineTuneParams
+from lgp.pretrain.arm import Session
+from lgp.training.loop import Epoch, Observer, Trainer
+from lgp.training.optimizer import adamw, peak_rate, warmup_cosine
+
+BETAS = (0.9, 0.999)  # MAE, table 9
+STATE_BYTES_PER_WEIGHT_BYTE = 2 * 3  # two states of weight and two moments
+
+
+@dataclass(frozen=True)
+class _OfSubset:
+    """An observer's view of one of several trainings in a row: its epochs follow those of the subsets before."""
+
+    observer: Observer
+    before: int
+
+    def log_epoch(self, values: Epoch) -> None:
+        self.observer.log_epoch(values | {"epoch": values["epoch"] + self.before})
+
+
+class _LabelledCrops(CropDataset):
+    """Crops of labelled images, with RandAugment on each."""
+
+    data: LabelledImages
+
+    def __init__(
+        self, data: LabelledImages, recipe: FineTuneParams, batch_size: int, stream: Stream, ids: np.ndarray
+    ) -> None:
+        super().__init__(data, recipe.views, 1, batch_size, stream, ids)
+        self.augment = _rand_augment(recipe.rand_augment, data) if recipe.rand_augment else None
+
+    def __getitem__(self, step: int) -> Tensor:
+        crops = super().__getitem__(step)
+        if self.augment is None:
+            return crops
+        mode = MODES[self.data.channels]
+        for row, crop in enumerate(crops[:, 0], start=self.rows.start):
+            image = Image.fromarray(crop.permute(1, 2, 0).squeeze(-1).numpy()).convert("RGB")
+            with self.stream.seeded("rand_augment", step, row):
+                augmented = self.augment(image).convert(mode)
+            crops[row - self.rows.start, 0] = torch.from_numpy(np.atleast_3d(np.array(augmented))).permute(2, 0, 1)
+        return crops
+
+    def labels(self, batch: Batch) -> Tensor:
+        """Return the labels of a batch's images, (rows,)."""
+        return torch.from_numpy(self.data.labels[self.ids_of(batch.step)[batch.rows]])
+
+
+def _rand_augment(description: str, data: LabelledImages) -> RandAugment:
+    # pixels that a rotation or shift leaves empty take the mean colour; both as in timm's own pipeline
+    colour, shift = tuple(round(255 * mean) for mean in (data.mean * 3)[:3]), round(0.45 * data.image_size)
+    augment: RandAugment = rand_augment_transform(description, {"img_mean": colour, "translate_const": shift})
+    for operation in augment.ops:
+        if operation.name.startswith("Posterize"):
+            # at full strength timm asks for 0 bits, Pillow refuses less than 1
+            operation.level_fn = functools.partial(_one_bit_or_more, operation.level_fn)
+    return augment
+
+
+def _one_bit_or_more(bits_of: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
+    return (max(bits_of(level, hparams)[0], 1),)
+
+
+@dataclass(frozen=True)
+class _FineTuning:
+    """What the trainings on all subsets share."""
+
+    arm: Path
+    data: LabelledImages
+    recipe: FineTuneParams
+    session: Session
+    device: torch.device
+    first_fc: Tensor | None
+
+
+def finetune(
+    arm: Path, data: LabelledImages, subsets: list[np.ndarray], recipe: FineTuneParams, session: Session
+) -> Outcome:
+    """Fine-tune an arm's encoder on each subset of labelled images, each time from the arm's weights.
+
+    Each subset has its own resume state: a finished one is not trained again.
+
+    Args:
+        arm: its folder, with `encoder/`, and heads for `from_first_fc`.
+        data: images and labels.
+        subsets: arrays of image ids, all within the training part; a single one for all labels.
+        recipe: epochs, rates, augmentation.
+        session: seed, how to run, resume states, observer; epochs are numbered on over the subsets.
+
+    Raises:
+        LgpError: a batch that cannot be divided, the disk is full, and what every training raises.
+    """
+    run, store = session.params.run, session.store
+    device = choose_device(run)
+    # the states of finished subsets stay until all are done
+    of_states = STATE_BYTES_PER_WEIGHT_BYTE * (arm / ENCODER / WEIGHTS).stat().st_size * len(subsets)
+    there = sum(file.stat().st_size for file in store.folder.rglob("state-*.pt"))
+    check_disk_space(store.folder, max(of_states - there, 0))
+    data.keep_decoded(run.decoded_gib * 2**30)
+    shared = _FineTuning(arm, data, recipe, session, device, _first_fc(arm) if recipe.from_first_fc else None)
+    scored, flops = [], 0
+    with joined("finetune", device):
+        for number, ids in enumerate(subsets):
+            if rank() == 0:
+                print(f"finetune: {arm.name}, subset {number + 1} of {len(subsets)}, {len(ids)} labels", flush=True)
+            model, of_training = _fit(shared, number, ids)
+            flops += of_training
+            if rank() == 0:
+                scored.append(_predict(model, data, device).scored())
+        if rank() > 0:
+            raise WorkerDone
+    outcome = over_subsets(scored, len(subsets[0]))
+    more = {"train/pflop": round(flops / 1e15, 9), "first_fc": float(shared.first_fc is not None)}
+    return Outcome(outcome.metrics | more, outcome.predictions)
+
+
+def _fit(shared: _FineTuning, number: int, ids: np.ndarray) -> tuple[nn.Module, int]:
+    """Train on the subset `number`; return the classifier and the FLOPs it took."""
+    data, recipe, session, device = shared.data, shared.recipe, shared.session, shared.device
+    seed, run, classes = session.params.seed, session.params.run, len(data.classes)
+    name = f"finetune/{number}"  # each subset has draws of its own
+    with seeded(seed, f"{name}/init"):
+        model = build_classifier(shared.arm / ENCODER, classes, recipe, shared.first_fc)
+    precision = choose_precision(run, device, model.embed_dim)
+    place(model, device, precision)
+    batch_size = batch_size_for(len(ids), recipe, world_size() * run.accumulate.get("finetune", 1))
+    crops = _LabelledCrops(data, recipe, batch_size, Stream(seed, name), ids)
+    crops.shard(rank(), world_size())
+    rate, steps = peak_rate(recipe.base_lr, batch_size), recipe.epochs * crops.steps_per_epoch
+    optimizer = adamw(layer_decayed_groups(model, rate, recipe), BETAS)
+    warmup_steps = min(round(recipe.warmup_epochs * crops.steps_per_epoch), steps - 1)
+    mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
+    erase = RandomErasing(recipe.random_erasing, mode="pixel", device=device.type)
+
+    def loss_of(batch: Batch) -> Tensor:
+        images, labels = data.normalize(batch.crops[:, 0]), crops.labels(batch).to(device)
+        # what is mixed with what, and which blocks are dropped, differs between processes
+        with seeded(seed, f"{name}/step", batch.step, batch.rows.start):
+            if recipe.random_erasing:
+                images = erase(images)
+            if recipe.mixup or recipe.cutmix:
+                images, labels = mix(images, labels)
+                return F.cross_entropy(model(images), labels)  # of soft labels, already smoothed
+            return F.cross_entropy(model(images), labels, label_smoothing=recipe.label_smoothing)
+
+    trainer = Trainer(
+        name="finetune",
+        model=model,
+        loss_of=loss_of,
+        crops=crops,
+        optimizer=optimizer,
+        schedule=warmup_cosine(optimizer, steps, warmup_steps),
+        epochs=recipe.epochs,
+        device=device,
+        precision=precision,
+        settings=run,
+        store=session.store.part(f"subset{number}"),
+        observer=_OfSubset(session.observer, number * recipe.epochs),
+    )
+    return model, trainer.fit().train_flops
+
+
+def batch_size_for(images: int, recipe: FineTuneParams, parts: int) -> int:
+    """Return `batch_size`, or all of so few images, an even number with mixup; it never depends on how it is shared.
+
+    Raises:
+        LgpError: the images cannot be shared among the processes, or be accumulated.
+    """
+    pair = 2 if recipe.mixup or recipe.cutmix else 1
+    batch_size = min(recipe.batch_size, images) // pair * pair
+    if not batch_size or batch_size % (parts * pair):
+        raise LgpError(
+            f"{batch_size} labelled images a batch cannot be cut into {parts} equal parts (of "
+            "run.processes and run.accumulate.finetune; mixup takes an even number each): lower these"
+        )
+    return batch_size
+
+
+def build_classifier(
+    encoder: Path, classes: int, recipe: FineTuneParams, first_fc: Tensor | None = None
+) -> VisionTransformer:
+    """Build timm's classifier on the weights of an encoder folder.
+
+    With `average` the patches are pooled before a norm of its own, as in MAE; the encoder's is left out.
+
+    Args:
+        encoder: its folder.
+        classes: of the head, which starts near zero (N(0, (2e-5)²), MAE's released code).
+        recipe: pooling and drop path.
+        first_fc: (hidden, width), put before the head where given.
+    """
+    config = read_config(encoder)
+    model: VisionTransformer = timm.create_model(
+        config["architecture"],
+        num_classes=classes,
+        global_pool="token" if recipe.pool == "class_token" else "avg",
+        drop_path_rate=recipe.drop_path,
+        **config["model_args"],
+    )
+    missing, unexpected = model.load_state_dict(load_encoder(encoder).state_dict(), strict=False)
+    assert all(name.startswith(("head.", "fc_norm.")) for name in missing), missing
+    assert all(name.startswith("norm.") for name in unexpected), unexpected
+    if first_fc is not None:
+        layer = nn.Linear(first_fc.shape[1], first_fc.shape[0], bias=False)
+        layer.weight.data.copy_(first_fc)
+        model.head = nn.Sequential(layer, nn.Linear(first_fc.shape[0], classes))
+    head = model.head if first_fc is None else model.head[1]
+    nn.init.trunc_normal_(head.weight, std=2e-5)
+    nn.init.zeros_(head.bias)
+    return model
+
+
+def layer_decayed_groups(model: VisionTransformer, rate: float, recipe: FineTuneParams) -> list[dict[str, Any]]:
+    """Group a classifier's parameters by layer: timm's layer decay, each group with its own rate.
+
+    The head takes `rate`, the last block `layer_decay` times it, and so on down; the final norm goes with the last
+    block (in MAE's released code with the head). Biases, norms, class token and positions are not weight-decayed, as
+    in MAE.
+    """
+    groups = param_groups_layer_decay(
+        model, recipe.weight_decay, model.no_weight_decay(), layer_decay=recipe.layer_decay
+    )
+    return [
+        {"params": group["params"], "weight_decay": group["weight_decay"], "lr": rate * group["lr_scale"]}
+        for group in groups
+    ]
+
+
+def _first_fc(arm: Path) -> Tensor | None:
+    """Return the first layer of an arm's contrastive projector, (hidden, width)."""
+    first_fc = load_first_fc(arm)
+    if first_fc is None and launched_rank() == 0:
+        print(f"finetune: {arm.name} has no contrastive projector, its classifier sits on the encoder", flush=True)
+    return first_fc
+
+
+def _predict(model: nn.Module, data: LabelledImages, device: torch.device) -> Predicted:
+    """Return probabilities on val and test, of whole images."""
+    model.eval()
+    ids = {split: data.ids(split) for split in ("val", "test")}
+    probabilities = {
+        split: extract(lambda images: model(images.to(device)).float().softmax(1), data, of_split)
+        for split, of_split in ids.items()
+    }
+    return Predicted(probabilities, {split: data.labels[i] for split, i in ids.items()}, ids)

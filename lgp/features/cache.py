@@ -1,0 +1,198 @@
+"""Features once: each array of an encoder, a split and a block lies in a file, named by what decides its content.
+
+Every task on frozen features reads from here, by memory map: features of ImageNet (1.28 million × 768, 2 GB in half
+precision) need no more memory than a batch.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from lgp.data.labels import LabelledImages
+from lgp.errors import check_disk_space
+from lgp.features.extraction import BATCH, Encode, extracted, pixels
+from lgp.params.evaluate import FeatureParams
+
+SPLITS = ("train", "val", "test")
+FORMAT = 1  # of the files and of what is computed into them: raise it when either changes
+COMPUTED_WITH = ("torch", "timm")  # whose versions move the last digits
+ROWS = 2**16  # that are read at once
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """What turns images into features.
+
+    Attributes:
+        digest: of everything that decides the features of an image: weights, configuration, how they are pooled.
+        blocks: how many features an image has, one after each of the last blocks; 1 for a baseline.
+        encode: opens it: normalised images (B, C, S, S) → (B, blocks, D). Called where features are missing.
+    """
+
+    digest: str
+    blocks: int
+    encode: Callable[[], Encode]
+
+
+def pixel_source() -> FeatureSource:
+    """Raw pixels as features of one block."""
+    return FeatureSource("pixels", 1, lambda: lambda images: pixels(images)[:, None])
+
+
+@dataclass(frozen=True)
+class Features:
+    """Raw features of train, val and test, memory-mapped, with labels and ids.
+
+    `x` is (N, D) each, D of all the chosen blocks together; `by_block` the same after each block alone.
+    """
+
+    x: dict[str, np.ndarray]
+    y: dict[str, np.ndarray]
+    ids: dict[str, np.ndarray]
+    classes: int
+    by_block: dict[str, list[np.ndarray]]
+
+
+class FeatureCache:
+    """A folder of entries, one for each source and prepared data: above a given size the least used go first."""
+
+    def __init__(self, folder: Path, params: FeatureParams, cache_gib: float) -> None:
+        """Keep up to `cache_gib` of features in `folder`, as `params` say, besides those in use."""
+        self.folder, self.params, self.cache_gib = folder, params, cache_gib
+
+    def features(self, source: FeatureSource, data: LabelledImages) -> Features:
+        """Return the features of a source for all three splits, extracted where they are not there yet."""
+        ids = {split: data.ids(split) for split in SPLITS}
+        # which image is in which split follows from the labels
+        of_ids = [sha256(of_split.tobytes()).hexdigest() for of_split in ids.values()]
+        images = [data.meta["digest"], *of_ids]
+        decided_by = [FORMAT, source.digest, *images, self.params.dtype, *map(version, COMPUTED_WITH)]
+        entry = self.folder / sha256(json.dumps(decided_by).encode()).hexdigest()[:32]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # of several evaluations of one encoder the first extracts, the others wait and read
+        with FileLock(self._lock_of(entry)):
+            if not entry.exists():
+                self._extract(source, data, ids, entry)
+            x = {split: self._joined(entry, split, source.blocks) for split in SPLITS}
+            by_block = {s: [_mapped(entry / f"{s}-{block}.npy") for block in range(source.blocks)] for s in SPLITS}
+            entry.touch()
+        return Features(x, {s: data.labels[i] for s, i in ids.items()}, ids, len(data.classes), by_block)
+
+    def _lock_of(self, entry: Path) -> Path:
+        return entry.with_suffix(".lock")
+
+    def _extract(self, source: FeatureSource, data: LabelledImages, ids: dict[str, np.ndarray], entry: Path) -> None:
+        partial = entry.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir()
+        encode = source.encode()
+        images = sum(len(of_split) for of_split in ids.values())
+        for split, of_split in ids.items():
+            arrays: Sequence[np.memmap] = []
+            for number, batch in enumerate(extracted(encode, data, of_split)):
+                if not arrays:
+                    shape = (len(of_split), batch.shape[2])
+                    if split == SPLITS[0]:
+                        self._make_room(images * source.blocks * shape[1], entry)
+                    arrays = [self._create(partial / f"{split}-{b}.npy", shape) for b in range(source.blocks)]
+                for block, array in enumerate(arrays):
+                    array[number * BATCH : number * BATCH + len(batch)] = batch[:, block]
+            for array in arrays:
+                array.flush()
+        partial.replace(entry)
+
+    def _create(self, path: Path, shape: tuple[int, int]) -> np.memmap:
+        return np.lib.format.open_memmap(path, mode="w+", dtype=self.params.dtype, shape=shape)
+
+    def _joined(self, entry: Path, split: str, blocks: int) -> np.ndarray:
+        """Return the features of the last `features.blocks` blocks together, (N, D of all), also memory-mapped."""
+        last = [entry / f"{split}-{block}.npy" for block in range(blocks)][-self.params.blocks :]
+        if len(last) == 1:
+            return _mapped(last[0])
+        path = entry / f"{split}-last{len(last)}.npy"
+        if not path.exists():
+            arrays = [_mapped(file) for file in last]
+            shape = (len(arrays[0]), sum(a.shape[1] for a in arrays))
+            self._make_room(shape[0] * shape[1], entry)
+            partial = path.with_suffix(".partial")
+            joined = self._create(partial, shape)
+            for start in range(0, shape[0], ROWS):
+                joined[start : start + ROWS] = np.concatenate([a[start : start + ROWS] for a in arrays], axis=1)
+            joined.flush()
+            partial.replace(path)
+        return _mapped(path)
+
+    def _make_room(self, values: int, entry: Path) -> None:
+        """Remove other entries, those not read for longest first, until so many values more fit into the budget.
+
+        An entry that another process is filling or opening is left.
+
+        Raises:
+            LgpError: the disk is full even so.
+        """
+        wanted = values * np.dtype(self.params.dtype).itemsize
+        # two that make room at once would trip over what the other removes
+        with FileLock(self.folder / "room.lock"):
+            self._evict(wanted, entry)
+        # writing through a map on a full disk would be killed by the system, not raise
+        check_disk_space(self.folder, wanted)
+
+    def _evict(self, wanted: int, entry: Path) -> None:
+        folders = sorted((p for p in self.folder.iterdir() if p.is_dir() and p.stem != entry.stem), key=_last_read)
+        sizes = {other: sum(file.stat().st_size for file in other.glob("*.npy")) for other in folders}
+        used = sum(sizes.values())
+        for other in folders:
+            killed = bool(other.suffix)  # what a process that is no more was filling, or removing
+            if used + wanted <= self.cache_gib * GIB and not killed:
+                continue
+            try:
+                with FileLock(self._lock_of(other), timeout=0):
+                    # a half removed entry must not look like a whole one
+                    removed = other if killed else other.replace(other.with_suffix(".partial"))
+                    shutil.rmtree(removed)
+            except Timeout:
+                continue
+            used -= sizes[other]
+
+
+def _last_read(entry: Path) -> float:
+    return entry.stat().st_mtime
+
+
+def _mapped(path: Path) -> np.ndarray:
+    # copy on write: torch wants arrays that it may write to, the file stays as it is
+    array: np.ndarray = np.load(path, mmap_mode="c")
+    return array
+
+
+def standardizer(reference: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the map to zero mean and unit deviation per feature, measured on `reference` (N, D).
+
+    Features that do not vary there are only centred. `reference` may be memory-mapped: it is read in blocks.
+    """
+    # in single precision the mean of a constant misses it by a little, which the division would blow up to 1
+    blocks = [reference[start : start + ROWS] for start in range(0, len(reference), ROWS)]
+    mean = sum(block.sum(axis=0, dtype=np.float64) for block in blocks) / len(reference)
+    squares = sum(((block - mean) ** 2).sum(axis=0) for block in blocks)
+    std = np.sqrt(squares / len(reference))
+    std[std < 1e-6] = 1.0
+    return lambda features: ((features - mean) / std).astype(np.float32)
+
+
+def normalizer(_reference: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the map of each image's features to zero mean and length 1, as the paper's released code does it."""
+
+    def normalize(features: np.ndarray) -> np.ndarray:
+        centred = features - features.mean(axis=1, keepdims=True, dtype=np.float64)
+        length = np.linalg.norm(centred, axis=1, keepdims=True)
+        return (centred / np.maximum(length, 1e-12)).astype(np.float32)
+
+    return normalize

@@ -1,0 +1,72 @@
+"""Frozen features of images: from an encoder, after any of its blocks, or the raw pixels as a baseline."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from lgp.data.storage import Images
+from lgp.models.vit import tokens_by_block
+
+Encode = Callable[[Tensor], Tensor]
+BATCH = 256
+
+
+def class_token_of(encoder: VisionTransformer, device: torch.device) -> Encode:
+    """Return the function that gives an encoder's features: the class token after the final norm, (B, D)."""
+    encoder = encoder.to(device).eval()
+
+    def encode(images: Tensor) -> Tensor:
+        features: Tensor = encoder(images.to(device))
+        return features
+
+    return encode
+
+
+def by_block_of(encoder: VisionTransformer, pool: str, blocks: int, device: torch.device) -> Encode:
+    """Return the function that gives the features after each of the last blocks, through the final norm.
+
+    Its results are (B, blocks, D).
+
+    Args:
+        encoder: in evaluation mode from here on.
+        pool: `class_token`, or `average` of the patches.
+        blocks: how many.
+        device: where to compute.
+    """
+    encoder = encoder.to(device).eval()
+
+    def encode(images: Tensor) -> Tensor:
+        after = tokens_by_block(encoder, images.to(device))[-blocks:]
+        pooled = [tokens[:, 0] if pool == "class_token" else tokens[:, 1:].mean(dim=1) for tokens in after]
+        return torch.stack(pooled, dim=1)
+
+    return encode
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Give the raw (normalised) pixels as features, (B, C·H·W)."""
+    return images.flatten(1)
+
+
+@torch.inference_mode()
+def extracted(encode: Encode, data: Images, ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Compute the features of images as evaluation sees them (no augmentation), batch by batch, float32."""
+    for start in range(0, len(ids), BATCH):
+        yield encode(data.normalize(data.whole(ids[start : start + BATCH]))).float().cpu().numpy()
+
+
+def extract(encode: Encode, data: Images, ids: np.ndarray) -> np.ndarray:
+    """Compute the features of images as evaluation sees them (no augmentation).
+
+    Args:
+        encode: normalised images (B, C, S, S) → features (B, D).
+        data: prepared images.
+        ids: (N,) image ids.
+
+    Returns:
+        (N, D) float32.
+    """
+    return np.concatenate(list(extracted(encode, data, ids)))

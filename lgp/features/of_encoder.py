@@ -1,0 +1,48 @@
+"""The cached features of an arm, by its encoder folder."""
+
+import json
+import os
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from lgp.data.labels import LabelledImages
+from lgp.features.cache import FeatureCache, Features, FeatureSource, pixel_source
+from lgp.features.extraction import Encode, by_block_of, pixels
+from lgp.models.encoder_folder import PIXELS, check_input_size, load_encoder, read_config
+from lgp.models.files import encoder_digest
+from lgp.params.evaluate import FeatureParams
+from lgp.params.file import Params
+
+CACHE = Path(".lgp") / "features"
+
+
+def feature_cache(params: Params) -> FeatureCache:
+    """Open the cache of this project."""
+    return FeatureCache(Path(os.environ.get("DVC_ROOT", ".")) / CACHE, params.features, params.run.feature_cache_gib)
+
+
+def encoder_source(folder: Path, params: FeatureParams, device: torch.device) -> FeatureSource:
+    """Describe the features of the encoder in `folder`."""
+    config = read_config(folder)
+    if config["architecture"] == PIXELS:
+        return pixel_source()
+    blocks = int(config["model_args"]["depth"]) if params.by_depth else params.blocks
+    decided_by = [encoder_digest(folder), config["model_args"], params.pool, blocks, device.type]
+    digest = sha256(json.dumps(decided_by).encode()).hexdigest()
+    return FeatureSource(digest, blocks, lambda: by_block_of(load_encoder(folder), params.pool, blocks, device))
+
+
+def encoder_features(folder: Path, data: LabelledImages, params: Params, device: torch.device) -> Features:
+    """Return the features of the encoder in `folder` for train, val and test."""
+    check_input_size(folder, data)
+    return feature_cache(params).features(encoder_source(folder, params.features, device), data)
+
+
+def live_features_of(folder: Path, params: FeatureParams, device: torch.device) -> Encode:
+    """Return the function that computes what `Features.x` holds, (B, D), of any images."""
+    if read_config(folder)["architecture"] == PIXELS:
+        return pixels
+    encode = by_block_of(load_encoder(folder), params.pool, params.blocks, device)
+    return lambda images: encode(images).flatten(1)

@@ -1,0 +1,39 @@
+"""Online k-NN: accuracy of the features while they are being learnt.
+
+It reads labels of `train` and `val`. It decides nothing: an encoder is the same with and without it.
+"""
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from lgp.data.labels import LabelledImages
+from lgp.features.extraction import class_token_of, extract
+from lgp.features.knn import TEMPERATURE, K, knn_predict
+from lgp.params.run import OnlineKnnParams
+
+
+class OnlineKnn:
+    """Weighted k-NN of some validation images among some labelled training images, every so many epochs."""
+
+    def __init__(
+        self, encoder: VisionTransformer, data: LabelledImages, device: torch.device, settings: OnlineKnnParams
+    ) -> None:
+        """Measure `encoder` on images spread evenly over `train` and `val`, which come class by class."""
+        self.encoder, self.data, self.device, self.every_epochs = encoder, data, device, settings.every_epochs
+        self.train = _spread(data.ids("train"), settings.train_images)
+        self.val = _spread(data.ids("val"), settings.val_images)
+
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        """Return `val/online_knn_top1` in percent if it is this epoch's turn, else nothing; sets evaluation mode."""
+        if not self.every_epochs or epoch % self.every_epochs:
+            return {}
+        encode = class_token_of(self.encoder, self.device)
+        train, val = (extract(encode, self.data, ids) for ids in (self.train, self.val))
+        labels, classes = self.data.labels, len(self.data.classes)
+        predicted = knn_predict(train, labels[self.train], val, classes, K, TEMPERATURE)
+        return {"val/online_knn_top1": round(100 * float((predicted == labels[self.val]).mean()), 2)}
+
+
+def _spread(ids: np.ndarray, most: int) -> np.ndarray:
+    return ids[np.linspace(0, len(ids) - 1, min(most, len(ids))).round().astype(int)]

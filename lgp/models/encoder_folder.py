@@ -1,0 +1,139 @@
+"""Encoder folders, which plain timm loads."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from lgp.data.storage import Images
+from lgp.errors import LgpError
+from lgp.models.files import CONFIG, PROVENANCE, WEIGHTS, no_encoder
+from lgp.models.vit import ARCHITECTURE, model_args
+from lgp.params.data import DataParams
+from lgp.params.model import ModelParams
+
+PIXELS = "pixels"  # the architecture of a folder without an encoder: raw pixels are the features
+
+
+def save_encoder(
+    folder: Path, encoder: VisionTransformer, model: ModelParams, data: DataParams, prepared: Images, provenance: Any
+) -> None:
+    """Write an encoder folder: `timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)` loads it.
+
+    Args:
+        folder: to write into; made if missing.
+        encoder: the trained encoder; key names are timm's.
+        model: its dimensions.
+        data: size and channels of its images.
+        prepared: whose mean and standard deviation it was trained with.
+        provenance: parameters, data digest, code; written beside the weights.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    save_tensors(tensors, folder / WEIGHTS)
+    config = {
+        "architecture": ARCHITECTURE,
+        "num_classes": 0,
+        "num_features": model.width,
+        "global_pool": "token",
+        "model_args": model_args(model, data),
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [data.channels, data.image_size, data.image_size],
+            "fixed_input_size": True,
+            "mean": prepared.mean,
+            "std": prepared.std,
+            "interpolation": "bilinear",
+            "crop_pct": data.eval_crop,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    _save_texts(folder, config, provenance)
+
+
+def save_pixels(folder: Path, images: Images, provenance: Any) -> None:
+    """Write the folder that stands for raw pixels where an arm has its encoder. It has no weights; timm cannot load it.
+
+    Args:
+        folder: to write into; made if missing.
+        images: whose size, mean and standard deviation the pixels have.
+        provenance: parameters, data digest, code.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors({}, folder / WEIGHTS)
+    size = [images.channels, images.image_size, images.image_size]
+    cfg = {"input_size": size, "mean": images.mean, "std": images.std}
+    _save_texts(folder, {"architecture": PIXELS, "pretrained_cfg": cfg}, provenance)
+
+
+def _save_texts(folder: Path, config: Any, provenance: Any) -> None:
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; raise `OSError` where the disk is full (the library has an error of its own)."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as e:
+        if "No space left" in str(e):
+            raise OSError(errno.ENOSPC, str(e), str(path)) from None
+        raise
+
+
+def load_encoder(folder: Path) -> VisionTransformer:
+    """Load an encoder folder, strictly.
+
+    Raises:
+        LgpError: no encoder there, or its tensors are not those of its configuration; names them.
+    """
+    config = read_config(folder)
+    if config["architecture"] == PIXELS:
+        raise LgpError(f"{folder} stands for raw pixels, which have no encoder: choose another arm")
+    encoder: VisionTransformer = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
+    try:
+        encoder.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    except (RuntimeError, SafetensorError) as e:
+        raise LgpError(
+            f"{folder / WEIGHTS} is damaged or does not fit its {CONFIG}: {' '.join(str(e).split())}"
+        ) from None
+    return encoder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read an encoder folder's configuration; raise `LgpError` where there is no encoder."""
+    _check_present(folder)
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    return config
+
+
+def _check_present(folder: Path) -> None:
+    if not (folder / WEIGHTS).exists() or not (folder / CONFIG).exists():
+        raise LgpError(no_encoder(folder))
+
+
+def check_input_size(folder: Path, data: Images) -> None:
+    """Raise `LgpError` unless the encoder in `folder` takes images like the prepared ones."""
+    takes = read_config(folder)["pretrained_cfg"]["input_size"]
+    given = [data.channels, data.image_size, data.image_size]
+    if takes != given:
+        raise LgpError(
+            f"the encoder in {folder} takes images of {takes} (channels, height, width), the prepared ones are "
+            f"{given}: run `lgp {folder.parent.name}` on them first"
+        )
+
+
+def check_encoder_fits(folder: Path, model: ModelParams, data: DataParams) -> None:
+    """Raise `LgpError` unless the encoder in `folder` has the dimensions that the parameters ask for."""
+    found, wanted = read_config(folder).get("model_args"), model_args(model, data)
+    if found != wanted:
+        raise LgpError(
+            f"the encoder in {folder} was trained with {found}, but the parameters say {wanted}: train it anew"
+        )

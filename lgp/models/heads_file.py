@@ -1,0 +1,40 @@
+"""The heads that an arm keeps beside its encoder."""
+
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lgp.models.encoder_folder import save_tensors
+from lgp.models.files import HEADS
+
+FIRST_FC = "first_fc"  # of the metadata of heads.safetensors: the name of the projector's first layer
+
+
+def save_heads(folder: Path, heads: dict[str, Tensor], first_fc: str | None) -> None:
+    """Write what an arm has beside its encoder: decoder, projector, predictor.
+
+    Args:
+        folder: of the arm.
+        heads: by name, none where the arm has no heads.
+        first_fc: the name of the weight (hidden, width) of the projector's first layer, None without a projector.
+    """
+    tensors = {name: tensor.detach().contiguous() for name, tensor in heads.items()}
+    save_tensors(tensors, folder / HEADS, {FIRST_FC: first_fc} if first_fc else None)
+
+
+def load_heads(folder: Path) -> dict[str, Tensor]:
+    """Load what an arm has beside its encoder, an empty dict if nothing."""
+    path = folder / HEADS
+    return load_file(path) if path.exists() else {}
+
+
+def load_first_fc(folder: Path) -> Tensor | None:
+    """Load the first layer of an arm's contrastive projector, (hidden, width), None where it has no projector."""
+    path = folder / HEADS
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as heads:
+        name = (heads.metadata() or {}).get(FIRST_FC)
+        return heads.get_tensor(name) if name else None

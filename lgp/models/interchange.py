@@ -1,0 +1,241 @@
+"""Checkpoints of other projects in, and out in MAE's layout.
+
+Nothing is unpickled but tensors and plain containers; every tensor of a file is accounted for by name.
+"""
+
+import argparse
+import json
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from lgp.compute.randomness import seeded
+from lgp.errors import LgpError
+from lgp.models.files import CONFIG
+from lgp.models.vit import build_encoder, init_encoder_as_moco
+from lgp.params.data import DataParams
+from lgp.params.model import ModelParams
+
+Tensors = Mapping[str, Tensor]
+
+ENCODER, PROJECTOR = "encoder", "projector"
+PROJECTOR_FIRST_FC = f"{PROJECTOR}.0.weight"
+DECODER = re.compile(r"(decoder_|mask_token)")
+CLASSIFIER = re.compile(r"(head|head_dist|fc)\.(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class Use:
+    """What became of a tensor: `target` is its name in the encoder (or among the heads), None where it is left out."""
+
+    name: str
+    target: str | None
+    how: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a project names its tensors.
+
+    Attributes:
+        name: for people.
+        container: the key that holds the tensors, None: the file itself.
+        encoder: what stands before an encoder's tensor.
+        projector: what stands before a projector's tensor, None where there is none.
+        left_out: says of a tensor why it is left out, None where it should have a place.
+    """
+
+    name: str
+    container: str | None
+    encoder: str
+    projector: str | None
+    left_out: Callable[[str], str | None]
+
+
+def _moco_left_out(name: str) -> str | None:
+    if name.startswith("module.momentum_encoder."):
+        return "momentum encoder"
+    return "predictor" if name.startswith("module.predictor.") else None
+
+
+def _plain_left_out(name: str) -> str | None:
+    if DECODER.match(name):
+        return "decoder"
+    return "classifier" if CLASSIFIER.match(name) else None
+
+
+LAYOUTS = (
+    Layout("MoCo v3 / LGP", "state_dict", "module.base_encoder.", "module.base_encoder.head.", _moco_left_out),
+    Layout("MAE", "model", "", None, _plain_left_out),
+    Layout("timm (in a training checkpoint)", "state_dict", "", None, _plain_left_out),
+    Layout("timm or lgp", None, "", None, _plain_left_out),
+)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An encoder from a file, its projector if there was one, and what became of each tensor."""
+
+    layout: str
+    encoder: VisionTransformer
+    projector: dict[str, Tensor]
+    uses: list[Use]
+
+
+def import_checkpoint(path: Path, model: ModelParams, data: DataParams, partial: bool = False) -> Imported:
+    """Read an encoder from a checkpoint of MAE, MoCo v3, LGP, timm or lgp.
+
+    Positions of another number of patches are interpolated.
+
+    Args:
+        path: `.pth`, `.pth.tar`, `.pt` or `.safetensors`.
+        model: dimensions that the encoder must have.
+        data: size and channels of its images.
+        partial: take what fits; missing tensors keep their fresh values, others are left out.
+
+    Raises:
+        LgpError: not readable without running code, of no known layout, or (unless `partial`) with tensors
+            missing, misshapen or left over; names them.
+    """
+    layout, tensors = recognise(read_tensors(path), path)
+    _check_heads(path, model)
+    with seeded(0, "import"):
+        encoder = build_encoder(model, data)
+        init_encoder_as_moco(encoder)
+    wanted = encoder.state_dict()
+    taken: dict[str, Tensor] = {}
+    projector: dict[str, Tensor] = {}
+    uses, faults = [], []
+    for name, tensor in tensors.items():
+        target = name.removeprefix(layout.encoder) if name.startswith(layout.encoder) else ""
+        reason = layout.left_out(name)
+        if layout.projector and name.startswith(layout.projector):
+            head = f"{PROJECTOR}.{name.removeprefix(layout.projector)}"
+            projector[head] = tensor
+            uses.append(Use(name, head, PROJECTOR))
+        elif target in wanted:
+            fitted, how = _fitted(target, tensor, wanted[target])
+            if fitted is not None and not fitted.isfinite().all():
+                raise LgpError(f"{path}: {name} holds values that are not finite: the checkpoint is damaged")
+            if fitted is None:
+                faults.append(f"{name} is {how}")
+                uses.append(Use(name, None, how))
+            else:
+                taken[target] = fitted.to(wanted[target].dtype)
+                uses.append(Use(name, target, how))
+        else:
+            uses.append(Use(name, None, reason or "no place in the encoder"))
+            if reason is None:
+                faults.append(f"{name} has no place in the encoder")
+    faults += [f"{name} is missing" for name in wanted if name not in taken]
+    if faults and not partial:
+        few = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+        raise LgpError(
+            f"{path} ({layout.name}) does not fill the encoder: {few}. {_dimensions(layout, tensors)}, the parameters "
+            f"say width {model.width}, depth {model.depth}, patch {model.patch_size}, {data.channels} channels: set "
+            "`model` and `data` to the file's, or add --partial to take what fits"
+        )
+    if not taken:
+        raise LgpError(f"{path} ({layout.name}): not one tensor fits the encoder of the parameters")
+    encoder.load_state_dict(wanted | taken, strict=True)
+    return Imported(layout.name, encoder, projector, uses)
+
+
+def _check_heads(path: Path, model: ModelParams) -> None:
+    """Compare the number of attention heads, which no tensor tells, with a configuration beside the file."""
+    config = path.with_name(CONFIG)
+    if config.is_file():
+        heads = json.loads(config.read_text()).get("model_args", {}).get("num_heads", model.heads)
+        if heads != model.heads:
+            raise LgpError(f"{config} says {heads} heads, model.heads is {model.heads}: set it to {heads}")
+
+
+def read_tensors(path: Path) -> Any:
+    """Read a file as tensors in plain containers.
+
+    Raises:
+        LgpError: no such file, damaged, or a pickle with anything else in it, which is never run.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # MAE's training checkpoints hold their command line, a Namespace of plain values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        found = re.search(r"GLOBAL (\S+)", str(e))
+        raise LgpError(
+            f"{path} holds more than tensors{f' ({found.group(1)})' if found else ''}, and reading that would run code "
+            "from the file: refused. Save its state_dict alone, best as .safetensors"
+        ) from None
+    except Exception as e:  # noqa: BLE001 - readers of damaged files raise whatever they like
+        raise LgpError(f"{path} cannot be read as a checkpoint: {' '.join(str(e).split())[:200]}") from None
+
+
+def recognise(content: Any, path: Path) -> tuple[Layout, Tensors]:
+    """Tell a file's layout by its keys; raise `LgpError` where it is none that we know."""
+    for layout in LAYOUTS:
+        inner = content.get(layout.container) if isinstance(content, dict) and layout.container else content
+        if isinstance(inner, dict) and f"{layout.encoder}blocks.0.norm1.weight" in inner:
+            return layout, {name: value for name, value in inner.items() if isinstance(value, Tensor)}
+    keys = list(content)[:5] if isinstance(content, dict) else [type(content).__name__]
+    raise LgpError(
+        f"{path} has no layout that is known here (its keys begin with {', '.join(map(str, keys))}): expected a ViT of "
+        f"{', '.join(layout.name for layout in LAYOUTS)}"
+    )
+
+
+def _fitted(target: str, tensor: Tensor, wanted: Tensor) -> tuple[Tensor | None, str]:
+    """Return the tensor as the encoder takes it, and how it was used; None where it does not fit."""
+    if tensor.shape == wanted.shape:
+        return tensor, ENCODER
+    same_width = tensor.ndim == 3 and tensor.shape[-1] == wanted.shape[-1]
+    if target == "pos_embed" and same_width and _is_square(tensor.shape[1] - 1):
+        old, new = round((tensor.shape[1] - 1) ** 0.5), round((wanted.shape[1] - 1) ** 0.5)
+        resampled: Tensor = resample_abs_pos_embed(tensor.float(), [new, new], num_prefix_tokens=1)
+        return resampled, f"interpolated from {old}×{old} to {new}×{new} patches"
+    return None, f"{tuple(tensor.shape)} where {tuple(wanted.shape)} is needed"
+
+
+def _is_square(n: int) -> bool:
+    return n > 0 and round(n**0.5) ** 2 == n
+
+
+def _dimensions(layout: Layout, tensors: Tensors) -> str:
+    """Say what ViT a file holds, as far as its tensors tell."""
+    depth = 1 + max(int(m.group(1)) for name in tensors if (m := re.match(rf"{layout.encoder}blocks\.(\d+)\.", name)))
+    patch = tensors.get(f"{layout.encoder}patch_embed.proj.weight")
+    if patch is None:
+        return f"The file holds a ViT of depth {depth}"
+    return (
+        f"The file holds a ViT of width {len(patch)}, depth {depth}, patch {patch.shape[2]}, {patch.shape[1]} channels"
+    )
+
+
+def export_checkpoint(encoder: Tensors, heads: Tensors, path: Path) -> int:
+    """Write a checkpoint in MAE's layout, `{"model": tensors}`; return the number of tensors.
+
+    Args:
+        encoder: tensors of an encoder folder; timm's names are MAE's.
+        heads: tensors of an arm's heads; its MAE decoder goes along where it has one, all else is left out.
+        path: of the file, which must not exist yet.
+
+    Raises:
+        LgpError: the file exists.
+    """
+    if path.exists():
+        raise LgpError(f"{path} exists already: move it away, or choose another name")
+    decoder = {name.removeprefix("mae."): tensor for name, tensor in heads.items()}
+    tensors = dict(encoder) | {name: tensor for name, tensor in decoder.items() if DECODER.match(name)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": tensors}, path)
+    return len(tensors)

@@ -1,0 +1,31 @@
+"""Both objectives on one encoder, for the control that sums their losses (LGP, section 3.1)."""
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from lgp.models.contrastive import Contrastive
+from lgp.models.mae import MAE
+from lgp.models.roles import PretrainingModel
+
+
+class Joint(PretrainingModel):
+    """A contrastive model and a masked autoencoder that share their encoder."""
+
+    def __init__(self, contrastive: Contrastive, mae: MAE) -> None:
+        """Take both as they are; their encoder is the same module."""
+        super().__init__()
+        self.contrastive, self.mae = contrastive, mae
+
+    @property
+    def encoder(self) -> VisionTransformer:  # type: ignore[override]
+        """The shared encoder."""
+        return self.contrastive.encoder
+
+    @property
+    def projector(self) -> nn.Sequential:
+        """The contrastive model's."""
+        return self.contrastive.projector
+
+    def momentum_copies(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return the contrastive model's."""
+        return self.contrastive.momentum_copies()

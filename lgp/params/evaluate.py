@@ -1,0 +1,94 @@
+"""Sections `features`, `linear`, `fewshot` and `finetune`: evaluation."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from lgp.params.pretrain import TrainingParams, ViewParams
+from lgp.params.section import Count, Fraction, NonNegative, Positive, Section, Whole
+
+
+class FeatureParams(Section):
+    """Frozen features: of the class token or the average patch, after the last `blocks` blocks together."""
+
+    pool: Literal["class_token", "average"] = "class_token"
+    blocks: Count = 1
+    by_depth: bool = True
+    dtype: Literal["float16", "float32"] = "float32"
+
+
+class LinearParams(Section):
+    """Evaluation with all labels: linear heads by SGD and k-NN, on frozen features.
+
+    Every pair of `base_lrs` (per 256 images) and `weight_decays` is a head; the best on val is reported. `method`
+    is `sweep`, on cached features, or `augmented`, on those of random crops and flips.
+    """
+
+    method: Literal["sweep", "augmented"] = "sweep"
+    base_lrs: Annotated[list[Positive], Field(min_length=1)]
+    weight_decays: Annotated[list[NonNegative], Field(min_length=1)]
+    epochs: Count
+    batch_size: Annotated[Whole, Field(ge=2)]
+    batch_norm: bool
+    crop_scale_min: Annotated[float, Field(gt=0, le=1)]
+    flip_p: Fraction
+    knn_k: Count
+    knn_temperature: Positive
+
+
+class FewShotParams(Section):
+    """Evaluation with few labels: logistic regression on frozen features.
+
+    `choose` says where the inverse strength C comes from: `cross_validation` within the labelled images (`c_fixed`
+    where a class has a single one), `validation` on val, or `fixed`: `c_fixed`.
+    """
+
+    scaling: Literal["standardized", "normalized"]
+    choose: Literal["cross_validation", "validation", "fixed"]
+    c_grid: Annotated[list[Positive], Field(min_length=1)]
+    c_fixed: Positive
+    folds: Annotated[Whole, Field(ge=2)]
+
+
+# timm's: magnitude, operations an image, deviation and most of the magnitude, increasing severity, probability
+RAND_AUGMENT = r"rand(-(m\d+|n\d+|mstd\d+(\.\d+)?|mmax\d+|inc[01]|p\d+(\.\d+)?))+"
+
+
+class FineTuneParams(TrainingParams):
+    """Fine-tuning of the whole encoder with labels, as MAE and LGP do; probabilities and strengths as timm takes them.
+
+    `from_first_fc` keeps the first layer of the arm's contrastive projector between encoder and classifier.
+    `rand_augment` is timm's description, e.g. `rand-m9-mstd0.5-inc1`.
+    """
+
+    base_lr: Positive
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    pool: Literal["class_token", "average"] = "class_token"
+    from_first_fc: bool = False
+    crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
+    flip_p: Fraction = 0.5
+    rand_augment: str | None = None
+    random_erasing: Fraction = 0.0
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @field_validator("rand_augment")
+    @classmethod
+    def _timm_knows_it(cls, given: str | None) -> str | None:
+        if given is not None and not re.fullmatch(RAND_AUGMENT, given):
+            raise ValueError("give timm's description, like rand-m9-mstd0.5-inc1, or null")
+        return given
+
+    @model_validator(mode="after")
+    def _projector_takes_the_class_token(self) -> Self:
+        if self.from_first_fc and self.pool != "class_token":
+            raise ValueError("from_first_fc: the projector was trained on the class token: set pool to class_token")
+        return self
+
+    @property
+    def views(self) -> ViewParams:
+        """Crops and flips; the rest is timm's."""
+        return ViewParams(crop_scale_min=self.crop_scale_min, flip_p=self.flip_p)

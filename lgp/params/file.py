@@ -1,0 +1,238 @@
+"""The parameter file: load it, and check it whole before any work."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Self, get_args
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from lgp.errors import LgpError
+from lgp.params.arms import BASELINES
+from lgp.params.data import DataParams
+from lgp.params.evaluate import FeatureParams, FewShotParams, FineTuneParams, LinearParams
+from lgp.params.graft import GraftParams
+from lgp.params.labels import ALL_LABELS, LabelsParams
+from lgp.params.model import ModelParams
+from lgp.params.pretrain import ClParams, ConflictParams, ContrastiveParams, JointParams, MimParams, ReverseParams
+from lgp.params.run import RunParams
+from lgp.params.section import ArmName, LabelsName, Section, Whole
+
+# keys of earlier versions → where they stand now
+MOVED = {
+    "data.few_label_shares": "labels.shares",
+    "data.few_label_shots": "labels.shots",
+    "data.few_label_lists": "labels.lists",
+    "data.few_label_subsets": "labels.subsets",
+    "data.leaks": "labels.leaks",
+    "data.near_duplicate_bits": "labels.near_duplicate_bits",
+    "report": "arms, which names pixels and random too",
+}
+
+
+class Params(Section):
+    """The whole file."""
+
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)]
+    arms: Annotated[list[ArmName], Field(min_length=1)]
+    few_labels: Annotated[list[LabelsName], Field(min_length=1)]
+    finetuned: list[LabelsName]
+    finetuned_arms: list[ArmName]
+    data: DataParams
+    labels: LabelsParams
+    model: ModelParams
+    contrastive: ContrastiveParams
+    mim: MimParams
+    cl: ClParams
+    graft: GraftParams
+    joint: JointParams | None = None
+    reverse: ReverseParams | None = None
+    features: FeatureParams = FeatureParams()
+    linear: LinearParams
+    fewshot: FewShotParams
+    finetune: dict[LabelsName, FineTuneParams] = Field(default_factory=dict)
+    conflict: ConflictParams = ConflictParams()
+    run: RunParams = RunParams()
+
+    def tasks_of(self, arm: str) -> list[str]:
+        """Name the tasks that an arm goes through."""
+        tuned = [f"finetune-{labels}" for labels in self.finetuned] if arm in self.finetuned_arms else []
+        return ["linear", *(f"fewshot-{labels}" for labels in self.few_labels), *tuned]
+
+    def recipe(self, labels: str) -> FineTuneParams:
+        """Return the recipe `finetune.LABELS`; raise `LgpError` where there is none, naming those there are."""
+        if labels not in self.finetune:
+            raise LgpError(f"there is no recipe finetune.{labels}, only {', '.join(self.finetune) or 'none'}: add it")
+        return self.finetune[labels]
+
+    @model_validator(mode="after")
+    def _stages_agree(self) -> Self:
+        size, patch = self.data.image_size, self.model.patch_size
+        divisors = [d for d in range(1, size + 1) if size % d == 0 and d * d * self.data.channels > 1]
+        if patch not in divisors:
+            raise ValueError(
+                f"model.patch_size {patch} does not divide data.image_size {size} into patches of two values or more: "
+                f"choose one of {divisors}"
+            )
+        for name, ratio in (("mim", self.mim.mask_ratio), ("contrastive", self.contrastive.mask_ratio)):
+            if int((size // patch) ** 2 * (1 - ratio)) < 1:
+                raise ValueError(
+                    f"{name}.mask_ratio {ratio} leaves none of the {(size // patch) ** 2} patches: lower it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_are_there(self) -> Self:
+        graft, depth = self.graft, self.model.depth
+        groups = {"reverse.base_lrs": self.reverse.base_lrs if self.reverse else []}
+        if graft.stage_lr and "stage_lr" in graft.policy:
+            groups |= {"graft.stage_lr.base_lrs": graft.stage_lr.base_lrs}
+        for name, rates in groups.items():
+            if rates and depth % len(rates):
+                raise ValueError(
+                    f"model.depth {depth} cannot be cut into the {len(rates)} equal groups of {name}: "
+                    "give a number of rates that divides the depth"
+                )
+        for name in ("freeze", "l1", "scratch_end", "cl_end"):
+            cut = graft.cut(name)
+            if cut is not None and cut > depth:
+                raise ValueError(f"graft.{name}.lower_blocks {cut} is more than model.depth {depth}")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_there(self) -> Self:
+        valid = self.labels.names
+        for key, names, more in (("few_labels", self.few_labels, []), ("finetuned", self.finetuned, [ALL_LABELS])):
+            for name in names:
+                if name not in [*valid, *more]:
+                    raise ValueError(
+                        f"{key} names {name}, valid are {', '.join([*valid, *more])}: choose of these, or add a share, "
+                        "a shot or a list to labels.shares, labels.shots or labels.lists"
+                    )
+                if names.count(name) > 1:
+                    raise ValueError(f"{key} names {name} twice")
+                if key == "finetuned" and name not in self.finetune:
+                    raise ValueError(f"finetuned names {name}, but there is no recipe finetune.{name}: add it")
+        if self.features.blocks > self.model.depth:
+            raise ValueError(f"features.blocks {self.features.blocks} is more than model.depth {self.model.depth}")
+        return self
+
+    @model_validator(mode="after")
+    def _arms_are_there(self) -> Self:
+        for key in ("arms", "finetuned_arms"):
+            names = getattr(self, key)
+            twice = {arm for arm in names if names.count(arm) > 1}
+            if twice:
+                raise ValueError(f"{key} names {', '.join(sorted(twice))} twice")
+        if set(self.arms) <= set(BASELINES):
+            raise ValueError(f"arms names only baselines ({', '.join(self.arms)}): add mim, cl, graft or another arm")
+        for arm in self.finetuned_arms:
+            if arm not in self.arms:
+                raise ValueError(f"finetuned_arms names {arm}, which is not among arms: add it there, or drop it here")
+            if arm == "pixels":
+                raise ValueError("finetuned_arms names pixels, which has no encoder to fine-tune: drop it")
+        for arm in ("joint", "reverse"):
+            if arm in self.arms and getattr(self, arm) is None:
+                raise ValueError(f"arms names {arm}, but there is no section {arm}: add it (the preset digits has one)")
+        return self
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader, which takes the last of two equal keys, made to refuse them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, each key once."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
+
+
+def section_values(params: Params, sections: Iterable[str]) -> dict[str, Any]:
+    """Return sections as plain values. `data.source` is that key alone, `finetune.10pct` that recipe, where it is there."""
+    values = params.model_dump(mode="json", include={section.partition(".")[0] for section in sections})
+    chosen: dict[str, Any] = {}
+    for section in sections:
+        name, _, key = section.partition(".")
+        if not key:
+            chosen[name] = values[name]
+        elif key in values[name]:
+            chosen.setdefault(name, {})[key] = values[name][key]
+    return chosen
+
+
+def restricted(params: Params, sections: Iterable[str]) -> Params:
+    """Return the parameters as a stage may see them: the sections it reads, and `run`. Others raise `AttributeError`.
+
+    So a stage cannot depend on a key that `dvc.yaml` does not list for it.
+    """
+    names = {section.partition(".")[0] for section in sections} | {"run"}
+    recipes = [section.partition(".")[2] for section in sections if section.startswith("finetune.")]
+    visible = Params.model_construct()
+    kept = {name: getattr(params, name) for name in names}
+    if recipes:
+        kept["finetune"] = {name: recipe for name, recipe in params.finetune.items() if name in recipes}
+    visible.__dict__.clear()
+    visible.__dict__.update(kept)
+    return visible
+
+
+def load_params(path: Path) -> Params:
+    """Read and check a parameter file.
+
+    Raises:
+        LgpError: the file is missing, is not YAML, has an unknown key, a value out of range, or
+            sections that contradict each other; the message names key, value and what is valid.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise LgpError(
+            f"cannot read the parameter file {path} ({getattr(e, 'strerror', 'not text')}): go to the project's "
+            "folder, run `lgp preset use digits` there if it has none, or pass --params FILE"
+        ) from None
+    try:
+        values = yaml.load(text, _UniqueKeys)
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise LgpError(f"{path} is not valid YAML{place}: {e.problem}") from None
+    except yaml.YAMLError as e:
+        raise LgpError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(values, dict):
+        raise LgpError(f"{path} must hold sections ({', '.join(Params.model_fields)}), not {type(values).__name__}")
+    try:
+        return Params.model_validate(values)
+    except ValidationError as e:
+        raise LgpError(f"{path}: " + "; ".join(_explain(error) for error in e.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    """Say one pydantic error as `section.key: what is wrong, what is valid`."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        if key in MOVED:
+            return f"unknown key {key!r}: it is now {MOVED[key]}"
+        valid = list(_section_at(error["loc"][:-1]).model_fields)
+        close = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"
+        return f"unknown key {key!r}: {hint}"
+    if error["type"] == "missing":
+        return f"missing key {key!r}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = "" if isinstance(error["input"], dict) else f"{error['input']!r} is not valid: "
+    return f"{key}: {given}{message}" if key else message
+
+
+def _section_at(loc: tuple[str | int, ...]) -> type[Section]:
+    section: type[Section] = Params
+    for part in loc:
+        if str(part) not in section.model_fields:  # a name of the user's, of a section of its kind
+            continue
+        annotation = section.model_fields[str(part)].annotation
+        section = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, Section))
+    return section

@@ -1,0 +1,120 @@
+"""Sections `contrastive`, `mim`, `cl`, `joint`, `reverse` and `conflict`: pre-training, the graft aside."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lgp.params.section import Count, Fraction, NonNegative, OpenFraction, Positive, Rates, Section, Whole
+
+
+class ViewParams(Section):
+    """Random views. Probabilities, and for the two views of contrastive learning one value each.
+
+    Jitter strengths are torchvision's: a factor is drawn from [1 - s, 1 + s], the hue shift from
+    [-s, s] of a full turn.
+    """
+
+    crop_scale_min: Annotated[float, Field(gt=0, le=1)]
+    flip_p: Fraction = 0.0
+    jitter_p: Fraction = 0.0
+    brightness: Fraction = 0.0
+    contrast: Fraction = 0.0
+    saturation: Fraction = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    grayscale_p: Fraction = 0.0
+    blur_p: tuple[Fraction, Fraction] = (0.0, 0.0)
+    solarize_p: tuple[Fraction, Fraction] = (0.0, 0.0)
+
+
+class VicregWeights(Section):
+    """Weights of VICReg's three terms (Bardes et al. 2022, section 4.1)."""
+
+    invariance: NonNegative = 25.0
+    variance: NonNegative = 25.0
+    covariance: NonNegative = 1.0
+
+
+class ContrastiveParams(Section):
+    """Objective, heads and views of contrastive learning, shared by the CL baseline and the graft.
+
+    `temperature` is of mocov3 and simclr, `predictor_hidden` and `momentum` of mocov3, `vicreg` of vicreg.
+    """
+
+    objective: Literal["mocov3", "simclr", "vicreg"] = "mocov3"
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    vicreg: VicregWeights = VicregWeights()
+    projector_hidden: Count
+    projector_dim: Count
+    predictor_hidden: Count
+    temperature: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    freeze_patch_embed: bool
+    views: ViewParams
+
+
+class TrainingParams(Section):
+    """What every pre-training has. Learning rates are per 256 images: peak lr = base_lr × batch / 256."""
+
+    epochs: Count
+    batch_size: Annotated[Whole, Field(ge=2)]
+    warmup_epochs: NonNegative
+    weight_decay: NonNegative
+
+    @model_validator(mode="after")
+    def _warmup_within_epochs(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} must be below epochs {self.epochs}")
+        return self
+
+
+class MimParams(TrainingParams):
+    """The masked autoencoder (MAE, He et al. 2022)."""
+
+    base_lr: Positive
+    mask_ratio: OpenFraction
+    decoder_width: Count
+    decoder_depth: Count
+    decoder_heads: Count
+    crop_scale_min: Annotated[float, Field(gt=0, le=1)]
+    flip_p: Fraction
+
+    @model_validator(mode="after")
+    def _decoder_width_divides(self) -> Self:
+        if self.decoder_width % 4 or self.decoder_width % self.decoder_heads:
+            raise ValueError(
+                f"decoder_width {self.decoder_width} must be a multiple of 4 and of decoder_heads {self.decoder_heads}"
+            )
+        return self
+
+    @property
+    def views(self) -> ViewParams:
+        """MAE's augmentation: crop and flip, nothing else (appendix A.1)."""
+        return ViewParams(crop_scale_min=self.crop_scale_min, flip_p=self.flip_p)
+
+
+class ClParams(TrainingParams):
+    """MoCo v3 from scratch: the contrastive baseline."""
+
+    base_lr: Positive
+
+
+class JointParams(TrainingParams):
+    """The paper's control: the losses of MIM (times `mim_weight`) and CL summed on one encoder."""
+
+    base_lr: Positive
+    mim_weight: Positive = 1.0
+
+
+class ReverseParams(TrainingParams):
+    """The paper's control: MIM on top of the CL encoder, one base learning rate per equal group of blocks."""
+
+    base_lrs: Rates
+
+
+class ConflictParams(Section):
+    """How `lgp conflict` measures: heads fitted to the frozen encoder, then gradients over some batches."""
+
+    head_epochs: Count = 10
+    batches: Annotated[Whole, Field(ge=2)] = 200
+    batch_size: Annotated[Whole, Field(ge=2)] = 64
+    base_lr: Positive = 4e-3

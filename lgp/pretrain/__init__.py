@@ -1,0 +1,1 @@
+"""An arm's training: MIM, CL, the graft, the controls; conflict, plan, sanity checks."""

@@ -1,0 +1,197 @@
+"""What every pre-training shares: from an objective and its batches to a trained model."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lgp.compute.device import choose_device
+from lgp.compute.distributed import joined, rank, world_size
+from lgp.compute.launch import WorkerDone
+from lgp.compute.precision import choose_precision, place
+from lgp.data.labels import LabelledImages
+from lgp.data.loading import Batch, CropDataset
+from lgp.data.storage import Images
+from lgp.errors import LgpError, check_disk_space
+from lgp.features.extraction import class_token_of, extract
+from lgp.features.online_knn import OnlineKnn
+from lgp.models.roles import PretrainingModel
+from lgp.params.arms import TRAINED
+from lgp.params.file import Params
+from lgp.params.pretrain import TrainingParams
+from lgp.pretrain.sanity_checks import check_features, check_weights, weights_of
+from lgp.training.loop import Epoch, Observer, Progression, Trainer
+from lgp.training.optimizer import adamw, parameter_groups, warmup_cosine
+from lgp.training.resume_states import StateStore
+
+LossOf = Callable[[Batch], Tensor]
+
+CHECKED_IMAGES = 1024  # whose features are checked after the training
+# two resume states of weight, momentum copy and two moments; the result here, in DVC's cache and in MLflow
+DISK_BYTES_PER_PARAMETER = 4 * (2 * 4 + 3)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a pre-training is given.
+
+    Attributes:
+        data: images, without labels.
+        params: the sections that the stage reads.
+        store: of resume states.
+        observer: logs epochs.
+        labelled: the same images with labels, for the online k-NN; None where there are none yet.
+    """
+
+    data: Images
+    params: Params
+    store: StateStore
+    observer: Observer
+    labelled: LabelledImages | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is trained.
+
+    Attributes:
+        name: the stage.
+        model: with everything that has parameters, on the CPU.
+        loss_of: batch → scalar loss, the mean over its images.
+        crops: the batch of each step.
+        regularized: parameters that the loss itself keeps near their start, so that they may hardly move.
+    """
+
+    name: str
+    model: PretrainingModel
+    loss_of: LossOf
+    crops: CropDataset
+    regularized: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A finished pre-training, before it is written.
+
+    Attributes:
+        model: encoder and heads, on the CPU.
+        progression: epochs and compute.
+        checks: metrics of the sanity checks.
+        computed: device, precision, threads and processes, which decide the last digits.
+    """
+
+    model: PretrainingModel
+    progression: Progression
+    checks: Mapping[str, float]
+    computed: Mapping[str, Any]
+
+
+def fit_arm(
+    objective: Objective,
+    rates: Mapping[str, float],
+    betas: tuple[float, float],
+    stage: TrainingParams,
+    session: Session,
+) -> Pretrained:
+    """Train an objective on the device of the parameters, as every arm is trained.
+
+    Args:
+        objective: what to train.
+        rates: parameter name → peak learning rate.
+        betas: AdamW's.
+        stage: epochs, warm-up and weight decay.
+        session: images, parameters, resume states and observer.
+
+    Raises:
+        LgpError: a batch is larger than the data or cannot be divided, the disk is full, the loss stopped being finite,
+            another process was lost, or a sanity check failed.
+        Interrupted: the training was asked to stop; its state is saved.
+        WorkerDone: in all processes but the first, at the end.
+    """
+    params, model, crops = session.params, objective.model, objective.crops
+    device = choose_device(params.run)
+    precision = choose_precision(params.run, device, params.model.width)
+    steps = stage.epochs * crops.steps_per_epoch
+    with joined(objective.name, device):
+        check_batch(objective.name, crops.batch_size, len(crops.ids), world_size(), params.run.accumulate)
+        check_disk_space(session.store.folder, DISK_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
+        crops.shard(rank(), world_size())
+        crops.data.keep_decoded(params.run.decoded_gib * 2**30)
+        initial = weights_of(model)
+        place(model, device, precision)
+        optimizer = adamw(parameter_groups(model, rates, stage.weight_decay), betas)
+        warmup_steps = min(round(stage.warmup_epochs * crops.steps_per_epoch), steps - 1)
+        progression = Trainer(
+            name=objective.name,
+            model=model,
+            loss_of=objective.loss_of,
+            crops=crops,
+            optimizer=optimizer,
+            schedule=warmup_cosine(optimizer, steps, warmup_steps),
+            epochs=stage.epochs,
+            device=device,
+            precision=precision,
+            settings=params.run,
+            store=session.store,
+            observer=session.observer,
+            after_epoch=_online_knn(objective, session, device),
+        ).fit()
+        computed = {
+            "device": device.type,
+            "precision": str(precision),
+            "threads": torch.get_num_threads(),
+            "processes": world_size(),
+            "compiled": params.run.compile,
+        }
+        if rank() > 0:
+            raise WorkerDone
+    checks = check_weights(model, initial, rates, steps, optimizer, objective.regularized)
+    # evenly over all, for sources come class by class
+    checked = crops.ids[:: math.ceil(len(crops.ids) / CHECKED_IMAGES)]
+    checks |= check_features(extract(class_token_of(model.encoder, device), crops.data, checked))
+    return Pretrained(model.cpu(), progression, checks, computed)
+
+
+def _online_knn(objective: Objective, session: Session, device: torch.device) -> Callable[[int], Epoch]:
+    """Return what measures online k-NN after an epoch; it measures nothing where there are no labels yet."""
+    if session.labelled is None:
+        return lambda _epoch: {}
+    return OnlineKnn(objective.model.encoder, session.labelled, device, session.params.run.online_knn).after_epoch
+
+
+def check_batch(name: str, batch_size: int, images: int, processes: int, accumulate: Mapping[str, int]) -> None:
+    """Raise `LgpError` where a batch is larger than the training part, or cannot be cut into equal parts.
+
+    Args:
+        name: the stage.
+        batch_size: of the stage.
+        images: of the training part.
+        processes: that share a batch.
+        accumulate: `run.accumulate`: stage → parts of a batch, 1 unless named.
+    """
+    if batch_size > images:
+        raise LgpError(
+            f"{name}.batch_size {batch_size} is larger than the {images} images of the training part: "
+            "choose at most that"
+        )
+    parts = processes * accumulate.get(name, 1)
+    if batch_size % parts:
+        raise LgpError(
+            f"{name}.batch_size {batch_size} cannot be cut into {parts} equal parts ({processes} processes, "
+            f"run.accumulate {accumulate.get(name, 1)}): choose a multiple of {parts}"
+        )
+
+
+def check_arms(params: Params, images: int) -> None:
+    """Raise `LgpError` where a batch of any arm cannot be trained, before the first arm trains.
+
+    Args:
+        params: the whole file.
+        images: of the training part.
+    """
+    for arm in TRAINED:
+        if arm in params.arms or arm in ("mim", "cl", "graft"):
+            check_batch(arm, getattr(params, arm).batch_size, images, world_size(), params.run.accumulate)

@@ -1,0 +1,98 @@
+"""Contrastive learning: the baseline (MoCo v3, Chen et al. 2021), and what the graft continues with."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lgp.compute.randomness import Stream, generator, seeded
+from lgp.data.loading import Batch, CropDataset
+from lgp.data.views import ColorJitter, color_jitter
+from lgp.models.contrastive import Contrastive, build_contrastive
+from lgp.models.mae import random_masking
+from lgp.models.vit import View, build_encoder, init_encoder_as_moco
+from lgp.params.pretrain import TrainingParams
+from lgp.pretrain.arm import LossOf, Objective, Pretrained, Session, fit_arm
+from lgp.training.optimizer import peak_rate
+
+BETAS = (0.9, 0.999)  # MoCo v3 names none: AdamW's own
+
+
+def pretrain_cl(session: Session) -> Pretrained:
+    """Train contrastively from scratch, by MoCo v3 unless told otherwise: the contrastive baseline."""
+    params = session.params
+    with seeded(params.seed, "cl/init"):
+        encoder = build_encoder(params.model, params.data)
+        init_encoder_as_moco(encoder)
+        model = build_contrastive(encoder, params.contrastive)
+    rate = peak_rate(params.cl.base_lr, params.cl.batch_size)
+    rates = {name: rate for name, _ in model.named_parameters()}
+    return contrast("cl", model, rates, params.cl, session)
+
+
+def contrastive_loss_of(name: str, model: Contrastive, total: int, session: Session) -> LossOf:
+    """Return the loss as a function of a batch, of the first two crops of each image.
+
+    Args:
+        name: the stage, which keeps its draws apart from other stages'.
+        model: encoder and heads.
+        total: steps of the training.
+        session: images and parameters.
+    """
+    data, params = session.data, session.params
+    views, mask_ratio = params.contrastive.views, params.contrastive.mask_ratio
+    patches = model.encoder.patch_embed.num_patches
+
+    def ids_keep(batch: Batch, view: int) -> Tensor | None:
+        if not mask_ratio:
+            return None
+        noise = torch.rand(batch.size, patches, generator=generator(params.seed, f"{name}/mask", batch.step, view))
+        return random_masking(noise[batch.rows].to(batch.crops.device), mask_ratio)[0]
+
+    def jitter_of(batch: Batch, view: int) -> ColorJitter:
+        rng = generator(params.seed, f"{name}/colours", batch.step, view)
+        return ColorJitter.draw(batch.size, view, views, rng)[batch.rows]
+
+    def loss_of(batch: Batch) -> Tensor:
+        # both views of all images at once: twice the work for each call
+        crops = batch.crops[:, :2].transpose(0, 1).flatten(0, 1).float() / 255
+        images = color_jitter(crops, ColorJitter.cat([jitter_of(batch, 0), jitter_of(batch, 1)]), views)
+        view1, view2 = (View(half, ids_keep(batch, v)) for v, half in enumerate(data.normalize(images).chunk(2)))
+        loss: Tensor = model(view1, view2, min(batch.step / total, 1.0))
+        return loss
+
+    return loss_of
+
+
+def _no_penalty() -> float:
+    return 0.0
+
+
+def contrast(
+    name: str,
+    model: Contrastive,
+    rates: Mapping[str, float],
+    stage: TrainingParams,
+    session: Session,
+    penalty: Callable[[], Tensor | float] = _no_penalty,
+    regularized: frozenset[str] = frozenset(),
+) -> Pretrained:
+    """Train contrastively as the stage `name`.
+
+    Args:
+        name: `cl` or `graft`.
+        model: encoder and heads.
+        rates: parameter name → peak learning rate.
+        stage: epochs, batch, warm-up and weight decay.
+        session: images, parameters, resume states and observer.
+        penalty: added to the loss of every step.
+        regularized: parameters that the penalty keeps near their start, so that they may hardly move.
+    """
+    stream = Stream(session.params.seed, name)
+    crops = CropDataset(session.data, session.params.contrastive.views, 2, stage.batch_size, stream)
+    contrastive = contrastive_loss_of(name, model, stage.epochs * crops.steps_per_epoch, session)
+
+    def loss_of(batch: Batch) -> Tensor:
+        return contrastive(batch) + penalty()
+
+    return fit_arm(Objective(name, model, loss_of, crops, regularized), rates, BETAS, stage, session)

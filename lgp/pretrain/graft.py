@@ -1,0 +1,161 @@
+"""The graft: contrastive learning continues on another arm's encoder (LGP, section 3.3).
+
+`graft.policy` decides which blocks come from where, at which learning rates they learn, which are frozen, and which are
+regularised towards their start.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from lgp.compute.randomness import seeded
+from lgp.models.contrastive import Contrastive, build_contrastive
+from lgp.models.encoder_folder import check_encoder_fits, load_encoder
+from lgp.models.roles import Role, encoder_roles
+from lgp.models.vit import build_encoder, init_encoder_as_moco
+from lgp.params.file import Params
+from lgp.params.graft import GraftParams
+from lgp.pretrain.arm import Pretrained, Session
+from lgp.pretrain.cl import contrast
+from lgp.training.optimizer import peak_rate
+
+
+def stage_rates(roles: Mapping[str, Role], depth: int, rates: list[float]) -> dict[str, float]:
+    """Give each parameter its learning rate (policy `stage_lr`; LGP, section 3.3).
+
+    The blocks are cut into equal groups, one rate each, from the lowest. The embeddings (class token, patch embedding)
+    take the first rate, the final norm and the heads the last.
+
+    Args:
+        roles: of the model's parameters.
+        depth: number of blocks, a multiple of the number of rates.
+        rates: one per group; the paper's are 1.5e-5, 1.5e-5, 1.5e-4 per 256 images.
+
+    Returns:
+        Parameter name → rate.
+    """
+    per_group = depth // len(rates)
+    # layer 0 → first group, layers of the blocks → their groups, layer depth + 1 → last group
+    return {name: rates[min(max(role.layer - 1, 0), depth - 1) // per_group] for name, role in roles.items()}
+
+
+def decayed_rates(roles: Mapping[str, Role], depth: int, rate: float, decay: float) -> dict[str, float]:
+    """Give each parameter its learning rate (policy `layer_decay`), `decay` times less with every block below.
+
+    Final norm and heads take `rate`, the last block `decay` times it, the embeddings decay^(depth + 1) times it, as
+    in BEiT and LGP's released code. timm's groups give the same for an encoder with a classifier; without one they
+    begin a block later.
+
+    Args:
+        roles: of the model's parameters.
+        depth: number of blocks.
+        rate: of the heads.
+        decay: in (0, 1].
+
+    Returns:
+        Parameter name → rate.
+    """
+    return {name: rate * decay ** (depth + 1 - role.layer) for name, role in roles.items()}
+
+
+def lower_names(encoder: VisionTransformer, lower_blocks: int) -> list[str]:
+    """Name the parameters of the embeddings and the lowest blocks."""
+    return [name for name, role in encoder_roles(encoder).items() if role.layer <= lower_blocks]
+
+
+def freeze_lower(encoder: VisionTransformer, lower_blocks: int) -> None:
+    """Freeze embeddings and the lowest blocks (policy `freeze`): no gradient, so no decay and no step either.
+
+    A ViT's blocks behave alike in training and evaluation here (no dropout, no BatchNorm), so no mode is set.
+    """
+    for name in lower_names(encoder, lower_blocks):
+        encoder.get_parameter(name).requires_grad_(False)
+
+
+def regularized_names(encoder: VisionTransformer, lower_blocks: int) -> list[str]:
+    """Name the parameters that the policy `l1` regularises: the trainable ones of embeddings and lowest blocks."""
+    return [name for name in lower_names(encoder, lower_blocks) if encoder.get_parameter(name).requires_grad]
+
+
+def l1_penalty(encoder: VisionTransformer, lower_blocks: int, weight: float) -> Callable[[], Tensor]:
+    """Return the penalty `weight` · Σ|θ - θ_0| over embeddings and the lowest blocks (policy `l1`).
+
+    θ_0 are the weights as they are now; LGP's released code sums likewise, over the first 12 blocks of ViT-L.
+    """
+    regularized = [encoder.get_parameter(name) for name in regularized_names(encoder, lower_blocks)]
+    start = [p.detach().clone() for p in regularized]
+
+    def penalty() -> Tensor:
+        nonlocal start
+        if start and start[0].device != regularized[0].device:
+            start = [s.to(regularized[0].device) for s in start]
+        return weight * torch.stack([(p - s).abs().sum() for p, s in zip(regularized, start, strict=True)]).sum()
+
+    return penalty
+
+
+def replace_upper(encoder: VisionTransformer, source: VisionTransformer, lower_blocks: int) -> None:
+    """Take all but the lowest blocks, and the final norm, from another encoder (`scratch_end`, `cl_end`)."""
+    lower, parameters = lower_names(encoder, lower_blocks), dict(source.named_parameters())
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if name not in lower:
+                parameter.copy_(parameters[name])
+
+
+def pretrain_graft(session: Session, start: Path, end: Path) -> Pretrained:
+    """Continue contrastive learning on the encoder in the folder `start`, as `graft.policy` says (LGP, section 3.3).
+
+    Encoder and momentum encoder start alike, the heads anew.
+
+    Args:
+        session: images, parameters, resume states and observer.
+        start: encoder folder to graft on.
+        end: encoder folder that gives the upper blocks under the policy `cl_end`.
+    """
+    params, graft = session.params, session.params.graft
+    with seeded(params.seed, "graft/init"):
+        encoder = _stitched(params, start, end)
+        model = build_graft(encoder, params)
+    rates = graft_rates(model, graft, params.model.depth)
+    lower = graft.cut("l1")
+    if lower is None or graft.l1 is None:
+        return contrast("graft", model, rates, graft, session)
+    regularized = frozenset(f"encoder.{name}" for name in regularized_names(encoder, lower))
+    return contrast("graft", model, rates, graft, session, l1_penalty(encoder, lower, graft.l1.weight), regularized)
+
+
+def build_graft(encoder: VisionTransformer, params: Params) -> Contrastive:
+    """Put contrastive heads on the encoder to graft on, what the policy freezes fixed before it is copied."""
+    frozen = params.graft.cut("freeze")
+    if frozen is not None:
+        freeze_lower(encoder, frozen)
+    return build_contrastive(encoder, params.contrastive)
+
+
+def _stitched(params: Params, start: Path, end: Path) -> VisionTransformer:
+    """Load the encoder, with the upper blocks that the policy asks for."""
+    check_encoder_fits(start, params.model, params.data)
+    encoder = load_encoder(start)
+    kept = params.graft.cut("scratch_end")
+    if kept is not None:
+        anew = build_encoder(params.model, params.data)
+        init_encoder_as_moco(anew)
+        replace_upper(encoder, anew, kept)
+    kept = params.graft.cut("cl_end")
+    if kept is not None:
+        check_encoder_fits(end, params.model, params.data)
+        replace_upper(encoder, load_encoder(end), kept)
+    return encoder
+
+
+def graft_rates(model: Contrastive, graft: GraftParams, depth: int) -> dict[str, float]:
+    """Return parameter name → peak learning rate, of the one policy that gives rates."""
+    roles = model.roles()
+    if graft.stage_lr and "stage_lr" in graft.policy:
+        return stage_rates(roles, depth, [peak_rate(lr, graft.batch_size) for lr in graft.stage_lr.base_lrs])
+    assert graft.layer_decay is not None  # the parameters are checked
+    return decayed_rates(roles, depth, peak_rate(graft.layer_decay.base_lr, graft.batch_size), graft.layer_decay.decay)

@@ -1,0 +1,244 @@
+"""What a pre-training will take: parameters, arithmetic, memory and hours, before it is begun.
+
+The model is run once without memory or arithmetic behind it (fake tensors), so every figure follows from the code
+that trains, also for sizes that this machine could not hold.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from lgp.compute.units import flop_text, time_text
+from lgp.errors import LgpError
+from lgp.models.contrastive import build_contrastive
+from lgp.models.vit import View, build_encoder
+from lgp.params.arms import TRAINED
+from lgp.params.file import Params
+from lgp.params.pretrain import TrainingParams
+from lgp.pretrain.graft import build_graft, graft_rates
+from lgp.pretrain.mim import build_mae
+from lgp.training.optimizer import REFERENCE_BATCH, parameter_groups
+
+BATCH = 2  # of the run that counts: BatchNorm needs two, and all that is counted grows in proportion
+GRADIENT_BYTES = 4 + 8  # beside a trained weight: its gradient, and AdamW's two moments
+GIB = 2**30
+PLAN_COLUMNS = ("stage", "parameters", "work per image", "steps", "memory per GPU", "time", "GPU time")
+GRAFT_COLUMNS = ("part", "base lr", "decayed", "not decayed", "frozen")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What to train on.
+
+    Attributes:
+        gpus: devices, each with its share of the batch.
+        memory_gib: of one device.
+        tflops: that one device sustains in this training, in 10¹² FLOP/s (its peak times what is reached of it).
+    """
+
+    gpus: int
+    memory_gib: float
+    tflops: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one training step's model: parameters, and per image FLOPs and bytes of kept activations."""
+
+    parameters: int
+    trained: int
+    flops_per_image: float
+    activation_bytes_per_image: float
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage takes on a machine."""
+
+    stage: str
+    cost: Cost
+    steps: int
+    memory_gib: float
+    hours: float
+    gpu_days: float
+    warnings: list[str]
+
+
+def measure(build: Callable[[], tuple[nn.Module, Callable[[], Tensor]]]) -> Cost:
+    """Count one step, forward and backward, in single precision.
+
+    Args:
+        build: returns a model and how to compute its loss on `BATCH` images; called where tensors are only shapes.
+    """
+    with torch.device("meta"):
+        model, loss_of = build()
+    kept: dict[int, torch.UntypedStorage] = {}
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        model.to_empty(device="cpu")
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage
+            return tensor
+
+        with counter:
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = loss_of()
+            activations = sum(storage.nbytes() for storage in kept.values())
+            loss.backward()
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Cost(parameters, trained, counter.get_total_flops() / BATCH, activations / BATCH)
+
+
+def stage_cost(stage: str, params: Params) -> Cost:
+    """Count a step of `mim`, `cl`, `graft`, `joint` or `reverse`."""
+    size, channels, mask_ratio = params.data.image_size, params.data.channels, params.contrastive.mask_ratio
+
+    def build() -> tuple[nn.Module, Callable[[], Tensor]]:
+        encoder, parts = build_encoder(params.model, params.data), nn.ModuleDict()
+        patches = encoder.patch_embed.num_patches
+        if stage in ("cl", "joint"):
+            parts["contrastive"] = build_contrastive(encoder, params.contrastive)
+        if stage == "graft":
+            parts["contrastive"] = build_graft(encoder, params)
+        if stage in ("mim", "reverse", "joint"):
+            parts["mae"] = build_mae(encoder, params.mim)
+
+        def loss_of() -> Tensor:
+            images, losses = torch.empty(BATCH, channels, size, size), []
+            if "contrastive" in parts:
+                kept = torch.zeros(BATCH, int(patches * (1 - mask_ratio)), dtype=torch.int64) if mask_ratio else None
+                losses.append(parts["contrastive"](View(images, kept), View(images, kept), 0.0))
+            if "mae" in parts:
+                losses.append(parts["mae"](images, torch.empty(BATCH, patches)))
+            return torch.stack(losses).sum()
+
+        return parts, loss_of
+
+    return measure(build)
+
+
+def plan_stage(stage: str, params: Params, images: int, machine: Machine) -> StagePlan:
+    """Plan one stage.
+
+    Args:
+        stage: one of `arms.TRAINED`.
+        params: the whole file.
+        images: that pre-training sees in an epoch.
+        machine: to train on.
+    """
+    section: TrainingParams = getattr(params, stage)
+    cost = stage_cost(stage, params)
+    steps = section.epochs * (images // section.batch_size)
+    per_gpu = -(-section.batch_size // machine.gpus)
+    state = 4 * cost.parameters + GRADIENT_BYTES * cost.trained
+    memory = (state + per_gpu * cost.activation_bytes_per_image) / GIB
+    seconds = cost.flops_per_image * steps * section.batch_size / (machine.gpus * machine.tflops * 1e12)
+    warnings = []
+    if steps == 0:
+        warnings.append(f"{stage}.batch_size {section.batch_size} is larger than the {images} images")
+    if section.batch_size % machine.gpus:
+        warnings.append(f"{stage}.batch_size {section.batch_size} does not divide among {machine.gpus} GPUs")
+    if memory > machine.memory_gib:
+        most = int((machine.memory_gib * GIB - state) / cost.activation_bytes_per_image)
+        remedy = f"at most {most} images a GPU fit" if most > 0 else "the weights alone do not fit"
+        warnings.append(
+            f"{stage} does not fit: {memory:.0f} GiB for {per_gpu} images a GPU of {machine.memory_gib:g}: {remedy}"
+        )
+    return StagePlan(stage, cost, steps, memory, seconds / 3600, seconds * machine.gpus / 86400, warnings)
+
+
+def plan(params: Params, images: int, machine: Machine) -> list[StagePlan]:
+    """Plan the pre-trainings of all `arms` that have one.
+
+    Raises:
+        LgpError: none has.
+    """
+    stages = [stage for stage in TRAINED if stage in params.arms]
+    if not stages:
+        raise LgpError(f"arms lists {', '.join(params.arms)}, and none of {', '.join(TRAINED)}: nothing to plan")
+    return [plan_stage(stage, params, images, machine) for stage in stages]
+
+
+@dataclass(frozen=True)
+class PartRates:
+    """What the optimizer does with a part of the grafted model: peak learning rate, and weights with and without decay.
+
+    `base_lr` is per 256 images, as papers give it; `frozen` counts weights that it does not see.
+    """
+
+    part: str
+    base_lr: float
+    decayed: int
+    undecayed: int
+    frozen: int
+
+
+def graft_rates_by_part(params: Params) -> list[PartRates]:
+    """List the graft's parameter groups by part of the model: embed, block0 …, norm, heads."""
+    with torch.device("meta"):
+        model = build_graft(build_encoder(params.model, params.data), params)
+    rates = graft_rates(model, params.graft, params.model.depth)
+    groups = parameter_groups(model, rates, params.graft.weight_decay)
+    decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    parts: dict[tuple[str, float], list[int]] = {}
+    roles = model.roles()
+    for name, parameter in model.named_parameters():
+        if not roles[name].follows:
+            counts = parts.setdefault((roles[name].part, rates[name]), [0, 0, 0])
+            kind = 2 if id(parameter) not in decay_of else int(not decay_of[id(parameter)])
+            counts[kind] += parameter.numel()
+    scale = params.graft.batch_size / REFERENCE_BATCH
+    return [PartRates(part, rate / scale, *counts) for (part, rate), counts in parts.items()]
+
+
+def matrix_tflops(
+    device: torch.device, dtype: torch.dtype = torch.float32, size: int = 2048, seconds: float = 1.0
+) -> float:
+    """Measure the FLOP/s of matrix products of a type on a device, in 10¹²."""
+    a = torch.randn(size, size, device=device).to(dtype)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    a @ a
+    wait()
+    started, rounds = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        a @ a
+        wait()
+        rounds += 1
+    return 2 * size**3 * rounds / (time.perf_counter() - started) / 1e12
+
+
+def plan_row(plan: StagePlan) -> list[str]:
+    """Write a plan as the cells of `PLAN_COLUMNS`, in units that a person reads."""
+    return [
+        plan.stage,
+        f"{plan.cost.parameters / 1e6:,.2f} M",
+        flop_text(plan.cost.flops_per_image),
+        f"{plan.steps:,}",
+        f"{plan.memory_gib:,.3g} GiB",
+        time_text(plan.hours),
+        time_text(24 * plan.gpu_days),
+    ]
+
+
+def graft_rows(params: Params) -> list[list[str]]:
+    """Write the graft's parameter groups as the cells of `GRAFT_COLUMNS`."""
+    groups = graft_rates_by_part(params)
+    return [[g.part, f"{g.base_lr:.4g}", f"{g.decayed:,}", f"{g.undecayed:,}", f"{g.frozen:,}"] for g in groups]

@@ -1,0 +1,103 @@
+"""What the report reads: metrics and predictions of every arm and task."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lgp.errors import LgpError
+from lgp.evaluate.outcome import Outcome
+from lgp.params.arms import BASELINES
+
+
+@dataclass(frozen=True)
+class ArmOutcomes:
+    """What all tasks of one arm yielded, by name: `linear`, `fewshot-1pct`, `finetune-10pct` and the like."""
+
+    arm: str
+    tasks: Mapping[str, Outcome]
+
+    @property
+    def is_baseline(self) -> bool:
+        """Tell whether nobody trained this arm."""
+        return self.arm in BASELINES
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the report finds what it reads.
+
+    Attributes:
+        metrics: arm and task → metric file.
+        predictions: arm and task → predictions.
+        arms: arm → folder of its pre-training.
+    """
+
+    metrics: Mapping[tuple[str, str], Path]
+    predictions: Mapping[tuple[str, str], Path]
+    arms: Mapping[str, Path]
+
+    def read(self) -> list[ArmOutcomes]:
+        """Read the outcomes of all arms."""
+        return [
+            ArmOutcomes(
+                arm,
+                {
+                    task: Outcome(json.loads(path.read_text()), pd.read_parquet(self.predictions[of, task]))
+                    for (of, task), path in self.metrics.items()
+                    if of == arm
+                },
+            )
+            for arm in self.arms
+        ]
+
+
+def fewest_labels(arms: list[ArmOutcomes]) -> str:
+    """Name the frozen-feature task with the fewest labels."""
+    few = [task for task in arms[0].tasks if task.startswith("fewshot-")]
+    return min(few, key=lambda task: arms[0].tasks[task].metrics["labels"])
+
+
+def champion(arms: list[ArmOutcomes]) -> ArmOutcomes:
+    """Return the arm with the best validation accuracy of frozen features at the fewest labels, baselines aside."""
+    fewest = fewest_labels(arms)
+    return max((a for a in arms if not a.is_baseline), key=lambda a: a.tasks[fewest].metrics["val/top1"])
+
+
+def correct_by_subset(a: ArmOutcomes, b: ArmOutcomes, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Turn two arms' predictions into (subsets, images) bool each, whether they are right, of the same images.
+
+    Raises:
+        LgpError: they were not made on the same subsets and images.
+    """
+    rows = [x.tasks[task].predictions.sort_values(["subset", "id"], ignore_index=True) for x in (a, b)]
+    same = ["subset", "id", "label"]
+    if not rows[0][same].equals(rows[1][same]):
+        raise LgpError(
+            f"the predictions of {a.arm} and {b.arm} in {task} are of different subsets or test images: run "
+            f"{task.partition('-')[0]} of both again on the same prepared data"
+        )
+    subsets = rows[0]["subset"].nunique()
+    first, second = ((r["label"] == r["prediction"]).to_numpy().reshape(subsets, -1) for r in rows)
+    return first, second
+
+
+def accuracy_per_class(predictions: pd.DataFrame, classes: int) -> np.ndarray:
+    """Return accuracy per class in percent over all subsets, (classes,); NaN where test has no image of a class."""
+    correct = (predictions["label"] == predictions["prediction"]).groupby(predictions["label"]).mean()
+    return 100 * correct.reindex(range(classes)).to_numpy(dtype=np.float64)
+
+
+def accuracy_by_depth(outcome: Outcome) -> list[float]:
+    """Return k-NN accuracy in percent after each block, from the metrics of `linear`; empty where it was not asked for."""
+    found = {name: value for name, value in outcome.metrics.items() if name.startswith("test/knn_top1_block")}
+    return [found[f"test/knn_top1_block{b}"] for b in range(len(found))]
+
+
+def worst_mistakes(predictions: pd.DataFrame, most: int) -> pd.DataFrame:
+    """Return the wrong predictions of the first subset that were made with the most confidence, `most` at most."""
+    first = predictions[(predictions["subset"] == 0) & (predictions["label"] != predictions["prediction"])]
+    return first.sort_values(["confidence", "id"], ascending=[False, True]).head(most)

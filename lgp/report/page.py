@@ -1,0 +1,157 @@
+"""The page as Markdown, and the same as one HTML file that works offline."""
+
+import base64
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+from markdown_it import MarkdownIt
+
+from lgp.compute.units import flop_text
+from lgp.data.labels import LabelledImages
+from lgp.evaluate.statistics import Gap, paired_gap
+from lgp.models.files import METRICS
+from lgp.params.file import Params
+from lgp.report.outcomes import ArmOutcomes, champion, correct_by_subset
+from lgp.report.table import task_name, wide_rows
+
+TITLE = "Label efficiency"
+# file → what it shows, in the order of the page
+PICTURES = {
+    "label_efficiency": "Accuracy over labels per class, with 95 % intervals",
+    "accuracy_by_depth": "k-NN accuracy of the features after each block, all labels",
+    "accuracy_per_class": "Accuracy per class at the fewest labels, by the champion's (per_class.csv has all tasks)",
+    "confusion": "Confusion of the champion at the fewest labels, over all subsets",
+    "worst_mistakes": "The champion's most confident mistakes with all labels (linear probe)",
+    "curves": "Training losses, which cannot be compared with each other",
+    "reconstructions": "Reconstructions of the masked autoencoder",
+}
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }
+img { max-width: 100%; }
+code { background: #f3f3f3; padding: 0 .2rem; }
+@media (prefers-color-scheme: dark) {
+  body { background: #1c1c1c; color: #ddd; } code { background: #333; } img { background: #fff; }
+}
+"""
+
+
+def gaps(arms: list[ArmOutcomes]) -> list[tuple[str, str, str, Gap]]:
+    """Compare every two arms in every task on the same subsets and test images: (task, arm ahead, other arm, gap)."""
+    found = []
+    for task in dict.fromkeys(task for a in arms for task in a.tasks):
+        for a, b in itertools.combinations([x for x in reversed(arms) if task in x.tasks], 2):
+            of_a, of_b = correct_by_subset(a, b, task)
+            if of_a.mean() >= of_b.mean():
+                found.append((task, a.arm, b.arm, paired_gap(of_a, of_b)))
+            else:
+                found.append((task, b.arm, a.arm, paired_gap(of_b, of_a)))
+    return found
+
+
+def page_of(
+    params: Params,
+    data: LabelledImages,
+    arms: list[ArmOutcomes],
+    results: pd.DataFrame,
+    folders: Mapping[str, Path],
+    drawn: Sequence[str],
+) -> str:
+    """Write the page.
+
+    Args:
+        params: what ran.
+        data: images and labels.
+        arms: outcomes of all arms.
+        results: the table of `results_table`.
+        folders: arm → folder of its pre-training.
+        drawn: the pictures that were drawn, of `PICTURES`.
+    """
+    header, rows = wide_rows([{str(k): str(v) for k, v in row.items()} for row in results.to_dict("records")])
+    lines = [f"# {TITLE}", "", _setting(params, data), ""]
+    lines.append(
+        "Top-1 accuracy on test in percent, ± half its 95 % interval: over the subsets of labels; of k-NN, the linear "
+        "probe and all that has a single subset over the test images."
+    )
+    lines += ["", *_table(header, rows), *_comparison(arms), *_more_measures(arms), *_compute(folders)]
+    lines += ["", f"Champion (best validation accuracy at the fewest labels): **{champion(arms).arm}**", ""]
+    for name in drawn:
+        lines += [f"**{PICTURES[name]}**", "", f"![{name.replace('_', ' ')}](figures/{name}.png)", ""]
+    return "\n".join(lines)
+
+
+def _comparison(arms: list[ArmOutcomes]) -> list[str]:
+    lines = ["", "## Paired comparison", ""]
+    lines.append(
+        "Both arms of a row have the same subsets and test images. The interval (bootstrap over images, Student's t "
+        "over subsets) is of one pre-training each: another seed moves these numbers too."
+    )
+    compared = [
+        [g.sentence(a, b), task_name(task), f"[{g.low:+.1f}, {g.high:+.1f}]", f"{g.won} of {g.subsets}"]
+        for task, a, b, g in gaps(arms)
+    ]
+    if compared:
+        lines += ["", *_table(["", "labels", "95 % interval", "subsets won"], compared)]
+    return lines
+
+
+def _more_measures(arms: list[ArmOutcomes]) -> list[str]:
+    measures = ("top1", "top5", "ece")
+    rows = [
+        [a.arm, task_name(task), f"{m['subsets']:.0f}", *(_number(m.get(f"test/{measure}")) for measure in measures)]
+        for a in arms
+        for task, m in ((task, outcome.metrics) for task, outcome in a.tasks.items())
+    ]
+    head = ["", "## More measures", "", "On test: top-5 and expected calibration error (15 bins), percent.", ""]
+    return head + _table(["arm", "task", "subsets", "top-1", "top-5", "calibration error"], rows)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _compute(folders: Mapping[str, Path]) -> list[str]:
+    trainings = {arm: json.loads((folder / METRICS).read_text()) for arm, folder in folders.items()}
+    pflop = {arm: m["train/pflop_total"] for arm, m in trainings.items() if "train/pflop_total" in m}
+    head = ["", "## Compute", "", "Pre-training, counted on the first step, what an arm started from included.", ""]
+    return head + _table(["arm", "work"], [[arm, flop_text(1e15 * value)] for arm, value in pflop.items()])
+
+
+def _setting(params: Params, data: LabelledImages) -> str:
+    model, size = params.model, data.image_size
+    counts = ", ".join(f"{len(data.ids(split))} {split}" for split in ("train", "unlabeled", "val", "test"))
+    return (
+        f"`{params.data.source}`: {counts} images of {size}×{size}×{data.channels} in {len(data.classes)} classes. "
+        f"ViT of width {model.width}, depth {model.depth}, {model.heads} heads, patch {model.patch_size}; "
+        f"seed {params.seed}."
+    )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
+
+
+def to_html(markdown: str, title: str, folder: Path) -> str:
+    """Render Markdown to one HTML file with everything in it, pictures too.
+
+    Args:
+        markdown: with tables.
+        title: of the window.
+        folder: the pictures' paths begin here; each is there.
+    """
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+
+    def inlined(found: re.Match[str]) -> str:
+        return f'src="data:image/png;base64,{base64.b64encode((folder / found[1]).read_bytes()).decode()}"'
+
+    body = re.sub(r'src="([^"]+\.png)"', inlined, body)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}</body></html>\n'

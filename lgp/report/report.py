@@ -1,0 +1,91 @@
+"""The report: tables, one page as Markdown and as HTML, pictures."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from safetensors.torch import load_file
+
+from lgp.data.labels import LabelledImages
+from lgp.models.files import CURVES, RECONSTRUCTIONS
+from lgp.params.file import Params
+from lgp.report import figures
+from lgp.report.outcomes import (
+    ArmOutcomes,
+    Inputs,
+    accuracy_by_depth,
+    accuracy_per_class,
+    champion,
+    fewest_labels,
+    worst_mistakes,
+)
+from lgp.report.page import PICTURES, TITLE, page_of, to_html
+from lgp.report.table import per_class_table, results_table, task_name
+
+MISTAKES = 24
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the report is written.
+
+    Attributes:
+        table: results.csv.
+        classes: per_class.csv: arm, task, class, top-1 in percent.
+        page: report.md, which names the pictures as `figures/…`.
+        html: report.html, with the pictures in it.
+        figures: existing folder for the pictures.
+    """
+
+    table: Path
+    classes: Path
+    page: Path
+    html: Path
+    figures: Path
+
+
+def write_report(params: Params, data: LabelledImages, inputs: Inputs, out: Outputs) -> str:
+    """Write the tables, the page twice and the pictures; return the champion's name."""
+    arms = inputs.read()
+    best, results = champion(arms), results_table(arms)
+    results.to_csv(out.table, index=False)
+    per_class_table(arms, data.classes).to_csv(out.classes, index=False)
+    _draw_results(out.figures, arms, best, results, data)
+    _draw_trainings(out.figures, inputs.arms)
+    drawn = [name for name in PICTURES if (out.figures / f"{name}.png").exists()]
+    text = page_of(params, data, arms, results, inputs.arms, drawn)
+    out.page.write_text(text)
+    # the pictures are still where a stage writes them first
+    out.html.write_text(to_html(text.replace("](figures/", f"]({out.figures.name}/"), TITLE, out.figures.parent))
+    return best.arm
+
+
+def _draw_results(
+    folder: Path, arms: list[ArmOutcomes], best: ArmOutcomes, results: pd.DataFrame, data: LabelledImages
+) -> None:
+    classes, fewest = data.classes, fewest_labels(arms)
+    figures.plot_label_efficiency(folder / "label_efficiency.png", results, len(classes))
+    by_depth = {a.arm: accuracy_by_depth(a.tasks["linear"]) for a in arms}
+    if any(by_depth.values()):
+        figures.plot_depth(
+            folder / "accuracy_by_depth.png", {arm: values for arm, values in by_depth.items() if values}
+        )
+    per_class = {
+        a.arm: accuracy_per_class(a.tasks[fewest].predictions, len(classes)) for a in arms if not a.is_baseline
+    }
+    figures.plot_per_class(folder / "accuracy_per_class.png", per_class, classes, best.arm, task_name(fewest))
+    figures.plot_confusion(folder / "confusion.png", best.tasks[fewest].predictions, classes)
+    wrong = worst_mistakes(best.tasks["linear"].predictions, MISTAKES)
+    if len(wrong):
+        images = data.whole(wrong["id"].to_numpy()).permute(0, 2, 3, 1).numpy()
+        figures.plot_mistakes(folder / "worst_mistakes.png", images, wrong, classes, best.arm)
+
+
+def _draw_trainings(folder: Path, arms: Mapping[str, Path]) -> None:
+    curves = {arm: of_arm / CURVES for arm, of_arm in arms.items() if (of_arm / CURVES).exists()}
+    if curves:
+        figures.plot_curves(folder / "curves.png", {arm: pd.read_csv(curve) for arm, curve in curves.items()})
+    pictures = [of_arm / RECONSTRUCTIONS for of_arm in arms.values() if (of_arm / RECONSTRUCTIONS).exists()]
+    if pictures:
+        figures.plot_reconstructions(folder / "reconstructions.png", load_file(pictures[0]))

@@ -1,0 +1,1 @@
+"""One training loop: optimizer and schedule, resume states, progress."""

@@ -1,0 +1,290 @@
+"""The one training loop: counted batches in, loss per epoch out, stoppable and resumable at any step."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from timm.models.vision_transformer import Block
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
+
+from lgp.compute.distributed import agree, average, rank, send_bytes, world_size
+from lgp.compute.interruption import Interrupted, Interruption
+from lgp.data.loading import Batch, CropDataset, loader
+from lgp.errors import LgpError, is_disk_full
+from lgp.params.run import RunParams
+from lgp.training.progress import Progress
+from lgp.training.resume_states import StateStore
+
+CHECK_EVERY = 20  # steps between looks at the loss: each look makes a GPU wait
+SAVE_SHARE = 0.02  # of the time, at most, goes into saving
+GO_ON, SAVE, STOP = range(3)  # requests of a process after a step; all processes follow the largest
+
+Epoch = dict[str, float]
+
+
+class Observer(Protocol):
+    """What logs epochs: experiment tracking."""
+
+    def log_epoch(self, values: Epoch) -> None:
+        """Take `epoch` (from 1), `train/loss` (its mean), `train/lr` (the highest rate of its last step), and more."""
+
+
+@dataclass
+class Progression:
+    """How far a training has come: what a resume state holds beside model and optimizer."""
+
+    step: int = 0
+    loss_sum: float = 0.0  # over the steps of the running epoch
+    train_flops: int = 0  # of the whole training, counted on its first step
+    history: list[Epoch] = field(default_factory=list)
+
+
+class _LossModule(nn.Module):
+    """A loss as the forward pass of its model, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: nn.Module, loss_of: Callable[[Batch], Tensor], precision: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.loss_of, self.precision = model, loss_of, precision
+
+    def forward(self, batch: Batch) -> Tensor:
+        mixed = self.precision != torch.float32
+        with torch.autocast(batch.crops.device.type, self.precision) if mixed else nullcontext():
+            return self.loss_of(batch)
+
+
+@contextmanager
+def _compiled(model: nn.Module) -> Iterator[None]:
+    """Compile the blocks of a model for as long as it trains."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        block.compile()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+
+
+def _nothing_more(_epoch: int) -> Epoch:
+    return {}
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """A model, how to compute its loss, and the batches to train it on.
+
+    Under `torchrun` each process trains on its rows of every batch. The first one alone saves, prints and logs.
+
+    Attributes:
+        name: the stage, for messages.
+        model: on `device`; its state, buffers included, is what a resume state holds.
+        loss_of: a batch's loss, the mean over its images.
+        crops: the batch of each step.
+        optimizer: over the model's trainable parameters.
+        schedule: sets the learning rates of a step.
+        epochs: passes over the images.
+        device: where the model is.
+        precision: of matrix products; weights, losses and norms stay in single precision.
+        settings: the `run` section.
+        store: where resume states are kept; its newest state, if any, is where `fit` goes on.
+        observer: logs every epoch; after a resume, those before it too.
+        after_epoch: called by the first process with an epoch's number, from 1. The observer logs what it measures.
+    """
+
+    name: str
+    model: nn.Module
+    loss_of: Callable[[Batch], Tensor]
+    crops: CropDataset
+    optimizer: Optimizer
+    schedule: CosineLRScheduler
+    epochs: int
+    device: torch.device
+    precision: torch.dtype
+    settings: RunParams
+    store: StateStore
+    observer: Observer
+    after_epoch: Callable[[int], Epoch] = _nothing_more
+
+    def fit(self) -> Progression:
+        """Train to the end, from the newest resume state or from the start.
+
+        Raises:
+            LgpError: the loss stopped being finite; says step and rate, the last good state is kept.
+            Interrupted: something asked to stop; the state is saved.
+        """
+        self.now = Progression()
+        self._resume()
+        for values in self.now.history:
+            self.observer.log_epoch(values)
+        self._unchecked: list[tuple[Tensor, float]] = []
+        self._saved_at, self._save_took = time.monotonic(), 0.0
+        self._disk_full = False
+        self._parts = self.settings.accumulate.get(self.name, 1)
+        self._loss = self._shared(_LossModule(self.model, self.loss_of, self.precision))
+        per_epoch, total = self.crops.steps_per_epoch, self.epochs * self.crops.steps_per_epoch
+        every_s = self.settings.print_every_s if rank() == 0 else None
+        progress = Progress(self.name, self.epochs, per_epoch, self.crops.batch_size, self.now.step, every_s)
+        batches = loader(self.crops, self.now.step, total, self.settings.workers, pin=self.device.type == "cuda")
+        interruption = Interruption()
+        self.model.train()
+        compiled = _compiled(self.model) if self.settings.compile else nullcontext()
+        with interruption.listening(), progress.showing(), compiled:
+            for crops in batches:
+                self._step(crops.to(self.device, non_blocking=True), total)
+                epoch_ends = self.now.step % per_epoch == 0
+                request = agree(STOP if interruption.asked() else SAVE if self._save_due(epoch_ends, total) else GO_ON)
+                if epoch_ends or request or self.now.step % CHECK_EVERY == 0:
+                    progress.step(self.now.step, self._check_losses())
+                if epoch_ends:
+                    self._end_epoch()
+                if request:
+                    self._save()
+                if request == STOP and self.now.step < total:
+                    self._stop(interruption)
+        return self.now
+
+    def _shared(self, loss: _LossModule) -> nn.Module:
+        """Fraction the training among the processes, if there are several: equal weights, averaged gradients."""
+        if world_size() == 1:
+            return loss
+        return DistributedDataParallel(loss, gradient_as_bucket_view=True)
+
+    def _step(self, crops: Tensor, total: int) -> None:
+        step = self.now.step
+        self.schedule.step_update(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        batch = self.crops.batch(step, crops)
+        if step == 0:
+            with FlopCounterMode(display=False) as counter:
+                loss = self._backward(batch)
+            self.now.train_flops = counter.get_total_flops() * world_size() * total
+        else:
+            loss = self._backward(batch)
+        self.optimizer.step()
+        self._unchecked.append((loss, self._rate))
+        self.now.step += 1
+
+    def _backward(self, batch: Batch) -> Tensor:
+        losses = []
+        parts = batch.split(self._parts) if self._parts > 1 else [batch]
+        for i, part in enumerate(parts):
+            # gradients are averaged over the processes once, with the last part
+            with self._alone() if i < len(parts) - 1 else nullcontext():
+                loss: Tensor = self._loss(part) / len(parts)
+                loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def _alone(self) -> AbstractContextManager[None]:
+        return self._loss.no_sync() if isinstance(self._loss, DistributedDataParallel) else nullcontext()
+
+    @property
+    def _rate(self) -> float:
+        return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+    def _check_losses(self) -> float | None:
+        """Read the losses since the last look and return the newest; raise at the first that is not finite."""
+        if not self._unchecked:
+            return None
+        values = average(torch.stack([loss for loss, _ in self._unchecked])).tolist()
+        first = self.now.step - len(values)
+        for i, (value, (_, rate)) in enumerate(zip(values, self._unchecked, strict=True)):
+            if not math.isfinite(value):
+                raise LgpError(
+                    f"{self.name}: the loss is {value} at step {first + i}, learning rate {rate:.3g}: lower the "
+                    f"learning rate of {self.name} or lengthen its warm-up{self._kept()}"
+                )
+        self._unchecked.clear()
+        self.now.loss_sum += math.fsum(values)
+        return float(values[-1])
+
+    def _kept(self) -> str:
+        return f"; the last good state is kept in {self.store.folder}" if self.store.has_state() else ""
+
+    def _end_epoch(self) -> None:
+        epoch = len(self.now.history) + 1
+        values = {
+            "epoch": float(epoch),
+            "train/loss": self.now.loss_sum / self.crops.steps_per_epoch,
+            "train/lr": self._rate,
+        }
+        if rank() == 0:
+            values |= self.after_epoch(epoch)
+            self.model.train()
+        self.now.loss_sum = 0.0
+        self.now.history.append(values)
+        self.observer.log_epoch(values)
+
+    def _save_due(self, epoch_ends: bool, total: int) -> bool:
+        """Tell whether to save now.
+
+        The last step is always saved. Else a state is due at the end of an epoch and after `run.save_every_s`, unless
+        saving would take more than `SAVE_SHARE` of the time.
+        """
+        if rank() > 0:  # the clock of the one that saves decides
+            return False
+        since = time.monotonic() - self._saved_at
+        worthwhile = self._save_took <= SAVE_SHARE * since
+        return self.now.step == total or (worthwhile and (epoch_ends or since >= self.settings.save_every_s))
+
+    def _save(self) -> None:
+        """Save a resume state, unless a weight is not finite; a full disk is told and training goes on."""
+        started = time.monotonic()
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise LgpError(
+                f"{self.name}: a weight stopped being finite by step {self.now.step}, learning rate {self._rate:.3g}: "
+                f"lower the learning rate of {self.name}{self._kept()}"
+            )
+        if rank() == 0:
+            self._write()
+        self._saved_at = time.monotonic()
+        self._save_took = self._saved_at - started
+
+    def _write(self) -> None:
+        try:
+            self.store.save(self._state())
+        except OSError as e:
+            if not is_disk_full(e):
+                raise
+            if not self._disk_full:
+                print(f"{self.name}: disk full, states are not saved; the last one stays, training goes on", flush=True)
+            self._disk_full = True
+        else:
+            self._disk_full = False
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progression": vars(self.now),
+            "precision": str(self.precision),
+        }
+
+    def _stop(self, interruption: Interruption) -> None:
+        saved = "the disk is full, its last state is older" if self._disk_full else "its state is saved"
+        reason = interruption.reason or "another process"
+        raise Interrupted(
+            f"{self.name}: stopped at step {self.now.step} ({reason}), {saved}: run the same command again to go on",
+            128 + interruption.signal,
+        )
+
+    def _resume(self) -> None:
+        payload = send_bytes(self.store.read() if rank() == 0 else None)
+        if payload is None:
+            return
+        state = StateStore.decode(payload)
+        self.model.load_state_dict(state["model"], strict=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.now = Progression(**state["progression"])
+        if rank() == 0:
+            print(f"{self.name}: going on from step {self.now.step}", flush=True)
+            if state["precision"] != str(self.precision):
+                print(f"warning: {self.name} was in {state['precision']} so far, now in {self.precision}", flush=True)

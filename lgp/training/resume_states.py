@@ -1,0 +1,185 @@
+"""Resume states: what an interrupted training goes on from. Light: torch is imported with the first state."""
+
+import hashlib
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+from lgp.errors import LgpError
+
+DIGEST_BYTES = 32
+
+
+class _Digesting:
+    """A file that digests what is written to it, and keeps its error, of which `torch.save` makes another."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as e:
+            self.error = e
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _payload(path: Path) -> bytes | None:
+    """Return what a file holds before its digest, None if it is missing or torn."""
+    if not path.exists():
+        return None
+    data = path.read_bytes()
+    payload = data[:-DIGEST_BYTES]
+    return payload if hashlib.sha256(payload).digest() == data[-DIGEST_BYTES:] else None
+
+
+class StateStore:
+    """The resume state of one training: two files in turn, each followed by its digest, under locks.
+
+    A state that is torn (power loss in the middle of a write) is noticed by its digest, and the one
+    before it used. Code that differs writes files of other names, so its states are kept, not used, unless asked for.
+    """
+
+    def __init__(self, folder: Path, code_digest: str) -> None:
+        """Keep states of this code in `folder`, made when it is first needed."""
+        self.folder = folder
+        self.latest = folder / f"state-{code_digest[:16]}.pt"
+        self.previous = self.latest.with_suffix(".previous.pt")
+        self.run_id_file = folder / f"run_id-{code_digest[:16]}"
+        self.adopted_file = folder / f"adopted-{code_digest[:16]}"
+        # two trainers clash over a state (the same parameters) or over a result (the same stage in the same folder;
+        # DVC's experiments run in folders of their own, and share this one's states)
+        here = hashlib.sha256(os.getcwd().encode()).hexdigest()[:16]
+        self._locks = [FileLock(folder.parent / f"{name}.lock") for name in (folder.name, f"in-{here}")]
+        self._code_digest = code_digest
+
+    def part(self, name: str) -> "StateStore":
+        """Return the store of one of several trainings of a stage, which share locks and end."""
+        return StateStore(self.folder / name, self._code_digest)
+
+    def acquire(self) -> None:
+        """Take the locks; raise `LgpError` with the holder's process id where another trainer has one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for lock in self._locks:
+            holder = Path(lock.lock_file).with_suffix(".pid")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                self._release()
+                pid = holder.read_text().strip() if holder.exists() else "unknown"
+                raise LgpError(
+                    f"process {pid} is training the same thing (it holds {lock.lock_file}): wait for it, or stop it"
+                ) from None
+            holder.write_text(f"{os.getpid()}\n")
+
+    def _release(self) -> None:
+        for lock in self._locks:
+            lock.release()
+
+    def adopt(self) -> None:
+        """Go on from the newest state that other code wrote, if this code has none.
+
+        Raises:
+            LgpError: there is none.
+        """
+        if self.has_state():
+            return
+        newest: dict[Path, Path] = {}
+        for path in sorted(self.folder.rglob("state-*.pt"), key=lambda path: path.stat().st_mtime):
+            if _payload(path) is not None:
+                newest[path.parent] = path
+        if not newest:
+            raise LgpError(f"nothing to resume: no whole state of these parameters and inputs in {self.folder}")
+        writers = {state.name.removeprefix("state-").split(".")[0] for state in newest.values()}
+        self.adopted_file.write_text(", ".join(sorted(writers)))
+        for folder, state in newest.items():
+            copied = folder / f"{self.latest.stem}.new"
+            shutil.copy(state, copied)
+            copied.replace(folder / self.latest.name)
+
+    def adopted(self) -> str | None:
+        """Return the digest of the code that wrote the state which this training once went on from, if it did so."""
+        return self.adopted_file.read_text() if self.adopted_file.exists() else None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a state durably (write, fsync, rename, fsync the folder).
+
+        Raises:
+            OSError: as the file system does; the states before stay usable.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        new = self.latest.with_suffix(".new")
+        try:
+            with new.open("wb") as file:
+                self._write(state, file)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
+        if self.latest.exists():
+            self.latest.replace(self.previous)
+        new.replace(self.latest)
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    @staticmethod
+    def _write(state: dict[str, Any], file: BinaryIO) -> None:
+        import torch
+
+        digesting = _Digesting(file)
+        try:
+            torch.save(state, digesting)  # type: ignore[arg-type]  # it only writes and flushes
+        except RuntimeError:
+            if digesting.error is None:
+                raise
+            raise digesting.error from None
+        file.write(digesting.sha256.digest())
+        file.flush()
+        os.fsync(file.fileno())
+
+    def read(self) -> bytes | None:
+        """Return the newest whole state as `decode` takes it, or None."""
+        for path in (self.latest, self.previous):
+            payload = _payload(path)
+            if payload is not None:
+                return payload
+            path.unlink(missing_ok=True)  # torn, and not to take the place of a whole one when the next is saved
+        return None
+
+    @staticmethod
+    def decode(payload: bytes) -> dict[str, Any]:
+        """Return a state, its tensors on the CPU."""
+        import torch
+
+        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        return state
+
+    def has_state(self) -> bool:
+        """Whether an interrupted training left a state."""
+        return any(self.folder.rglob(f"{self.latest.stem}*.pt"))
+
+    def forget(self) -> None:
+        """Remove the states of this code, of all parts."""
+        for path in (*self.folder.rglob(f"{self.latest.stem}.*"), self.adopted_file):
+            path.unlink(missing_ok=True)
+
+    def close(self, succeeded: bool) -> None:
+        """Give the lock back; after success forget the states, and remove the folder once nothing in it is of use."""
+        if succeeded:
+            self.forget()
+        if not self.has_state():
+            self.run_id_file.unlink(missing_ok=True)
+        if not any(self.folder.rglob("state-*")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._release()

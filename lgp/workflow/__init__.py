@@ -1,0 +1,1 @@
+"""What surrounds a stage: inputs, publishing, provenance, tracking."""

@@ -1,0 +1,95 @@
+"""A project of the user's own: the files that `dvc repro` needs, in a folder outside the tool's repository."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from lgp.errors import LgpError
+from lgp.workflow.presets import use
+from lgp.workflow.source import source_root
+
+PIPELINE = ("dvc.yaml", "controls/dvc.yaml", ".dvcignore")
+IGNORED = """# written by the pipeline; DVC keeps what belongs together
+/inputs/
+/data/
+/models/
+/predictions/
+/reports/champion.json
+/reports/report.html
+.partial.*
+/.lgp/
+/.venv/
+/mlflow.db*
+/mlartifacts/
+/mlruns/
+dvc_plots/
+"""
+
+
+def init_project(folder: Path, preset: str, git: bool) -> list[str]:
+    """Write a project's files into a folder, and make it a DVC repository.
+
+    Args:
+        folder: made if missing; holds neither a project nor a DVC repository yet.
+        preset: the parameters to begin with.
+        git: make it a git repository too, where it is in none.
+
+    Returns:
+        What was done and what to do next, a line each.
+
+    Raises:
+        LgpError: a file to write exists already, no such preset, or git or DVC fails.
+    """
+    targets = ("params.yaml", ".dvc", *PIPELINE)
+    there = [name for name in targets if (folder / name).exists()]
+    if there:
+        raise LgpError(f"{folder.resolve()} has {', '.join(there)} already: choose an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    use(preset, folder / "params.yaml", force=False)
+    for name in PIPELINE:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source_root() / name, folder / name)
+    ignore = folder / ".gitignore"
+    before = ignore.read_text(encoding="utf-8") if ignore.exists() else ""
+    ignore.write_text(before + IGNORED, encoding="utf-8")
+    if git and not _in_git(folder):
+        _run(["git", "init", "--quiet"], folder)
+    dvc = [sys.executable, "-m", "dvc"]
+    _run(
+        [*dvc, "init", "--quiet", *(["--subdir"] if _below_git(folder) else [] if _in_git(folder) else ["--no-scm"])],
+        folder,
+    )
+    for key in ("core.analytics", "core.autostage"):
+        _run([*dvc, "config", key, "false"], folder)
+    lines = [f"{folder.resolve()} is a project now, with the parameters of the preset {preset}"]
+    if not _in_git(folder):
+        lines.append("it is not in git: `dvc repro` works, `dvc exp` needs `lgp init --git`")
+    return [*lines, "next: set data.source in params.yaml to your images, then `dvc repro`"]
+
+
+def _in_git(folder: Path) -> bool:
+    return _git_top(folder) is not None
+
+
+def _below_git(folder: Path) -> bool:
+    top = _git_top(folder)
+    return top is not None and top != folder.resolve()
+
+
+def _git_top(folder: Path) -> Path | None:
+    try:
+        asked = subprocess.run(["git", "rev-parse", "--show-toplevel"], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return None
+    return Path(asked.stdout.strip()).resolve() if asked.returncode == 0 else None
+
+
+def _run(command: list[str], folder: Path) -> None:
+    try:
+        subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except OSError as e:
+        raise LgpError(f"{command[0]} cannot be run ({e.strerror}): install it") from None
+    except subprocess.CalledProcessError as e:
+        said = " ".join((e.stderr or e.stdout).split())[-300:]
+        raise LgpError(f"`{' '.join(command)}` failed in {folder.resolve()}: {said}") from None

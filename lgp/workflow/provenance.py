@@ -1,0 +1,43 @@
+"""Digests of what went into a result: parameters, inputs, commit. The code's digest is `lgp.workflow.code_digest`."""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lgp.compute.digests import file_digest
+from lgp.params.file import Params, section_values
+
+
+def input_digest(path: Path) -> str:
+    """Digest an input: a file, or a folder by all its files; prepared images and labels by the digest they carry."""
+    if path.is_file():
+        return file_digest(path)
+    meta = path / "meta.json"
+    if meta.exists():
+        return str(json.loads(meta.read_text())["digest"])
+    whole = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        whole.update(f"{file.relative_to(path)} {file_digest(file)}\n".encode())
+    return whole.hexdigest()
+
+
+def params_digest(params: Params, sections: Iterable[str]) -> str:
+    """Digest the sections of the parameters that a stage reads."""
+    return hashlib.sha256(json.dumps(section_values(params, sections), sort_keys=True).encode()).hexdigest()
+
+
+def git_state(root: Path) -> dict[str, Any]:
+    """Return commit (or `unknown`) and whether the code differs from it (results that a run rewrites do not count)."""
+
+    def git(*args: str) -> str | None:
+        try:
+            result = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return result.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit or "unknown", "dirty": bool(git("status", "--porcelain", "--", "lgp", "stages", "cli.py"))}

@@ -1,0 +1,110 @@
+"""Publishing: what a stage writes of a trained, imported or untrained arm, and of an evaluation."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+
+from lgp.data.storage import Images
+from lgp.evaluate.outcome import Outcome
+from lgp.models.encoder_folder import save_encoder, save_pixels
+from lgp.models.files import CURVES, ENCODER, METRICS, PROVENANCE, encoder_digest
+from lgp.models.heads_file import save_heads
+from lgp.models.interchange import PROJECTOR_FIRST_FC, Imported
+from lgp.pretrain.arm import Pretrained
+from lgp.workflow.stage import StageRun
+
+CURVE_COLUMNS = ["epoch", "train/loss", "train/lr"]  # without the online k-NN, which a key of `run` sets
+
+
+def publish_arm(run: StageRun, folder: Path, result: Pretrained, data: Images, starts: Sequence[Path] = ()) -> None:
+    """Write a trained arm, and log its encoder as a model of the registry.
+
+    Args:
+        run: the stage.
+        folder: of the arm: gets `encoder/`, the heads, `curves.csv` and `metrics.json`.
+        result: the finished pre-training.
+        data: the images it was trained on.
+        starts: encoder folders that it started from; their compute counts into `train/pflop_total`.
+    """
+    out, model, history = run.out(folder), result.model, result.progression.history
+    save_heads(out, model.heads(), model.first_fc())
+    with (out / CURVES).open("w", newline="") as file:
+        writer = csv.DictWriter(file, CURVE_COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**row, "epoch": int(row["epoch"])} for row in history)
+    pflop = result.progression.train_flops / 1e15
+    values = {
+        "train/loss": round(history[-1]["train/loss"], 6),
+        "train/pflop": round(pflop, 9),
+        "train/pflop_total": round(pflop + sum(_pflop_of(start) for start in starts), 9),
+        **result.checks,
+        "encoder_parameters": sum(p.numel() for p in model.encoder.parameters()),
+    }
+    provenance = run.provenance | {"computed": dict(result.computed), "metrics": values}
+    _publish_encoder(run, folder, model.encoder, data, provenance)
+
+
+def publish_imported(run: StageRun, folder: Path, imported: Imported, data: Images) -> None:
+    """Write an imported encoder as an arm, and log it as a model of the registry.
+
+    Args:
+        run: the stage.
+        folder: of the arm: gets `encoder/`, `metrics.json`, and the projector, if there is one, as heads.
+        imported: encoder and projector.
+        data: the images it will be evaluated on, whose mean and deviation it is saved with.
+    """
+    first_fc = PROJECTOR_FIRST_FC if PROJECTOR_FIRST_FC in imported.projector else None
+    save_heads(run.out(folder), imported.projector, first_fc)
+    values = {"encoder_parameters": sum(p.numel() for p in imported.encoder.parameters())}
+    provenance = run.provenance | {"layout": imported.layout, "metrics": values}
+    _publish_encoder(run, folder, imported.encoder, data, provenance)
+
+
+def publish_baseline(run: StageRun, folder: Path, encoder: VisionTransformer | None, data: Images) -> None:
+    """Write an arm that nobody trains: an untrained encoder, or raw pixels in its place.
+
+    Args:
+        run: the stage.
+        folder: of the arm: gets `encoder/`, empty heads and `metrics.json`.
+        encoder: with random weights, None for raw pixels.
+        data: the images it will be evaluated on.
+    """
+    save_heads(run.out(folder), {}, None)
+    parameters = 0 if encoder is None else sum(p.numel() for p in encoder.parameters())
+    values: dict[str, Any] = {"encoder_parameters": parameters}
+    _publish_encoder(run, folder, encoder, data, run.provenance | {"metrics": values})
+
+
+def _publish_encoder(
+    run: StageRun, folder: Path, encoder: VisionTransformer | None, data: Images, provenance: dict[str, Any]
+) -> None:
+    out = run.out(folder)
+    if encoder is None:
+        save_pixels(out / ENCODER, data, provenance)
+    else:
+        save_encoder(out / ENCODER, encoder, run.params.model, run.params.data, data, provenance)
+        run.tracker.will_register(folder / ENCODER, run.spec.arm, encoder_digest(out / ENCODER))
+    run.write_metrics(out / METRICS, provenance["metrics"])
+
+
+def _pflop_of(encoder: Path) -> float:
+    """Return the compute that went into an encoder, 0 where nobody counted it (an imported one)."""
+    provenance = json.loads((encoder / PROVENANCE).read_text())
+    return float(provenance["metrics"].get("train/pflop_total", 0))
+
+
+def publish_outcome(
+    run: StageRun, encoder: Path, metrics: Path, predictions: Path, outcome: Outcome, classes: list[str]
+) -> None:
+    """Write the metric file and the predictions, and track both, with the confusion matrix as a picture.
+
+    The metrics name the encoder by its digest, so that they differ wherever it does.
+    """
+    outcome.predictions.to_parquet(run.out(predictions), index=False)
+    run.write_metrics(run.out(metrics), {**outcome.metrics, "encoder": encoder_digest(encoder)})
+    print(f"{run.spec.arm} / {run.spec.task}: {outcome.metrics['test/top1']:.1f} % top-1 on test", flush=True)
+    run.tracker.log_confusion(outcome.predictions, classes)

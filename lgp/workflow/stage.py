@@ -1,0 +1,232 @@
+"""What surrounds the work of a stage: digests before and after, tracking, publishing the results whole.
+
+Light: torch and MLflow are imported only when a stage works or logs.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lgp.compute.launch import WorkerDone, launch, launched, launched_rank
+from lgp.errors import LgpError, check_disk_space
+from lgp.models.files import WEIGHTS, encoder_digest, no_encoder
+from lgp.params.file import Params, load_params, restricted, section_values
+from lgp.training.resume_states import StateStore
+from lgp.workflow import tracking
+from lgp.workflow.code_digest import code_digest
+from lgp.workflow.provenance import git_state, input_digest, params_digest
+from lgp.workflow.source import source_root
+
+RESUME = Path(".lgp") / "resume"
+RESERVE_BYTES = 64 * 2**20  # what tracking, metrics and pictures may need beside the results
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """A stage as it is called once.
+
+    Attributes:
+        name: mim, fewshot, …; also the name of its file in `stages/`.
+        sections: of the parameters that it reads; it sees no others, `run` aside.
+        reads: inputs, files or folders; all must exist.
+        writes: outputs, files or folders.
+        arm: whose encoder it is about, if any.
+        task: pretrain, linear, fewshot-1pct, …
+        trains: whether it is a training, which several processes may share and `resume` may continue.
+    """
+
+    name: str
+    sections: Sequence[str]
+    reads: Sequence[Path]
+    writes: Sequence[Path]
+    arm: str
+    task: str
+    trains: bool = False
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A running stage: its parameters, where to write, how to log."""
+
+    spec: StageSpec
+    params: Params
+    provenance: dict[str, Any]
+    tracker: "tracking.Tracker"
+    store: StateStore
+    _partial: dict[Path, Path]
+
+    def out(self, path: Path) -> Path:
+        """Return where to write the output `path`; it is moved there when the stage ends well."""
+        return self._partial[path]
+
+    def tag_upstream(self, encoder: Path) -> None:
+        """Tag the tracked run with the one that trained the encoder in this folder."""
+        self.tracker.tag_upstream(encoder_digest(encoder))
+
+    def write_metrics(self, written: Path, metrics: dict[str, Any]) -> None:
+        """Write a metric file (at or below an `out` path), and track its numbers."""
+        written.write_text(json.dumps(metrics, indent=2) + "\n")
+        # the loss is tracked epoch by epoch already
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "train/loss"}
+        self.tracker.log_metrics(numbers)
+
+
+@contextmanager
+def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool = False) -> Iterator[StageRun]:
+    """Run the block as a stage.
+
+    `fresh` forgets what an interrupted run of it left. `resume` goes on from it though other code wrote it.
+
+    Inputs, parameters and code are digested at the start and compared at the end: DVC records them as they are when a
+    command ends, so a stage whose inputs changed while it ran fails, naming them.
+
+    Raises:
+        LgpError: parameters or inputs are not right, another process runs the same stage on the same inputs, or
+            something it reads changed meanwhile.
+    """
+    if fresh and resume:
+        raise LgpError("--fresh ignores what an interrupted run left, --resume goes on from it: choose one")
+    params = load_params(params_file)
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    if launched() and not spec.trains:
+        raise LgpError(f"{spec.name} runs in one process: call it without torchrun")
+    for path in spec.reads:
+        if not path.exists():
+            raise LgpError(f"{spec.name} needs {path}, which does not exist: {_remedy(path)}, or `dvc repro`")
+    if spec.trains and params.run.processes > 1 and not launched():
+        launch(spec.name, params.run.processes)
+    seen = restricted(params, spec.sections)
+    if launched_rank() > 0:
+        yield from _as_worker(spec, seen, root)
+        return
+    check_disk_space(root, RESERVE_BYTES)
+    before = _digests(spec, params)
+    git = git_state(source_root())
+    provenance = {
+        "stage": spec.name,
+        "arm": spec.arm,
+        "task": spec.task,
+        "params": section_values(params, spec.sections),
+        "digests": before,
+        "torch": version("torch"),
+        **git,
+    }
+    key = sha256(json.dumps([before["parameters"], before["inputs"]], sort_keys=True).encode()).hexdigest()[:16]
+    store = StateStore(root / RESUME / f"{spec.arm}-{spec.task}" / key, before["code"])
+    store.acquire()
+    succeeded = False
+    partial: dict[Path, Path] = {}
+    try:
+        _choose_state(store, spec.name, fresh, resume)
+        if store.adopted():
+            provenance["resumed_from_code"] = store.adopted()
+        partial = {path: _start_output(path) for path in spec.writes}
+        with tracking.tracked(_description(spec, params, before, git), root, store.run_id_file) as tracker:
+            yield StageRun(spec, seen, provenance, tracker, store, partial)
+            _check_unchanged(spec, before, params_file)
+            for path, written in partial.items():
+                _publish(written, path)
+            # only what is published and true may be registered
+            tracker.register()
+        succeeded = True
+    finally:
+        for written in partial.values():
+            _remove(written)
+        store.close(succeeded)
+
+
+def _choose_state(store: StateStore, name: str, fresh: bool, resume: bool) -> None:
+    """Forget, adopt or keep the resume states, as the options say."""
+    if fresh:
+        store.forget()
+    if resume:
+        store.adopt()
+    elif not fresh and not store.has_state() and any(store.folder.rglob("state-*.pt")):
+        print(f"{name}: other code left a state of this training, which is not used without --resume", flush=True)
+    if not store.has_state():
+        store.run_id_file.unlink(missing_ok=True)
+
+
+def _description(spec: StageSpec, params: Params, digests: dict[str, Any], git: dict[str, Any]) -> tracking.Description:
+    """Describe the run for tracking: name, tags, and the parameters that the stage reads."""
+    tags = {
+        "stage": spec.name,
+        "arm": spec.arm,
+        "task": spec.task,
+        "git_commit": git["commit"],
+        "git_dirty": str(git["dirty"]).lower(),
+        "params_digest": digests["parameters"],
+        "code_digest": digests["code"],
+        "data_digest": next((d for p, d in digests["inputs"].items() if p.endswith("prepared")), ""),
+        "dvc_experiment": os.environ.get("DVC_EXP_NAME", ""),
+        "mlflow.source.name": f"lgp {spec.name}",
+    }
+    values = tracking.flatten(section_values(params, spec.sections)) | {"arm": spec.arm, "task": spec.task}
+    tags = {name: value for name, value in tags.items() if value}
+    return tracking.Description(spec.arm, spec.task, tags, values, params.run.tracking_uri, params.run.experiment)
+
+
+def _as_worker(spec: StageSpec, params: Params, root: Path) -> Iterator[StageRun]:
+    """Take part in a training whose first process alone reads states, logs and writes."""
+    store = StateStore(root / RESUME, "worker")
+    with contextlib.suppress(WorkerDone):
+        yield StageRun(spec, params, {}, tracking.Untracked(), store, {})
+
+
+def _remedy(path: Path) -> str:
+    if path.name == WEIGHTS:
+        return no_encoder(path.parent)
+    return (
+        f"run `lgp {'labels' if path.name == 'labels' else 'prepare'}`"
+        if path.parts[0] == "data"
+        else ("run the stage that writes it")
+    )
+
+
+def _digests(spec: StageSpec, params: Params) -> dict[str, Any]:
+    return {
+        "parameters": params_digest(params, spec.sections),
+        "inputs": {path.as_posix(): input_digest(path) for path in spec.reads},
+        "code": code_digest(spec.name),
+    }
+
+
+def _check_unchanged(spec: StageSpec, before: dict[str, Any], params_file: Path) -> None:
+    after = _digests(spec, load_params(params_file))
+    changed = [name for name in ("parameters", "code") if after[name] != before[name]]
+    changed += [path for path, digest in after["inputs"].items() if digest != before["inputs"][path]]
+    if changed:
+        raise LgpError(
+            f"{spec.name}: {', '.join(changed)} changed while it ran, so its result belongs to neither state and is "
+            "not kept: run again"
+        )
+
+
+def _start_output(path: Path) -> Path:
+    """Return where an output is written first: beside its place, so that moving it there is one rename."""
+    partial = path.with_name(f".partial.{path.name}")  # the suffix stays: some libraries go by it
+    _remove(partial)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    if not path.suffix:
+        partial.mkdir()
+    return partial
+
+
+def _publish(written: Path, path: Path) -> None:
+    _remove(path)
+    written.replace(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

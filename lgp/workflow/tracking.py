@@ -1,0 +1,392 @@
+"""Experiment tracking, the only module that imports mlflow (the file that a registered model carries aside).
+
+MLflow is a view of the files that the stages write. Where it is absent or does not answer, a stage says so
+once and writes JSON lines instead; nothing that was computed is lost.
+"""
+
+import io
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, redirect_stderr
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from filelock import FileLock
+
+from lgp.errors import LgpError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+T = TypeVar("T")
+REGISTRY = "lgp-encoder"
+CHAMPION = "champion"
+FLUSH_EVERY_S = 2.0
+REGISTERED_CODE = Path(__file__).with_name("registered_encoder.py")
+
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # a server that is down must not hold up a training for minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # a stage prints its own few lines
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+def _configure() -> None:
+    """Set what MLflow reads from the environment when it is imported, where the user has not."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def store_uri(configured: str | None, root: Path) -> str:
+    """Return the tracking address: `MLFLOW_TRACKING_URI`, else the parameter, else SQLite in `root`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or configured or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+
+
+class _Mlflow:
+    """One open run of an MLflow store."""
+
+    def __init__(self, uri: str, experiment: str, root: Path) -> None:
+        _configure()
+        import mlflow
+
+        self.mlflow = mlflow
+        self.run_id = ""
+        (root / ".lgp").mkdir(exist_ok=True)
+        # the client creates the tables of a fresh store at once; two processes that both do crash
+        with FileLock(root / ".lgp" / "mlflow.lock"):
+            if uri.startswith("sqlite:///"):
+                with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
+                    database.execute("PRAGMA journal_mode=WAL")
+            mlflow.set_tracking_uri(uri)
+            self.client = mlflow.MlflowClient(uri)
+            self.experiment_id = self._open_experiment(uri, experiment, root)
+
+    def _open_experiment(self, uri: str, experiment: str, root: Path) -> str:
+        found = self.client.get_experiment_by_name(experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        local = (root / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite:///") else None
+        return str(self.client.create_experiment(experiment, artifact_location=local))
+
+    def start(self, name: str, tags: dict[str, str], params: dict[str, str], resume: str | None) -> str:
+        from mlflow.entities import Param
+
+        self.logged_epochs = 0
+        if resume is not None and self._reopen(resume):
+            history = self.client.get_metric_history(resume, "train/loss")
+            self.logged_epochs = max((m.step for m in history), default=0)
+            return self.run_id
+        run = self.client.create_run(self.experiment_id, tags=tags, run_name=name)
+        self.run_id = str(run.info.run_id)
+        self.client.log_batch(self.run_id, params=[Param(k, v[:6000]) for k, v in params.items()])
+        return self.run_id
+
+    def _reopen(self, run_id: str) -> bool:
+        """Go on with a run; False where this store does not know it (the address changed meanwhile)."""
+        try:
+            self.client.update_run(run_id, status="RUNNING")
+        except self.mlflow.exceptions.MlflowException:
+            return False
+        self.run_id = run_id
+        return True
+
+    def log(self, rows: list[tuple[int, dict[str, float]]]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, float(value), now, step) for step, values in rows for name, value in values.items()]
+        for start in range(0, len(metrics), 1000):
+            self.client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+
+    def log_encoder(self, folder: Path, tags: dict[str, str]) -> str:
+        """Log an encoder folder as a model and register it; return its version."""
+        import numpy as np
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+        config = json.loads((folder / "config.json").read_text())
+        channels, height, width = config["pretrained_cfg"]["input_size"]
+        signature = ModelSignature(
+            inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, height, width, channels))]),
+            outputs=Schema([TensorSpec(np.dtype("float32"), (-1, config["num_features"]))]),
+        )
+        with self.mlflow.start_run(run_id=self.run_id), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")  # it asks for an input example, which would load the model
+            info = self.mlflow.pyfunc.log_model(
+                name=f"encoder-{tags['arm']}",
+                python_model=str(REGISTERED_CODE),
+                artifacts={"encoder": str(folder)},
+                pip_requirements=[f"{p}=={version(p)}" for p in ("mlflow", "timm", "torch", "torchvision", "numpy")],
+                signature=signature,
+                registered_model_name=REGISTRY,
+            )
+        # leaving the block above has ended the run, which goes on
+        self.client.update_run(self.run_id, status="RUNNING")
+        number = str(info.registered_model_version)
+        for key, value in tags.items():
+            self.client.set_model_version_tag(REGISTRY, number, key, value)
+        return number
+
+    def version_of(self, encoder_digest: str) -> str | None:
+        """Return the newest registered version with this digest."""
+        found = self.client.search_model_versions(f"name='{REGISTRY}' and tag.encoder_digest='{encoder_digest}'")
+        return max((str(v.version) for v in found), key=int, default=None)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a run is: whose and which task, tags, parameters; and where it is tracked.
+
+    Attributes:
+        arm: whose encoder it is about.
+        task: pretrain, linear, fewshot-1pct, …
+        tags: name → text.
+        values: parameters, `section.key` → text.
+        uri: of the store, None for the project's own.
+        experiment: of MLflow.
+    """
+
+    arm: str
+    task: str
+    tags: dict[str, str]
+    values: dict[str, str]
+    uri: str | None
+    experiment: str
+
+
+class Tracker:
+    """One run of one stage, in MLflow or, where that fails, in a file of JSON lines.
+
+    The run opens with the first thing that is logged, so a stage that fails before leaves no run.
+    """
+
+    def __init__(self, description: Description, root: Path, resume_file: Path) -> None:
+        """Prepare a run; `resume_file` holds the id of the run to go on with, where there is one, and takes this one's."""
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        file = f"{description.arm}-{description.task}-{stamp}-{os.getpid()}.jsonl"
+        self._description, self._root, self._resume_file = description, root, resume_file
+        self._mlflow: _Mlflow | None = None
+        self._opened = False
+        self._lines = root / ".lgp" / "tracking" / file
+        self._epochs: list[tuple[int, dict[str, float]]] = []
+        self._upstream: str | None = None
+        self._flushed = time.monotonic()
+        self._to_register: tuple[Path, dict[str, str]] | None = None
+
+    def attempt(self, action: Callable[[_Mlflow], T], record: dict[str, Any]) -> T | None:
+        """Do something in MLflow. Where that fails, warn once, and from then on write `record` to the file."""
+        if not self._opened:
+            self._open()
+        if self._mlflow is not None:
+            try:
+                return action(self._mlflow)
+            except Exception as e:  # noqa: BLE001 - whatever goes wrong with tracking must not end a training
+                self._give_up(e)
+        if record:
+            self._lines.parent.mkdir(parents=True, exist_ok=True)
+            with self._lines.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        return None
+
+    def _open(self) -> None:
+        """Connect to the store, and open the run or go on with it."""
+        self._opened = True
+        about = self._description
+        uri, name = store_uri(about.uri, self._root), f"{about.arm} / {about.task}"
+        try:
+            self._mlflow = _Mlflow(uri, about.experiment, self._root)
+        except Exception as e:  # noqa: BLE001
+            self._give_up(e)
+        resume = self._resume_file.read_text().strip() if self._resume_file.exists() else None
+        started = self.attempt(
+            lambda m: m.start(name, about.tags, about.values, resume),
+            {"run": name, "tags": about.tags, "params": about.values},
+        )
+        if started:
+            self._resume_file.write_text(f"{started}\n")
+
+    def _give_up(self, reason: Exception) -> None:
+        """Go on without MLflow."""
+        self._mlflow = None
+        text = " ".join(str(reason).split())[:200]
+        print(
+            f"warning: MLflow tracking failed ({type(reason).__name__}: {text}); writing to {self._lines}", flush=True
+        )
+
+    def log_epoch(self, values: dict[str, float]) -> None:
+        """Take the values of one epoch (key `epoch`, from 1); sent on every few seconds, for calls are slow."""
+        epoch = int(values["epoch"])
+        if not self._opened:
+            self._open()
+        if self._mlflow is not None and epoch <= self._mlflow.logged_epochs:
+            return
+        self._epochs.append((epoch, {k: v for k, v in values.items() if k != "epoch"}))
+        if time.monotonic() - self._flushed >= FLUSH_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send the epochs taken so far."""
+        rows, self._epochs = self._epochs, []
+        if rows:
+            self.attempt(lambda m: m.log(rows), {"epochs": rows})
+        self._flushed = time.monotonic()
+
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        """Log final metrics, all in one call; the first is the headline of the compare page."""
+        self.attempt(lambda m: m.log([(0, metrics)]), {"metrics": metrics})
+
+    def log_figure(self, path: Path) -> None:
+        """Log a picture (or page) at the artifact root, where the compare page looks."""
+        self.attempt(lambda m: m.client.log_artifact(m.run_id, str(path)), {"figure": str(path)})
+
+    def log_confusion(self, predictions: "pd.DataFrame", classes: list[str]) -> None:
+        """Draw and log the confusion matrix."""
+        self._log_drawing("confusion.png", lambda figures, path: figures.plot_confusion(path, predictions, classes))
+
+    def log_reconstructions(self, images: "Mapping[str, Tensor]") -> None:
+        """Draw and log what a masked autoencoder paints in."""
+        self._log_drawing("reconstructions.png", lambda figures, path: figures.plot_reconstructions(path, images))
+
+    def log_conflict(self, conflict: "pd.DataFrame") -> None:
+        """Draw and log the distribution of gradient cosines per block, and log their medians."""
+        medians = conflict.groupby("block", sort=False)["cosine"].median()
+        self.log_metrics({f"cosine/{part}": float(value) for part, value in medians.items()})
+        self._log_drawing("conflict.png", lambda figures, path: figures.plot_conflict(path, conflict))
+
+    def _log_drawing(self, name: str, draw: Callable[[Any, Path], None]) -> None:
+        from lgp.report import figures
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            draw(figures, path)
+            self.log_figure(path)
+            if self._mlflow is None:
+                kept = self._lines.with_suffix("")
+                kept.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, kept)
+
+    def tag(self, name: str, value: str) -> None:
+        """Set a tag of the run."""
+        self.attempt(lambda m: m.client.set_tag(m.run_id, name, value), {"tag": {name: value}})
+
+    def will_register(self, folder: Path, arm: str, digest: str) -> None:
+        """Note the encoder that `register` is to log, once the stage has published it."""
+        self._to_register = (folder, {"arm": arm, "encoder_digest": digest})
+
+    def register(self) -> None:
+        """Log the noted encoder, if any, as a version of the registry."""
+        if self._to_register is not None:
+            folder, tags = self._to_register
+            self.tag("encoder_digest", tags["encoder_digest"])
+            self.attempt(lambda m: m.log_encoder(folder, tags), {"encoder": str(folder), **tags})
+
+    def tag_upstream(self, digest: str) -> None:
+        """Tag the run, when it ends, with the one that trained the encoder it works on, where the store knows it."""
+        self._upstream = digest
+
+    def _tag_upstream(self) -> None:
+        def tag(m: _Mlflow) -> None:
+            runs = m.client.search_runs([m.experiment_id], f"tags.encoder_digest = '{self._upstream}'", max_results=1)
+            if runs:
+                m.client.set_tag(m.run_id, "upstream_run", runs[0].info.run_id)
+
+        self.attempt(tag, {})
+
+    def set_champion(self, folder: Path, arm: str, digest: str) -> None:
+        """Point the alias `champion` at this encoder's version, registering it first if the store lacks it."""
+
+        def point(m: _Mlflow) -> None:
+            known = m.version_of(digest)
+            number = known or m.log_encoder(folder, {"arm": arm, "encoder_digest": digest})
+            m.client.set_registered_model_alias(REGISTRY, CHAMPION, number)
+
+        self.attempt(point, {"champion": arm, "encoder_digest": digest})
+
+    def end(self, status: str) -> None:
+        """Close the run as FINISHED, FAILED or KILLED. A run that failed before anything was logged was never opened."""
+        if not self._opened and not self._epochs and status == "FAILED":
+            return
+        self.flush()
+        if self._upstream:
+            self._tag_upstream()
+        self.attempt(lambda m: m.client.set_terminated(m.run_id, status), {"status": status})
+
+
+class Untracked(Tracker):
+    """Logs nothing: of the processes of a training the first alone is tracked."""
+
+    def __init__(self) -> None:
+        """Begin."""
+        super().__init__(Description("", "", {}, {}, None, ""), Path(), Path())
+
+    def attempt(self, action: Callable[[_Mlflow], T], record: dict[str, Any]) -> T | None:
+        """Do nothing."""
+        return None
+
+    def _open(self) -> None:
+        self._opened = True
+
+
+@contextmanager
+def tracked(description: Description, root: Path, resume_file: Path) -> Iterator[Tracker]:
+    """Track the block as a run named `<arm> / <task>`, and close the run with how the block ended.
+
+    Args:
+        description: of the run.
+        root: where the default store lies.
+        resume_file: holds the id of the run to go on with, where there is one; takes this run's.
+    """
+    tracker = Tracker(description, root, resume_file)
+    try:
+        yield tracker
+    except BaseException as e:
+        tracker.end("KILLED" if isinstance(e, KeyboardInterrupt) else "FAILED")
+        raise
+    tracker.end("FINISHED")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Turn nested values into `{"section.key": "text"}`."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: str(value)}
+    return flat
+
+
+def serve(uri: str, port: int, announce: Callable[[], None]) -> NoReturn:
+    """Become MLflow's server on 127.0.0.1, after `announce` has told where.
+
+    Raises:
+        LgpError: the port is in use, or the runs are not in a store of this project's own.
+    """
+    if not uri.startswith("sqlite:"):
+        raise LgpError(f"runs are tracked at {uri}: open that address, `lgp ui` serves this project's own store only")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise LgpError(f"port {port} is in use: choose another, e.g. `lgp ui --port {port + 1}`") from None
+    _configure()
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    announce()
+    # in our place, so that whoever stops us stops the server
+    os.execv(sys.executable, command)

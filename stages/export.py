@@ -1,0 +1,22 @@
+"""Tool `export`: an arm's encoder as a checkpoint in MAE's layout."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.options import Arm
+from stages.paths import arm_folder, encoder_folder
+
+Target = Annotated[Path, typer.Argument(metavar="FILE", help="To write, e.g. graft.pth.")]
+
+
+def export(arm: Arm, file: Target) -> None:
+    """Write an arm's encoder (and MAE decoder) as a .pth in MAE's layout, for tools that expect it."""
+    from lgp.models.encoder_folder import load_encoder
+    from lgp.models.heads_file import load_heads
+    from lgp.models.interchange import export_checkpoint
+
+    tensors = load_encoder(encoder_folder(arm)).state_dict()
+    count = export_checkpoint(tensors, load_heads(arm_folder(arm)), file)
+    print(f"{file}: {count} tensors under `model`, as MAE names them")

@@ -1,0 +1,66 @@
+"""What the pre-training stages share: prepared images in, an arm out."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.paths import LABELS, PREPARED, arm_folder, encoder_files, encoder_folder
+
+if TYPE_CHECKING:
+    from lgp.data.labels import LabelledImages
+    from lgp.pretrain.arm import Pretrained, Session
+    from lgp.workflow.stage import StageRun
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A running pre-training: what it is given, and where its arm goes."""
+
+    run: "StageRun"
+    session: "Session"
+    folder: Path
+    starts: Sequence[Path]
+
+    def publish(self, result: "Pretrained") -> None:
+        """Write the arm, and log its encoder."""
+        from lgp.workflow.publishing import publish_arm
+
+        publish_arm(self.run, self.folder, result, self.session.data, self.starts)
+
+
+@contextmanager
+def pretraining(
+    arm: str, params_file: Path, fresh: bool, resume: bool, starts: Sequence[str] = ()
+) -> Iterator[Pretraining]:
+    """Run the block as the pre-training of `arm`, which starts from the encoders of the arms `starts`, if any."""
+    from lgp.workflow.pipeline import SECTIONS
+    from lgp.workflow.stage import StageSpec, stage
+
+    starts = sorted(set(starts), key=list(starts).index)
+    reads = [PREPARED, *(file for start in starts for file in encoder_files(start))]
+    spec = StageSpec(arm, SECTIONS[arm], reads, [arm_folder(arm)], arm, "pretrain", trains=True)
+    with stage(spec, params_file, fresh, resume) as run:
+        from lgp.data.storage import Images
+        from lgp.params.file import load_params
+        from lgp.pretrain.arm import Session, check_arms
+
+        data = Images(PREPARED)
+        check_arms(load_params(params_file), len(data.pretraining_ids))
+        folders = [encoder_folder(start) for start in starts]
+        if folders:
+            run.tag_upstream(folders[0])
+        session = Session(data, run.params, run.store, run.tracker, _labelled())
+        yield Pretraining(run, session, arm_folder(arm), folders)
+
+
+def _labelled() -> "LabelledImages | None":
+    """Open the labels for the online k-NN, which shows and decides nothing; None where there are none yet."""
+    from lgp.data.labels import LabelledImages
+    from lgp.errors import LgpError
+
+    try:
+        return LabelledImages(PREPARED, LABELS)
+    except LgpError:
+        return None

@@ -1,0 +1,21 @@
+"""Tool `results`: the table in the terminal."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.paths import REPORTS
+
+Table = Annotated[Path, typer.Argument(help="The table.")]
+
+
+def results(path: Table = REPORTS / "results.csv") -> None:
+    """Print the results table, and where to look next."""
+    from lgp.report.table import read_results, wide_rows
+    from lgp.report.terminal import print_table
+
+    header, rows = wide_rows(read_results(path))
+    print_table("Top-1 accuracy on test, % (± half the 95 % interval)", header, rows)
+    print(f"Report with pictures: {path.with_name('report.md')}. Runs, curves, models: `lgp ui`.")
+    print("Encoders for timm: models/ARM/encoder. Change params.yaml and run `dvc repro` again.")

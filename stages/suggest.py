@@ -1,0 +1,21 @@
+"""Tool `suggest`: where to cut an arm for a graft."""
+
+from stages.options import DEFAULT_PARAMS, Arm, ParamsFile
+from stages.paths import LABELS, PREPARED, conflict_file, encoder_folder
+
+
+def suggest(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
+    """Say where to cut an arm for a graft, from `lgp conflict` and from k-NN accuracy per block."""
+    from lgp.data.labels import LabelledImages
+    from lgp.params.file import load_params
+    from lgp.pretrain.conflict import advice, knn_by_block, read_conflict, suggest_cut
+    from lgp.report.terminal import print_table
+
+    params, encoder = load_params(params_file), encoder_folder(arm)
+    table = read_conflict(conflict_file(arm), encoder)
+    knn = knn_by_block(encoder, LabelledImages(PREPARED, LABELS), params)
+    found = suggest_cut(table, knn)
+    rows = [[str(i), f"{c:+.3f}", f"{k:.1f}"] for i, (c, k) in enumerate(zip(found.cosines, knn, strict=True))]
+    print_table(f"Blocks of {arm}", ("block", "median cosine MIM, CL", "k-NN on val, %"), rows)
+    for line in advice(found, len(knn)):
+        print(line)
