@@ -14,7 +14,6 @@ from stages.finetune import finetune
 from stages.graft import graft
 from stages.import_checkpoint import import_checkpoint
 from stages.init import init
-from stages.inputs import inputs
 from stages.joint import joint
 from stages.labels import labels
 from stages.linear import linear
@@ -32,7 +31,7 @@ from stages.ui import ui
 PIPELINE, CONTROLS, TOOLS = "Pipeline", "Controls of the paper", "Tools"
 
 app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (inputs, prepare, labels, mim, cl, graft, baseline, linear, fewshot, finetune, report):
+for command in (prepare, labels, mim, cl, graft, baseline, linear, fewshot, finetune, report):
     app.command(rich_help_panel=PIPELINE)(command)
 for command in (joint, reverse):
     app.command(rich_help_panel=CONTROLS)(command)

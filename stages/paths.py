@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-INPUTS = Path("inputs")
 PREPARED = Path("data/prepared")
 LABELS = Path("data/labels")
 METRICS = Path("metrics")

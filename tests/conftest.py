@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 
+from lgp.data.labels import LabelledImages, write_labels
 from lgp.data.preparation import prepare
-from lgp.data.storage import Prepared
+from lgp.data.storage import Images
 from lgp.models.encoder_folder import save_encoder, save_tensors
 from lgp.models.files import HEADS
 from lgp.models.vit import build_encoder
@@ -45,6 +46,16 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def prepare_all(params: Params, folder: Path, seed: int = 0) -> LabelledImages:
+    """Prepare images and labels into `folder`/prepared and `folder`/labels, as the two stages do."""
+    images, labels = folder / "prepared", folder / "labels"
+    for path in (images, labels):
+        path.mkdir(parents=True)
+    prepare(params.data, seed, images)
+    write_labels(params.labels, params.data.source, Images(images), seed, labels)
+    return LabelledImages(images, labels)
+
+
 class Silent:
     """An observer that takes no notice."""
 
@@ -64,16 +75,15 @@ def params(values: dict[str, Any]) -> Params:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """Prepared digits, 300 for training and test."""
-    folder = tmp_path_factory.mktemp("prepared")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
+    """LabelledImages digits with their labels, 300 for training and test."""
+    folder = tmp_path_factory.mktemp("data")
     small = merged(yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text()), SMALL)
-    prepare(Params.model_validate(small).data, 0, folder)
-    return Prepared(folder)
+    return prepare_all(Params.model_validate(small), folder)
 
 
 @pytest.fixture(scope="session")
-def encoder_folder(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoder_folder(prepared: LabelledImages, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The encoder folder of an arm whose encoder is small and untrained."""
     small = Params.model_validate(merged(yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text()), SMALL))
     folder = tmp_path_factory.mktemp("arm") / "encoder"

@@ -1,18 +1,24 @@
-"""What DVC cannot see by itself, as small files that it compares: a digest of each stage's code, and of the labels.
+"""Stage `inputs`: what DVC cannot see by itself, as small files that it compares: each stage's code, and the labels.
 
-Light: it runs with every `dvc repro`.
+It runs with every `dvc repro`, as `python -m lgp.workflow.inputs`, so it imports little.
 """
 
+import os
+import sys
 from pathlib import Path
 
+import yaml
+
+from lgp.errors import LgpError
 from lgp.workflow.code_digest import code_digests
 
-CODE, LABELS = "code", "labels"
+FOLDER, PARAMS = Path("inputs"), Path("params.yaml")
 CACHE = Path(".lgp") / "code.json"
+DIGITS = "digits"  # the built-in images, whose labels never change
 
 
 def write_inputs(folder: Path, params_file: Path, root: Path) -> None:
-    """Write `code/STAGE` for every stage, and `labels`, the state of the labels' source and of the lists.
+    """Write `code/STAGE`, the digest of every stage's code, and `labels`, the state of the labels' source and lists.
 
     Args:
         folder: where to write.
@@ -22,18 +28,45 @@ def write_inputs(folder: Path, params_file: Path, root: Path) -> None:
     Raises:
         LgpError: the parameters are not right, or the source cannot be read.
     """
-    from lgp.params.file import load_params
-
-    params = load_params(params_file)
-    (folder / CODE).mkdir(parents=True, exist_ok=True)
+    source, lists = _source_and_lists(params_file)
+    (folder / "code").mkdir(parents=True, exist_ok=True)
     for stage, digest in code_digests(root / CACHE).items():
-        (folder / CODE / stage).write_text(f"{digest}\n", encoding="utf-8")
-    (folder / LABELS).write_text(f"{_labels(params.data.source, params.labels.lists)}\n", encoding="utf-8")
+        (folder / "code" / stage).write_text(f"{digest}\n", encoding="utf-8")
+    (folder / "labels").write_text(f"{_labels(source, lists)}\n", encoding="utf-8")
 
 
-def _labels(source: str, lists: dict[str, tuple[str, ...]]) -> str:
-    if source == "digits" and not lists:  # which never changes; nothing heavy is imported for it
-        return source
+def _source_and_lists(params_file: Path) -> tuple[str, list[str]]:
+    """Read `data.source` and the files of `labels.lists`. The whole file is checked only where these are not there."""
+    try:
+        values = yaml.load(params_file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        given = values["labels"].get("lists") or {}
+        return str(values["data"]["source"]), [f for files in given.values() for f in _several(files)]
+    except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        from lgp.params.file import load_params
+
+        params = load_params(params_file)  # says what is wrong
+        return params.data.source, [file for files in params.labels.lists.values() for file in files]
+
+
+def _several(files: str | list[str]) -> list[str]:
+    return [files] if isinstance(files, str) else files
+
+
+def _labels(source: str, lists: list[str]) -> str:
+    if source == DIGITS and not lists:
+        return DIGITS
     from lgp.data.labels import labels_state
 
-    return labels_state(source, [file for files in lists.values() for file in files])
+    return labels_state(source, lists)
+
+
+def main() -> None:
+    """Write the inputs of the project in this folder."""
+    try:
+        write_inputs(FOLDER, PARAMS, Path(os.environ.get("DVC_ROOT", ".")))
+    except LgpError as e:
+        sys.exit(f"error: {' '.join(str(e).split())}")
+
+
+if __name__ == "__main__":
+    main()

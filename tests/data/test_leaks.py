@@ -11,9 +11,9 @@ import torch
 from conftest import Silent
 from PIL import Image
 
+from lgp.data.labels import LabelledImages
 from lgp.data.leaks import EXACT, Leak, find_leaks, perceptual_hash
 from lgp.data.preparation import prepare
-from lgp.data.storage import Prepared
 from lgp.errors import LgpError
 from lgp.params.data import DataParams
 from lgp.params.file import Params
@@ -62,7 +62,9 @@ def source(tmp_path: Path) -> Path:
     return root
 
 
-def prepared_from(source: Path, tmp_path: Path, params: Params, **changes: Any) -> tuple[dict[str, Any], Prepared]:
+def prepared_from(
+    source: Path, tmp_path: Path, params: Params, **changes: Any
+) -> tuple[dict[str, Any], LabelledImages]:
     out = tmp_path / "prepared"
     out.mkdir()
     changes = {"channels": 3, "image_size": 16, "max_train_images": None, "source": str(source)} | changes
@@ -124,7 +126,7 @@ def test_hash_is_the_librarys() -> None:
 
 @pytest.mark.parametrize("pretrain", [pretrain_mim, pretrain_cl, pretrain_joint])
 def test_no_label_of_an_unlabelled_image_is_read(
-    prepared: Prepared, params: Params, tmp_path: Path, pretrain: Any
+    prepared: LabelledImages, params: Params, tmp_path: Path, pretrain: Any
 ) -> None:
     """Poisoned labels: with half of train unlabelled, garbage in their place changes no byte and trips nobody."""
     weights = []

@@ -11,7 +11,7 @@ import torch
 from conftest import Silent
 from sklearn.neighbors import KNeighborsClassifier
 
-from lgp.data.storage import Prepared
+from lgp.data.labels import LabelledImages
 from lgp.evaluate.linear import evaluate_linear, evaluate_linear_augmented
 from lgp.evaluate.outcome import Outcome
 from lgp.features.cache import FeatureCache, Features, pixel_source
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def features(prepared: Prepared, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Features:
+def features(prepared: LabelledImages, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Features:
     source = encoder_source(encoder_folder, FeatureParams(), CPU)
     return FeatureCache(tmp_path_factory.mktemp("cache"), FeatureParams(), 1.0).features(source, prepared)
 
@@ -39,7 +39,7 @@ def evaluated(features: Features, params: Params) -> Outcome:
     return evaluate_linear(features, params.linear, params.seed, CPU, params.run)
 
 
-def test_shuffling_test_labels_changes_no_choice(prepared: Prepared, params: Params, tmp_path: Path) -> None:
+def test_shuffling_test_labels_changes_no_choice(prepared: LabelledImages, params: Params, tmp_path: Path) -> None:
     pixels = FeatureCache(tmp_path, FeatureParams(), 1.0).features(pixel_source(), prepared)
     right, shuffled = (evaluated(f, params) for f in (pixels, with_shuffled_test_labels(pixels)))
     assert [right.metrics[k] for k in ("base_lr", "weight_decay", "val/top1", "val/knn_top1")] == [
@@ -62,7 +62,7 @@ def test_every_metric_is_there_and_knn_is_of_each_block(features: Features, para
 
 
 def test_augmented_probe_learns_from_live_features_and_resumes_to_the_bit(
-    prepared: Prepared, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: LabelledImages, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     linear = {"method": "augmented", "crop_scale_min": 0.6, "flip_p": 0.0, "epochs": 8, "batch_size": 64}
     params = Params.model_validate(values | {"linear": values["linear"] | linear})

@@ -11,7 +11,7 @@ from conftest import Silent
 from torch import nn
 from torch.optim import AdamW
 
-from lgp.data.storage import Prepared
+from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
 from lgp.params.file import Params
 from lgp.pretrain.arm import Session
@@ -116,7 +116,7 @@ def test_held_group_needs_to_move_only_at_all() -> None:
 
 
 def test_optimizer_that_never_steps_is_noticed(
-    tmp_path: Path, params: Params, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, params: Params, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the original code did."""
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)

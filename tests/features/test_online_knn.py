@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from conftest import merged
 
-from lgp.data.storage import Prepared
+from lgp.data.labels import LabelledImages
 from lgp.features.extraction import class_token_of, extract
 from lgp.features.knn import knn_predict
 from lgp.features.online_knn import OnlineKnn
@@ -28,7 +28,7 @@ class Recorder:
         self.epochs.append(values)
 
 
-def trained(values: dict[str, Any], data: Prepared, folder: Path, every: int) -> tuple[Any, Recorder]:
+def trained(values: dict[str, Any], data: LabelledImages, folder: Path, every: int) -> tuple[Any, Recorder]:
     changes = {"cl": {"epochs": 4}, "run": {"online_knn": {"every_epochs": every}}}
     told = Recorder()
     params = Params.model_validate(merged(values, changes))
@@ -36,7 +36,7 @@ def trained(values: dict[str, Any], data: Prepared, folder: Path, every: int) ->
 
 
 def test_measured_every_so_many_epochs_and_the_encoder_is_the_same(
-    values: dict[str, Any], prepared: Prepared, tmp_path: Path
+    values: dict[str, Any], prepared: LabelledImages, tmp_path: Path
 ) -> None:
     with_it, told = trained(values, prepared, tmp_path / "a", 2)
     without, untold = trained(values, prepared, tmp_path / "b", 0)
@@ -46,7 +46,7 @@ def test_measured_every_so_many_epochs_and_the_encoder_is_the_same(
     assert all(torch.equal(tensor, other[name]) for name, tensor in with_it.encoder.state_dict().items())
 
 
-def test_it_is_knn_of_val_among_some_of_train(prepared: Prepared, encoder_folder: Path) -> None:
+def test_it_is_knn_of_val_among_some_of_train(prepared: LabelledImages, encoder_folder: Path) -> None:
     encoder = load_encoder(encoder_folder)
     settings = OnlineKnnParams(every_epochs=1, train_images=10**6, val_images=10**6)
     found = OnlineKnn(encoder, prepared, CPU, settings).after_epoch(1)["val/online_knn_top1"]

@@ -12,8 +12,8 @@ from conftest import Silent, merged
 from test_graft import saved
 from torch import Tensor
 
+from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch
-from lgp.data.storage import Prepared
 from lgp.errors import LgpError
 from lgp.features.extraction import class_token_of, extract
 from lgp.features.knn import knn_predict
@@ -29,7 +29,7 @@ Loss = LossOf
 
 
 @pytest.fixture
-def session(tmp_path: Path, values: Any, prepared: Prepared) -> Session:
+def session(tmp_path: Path, values: Any, prepared: LabelledImages) -> Session:
     params = Params.model_validate(merged(values, {"conflict": {"head_epochs": 1, "batches": 3, "batch_size": 32}}))
     return Session(prepared, params, StateStore(tmp_path / "state", "code"), Silent())
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lgp.compute.device import choose_device
 from lgp.compute.distributed import SyncBatchNorm1d
 from lgp.compute.precision import choose_precision, in_single_precision
-from lgp.data.storage import Prepared
+from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
 from lgp.models.moco import contrastive_loss
 from lgp.params.file import Params
@@ -84,7 +84,7 @@ def in_fp32(function: Any, *args: Any) -> Tensor:
 
 @pytest.mark.parametrize("pretrain", [pretrain_mim, pretrain_cl])
 def test_bf16_trains_single_precision_weights_to_about_the_same_loss(
-    pretrain: Any, tmp_path: Path, values: Any, prepared: Prepared
+    pretrain: Any, tmp_path: Path, values: Any, prepared: LabelledImages
 ) -> None:
     results = {}
     for precision in ("fp32", "bf16"):
@@ -100,7 +100,7 @@ def test_bf16_trains_single_precision_weights_to_about_the_same_loss(
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_compiled_blocks_train_to_the_same_loss(tmp_path: Path, values: Any, prepared: Prepared) -> None:
+def test_compiled_blocks_train_to_the_same_loss(tmp_path: Path, values: Any, prepared: LabelledImages) -> None:
     losses = []
     torch._dynamo.utils.counters.clear()
     for compiled in (False, True):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lgp.compute.device import choose_device
+from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch
-from lgp.data.storage import Prepared
 from lgp.errors import LgpError
 from lgp.params.file import Params
 from lgp.params.run import RunParams
@@ -43,7 +43,7 @@ class StopError(Exception):
 
 @pytest.mark.parametrize("arm", ["mim", "cl"])
 def test_two_runs_are_bitwise_equal_and_another_seed_differs(
-    arm: str, tmp_path: Path, prepared: Prepared, params: Params
+    arm: str, tmp_path: Path, prepared: LabelledImages, params: Params
 ) -> None:
     results = [
         bytes_of(PRETRAIN[arm](Session(prepared, p, StateStore(tmp_path / str(i), "code"), Notes())))
@@ -56,7 +56,7 @@ def test_two_runs_are_bitwise_equal_and_another_seed_differs(
 @pytest.mark.parametrize("arm", ["mim", "cl"])
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 5])
 def test_resumed_equals_uninterrupted(
-    arm: str, stop_at: int, tmp_path: Path, prepared: Prepared, params: Params, monkeypatch: pytest.MonkeyPatch
+    arm: str, stop_at: int, tmp_path: Path, prepared: LabelledImages, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes = Notes()
     whole = PRETRAIN[arm](Session(prepared, params, StateStore(tmp_path / "whole", "code"), notes))
@@ -83,7 +83,7 @@ def test_resumed_equals_uninterrupted(
     assert resumed.progression.train_flops == whole.progression.train_flops > 0
 
 
-def test_loss_falls(tmp_path: Path, prepared: Prepared, params: Params) -> None:
+def test_loss_falls(tmp_path: Path, prepared: LabelledImages, params: Params) -> None:
     longer = params.model_copy(update={"mim": params.mim.model_copy(update={"epochs": 8})})
     history = pretrain_mim(Session(prepared, longer, StateStore(tmp_path, "code"), Notes())).progression.history
     assert [h["epoch"] for h in history] == list(range(1, 9))
@@ -91,7 +91,7 @@ def test_loss_falls(tmp_path: Path, prepared: Prepared, params: Params) -> None:
 
 
 def test_loss_that_is_not_finite_stops_with_step_and_rate_and_keeps_the_last_good_state(
-    tmp_path: Path, prepared: Prepared, params: Params, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prepared: LabelledImages, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backward = Trainer._backward
 
@@ -112,7 +112,7 @@ def test_loss_that_is_not_finite_stops_with_step_and_rate_and_keeps_the_last_goo
 
 
 def test_weights_that_are_not_finite_are_never_saved(
-    tmp_path: Path, prepared: Prepared, params: Params, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prepared: LabelledImages, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Trainer._step
 
@@ -129,7 +129,7 @@ def test_weights_that_are_not_finite_are_never_saved(
 
 def test_full_disk_while_saving_does_not_stop_training(
     tmp_path: Path,
-    prepared: Prepared,
+    prepared: LabelledImages,
     params: Params,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -145,7 +145,7 @@ def test_full_disk_while_saving_does_not_stop_training(
 
 
 def test_progress_lines_name_epoch_loss_speed_and_time_left(
-    tmp_path: Path, prepared: Prepared, params: Params, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, prepared: LabelledImages, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chatty = params.model_copy(update={"run": params.run.model_copy(update={"print_every_s": 0})})
     pretrain_mim(Session(prepared, chatty, StateStore(tmp_path, "code"), Notes()))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from lgp.data.storage import Prepared
+from lgp.data.labels import LabelledImages
 from lgp.evaluate import cache as module
 from lgp.features.cache import FeatureCache, FeatureSource, normalizer, pixel_source, standardizer
 from lgp.features.extraction import class_token_of, extract
@@ -33,7 +33,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     extracted = module.extracted
 
-    def counting(encode: Callable[..., Any], data: Prepared, ids: np.ndarray) -> Any:
+    def counting(encode: Callable[..., Any], data: LabelledImages, ids: np.ndarray) -> Any:
         sizes.append(len(ids))
         return extracted(encode, data, ids)
 
@@ -42,7 +42,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_features_are_extracted_once(
-    tmp_path: Path, encoder_folder: Path, prepared: Prepared, counted: list[int]
+    tmp_path: Path, encoder_folder: Path, prepared: LabelledImages, counted: list[int]
 ) -> None:
     source = encoder_source(encoder_folder, FeatureParams(), CPU)
     first = cache(tmp_path).features(source, prepared)
@@ -57,7 +57,7 @@ def test_features_are_extracted_once(
 
 
 def test_other_weights_pooling_data_or_type_are_other_features(
-    tmp_path: Path, encoder_folder: Path, prepared: Prepared, counted: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, encoder_folder: Path, prepared: LabelledImages, counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = encoder_source(encoder_folder, FeatureParams(), CPU)
     cache(tmp_path).features(source, prepared)
@@ -73,7 +73,7 @@ def test_other_weights_pooling_data_or_type_are_other_features(
 
 @pytest.mark.parametrize("pool", ["class_token", "average"])
 def test_every_block_is_kept_and_the_last_ones_joined(
-    tmp_path: Path, encoder_folder: Path, prepared: Prepared, pool: str
+    tmp_path: Path, encoder_folder: Path, prepared: LabelledImages, pool: str
 ) -> None:
     params = FeatureParams.model_validate({"pool": pool, "blocks": 2})
     features = FeatureCache(tmp_path, params, 1.0).features(encoder_source(encoder_folder, params, CPU), prepared)
@@ -90,7 +90,7 @@ def test_every_block_is_kept_and_the_last_ones_joined(
 
 
 def test_without_depth_only_the_last_blocks_are_stored(
-    tmp_path: Path, encoder_folder: Path, prepared: Prepared
+    tmp_path: Path, encoder_folder: Path, prepared: LabelledImages
 ) -> None:
     params = FeatureParams(by_depth=False)
     features = FeatureCache(tmp_path, params, 1.0).features(encoder_source(encoder_folder, params, CPU), prepared)
@@ -98,7 +98,7 @@ def test_without_depth_only_the_last_blocks_are_stored(
 
 
 def test_extraction_that_was_killed_starts_anew(
-    tmp_path: Path, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: Any) -> Any:
         yield np.zeros((100, 1, 64), dtype=np.float32)
@@ -114,14 +114,14 @@ def test_extraction_that_was_killed_starts_anew(
 
 
 def test_features_larger_than_the_budget_are_given_all_the_same(
-    tmp_path: Path, encoder_folder: Path, prepared: Prepared
+    tmp_path: Path, encoder_folder: Path, prepared: LabelledImages
 ) -> None:
     params = FeatureParams(blocks=3)
     features = FeatureCache(tmp_path, params, 0).features(encoder_source(encoder_folder, params, CPU), prepared)
     assert features.x["train"].shape == (220, 48)
 
 
-def test_entry_in_use_by_another_process_stays(tmp_path: Path, prepared: Prepared) -> None:
+def test_entry_in_use_by_another_process_stays(tmp_path: Path, prepared: LabelledImages) -> None:
     cache(tmp_path).features(pixel_source(), prepared)
     (entry,) = (p for p in tmp_path.iterdir() if p.is_dir())
     other = FeatureSource("b", 1, pixel_source().encode)
@@ -132,7 +132,7 @@ def test_entry_in_use_by_another_process_stays(tmp_path: Path, prepared: Prepare
     assert not entry.exists()
 
 
-def test_what_killed_processes_left_is_removed(tmp_path: Path, prepared: Prepared) -> None:
+def test_what_killed_processes_left_is_removed(tmp_path: Path, prepared: LabelledImages) -> None:
     orphan = tmp_path / f"{'0' * 32}.partial"
     orphan.mkdir()
     (orphan / "train-0.npy").write_bytes(b"half")
@@ -140,7 +140,7 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path, prepared: Prepare
     assert not orphan.exists()
 
 
-def test_what_was_not_read_for_longest_goes_first(tmp_path: Path, prepared: Prepared, counted: list[int]) -> None:
+def test_what_was_not_read_for_longest_goes_first(tmp_path: Path, prepared: LabelledImages, counted: list[int]) -> None:
     one = sum(len(prepared.ids(split)) for split in ("train", "val", "test")) * 64 * 4 / 2**30
 
     def features(name: str) -> None:

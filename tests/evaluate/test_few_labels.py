@@ -8,7 +8,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-from lgp.data.storage import Prepared
+from lgp.data.labels import LabelledImages
 from lgp.evaluate.few_labels import evaluate_fewshot, fit_logistic_regression
 from lgp.features.cache import FeatureCache, Features, normalizer, pixel_source, standardizer
 from lgp.params.evaluate import FeatureParams, FewShotParams
@@ -16,7 +16,7 @@ from lgp.params.file import Params
 
 
 @pytest.fixture(scope="module")
-def features(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Features:
+def features(prepared: LabelledImages, tmp_path_factory: pytest.TempPathFactory) -> Features:
     return FeatureCache(tmp_path_factory.mktemp("cache"), FeatureParams(), 1.0).features(pixel_source(), prepared)
 
 
@@ -40,7 +40,7 @@ def rows(features: Features, ids: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("scaling", "scale"), [("standardized", standardizer), ("normalized", normalizer)])
 def test_single_image_classes_take_the_fixed_strength(
-    features: Features, fewshot: FewShotParams, prepared: Prepared, scaling: str, scale: Any
+    features: Features, fewshot: FewShotParams, prepared: LabelledImages, scaling: str, scale: Any
 ) -> None:
     subsets = prepared.subsets("1pct")
     outcome = evaluate_fewshot(features, subsets, changed(fewshot, scaling=scaling))
@@ -55,7 +55,7 @@ def test_single_image_classes_take_the_fixed_strength(
 
 
 def test_more_images_a_class_are_cross_validated_within_the_labelled(
-    features: Features, fewshot: FewShotParams, prepared: Prepared
+    features: Features, fewshot: FewShotParams, prepared: LabelledImages
 ) -> None:
     ids = prepared.subsets("10pct")[0]
     x, few = scaled(features), rows(features, ids)
@@ -69,7 +69,7 @@ def test_more_images_a_class_are_cross_validated_within_the_labelled(
 
 
 def test_strength_by_validation_is_the_best_on_val(
-    features: Features, fewshot: FewShotParams, prepared: Prepared
+    features: Features, fewshot: FewShotParams, prepared: LabelledImages
 ) -> None:
     ids = prepared.subsets("10pct")[0]
     x, few = scaled(features), rows(features, ids)
@@ -83,7 +83,7 @@ def test_strength_by_validation_is_the_best_on_val(
 
 
 def test_papers_strength_minimises_the_papers_objective(
-    features: Features, fewshot: FewShotParams, prepared: Prepared
+    features: Features, fewshot: FewShotParams, prepared: LabelledImages
 ) -> None:
     """λ = 0.00025 / N of (1/N) Σ loss + λ/2 · |w|² is scikit-learn's C = 1 / (N λ) = 4000."""
     few = rows(features, prepared.subsets("10pct")[0])
@@ -118,7 +118,7 @@ def test_rotation_for_many_features_changes_no_prediction(fewshot: FewShotParams
 
 @pytest.mark.parametrize("choose", ["cross_validation", "validation"])
 def test_shuffling_test_labels_changes_no_choice(
-    features: Features, fewshot: FewShotParams, prepared: Prepared, choose: str
+    features: Features, fewshot: FewShotParams, prepared: LabelledImages, choose: str
 ) -> None:
     shuffled = replace(features, y=features.y | {"test": np.random.default_rng(0).permutation(features.y["test"])})
     outcomes = [
@@ -131,7 +131,7 @@ def test_shuffling_test_labels_changes_no_choice(
 
 
 def test_class_without_a_labelled_image_gets_no_probability(
-    features: Features, fewshot: FewShotParams, prepared: Prepared
+    features: Features, fewshot: FewShotParams, prepared: LabelledImages
 ) -> None:
     ids = np.array([i for i in prepared.subsets("10pct")[0] if prepared.labels[i] != 4])
     predictions = evaluate_fewshot(features, [ids, ids], fewshot).predictions

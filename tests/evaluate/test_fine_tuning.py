@@ -15,8 +15,8 @@ import yaml
 from conftest import ROOT, Silent, merged
 from safetensors.torch import save_file
 
+from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch
-from lgp.data.storage import Prepared
 from lgp.errors import LgpError
 from lgp.evaluate.fine_tuning import (
     _LabelledCrops,
@@ -49,7 +49,13 @@ def recipe(params: Params, **changes: Any) -> FineTuneParams:
 
 
 def tuned(
-    arm: Path, data: Prepared, params: Params, folder: Path, subsets: int = 2, observer: Any = None, **changes: Any
+    arm: Path,
+    data: LabelledImages,
+    params: Params,
+    folder: Path,
+    subsets: int = 2,
+    observer: Any = None,
+    **changes: Any,
 ) -> Outcome:
     some = data.subsets("10pct")[:subsets]
     store = StateStore(folder, "code")
@@ -81,7 +87,7 @@ def test_averaged_patches_get_a_norm_of_their_own(encoder_folder: Path, params: 
 
 
 def test_first_layer_of_the_projector_stays_below_the_classifier(
-    encoder_folder: Path, params: Params, prepared: Prepared, tmp_path: Path
+    encoder_folder: Path, params: Params, prepared: LabelledImages, tmp_path: Path
 ) -> None:
     first_fc = torch.randn(32, 16)
     model = build_classifier(encoder_folder, 10, recipe(params, from_first_fc=True), first_fc)
@@ -94,7 +100,7 @@ def test_first_layer_of_the_projector_stays_below_the_classifier(
 
 
 def test_first_layer_is_found_among_an_arms_heads(
-    encoder_folder: Path, params: Params, prepared: Prepared, tmp_path: Path
+    encoder_folder: Path, params: Params, prepared: LabelledImages, tmp_path: Path
 ) -> None:
     arm = tmp_path / "joint"
     arm.mkdir()
@@ -129,7 +135,9 @@ def test_rates_decay_with_every_layer_below(encoder_folder: Path, params: Params
 
 
 @pytest.mark.parametrize("tricks", [{}, ALL_TRICKS], ids=["plain", "all_tricks"])
-def test_same_seed_same_numbers(arm: Path, prepared: Prepared, params: Params, tmp_path: Path, tricks: Any) -> None:
+def test_same_seed_same_numbers(
+    arm: Path, prepared: LabelledImages, params: Params, tmp_path: Path, tricks: Any
+) -> None:
     torch.manual_seed(1)
     one = tuned(arm, prepared, params, tmp_path / "a", **tricks)
     np.random.seed(5)
@@ -152,7 +160,7 @@ class Recorder:
 
 
 def test_interrupted_in_the_second_subset_goes_on_there_to_the_bit(
-    arm: Path, prepared: Prepared, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arm: Path, prepared: LabelledImages, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {**ALL_TRICKS, "batch_size": 6}
     whole = tuned(arm, prepared, params, tmp_path / "a", **settings)
@@ -183,7 +191,9 @@ def test_interrupted_in_the_second_subset_goes_on_there_to_the_bit(
     assert [values["epoch"] for values in told.epochs] == [1, 2, 3, 4]
 
 
-def test_states_of_all_subsets_go_with_the_stage(arm: Path, prepared: Prepared, params: Params, tmp_path: Path) -> None:
+def test_states_of_all_subsets_go_with_the_stage(
+    arm: Path, prepared: LabelledImages, params: Params, tmp_path: Path
+) -> None:
     store = StateStore(tmp_path / "states", "code")
     store.acquire()
     finetune(arm, prepared, prepared.subsets("10pct")[:2], recipe(params), params, store, Silent())
@@ -194,7 +204,7 @@ def test_states_of_all_subsets_go_with_the_stage(arm: Path, prepared: Prepared, 
 
 
 def test_state_that_other_code_left_is_adopted_for_every_subset(
-    arm: Path, prepared: Prepared, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arm: Path, prepared: LabelledImages, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = StateStore(tmp_path / "states", "old code")
     outcome = finetune(arm, prepared, prepared.subsets("10pct")[:2], recipe(params), params, old, Silent())
@@ -206,7 +216,7 @@ def test_state_that_other_code_left_is_adopted_for_every_subset(
     assert again.metrics == outcome.metrics
 
 
-def test_rand_augment_changes_the_crops_as_the_step_says(prepared: Prepared, params: Params) -> None:
+def test_rand_augment_changes_the_crops_as_the_step_says(prepared: LabelledImages, params: Params) -> None:
     ids = prepared.subsets("10pct")[0]
     plain, augmented, again = (
         _LabelledCrops(prepared, recipe(params, rand_augment=given), 20, 0, "f", ids)
@@ -221,14 +231,14 @@ def test_rand_augment_changes_the_crops_as_the_step_says(prepared: Prepared, par
     assert labels.tolist() == prepared.labels[plain.ids_of(0)].tolist()
 
 
-def test_rand_augment_of_full_strength_keeps_a_bit(prepared: Prepared, params: Params) -> None:
+def test_rand_augment_of_full_strength_keeps_a_bit(prepared: LabelledImages, params: Params) -> None:
     ids = prepared.ids("train")
     crops = _LabelledCrops(prepared, recipe(params, rand_augment="rand-m10-n4-inc1"), len(ids), 0, "f", ids)
     assert crops[0].shape == (len(ids), 1, 1, 8, 8)
 
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_of_the_presets_are_built(preset: Path, prepared: Prepared) -> None:
+def test_recipes_of_the_presets_are_built(preset: Path, prepared: LabelledImages) -> None:
     ids = prepared.subsets("10pct")[0]
     for settings in load_params(preset).finetune.values():
         assert _LabelledCrops(prepared, settings, 4, 0, "f", ids)[0].shape == (4, 1, 1, 8, 8)
@@ -241,7 +251,7 @@ def test_rand_augment_that_timm_does_not_know_is_refused(params: Params) -> None
 
 
 def test_shuffling_test_labels_changes_no_prediction(
-    arm: Path, prepared: Prepared, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arm: Path, prepared: LabelledImages, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = tuned(arm, prepared, params, tmp_path / "a")
     test, labels = prepared.ids("test"), prepared.labels.copy()
@@ -264,7 +274,7 @@ def test_batch_is_what_so_few_images_fill(params: Params) -> None:
         batch_size_for(3, recipe(params), 4)
 
 
-def test_more_epochs_learn_the_labels(arm: Path, prepared: Prepared, params: Params, tmp_path: Path) -> None:
+def test_more_epochs_learn_the_labels(arm: Path, prepared: LabelledImages, params: Params, tmp_path: Path) -> None:
     tricks = {"pool": "average", "layer_decay": 1.0, "warmup_epochs": 1, "batch_size": 22, "crop_scale_min": 0.8}
     accuracy = []
     for number, changes in enumerate(({"epochs": 2, "base_lr": 1e-9}, {"epochs": 20, "base_lr": 0.1})):
@@ -277,7 +287,7 @@ def test_more_epochs_learn_the_labels(arm: Path, prepared: Prepared, params: Par
 
 
 def test_two_processes_fine_tune_to_the_same(
-    tmp_path: Path, values: dict[str, Any], prepared: Prepared, arm: Path
+    tmp_path: Path, values: dict[str, Any], prepared: LabelledImages, arm: Path
 ) -> None:
     confidence = []
     for processes in (1, 2):

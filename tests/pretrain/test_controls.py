@@ -8,8 +8,8 @@ import torch
 from conftest import Silent, merged
 from test_graft import changed, saved
 
+from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch
-from lgp.data.storage import Prepared
 from lgp.params.file import Params
 from lgp.pretrain import controls
 from lgp.pretrain.arm import Objective, Session
@@ -18,7 +18,7 @@ from lgp.training.resume_states import StateStore
 
 
 @pytest.fixture
-def session(tmp_path: Path, params: Params, prepared: Prepared) -> Session:
+def session(tmp_path: Path, params: Params, prepared: LabelledImages) -> Session:
     return Session(prepared, params, StateStore(tmp_path / "state", "code"), Silent())
 
 
@@ -47,7 +47,7 @@ def test_joint_sums_both_losses_on_one_encoder(session: Session, monkeypatch: py
 
 
 def test_reverse_continues_from_the_contrastive_encoder(
-    tmp_path: Path, session: Session, prepared: Prepared, values: Any
+    tmp_path: Path, session: Session, prepared: LabelledImages, values: Any
 ) -> None:
     start = saved(tmp_path / "cl" / "encoder", session.params, prepared, 2)
     params = Params.model_validate(merged(values, {"reverse": {"base_lrs": [0.0, 0.0, 8e-3]}}))

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lgp.data.storage import Prepared
+from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError, check_disk_space, is_disk_full
 from lgp.models.encoder_folder import load_encoder, save_encoder, save_tensors
 from lgp.models.vit import build_encoder, init_encoder_as_mae
@@ -20,14 +20,14 @@ from lgp.training.resume_states import StateStore
 
 
 @pytest.fixture
-def folder(tmp_path: Path, params: Params, prepared: Prepared) -> Path:
+def folder(tmp_path: Path, params: Params, prepared: LabelledImages) -> Path:
     encoder = build_encoder(params.model, params.data)
     init_encoder_as_mae(encoder)
     save_encoder(tmp_path / "mim" / "encoder", encoder, params.model, params.data, prepared, {"commit": "abc"})
     return tmp_path / "mim" / "encoder"
 
 
-def test_plain_timm_gives_our_features(folder: Path, prepared: Prepared) -> None:
+def test_plain_timm_gives_our_features(folder: Path, prepared: LabelledImages) -> None:
     images = prepared.normalize(prepared.whole(prepared.ids("test")))
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
     with torch.inference_mode():

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from lgp.data.labels import LabelledImages, decode
 from lgp.data.preparation import prepare
-from lgp.data.storage import Prepared, decode
 from lgp.errors import LgpError
 from lgp.params.data import DataParams
 from lgp.params.file import Params
@@ -39,13 +39,15 @@ def folder(root: Path, classes: dict[str, int], split: str = "train", size: tupl
     return root
 
 
-def prepared_from(source: Path, tmp_path: Path, params: Params, **changes: Any) -> tuple[dict[str, Any], Prepared]:
+def prepared_from(
+    source: Path, tmp_path: Path, params: Params, **changes: Any
+) -> tuple[dict[str, Any], LabelledImages]:
     out = tmp_path / "prepared"
     out.mkdir()
     return prepare(data_params(params, source=str(source), **changes), 0, out), Prepared(out)
 
 
-def test_digits_keep_their_pixels_and_labels(prepared: Prepared) -> None:
+def test_digits_keep_their_pixels_and_labels(prepared: LabelledImages) -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -54,7 +56,7 @@ def test_digits_keep_their_pixels_and_labels(prepared: Prepared) -> None:
     assert prepared.labels[5] == digits.target[row]
 
 
-def test_parts_are_disjoint_and_cover_everything(prepared: Prepared) -> None:
+def test_parts_are_disjoint_and_cover_everything(prepared: LabelledImages) -> None:
     parts = [prepared.ids(split) for split in ("train", "val", "test")]
     together = np.concatenate(parts)
     assert len(np.unique(together)) == len(together) == len(prepared.labels)
@@ -64,7 +66,7 @@ def test_parts_are_disjoint_and_cover_everything(prepared: Prepared) -> None:
             assert np.isin(subset, prepared.ids("train")).all()
 
 
-def test_normalised_training_images_have_zero_mean_and_unit_deviation(prepared: Prepared) -> None:
+def test_normalised_training_images_have_zero_mean_and_unit_deviation(prepared: LabelledImages) -> None:
     images = prepared.normalize(prepared.whole(prepared.ids("train")))
     assert images.mean().item() == pytest.approx(0, abs=1e-4)
     assert images.std().item() == pytest.approx(1, abs=1e-3)
@@ -258,7 +260,7 @@ def test_preparing_twice_gives_the_same_digest_and_another_seed_another(tmp_path
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_unknown_share_names_those_there_are(prepared: Prepared) -> None:
+def test_unknown_share_names_those_there_are(prepared: LabelledImages) -> None:
     with pytest.raises(LgpError, match=r"no few-label subsets '5pct': prepared are 1pct, 10pct"):
         prepared.subsets("5pct")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import Silent, merged
 
+from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch
-from lgp.data.storage import Prepared
 from lgp.models.moco import MoCo, momentum_at
 from lgp.models.simclr import SimCLR
 from lgp.models.vicreg import VICReg, vicreg_loss
@@ -21,14 +21,14 @@ from lgp.pretrain.mim import pretrain_mim
 from lgp.training.resume_states import StateStore
 
 
-def session_of(values: Any, prepared: Prepared, tmp_path: Path, **contrastive: Any) -> Session:
+def session_of(values: Any, prepared: LabelledImages, tmp_path: Path, **contrastive: Any) -> Session:
     params = Params.model_validate(merged(values, {"contrastive": contrastive}))
     return Session(prepared, params, StateStore(tmp_path / "state", "code"), Silent())
 
 
 @pytest.mark.parametrize(("objective", "model"), [("mocov3", MoCo), ("simclr", SimCLR), ("vicreg", VICReg)])
 def test_every_objective_is_built_and_trains(
-    objective: str, model: type, values: Any, prepared: Prepared, tmp_path: Path
+    objective: str, model: type, values: Any, prepared: LabelledImages, tmp_path: Path
 ) -> None:
     result = pretrain_cl(session_of(values, prepared, tmp_path, objective=objective))
     assert isinstance(result.model, model)
@@ -47,7 +47,7 @@ def test_vicreg_weighs_its_terms_by_the_parameters(values: Any) -> None:
 
 @pytest.mark.parametrize(("mask_ratio", "seen"), [(0.0, None), (0.5, 8), (0.75, 4)])
 def test_model_is_given_the_kept_patches_and_the_progress(
-    mask_ratio: float, seen: int | None, values: Any, prepared: Prepared, tmp_path: Path
+    mask_ratio: float, seen: int | None, values: Any, prepared: LabelledImages, tmp_path: Path
 ) -> None:
     session = session_of(values, prepared, tmp_path, mask_ratio=mask_ratio)
     model = build_contrastive(build_encoder(session.params.model, session.params.data), session.params.contrastive)
@@ -69,7 +69,7 @@ def test_model_is_given_the_kept_patches_and_the_progress(
 
 
 def test_momentum_moves_along_its_cosine_step_by_step(
-    values: Any, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    values: Any, prepared: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[float] = []
     update = MoCo.update_momentum_encoder
@@ -81,7 +81,7 @@ def test_momentum_moves_along_its_cosine_step_by_step(
 
 
 def test_optimizers_are_the_papers(
-    values: Any, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    values: Any, prepared: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AdamW with the betas of MAE's table 8, and with AdamW's own for MoCo v3; rates scaled by batch / 256."""
     given: list[tuple[Any, ...]] = []

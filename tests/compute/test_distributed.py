@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lgp.compute.distributed import SyncBatchNorm1d, gather, send_bytes
 from lgp.compute.launch import WorkerDone
-from lgp.data.storage import Prepared
+from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
 from lgp.models.moco import contrastive_loss
 from lgp.models.simclr import nt_xent
@@ -187,7 +187,7 @@ def free_port() -> int:
 
 
 def test_one_two_and_four_processes_have_the_same_losses(
-    tmp_path: Path, values: dict[str, Any], prepared: Prepared
+    tmp_path: Path, values: dict[str, Any], prepared: LabelledImages
 ) -> None:
     shared = merged(values, SHARED)
     alone = losses_of(Params.model_validate(shared), prepared.folder, tmp_path / "alone", 50)
@@ -205,7 +205,7 @@ def test_one_two_and_four_processes_have_the_same_losses(
 
 
 def test_accumulated_parts_have_the_losses_of_the_whole_batch(
-    tmp_path: Path, values: dict[str, Any], prepared: Prepared
+    tmp_path: Path, values: dict[str, Any], prepared: LabelledImages
 ) -> None:
     whole, parts = (
         losses_of(

@@ -17,7 +17,6 @@ from conftest import ROOT, merged
 from typer.testing import CliRunner
 
 from cli import app
-from lgp.data.storage import Prepared
 from lgp.features.extraction import class_token_of, extract
 from lgp.models.encoder_folder import load_encoder
 

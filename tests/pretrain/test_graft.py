@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
-from lgp.data.storage import Prepared
+from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
 from lgp.models.encoder_folder import load_encoder, save_encoder
 from lgp.models.vit import build_encoder, init_encoder_as_mae
@@ -62,7 +62,7 @@ def test_policies_give_the_rates_they_name(params: Params, values: Any) -> None:
     assert graft_rates(model, decayed.graft, 3) == pytest.approx(decayed_rates(names, 3, 1e-3 * peak, 0.5))
 
 
-def saved(folder: Path, params: Params, prepared: Prepared, seed: int) -> Path:
+def saved(folder: Path, params: Params, prepared: LabelledImages, seed: int) -> Path:
     torch.manual_seed(seed)
     encoder = build_encoder(params.model, params.data)
     init_encoder_as_mae(encoder)
@@ -73,16 +73,18 @@ def saved(folder: Path, params: Params, prepared: Prepared, seed: int) -> Path:
 
 
 @pytest.fixture
-def mim_encoder(tmp_path: Path, params: Params, prepared: Prepared) -> Path:
+def mim_encoder(tmp_path: Path, params: Params, prepared: LabelledImages) -> Path:
     return saved(tmp_path / "mim" / "encoder", params, prepared, 1)
 
 
 @pytest.fixture
-def cl_encoder(tmp_path: Path, params: Params, prepared: Prepared) -> Path:
+def cl_encoder(tmp_path: Path, params: Params, prepared: LabelledImages) -> Path:
     return saved(tmp_path / "cl" / "encoder", params, prepared, 2)
 
 
-def grafted(tmp_path: Path, values: Any, prepared: Prepared, start: Path, upper: Path, **graft: Any) -> Pretrained:
+def grafted(
+    tmp_path: Path, values: Any, prepared: LabelledImages, start: Path, upper: Path, **graft: Any
+) -> Pretrained:
     params = Params.model_validate(merged(values, {"graft": graft}))
     return pretrain_graft(Session(prepared, params, StateStore(tmp_path / "state", "code"), Silent()), start, upper)
 
@@ -95,7 +97,7 @@ def changed(encoder: VisionTransformer, start: Path) -> set[str]:
 
 
 def test_zero_rates_keep_the_lower_blocks_bitwise(
-    tmp_path: Path, values: Any, prepared: Prepared, mim_encoder: Path
+    tmp_path: Path, values: Any, prepared: LabelledImages, mim_encoder: Path
 ) -> None:
     rates = {"stage_lr": {"base_lrs": [0.0, 0.0, 8e-3]}}
     result = grafted(tmp_path, values, prepared, mim_encoder, mim_encoder, **rates)
@@ -104,7 +106,7 @@ def test_zero_rates_keep_the_lower_blocks_bitwise(
 
 @pytest.mark.parametrize("lower_blocks", [0, 2])
 def test_freeze_keeps_embeddings_and_lower_blocks_bitwise_also_in_the_momentum_encoder(
-    tmp_path: Path, values: Any, prepared: Prepared, mim_encoder: Path, lower_blocks: int
+    tmp_path: Path, values: Any, prepared: LabelledImages, mim_encoder: Path, lower_blocks: int
 ) -> None:
     values["contrastive"]["freeze_patch_embed"] = False  # the policy freezes it too
     policy = {"policy": ["stage_lr", "freeze"], "freeze": {"lower_blocks": lower_blocks}}
@@ -138,7 +140,7 @@ def test_l1_is_the_weighted_sum_of_distances(params: Params) -> None:
 
 
 def test_large_l1_weight_keeps_the_pulled_blocks_where_they_were(
-    tmp_path: Path, values: Any, prepared: Prepared, mim_encoder: Path
+    tmp_path: Path, values: Any, prepared: LabelledImages, mim_encoder: Path
 ) -> None:
     policy = {"policy": ["stage_lr", "l1"], "l1": {"lower_blocks": 2, "weight": 1e4}, "weight_decay": 0.0}
     policy |= {"stage_lr": {"base_lrs": [1e-3]}, "epochs": 20}
@@ -150,7 +152,7 @@ def test_large_l1_weight_keeps_the_pulled_blocks_where_they_were(
 
 
 def test_scratch_end_starts_upper_blocks_and_norm_anew(
-    tmp_path: Path, values: Any, prepared: Prepared, mim_encoder: Path
+    tmp_path: Path, values: Any, prepared: LabelledImages, mim_encoder: Path
 ) -> None:
     policy = {"policy": ["stage_lr", "scratch_end"], "scratch_end": {"lower_blocks": 1}}
     result = grafted(tmp_path, values, prepared, mim_encoder, mim_encoder, **policy, stage_lr={"base_lrs": [1e-9]})
@@ -160,7 +162,7 @@ def test_scratch_end_starts_upper_blocks_and_norm_anew(
 
 
 def test_cl_end_takes_upper_blocks_and_norm_from_the_other_arm(
-    tmp_path: Path, values: Any, prepared: Prepared, mim_encoder: Path, cl_encoder: Path
+    tmp_path: Path, values: Any, prepared: LabelledImages, mim_encoder: Path, cl_encoder: Path
 ) -> None:
     policy = {"policy": ["stage_lr", "cl_end"], "cl_end": {"lower_blocks": 2}, "end": "cl"}
     result = grafted(tmp_path, values, prepared, mim_encoder, cl_encoder, **policy, stage_lr={"base_lrs": [1e-9]})
@@ -213,7 +215,7 @@ def test_policies_that_contradict_are_refused(
 
 
 def test_encoder_of_other_dimensions_is_refused(
-    tmp_path: Path, values: Any, prepared: Prepared, mim_encoder: Path
+    tmp_path: Path, values: Any, prepared: LabelledImages, mim_encoder: Path
 ) -> None:
     params = Params.model_validate(merged(values, {"model": {"width": 32}}))
     session = Session(prepared, params, StateStore(tmp_path / "state", "code"), Silent())
