@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-.PHONY: repro test check format lock
+.PHONY: repro test check docs format lock
 .DELETE_ON_ERROR:
 
 repro: $(READY)
@@ -17,6 +18,14 @@ check: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python docs/generate.py --check
+	@$(SITE)
+
+# the documentation as a site, into site/; its generated pages are written anew
+docs: $(READY)
+	@$(BIN)/python docs/generate.py
+	@$(SITE)
 
 format: $(READY)
 	@$(BIN)/ruff format .
@@ -36,7 +45,7 @@ $(READY): requirements.lock pyproject.toml
 # packages to the digit, and has others on each platform, so they are left to it.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet setuptools '.[dev]'
+	.venv-lock/bin/python -m pip install --quiet setuptools '.[dev,docs]'
 	( grep '^#' requirements.lock; .venv-lock/bin/python -m pip freeze --all --exclude lgp --exclude pip \
 		| grep -v -E '^(nvidia-|cuda-|triton)' ) > requirements.lock.new
 	mv requirements.lock.new requirements.lock && rm -rf .venv-lock

@@ -1,5 +1,6 @@
 """The `lgp` command: registers the stages of the pipeline, and the tools around it."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -28,15 +29,17 @@ from stages.reverse import reverse
 from stages.suggest import suggest
 from stages.ui import ui
 
-PIPELINE, CONTROLS, TOOLS = "Pipeline", "Controls of the paper", "Tools"
+TOOLS = "Tools"
 
 app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (prepare, labels, mim, cl, graft, baseline, linear, fewshot, finetune, report):
-    app.command(rich_help_panel=PIPELINE)(command)
-for command in (joint, reverse):
-    app.command(rich_help_panel=CONTROLS)(command)
-for command in (init, results, ui, plan, conflict, suggest, export, bench):
-    app.command(rich_help_panel=TOOLS)(command)
+PANELS: dict[str, list[Callable[..., None]]] = {
+    "Pipeline": [prepare, labels, mim, cl, graft, baseline, linear, fewshot, finetune, report],
+    "Controls of the paper": [joint, reverse],
+    TOOLS: [init, results, ui, plan, conflict, suggest, export, bench],
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
 app.command("import", rich_help_panel=TOOLS)(import_checkpoint)
 app.add_typer(preset_app, name="preset", rich_help_panel=TOOLS)
 

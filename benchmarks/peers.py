@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from lgp import bench
 from lgp.compute.device import choose_device
+from lgp.compute.randomness import Stream
 from lgp.data.loading import CropDataset
 from lgp.models.vit import ARCHITECTURE, model_args
 from lgp.params.file import Params, load_params
@@ -177,7 +178,7 @@ def compare_views(quick: bool) -> list[dict[str, Any]]:
         peer = partial(pil_views, small if size == 32 else encoded, view1, view2)
         with tempfile.TemporaryDirectory() as folder:
             data = bench.prepared_for(params, 10 * batch, Path(folder))
-            crops = CropDataset(data, bench.RECIPE, 2, batch, 0, "peers")
+            crops = CropDataset(data, bench.RECIPE, 2, batch, Stream(0, "peers"))
             work = {
                 "all": bench.two_views(data, crops),
                 "read_and_crop": crops.__getitem__,

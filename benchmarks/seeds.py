@@ -19,7 +19,6 @@ import pandas as pd
 import yaml
 
 from lgp.evaluate.statistics import mean_std_ci95
-from lgp.report.page import table
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "digits-seeds.csv"
@@ -68,8 +67,10 @@ def project(folder: Path, seed: int, changes: dict[str, Any], shared: Path | Non
             (folder / name).parent.mkdir(exist_ok=True)
             if not (folder / name).exists():
                 (folder / name).symlink_to(shared / name)
-    elif not (folder / "data" / "prepared").exists():
-        run(folder, "prepare")
+    else:
+        for stage, result in (("prepare", "prepared"), ("labels", "labels")):
+            if not (folder / "data" / result).exists():
+                run(folder, stage)
     return folder
 
 
@@ -91,6 +92,11 @@ def of_seed(root: Path, seed: int) -> list[dict[str, Any]]:
     rule = project(root / f"seed{seed}-rule", seed, RULE, whole)
     found["graft_one_rate"], found["graft"] = found["graft"], results_of(rule, "graft")
     return [{"variant": variant, "seed": seed, **found[variant]} for variant in VARIANTS]
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def page(rows: pd.DataFrame) -> str:

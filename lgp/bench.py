@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lgp.compute.device import choose_device
 from lgp.compute.precision import choose_precision
-from lgp.compute.randomness import generator
+from lgp.compute.randomness import Stream, generator
+from lgp.data.labels import LabelledImages, write_labels
 from lgp.data.loading import CropDataset
 from lgp.data.preparation import prepare
 from lgp.data.storage import Images
@@ -42,13 +43,14 @@ from lgp.evaluate.linear import evaluate_linear
 from lgp.evaluate.probe import LinearHeads, train_heads
 from lgp.features.cache import FeatureCache, FeatureSource
 from lgp.features.extraction import by_block_of
+from lgp.models.contrastive import build_contrastive
 from lgp.models.encoder_folder import save_encoder
 from lgp.models.vit import build_encoder
 from lgp.params.file import Params, load_params
 from lgp.params.pretrain import ViewParams
 from lgp.params.run import RunParams
 from lgp.pretrain.arm import Session
-from lgp.pretrain.cl import build_contrastive, pretrain_cl
+from lgp.pretrain.cl import pretrain_cl
 from lgp.pretrain.graft import pretrain_graft
 from lgp.pretrain.mim import pretrain_mim
 from lgp.pretrain.plan import matrix_tflops, stage_cost
@@ -247,7 +249,7 @@ def bench_views(quick: bool) -> list[dict[str, Any]]:
     for preset, name, batch in (("cifar10", "32×32", 64), ("imagenet-vit-b16", "JPEG 640×427 → 224×224", 8)):
         with _scratch() as folder:
             data = prepared_for(load_params(FOLDER / f"{preset}.yaml"), 10 * batch, folder)
-            crops = CropDataset(data, RECIPE, 2, batch, 0, "bench")
+            crops = CropDataset(data, RECIPE, 2, batch, Stream(0, "bench"))
             add(name, "read and crop", crops.__getitem__, batch)
             add(name, "all", two_views(data, crops), batch)
             if preset != "cifar10":
@@ -352,10 +354,14 @@ def bench_linear(device: torch.device) -> dict[str, Any]:
     """Measure linear probing on digits: features of train, val and test, then the sweep and k-NN."""
     params = load_params(FOLDER / "digits.yaml")
     with _scratch() as folder:
-        data = prepared_for(params, 0, folder)
+        images, labels = prepared_for(params, 0, folder), folder / "labels"
+        labels.mkdir()
+        write_labels(params.labels, params.data.source, images, 0, labels)
+        data = LabelledImages(images.folder, labels)
         started = time.perf_counter()
         encoder = build_encoder(params.model, params.data)
-        source = FeatureSource("bench", params.model.depth, lambda: by_block_of(encoder, "class_token", 6, device))
+        depth = params.model.depth
+        source = FeatureSource("bench", depth, lambda: by_block_of(encoder, "class_token", depth, device))
         features = FeatureCache(folder / "features", params.features, 1.0).features(source, data)
         extracted = time.perf_counter()
         evaluate_linear(features, params.linear, params.seed, device, params.run)

@@ -15,10 +15,13 @@ def finetune(
 ) -> None:
     """Fine-tune an arm's encoder on each of the subsets of that name, or with `all` labels."""
     from lgp.data.subsets import load_subsets
+    from lgp.errors import LgpError
     from lgp.params.file import load_params
     from lgp.params.labels import ALL_LABELS
 
     recipe = load_params(params_file).recipe(labels)
+    if arm == "pixels":
+        raise LgpError("the arm pixels has no encoder to fine-tune: choose another arm")
     if labels != ALL_LABELS:
         load_subsets(LABELS, labels)
     sections = ["seed", f"finetune.{labels}"]

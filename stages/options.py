@@ -70,9 +70,7 @@ Arm = Annotated[str, typer.Argument(help="Whose encoder: mim, cl, graft, …", c
 ArmName = Annotated[str, typer.Option("--arm", metavar="NAME", help="What to call the arm.", callback=_arm_name)]
 Labels = Annotated[
     str,
-    typer.Argument(
-        help="Which few labels: 1pct, 10pct, 5shot, …: a name in labels.shares, labels.shots or labels.lists."
-    ),
+    typer.Argument(help="Which few labels: 1pct, 10pct, 5shot, …, as in labels.shares, shots and lists."),
 ]
 
 DEFAULT_PARAMS = Path("params.yaml")

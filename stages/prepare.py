@@ -12,8 +12,8 @@ def prepare(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debu
     metrics_path = METRICS / "prepare.json"
     spec = StageSpec("prepare", SECTIONS["prepare"], [], [PREPARED, metrics_path], "data", "prepare")
     with stage(spec, params_file, fresh) as run:
-        from lgp.data.preparation import PARTS
         from lgp.data.preparation import prepare as prepare_data
+        from lgp.data.storage import PARTS
 
         metrics = prepare_data(run.params.data, run.params.seed, run.out(PREPARED))
         run.write_metrics(run.out(metrics_path), metrics)

@@ -1,4 +1,7 @@
-"""Several processes for one command, as `torchrun` starts them; `run.processes` asks for it. Light: no torch until then."""
+"""Several processes for one command, as `torchrun` starts them; `run.processes` asks for it.
+
+Light: torch is imported only to start them.
+"""
 
 import logging
 import os

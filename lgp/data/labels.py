@@ -54,7 +54,7 @@ def write_labels(params: LabelsParams, source_name: str, images: Images, seed: i
     labels = _labels_of(images, source)
     splits = np.where((images.parts == "train") & (labels < 0), "unlabeled", images.parts).astype(object)
     splits[np.isin(images.parts, ("val", "test")) & (labels < 0)] = "dropped"
-    lists = _read_lists(params, images, labels, source.classes)
+    lists = _read_lists(params, images.paths, labels, splits, source.classes)
     splits[[i for rows in itertools.chain.from_iterable(lists.values()) for i in rows]] = "train"
     leaks = _find_leaks(images, params.near_duplicate_bits)
     if params.leaks == "drop_test":
@@ -80,20 +80,20 @@ def _labels_of(images: Images, source: Source) -> np.ndarray:
     by_path = {about.path: about.label for about in source.described()}
     gone = [path for path in images.paths if path not in by_path]
     if gone:
+        more = f", nor {len(gone) - 1} other prepared images" if gone[1:] else ""
         raise LgpError(
-            f"the source has no {gone[0]} any more{f', nor {len(gone) - 1} other prepared images' if gone[1:] else ''}: "
-            "prepare its images again (`dvc repro --force prepare`)"
+            f"the source has no {gone[0]} any more{more}: prepare its images again (`dvc repro --force prepare`)"
         )
     return np.array([by_path[path] for path in images.paths], dtype=np.int64)
 
 
 def _read_lists(
-    params: LabelsParams, images: Images, labels: np.ndarray, classes: list[str]
+    params: LabelsParams, paths: list[str], labels: np.ndarray, splits: np.ndarray, classes: list[str]
 ) -> dict[str, list[list[int]]]:
     """Read the published lists. An image of val may be listed: it then counts as a training image."""
-    parts = np.where(images.parts == "val", "train", images.parts).tolist()
+    parts = np.where(splits == "val", "train", splits).tolist()
     return {
-        name: [read_subset_list(Path(file), images.paths, labels, parts, classes).tolist() for file in files]
+        name: [read_subset_list(Path(file), paths, labels, parts, classes).tolist() for file in files]
         for name, files in params.lists.items()
     }
 
@@ -102,7 +102,11 @@ def _find_leaks(images: Images, bits: int | None) -> list[Leak]:
     """Find the test images that also stand elsewhere among the prepared ones."""
     content, hashes = (images.index[column].to_numpy() for column in ("content", "hash"))
     leaks, _ = find_leaks(
-        content, hashes.astype(np.uint64), images.ids("test"), np.flatnonzero(images.parts != "test"), bits
+        content,
+        hashes.astype(np.uint64),
+        images.ids("test"),
+        np.flatnonzero(np.isin(images.parts, ("train", "val"))),
+        bits,
     )
     return leaks
 
@@ -192,7 +196,7 @@ class LabelledImages(Images):
         return np.flatnonzero(self._table["split"].to_numpy() == part)
 
     def subsets(self, name: str) -> list[np.ndarray]:
-        """Return the few-label subsets of one name, each a sorted array of ids; raise `LgpError` where there are none."""
+        """Return the few-label subsets of one name, each a sorted array of ids; raise `LgpError` for another name."""
         return load_subsets(self._labels_folder, name)
 
     def labelled(self, name: str) -> list[np.ndarray]:

@@ -1,7 +1,7 @@
 """From a data source to prepared images: choose, decode once, hold out a test and a validation part, digest.
 
-Labels are read for one purpose: the held-out parts are balanced over classes. They are not stored here; `lgp.data.labels`
-reads them again.
+Labels are read for one purpose: the held-out parts are balanced over classes. They are not stored here;
+`lgp.data.labels` reads them again.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lgp.data.leaks import find_leaks
-from lgp.data.sources import Source, open_source
+from lgp.data.sources import Described, Source, open_source
 from lgp.data.splits import cap, check_class_sizes, hold_out
 from lgp.data.storage import INDEX, META, PARTS, Images
 from lgp.data.writing import Stored, decode_to_array, have_one_size, store_encoded
@@ -60,7 +60,7 @@ def _within_caps(source: Source, params: DataParams, seed: int) -> set[int] | No
     """Return the positions of the records to keep, None for all."""
     if params.max_train_images is None and params.max_test_images is None:
         return None
-    described = pd.DataFrame(source.described())
+    described = pd.DataFrame(source.described(), columns=Described._fields)
     labels, kept = described["label"].to_numpy(), np.ones(len(described), dtype=bool)
     for split, most in (("train", params.max_train_images), ("test", params.max_test_images)):
         positions = np.flatnonzero((described["split"] == split) & (labels >= 0))
@@ -107,7 +107,7 @@ def _drop_near_test(table: pd.DataFrame, parts: np.ndarray, bits: int) -> None:
         LgpError: a class is left without an image in train or val.
     """
     labels, kept = table["label"].to_numpy(), ("train", "val")
-    before = {part: set(labels[parts == part]) for part in kept}
+    before = {part: set(labels[(parts == part) & (labels >= 0)]) for part in kept}
     is_test = parts == "test"
     content, hashes = table["content"].to_numpy(), table["hash"].to_numpy(dtype=np.uint64)
     _, in_test = find_leaks(content, hashes, np.flatnonzero(is_test), np.flatnonzero(~is_test), bits)

@@ -168,6 +168,7 @@ def _parquet(root: Path, files: list[Path]) -> Source:
     for file, split in chosen.items():
         _check_parquet(file, labelled=split != "unlabeled")
     train = [f for f, s in chosen.items() if s == "train"]
+    folder = root if root.is_dir() else root.parent  # files of two folders may share a name
     names = _parquet_classes(pq.read_schema(train[0]))
     found = {v for f in train for v in pq.read_table(f, columns=["label"])["label"].drop_null().unique().to_pylist()}
     index = {i: i for i in range(len(names))} or {
@@ -186,14 +187,14 @@ def _parquet(root: Path, files: list[Path]) -> Source:
             of_file = columns if split == "unlabeled" else [*columns, "label"]
             for number, row in enumerate(_rows_of(file, of_file)):
                 given = row.get("label")
-                label = index.get(given, -1)
+                label = -1 if given is None else index.get(given, -1)
                 if label < 0 and given is not None and given >= 0:
                     raise LgpError(
                         f"{file}: row {number} has the label {given}, which is none of the {len(index)} classes "
                         f"({'named in the schema' if names else 'found in train'}): mend or remove it"
                     )
                 of_row = "unlabeled" if split == "train" and label < 0 else split
-                yield Described(of_row, label, f"{file.name}#{number}"), row
+                yield Described(of_row, label, f"{file.relative_to(folder)}#{number}"), row
 
     return Source(names or [str(label) for label in index], described, records)
 

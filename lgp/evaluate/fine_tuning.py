@@ -1,8 +1,9 @@
 """Fine-tuning: the whole encoder learns on with labels, all of them or few.
 
-The recipe is MAE's (He et al. 2022, appendix A.1, table 9). LGP takes it over with rates and layer decay of its own. All
-its parts are timm's. With `from_first_fc` the classifier sits on the first layer of the contrastive projector, as LGP
-does at 10 % of labels. An arm without a projector (MIM) has its classifier on the encoder; its metric `first_fc` is 0.
+The recipe is MAE's (He et al. 2022, appendix A.1, table 9). LGP takes it over with rates and layer decay of its own.
+All its parts are timm's. With `from_first_fc` the classifier sits on the first layer of the contrastive projector, as
+LGP does at 10 % of labels. An arm without a projector (MIM) has its classifier on the encoder; its metric `first_fc`
+is 0.
 """
 
 import functools

@@ -96,7 +96,7 @@ def load_encoder(folder: Path) -> VisionTransformer:
     """
     config = read_config(folder)
     if config["architecture"] == PIXELS:
-        raise LgpError(f"{folder} stands for raw pixels, which have no encoder: choose another arm")
+        raise LgpError(_no_weights(folder))
     encoder: VisionTransformer = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
     try:
         encoder.load_state_dict(load_file(folder / WEIGHTS), strict=True)
@@ -112,6 +112,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     _check_present(folder)
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     return config
+
+
+def _no_weights(folder: Path) -> str:
+    return f"{folder} stands for raw pixels, which have no encoder: choose another arm"
 
 
 def _check_present(folder: Path) -> None:
@@ -132,7 +136,10 @@ def check_input_size(folder: Path, data: Images) -> None:
 
 def check_encoder_fits(folder: Path, model: ModelParams, data: DataParams) -> None:
     """Raise `LgpError` unless the encoder in `folder` has the dimensions that the parameters ask for."""
-    found, wanted = read_config(folder).get("model_args"), model_args(model, data)
+    config = read_config(folder)
+    if config["architecture"] == PIXELS:
+        raise LgpError(_no_weights(folder))
+    found, wanted = config["model_args"], model_args(model, data)
     if found != wanted:
         raise LgpError(
             f"the encoder in {folder} was trained with {found}, but the parameters say {wanted}: train it anew"

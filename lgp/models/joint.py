@@ -17,7 +17,7 @@ class Joint(PretrainingModel):
         self.contrastive, self.mae = contrastive, mae
 
     @property
-    def encoder(self) -> VisionTransformer:  # type: ignore[override]
+    def encoder(self) -> VisionTransformer:
         """The shared encoder."""
         return self.contrastive.encoder
 

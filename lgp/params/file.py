@@ -152,7 +152,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def section_values(params: Params, sections: Iterable[str]) -> dict[str, Any]:
-    """Return sections as plain values. `data.source` is that key alone, `finetune.10pct` that recipe, where it is there."""
+    """Return sections as plain values; `data.source` is that key alone, `finetune.10pct` that recipe if it is there."""
     values = params.model_dump(mode="json", include={section.partition(".")[0] for section in sections})
     chosen: dict[str, Any] = {}
     for section in sections:

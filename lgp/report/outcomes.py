@@ -92,7 +92,7 @@ def accuracy_per_class(predictions: pd.DataFrame, classes: int) -> np.ndarray:
 
 
 def accuracy_by_depth(outcome: Outcome) -> list[float]:
-    """Return k-NN accuracy in percent after each block, from the metrics of `linear`; empty where it was not asked for."""
+    """Return k-NN accuracy in percent after each block, of the task `linear`; empty where it was not asked for."""
     found = {name: value for name, value in outcome.metrics.items() if name.startswith("test/knn_top1_block")}
     return [found[f"test/knn_top1_block{b}"] for b in range(len(found))]
 

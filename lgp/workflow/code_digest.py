@@ -158,8 +158,8 @@ class _Stripper(ast.NodeTransformer):
         return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        is_record = "dataclass" in ast.dump(ast.Module(node.decorator_list, [])) or "NamedTuple" in map(
-            ast.unparse, node.bases
+        is_record = any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list) or any(
+            ast.unparse(base) == "NamedTuple" for base in node.bases
         )
         kept, self.keep_annotations = self.keep_annotations, not is_record
         self.generic_visit(self._block(node))

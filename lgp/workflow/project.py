@@ -56,10 +56,7 @@ def init_project(folder: Path, preset: str, git: bool) -> list[str]:
     if git and not _in_git(folder):
         _run(["git", "init", "--quiet"], folder)
     dvc = [sys.executable, "-m", "dvc"]
-    _run(
-        [*dvc, "init", "--quiet", *(["--subdir"] if _below_git(folder) else [] if _in_git(folder) else ["--no-scm"])],
-        folder,
-    )
+    _run([*dvc, "init", "--quiet", *_scm_option(folder)], folder)
     for key in ("core.analytics", "core.autostage"):
         _run([*dvc, "config", key, "false"], folder)
     lines = [f"{folder.resolve()} is a project now, with the parameters of the preset {preset}"]
@@ -68,13 +65,16 @@ def init_project(folder: Path, preset: str, git: bool) -> list[str]:
     return [*lines, "next: set data.source in params.yaml to your images, then `dvc repro`"]
 
 
+def _scm_option(folder: Path) -> list[str]:
+    """Return the option of `dvc init` for a folder in no git repository, at the top of one, or below it."""
+    top = _git_top(folder)
+    if top is None:
+        return ["--no-scm"]
+    return [] if top == folder.resolve() else ["--subdir"]
+
+
 def _in_git(folder: Path) -> bool:
     return _git_top(folder) is not None
-
-
-def _below_git(folder: Path) -> bool:
-    top = _git_top(folder)
-    return top is not None and top != folder.resolve()
 
 
 def _git_top(folder: Path) -> Path | None:

@@ -103,9 +103,9 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
             raise LgpError(f"{spec.name} needs {path}, which does not exist: {_remedy(path)}, or `dvc repro`")
     if spec.trains and params.run.processes > 1 and not launched():
         launch(spec.name, params.run.processes)
-    seen = restricted(params, spec.sections)
+    visible = restricted(params, spec.sections)
     if launched_rank() > 0:
-        yield from _as_worker(spec, seen, root)
+        yield from _as_worker(spec, visible, root)
         return
     check_disk_space(root, RESERVE_BYTES)
     before = _digests(spec, params)
@@ -130,7 +130,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
             provenance["resumed_from_code"] = store.adopted()
         partial = {path: _start_output(path) for path in spec.writes}
         with tracking.tracked(_description(spec, params, before, git), root, store.run_id_file) as tracker:
-            yield StageRun(spec, seen, provenance, tracker, store, partial)
+            yield StageRun(spec, visible, provenance, tracker, store, partial)
             _check_unchanged(spec, before, params_file)
             for path, written in partial.items():
                 _publish(written, path)

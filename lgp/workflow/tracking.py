@@ -177,7 +177,7 @@ class Tracker:
     """
 
     def __init__(self, description: Description, root: Path, resume_file: Path) -> None:
-        """Prepare a run; `resume_file` holds the id of the run to go on with, where there is one, and takes this one's."""
+        """Prepare a run; `resume_file` holds the id of the run to go on with, if any, and takes this one's."""
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         file = f"{description.arm}-{description.task}-{stamp}-{os.getpid()}.jsonl"
         self._description, self._root, self._resume_file = description, root, resume_file
@@ -319,7 +319,7 @@ class Tracker:
         self.attempt(point, {"champion": arm, "encoder_digest": digest})
 
     def end(self, status: str) -> None:
-        """Close the run as FINISHED, FAILED or KILLED. A run that failed before anything was logged was never opened."""
+        """Close the run as FINISHED, FAILED or KILLED. A run that failed before anything was logged is not opened."""
         if not self._opened and not self._epochs and status == "FAILED":
             return
         self.flush()

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from lgp.compute.distributed import SyncBatchNorm1d, gather, send_bytes
 from lgp.compute.launch import WorkerDone
 from lgp.data.labels import LabelledImages
+from lgp.data.storage import Images
 from lgp.errors import LgpError
 from lgp.models.moco import contrastive_loss
 from lgp.models.simclr import nt_xent
 from lgp.models.vicreg import vicreg_loss
 from lgp.params.file import Params
 from lgp.params.pretrain import VicregWeights
-from lgp.pretrain.arm import Session, check_shares
+from lgp.pretrain.arm import Session, check_batch
 from lgp.pretrain.cl import pretrain_cl
 from lgp.pretrain.mim import pretrain_mim
 from lgp.training import loop as engine
@@ -130,11 +131,12 @@ def test_norm_of_one_process_is_batchnorm_itself() -> None:
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_told() -> None:
-    check_shares({"mim": 64, "cl": 96}, 4, {"mim": 4})
+    check_batch("mim", 64, 64, 4, {"mim": 4})
+    check_batch("cl", 96, 96, 4, {"mim": 4})
     with pytest.raises(LgpError, match=r"cl\.batch_size 64 cannot be cut into 3 equal parts"):
-        check_shares({"cl": 64}, 3, {})
+        check_batch("cl", 64, 1000, 3, {})
     with pytest.raises(LgpError, match=r"mim\.batch_size 64 cannot be cut into 48 equal parts .* run\.accumulate 24"):
-        check_shares({"mim": 64}, 2, {"mim": 24})
+        check_batch("mim", 64, 1000, 2, {"mim": 24})
 
 
 # the paper's rate: at the larger one of the digits preset contrastive learning is chaotic from the start, so that any
@@ -160,7 +162,7 @@ def losses_of(params: Params, prepared: Path, folder: Path, steps: int) -> dict[
             return mean(values)
 
         store = StateStore(folder / arm / os.environ.get("RANK", "0"), "code")
-        session = Session(Prepared(prepared), params, store, Silent())
+        session = Session(Images(prepared), params, store, Silent())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine, "CHECK_EVERY", 1)
             patch.setattr(engine.Trainer, "_step", step)

@@ -85,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose stages before the graft have run."""
     folder = tmp_path_factory.mktemp("project")
     write(folder)
-    for stage in ("prepare", "mim"):
+    for stage in ("prepare", "labels", "mim"):
         subprocess.run([*COMMAND, stage], cwd=folder, env=environment(), check=True)
     return folder
 

@@ -1,6 +1,7 @@
 """Leaks between test and the rest, and labels that must not be read."""
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import Silent
+from made_sources import images_from, labels_from
 from PIL import Image
 
 from lgp.data.labels import LabelledImages
 from lgp.data.leaks import EXACT, Leak, find_leaks, perceptual_hash
-from lgp.data.preparation import prepare
+from lgp.data.storage import Images
 from lgp.errors import LgpError
-from lgp.params.data import DataParams
 from lgp.params.file import Params
 from lgp.pretrain.arm import Session
 from lgp.pretrain.cl import pretrain_cl
@@ -62,17 +63,13 @@ def source(tmp_path: Path) -> Path:
     return root
 
 
-def prepared_from(
-    source: Path, tmp_path: Path, params: Params, **changes: Any
-) -> tuple[dict[str, Any], LabelledImages]:
-    out = tmp_path / "prepared"
-    out.mkdir()
-    changes = {"channels": 3, "image_size": 16, "max_train_images": None, "source": str(source)} | changes
-    return prepare(DataParams.model_validate(params.data.model_dump() | changes), 0, out), Prepared(out)
+def labelled(source: Path, tmp_path: Path, params: Params, **changes: Any) -> tuple[dict[str, Any], LabelledImages]:
+    _, images = images_from(source, tmp_path / "prepared", params, image_size=16)
+    return labels_from(source, images, tmp_path / "labels", params, **changes)
 
 
 def test_copies_are_found_and_described(source: Path, tmp_path: Path, params: Params) -> None:
-    metrics, data = prepared_from(source, tmp_path, params, near_duplicate_bits=6)
+    metrics, data = labelled(source, tmp_path, params, near_duplicate_bits=6)
     assert (metrics["leaks/exact"], metrics["leaks/near"]) == (1, 2)
     found = {leak["test"]: (leak["also"], leak["how"]) for leak in metrics["leaks"]}
     assert found["test/a/copy.png"] == ("train/a/1.png", "the same file")
@@ -82,24 +79,39 @@ def test_copies_are_found_and_described(source: Path, tmp_path: Path, params: Pa
     assert len(data.ids("test")) == 7
 
 
-@pytest.mark.parametrize(("leaks", "test", "others"), [("drop_test", 4, 14), ("drop_train", 7, 10)])
-def test_copies_are_dropped_on_one_side(
-    source: Path, tmp_path: Path, params: Params, leaks: str, test: int, others: int
-) -> None:
-    metrics, data = prepared_from(source, tmp_path, params, near_duplicate_bits=6, leaks=leaks)
-    assert len(data.ids("test")) == test
-    assert len(data.pretraining_ids) + len(data.ids("val")) == others
-    assert metrics["images/dropped"] == (3 if leaks == "drop_test" else 4)
+def test_copies_are_dropped_from_test_for_evaluation(source: Path, tmp_path: Path, params: Params) -> None:
+    metrics, data = labelled(source, tmp_path, params, near_duplicate_bits=6, leaks="drop_test")
+    new = [f"test/{c}/new{i}.png" for c in "ab" for i in range(2)]
+    assert [data.paths[i] for i in data.ids("test")] == new
+    assert len(data.pretraining_ids) + len(data.ids("val")) == 14
+    assert metrics["images/dropped"] == 3
+
+
+def test_copies_of_test_are_dropped_from_the_images_to_learn_from(source: Path, tmp_path: Path, params: Params) -> None:
+    of_images, images = images_from(source, tmp_path / "prepared", params, image_size=16, drop_near_test_bits=6)
+    dropped = [images.paths[i] for i in images.ids("dropped")]
+    assert dropped == ["train/a/1.png", "train/a/twin.png", "train/b/2.png", "unlabeled/u.png"]
+    assert (of_images["images/dropped"], of_images["images/test"]) == (4, 7)
+    assert len(images.pretraining_ids) + len(images.ids("val")) == 10
+    metrics, data = labels_from(source, images, tmp_path / "labels", params, near_duplicate_bits=6, leaks="drop_test")
+    assert (metrics["leaks/exact"], metrics["leaks/near"]) == (0, 0)  # not against images that nobody sees
+    assert len(data.ids("test")) == 7
+    assert metrics["images/dropped"] == 4
+    (tmp_path / "list.txt").write_text("train/a/1.png\ntrain/b/0.png")
+    with pytest.raises(LgpError, match=r"not of the training part: train/a/1\.png \(dropped\)"):
+        labels_from(source, images, tmp_path / "more", params, lists={"official": str(tmp_path / "list.txt")})
 
 
 def test_exact_copies_alone(source: Path, tmp_path: Path, params: Params) -> None:
-    metrics, _ = prepared_from(source, tmp_path, params, near_duplicate_bits=None)
+    metrics, _ = labelled(source, tmp_path, params, near_duplicate_bits=None)
     assert (metrics["leaks/exact"], metrics["leaks/near"]) == (1, 0)
 
 
 def test_dropping_all_of_a_class_is_an_error(source: Path, tmp_path: Path, params: Params) -> None:
-    with pytest.raises(LgpError, match="drop_test leaves a class without an image in test"):
-        prepared_from(source, tmp_path, params, near_duplicate_bits=32, leaks="drop_test")
+    with pytest.raises(LgpError, match="drop_test leaves a class without a test image"):
+        labelled(source, tmp_path, params, near_duplicate_bits=32, leaks="drop_test")
+    with pytest.raises(LgpError, match=r"drop_near_test_bits 32 leaves a class without an image in train"):
+        images_from(source, tmp_path / "none", params, image_size=16, drop_near_test_bits=32)
 
 
 def test_nearest_is_found_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,29 +136,26 @@ def test_hash_is_the_librarys() -> None:
     assert perceptual_hash(image) == sum(int(bit) << (63 - i) for i, bit in enumerate(bits))
 
 
+def half_unlabelled(prepared: LabelledImages, folder: Path, poison: int) -> LabelledImages:
+    """The same images, of which half of train has no label but `poison` in its place."""
+    shutil.copytree(prepared.folder.parent / "labels", folder)
+    table = pd.read_parquet(folder / "labels.parquet")
+    table.loc[np.flatnonzero(table["split"] == "train")[::2], ["split", "label"]] = ["unlabeled", poison]
+    table.to_parquet(folder / "labels.parquet", index=False)
+    return LabelledImages(prepared.folder, folder)
+
+
 @pytest.mark.parametrize("pretrain", [pretrain_mim, pretrain_cl, pretrain_joint])
 def test_no_label_of_an_unlabelled_image_is_read(
     prepared: LabelledImages, params: Params, tmp_path: Path, pretrain: Any
 ) -> None:
-    """Poisoned labels: with half of train unlabelled, garbage in their place changes no byte and trips nobody."""
-    weights = []
-    for number, poison in enumerate((-1, 10**9)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        for file in prepared.folder.iterdir():
-            (folder / file.name).symlink_to(file.resolve())
-        index = pd.read_parquet(prepared.folder / "index.parquet")
-        unlabelled = np.flatnonzero(index["split"] == "train")[::2]
-        index.loc[unlabelled, ["split", "label"]] = ["unlabeled", poison]
-        (folder / "index.parquet").unlink()
-        index.to_parquet(folder / "index.parquet", index=False)
-        shown = params.model_copy(
-            update={
-                "run": params.run.model_copy(
-                    update={"online_knn": params.run.online_knn.model_copy(update={"every_epochs": 1})}
-                )
-            }
-        )
-        session = Session(Prepared(folder), shown, StateStore(tmp_path / f"state{number}", "code"), Silent())
-        weights.append(pretrain(session).encoder.state_dict())
-    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    """Garbage in place of labels changes no byte and trips nobody, nor do labels at all, which k-NN alone reads."""
+    online_knn = params.run.online_knn.model_copy(update={"every_epochs": 1})
+    shown = params.model_copy(update={"run": params.run.model_copy(update={"online_knn": online_knn})})
+    labels = [half_unlabelled(prepared, tmp_path / f"labels{poison}", poison) for poison in (-1, 10**9)]
+    weights, images = [], Images(prepared.folder)
+    for number, labelled in enumerate((*labels, None)):
+        session = Session(images, shown, StateStore(tmp_path / f"state{number}", "code"), Silent(), labelled)
+        weights.append(pretrain(session).model.encoder.state_dict())
+    for others in weights[1:]:
+        assert all(torch.equal(tensor, others[name]) for name, tensor in weights[0].items())

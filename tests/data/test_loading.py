@@ -10,10 +10,10 @@ from conftest import merged
 from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 
-from lgp.compute.randomness import generator
-from lgp.data.labels import LabelledImages
+from lgp.compute.randomness import Stream, generator
 from lgp.data.loading import Batch, CropDataset, loader
 from lgp.data.preparation import prepare
+from lgp.data.storage import Images
 from lgp.data.views import random_boxes
 from lgp.params.data import DataParams
 from lgp.params.pretrain import ViewParams
@@ -21,12 +21,12 @@ from lgp.params.pretrain import ViewParams
 VIEWS = ViewParams(crop_scale_min=0.4, flip_p=0.5)
 
 
-def crops(prepared: LabelledImages, batch_size: int = 64, seed: int = 0) -> CropDataset:
-    return CropDataset(prepared, VIEWS, 2, batch_size, seed, "cl")
+def crops(prepared: Images, batch_size: int = 64, seed: int = 0) -> CropDataset:
+    return CropDataset(prepared, VIEWS, 2, batch_size, Stream(seed, "cl"))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core
-def test_workers_give_the_same_batches(prepared: LabelledImages) -> None:
+def test_workers_give_the_same_batches(prepared: Images) -> None:
     alone = list(loader(crops(prepared), 2, 7, workers=0, pin=False))
     helped = list(loader(crops(prepared), 2, 7, workers=2, pin=False))
     assert len(alone) == 5
@@ -35,7 +35,7 @@ def test_workers_give_the_same_batches(prepared: LabelledImages) -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
 
 
-def test_an_epoch_visits_every_image_at_most_once_in_a_new_order(prepared: LabelledImages) -> None:
+def test_an_epoch_visits_every_image_at_most_once_in_a_new_order(prepared: Images) -> None:
     batches = crops(prepared)
     per_epoch = batches.steps_per_epoch
     epochs = [np.concatenate([batches.ids_of(e * per_epoch + s) for s in range(per_epoch)]) for e in (0, 1)]
@@ -45,12 +45,23 @@ def test_an_epoch_visits_every_image_at_most_once_in_a_new_order(prepared: Label
     assert not np.array_equal(epochs[0], epochs[1])
 
 
-def test_processes_share_a_batch_row_by_row(prepared: LabelledImages) -> None:
+def test_given_ids_and_another_seed_or_name_give_other_batches(prepared: Images) -> None:
+    some = prepared.pretraining_ids[::3]
+    batches = CropDataset(prepared, VIEWS, 2, 8, Stream(0, "cl"), some)
+    assert batches.steps_per_epoch == len(some) // 8
+    assert np.isin(np.concatenate([batches.ids_of(step) for step in range(30)]), some).all()
+    of_streams = [
+        CropDataset(prepared, VIEWS, 2, 8, s).ids_of(0) for s in (Stream(0, "cl"), Stream(1, "cl"), Stream(0, "mim"))
+    ]
+    assert len({tuple(ids) for ids in of_streams}) == 3
+
+
+def test_processes_share_a_batch_row_by_row(prepared: Images) -> None:
     whole = crops(prepared)[3]
     parts = []
     for rank in range(4):
         mine = crops(prepared)
-        mine.share(rank, 4)
+        mine.shard(rank, 4)
         parts.append(mine[3])
     assert torch.equal(torch.cat(parts), whole)
 
@@ -64,7 +75,7 @@ def test_parts_of_a_batch_know_their_rows() -> None:
 
 
 @pytest.fixture
-def photographs(tmp_path: Path, values: dict[str, Any]) -> LabelledImages:
+def photographs(tmp_path: Path, values: dict[str, Any]) -> Images:
     """Images of several sizes, kept encoded."""
     rng = np.random.default_rng(0)
     for i in range(12):
@@ -75,10 +86,10 @@ def photographs(tmp_path: Path, values: dict[str, Any]) -> LabelledImages:
     data = merged(values["data"], {"source": str(tmp_path / "source"), "channels": 3, "max_train_images": None})
     (tmp_path / "prepared").mkdir()
     prepare(DataParams.model_validate(data), 0, tmp_path / "prepared")
-    return Prepared(tmp_path / "prepared")
+    return Images(tmp_path / "prepared")
 
 
-def test_crops_of_encoded_images_equal_torchvisions(photographs: LabelledImages) -> None:
+def test_crops_of_encoded_images_equal_torchvisions(photographs: Images) -> None:
     ids = photographs.ids("train")
     boxes = random_boxes(torch.from_numpy(photographs.sizes[ids]), 2, 0.1, generator(0, "x"))
     ours = photographs.crops(ids, boxes)
@@ -89,16 +100,14 @@ def test_crops_of_encoded_images_equal_torchvisions(photographs: LabelledImages)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-def test_small_data_is_decoded_once_and_shared_by_workers(
-    photographs: LabelledImages, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches = CropDataset(photographs, VIEWS, 2, 4, 0, "cl")
+def test_small_data_is_decoded_once_and_shared_by_workers(photographs: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = CropDataset(photographs, VIEWS, 2, 4, Stream(0, "cl"))
     total = 2 * batches.steps_per_epoch
     anew = list(loader(batches, 0, total, workers=0, pin=False))
     photographs.keep_decoded(1)  # too little for them
     decoded: list[int] = []
-    open_image = LabelledImages.open_image
-    monkeypatch.setattr(LabelledImages, "open_image", lambda self, i: decoded.append(i) or open_image(self, i))
+    open_image = Images.open_image
+    monkeypatch.setattr(Images, "open_image", lambda self, i: decoded.append(i) or open_image(self, i))
     list(loader(batches, 0, total, workers=0, pin=False))
     assert len(decoded) == 4 * total
     photographs.keep_decoded(1e6)

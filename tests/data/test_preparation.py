@@ -1,7 +1,6 @@
-"""From every kind of source to prepared data."""
+"""From every kind of source to prepared images."""
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,49 +8,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made_sources import both_from, data_params, folder, images_from, labels_from, png, write_parquet
 from PIL import Image
 
-from lgp.data.labels import LabelledImages, decode
+from lgp.data.labels import LabelledImages
 from lgp.data.preparation import prepare
+from lgp.data.storage import decode
 from lgp.errors import LgpError
-from lgp.params.data import DataParams
 from lgp.params.file import Params
-
-RNG = np.random.default_rng(0)
-
-
-def png(size: tuple[int, int] = (8, 8)) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(RNG.integers(0, 256, (*size, 3), dtype=np.uint8)).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def data_params(params: Params, **changes: Any) -> DataParams:
-    base = {"channels": 3, "max_train_images": None, "max_unreadable_share": 0.2}
-    return DataParams.model_validate(params.data.model_dump() | base | changes)
-
-
-def folder(root: Path, classes: dict[str, int], split: str = "train", size: tuple[int, int] = (8, 8)) -> Path:
-    for name, count in classes.items():
-        (root / split / name).mkdir(parents=True)
-        for i in range(count):
-            (root / split / name / f"{i}.png").write_bytes(png(size))
-    return root
-
-
-def prepared_from(
-    source: Path, tmp_path: Path, params: Params, **changes: Any
-) -> tuple[dict[str, Any], LabelledImages]:
-    out = tmp_path / "prepared"
-    out.mkdir()
-    return prepare(data_params(params, source=str(source), **changes), 0, out), Prepared(out)
 
 
 def test_digits_keep_their_pixels_and_labels(prepared: LabelledImages) -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    row = int(prepared._index["path"].iloc[5].split("/")[1])
+    row = int(prepared.paths[5].split("/")[1])
     assert np.array_equal(np.asarray(prepared.open_image(5)), np.round(digits.images[row] * 255 / 16))
     assert prepared.labels[5] == digits.target[row]
 
@@ -79,7 +50,7 @@ def test_image_folder_with_test_and_unlabeled_parts(tmp_path: Path, params: Para
     folder(source, {"ant": 3, "bee": 4}, "test")
     (source / "unlabeled" / "deep").mkdir(parents=True)
     (source / "unlabeled" / "deep" / "x.png").write_bytes(png())
-    metrics, data = prepared_from(source, tmp_path, params)
+    metrics, data = both_from(source, tmp_path, params)
     assert data.classes == ["ant", "bee"]
     assert [metrics[f"images/{s}"] for s in ("train", "unlabeled", "val", "test")] == [20, 1, 2, 7]
     assert len(data.pretraining_ids) == 21
@@ -89,33 +60,24 @@ def test_image_folder_with_test_and_unlabeled_parts(tmp_path: Path, params: Para
 
 def test_images_of_other_sizes_stay_encoded(tmp_path: Path, params: Params) -> None:
     source = folder(tmp_path / "images", {"ant": 10, "bee": 10}, size=(20, 14))
-    _, data = prepared_from(source, tmp_path, params)
+    _, data = images_from(source, tmp_path / "prepared", params)
     assert not (tmp_path / "prepared" / "images.npy").exists()
     assert data.sizes[0].tolist() == [20, 14]
     assert data.whole(data.ids("train")[:3]).shape == (3, 3, 8, 8)
-    expected = np.asarray(Image.open(source / data._index["path"].iloc[7]))
+    expected = np.asarray(Image.open(source / data.paths[7]))
     assert np.array_equal(np.asarray(data.open_image(7)), expected)
 
 
 def test_shards_are_read_back_across_their_borders(
     tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lgp.data.preparation.SHARD_BYTES", 1500)
+    monkeypatch.setattr("lgp.data.writing.SHARD_BYTES", 1500)
     source = folder(tmp_path / "images", {"ant": 10, "bee": 10}, size=(20, 14))
-    _, data = prepared_from(source, tmp_path, params)
+    _, data = images_from(source, tmp_path / "prepared", params)
     assert len(list((tmp_path / "prepared").glob("*.arrow"))) > 3
     for i in range(20):
-        expected = np.asarray(Image.open(source / data._index["path"].iloc[i]))
+        expected = np.asarray(Image.open(source / data.paths[i]))
         assert np.array_equal(np.asarray(data.open_image(i)), expected)
-
-
-def write_parquet(path: Path, labels: list[int | None], names: list[str] | None, broken: int = 0) -> None:
-    images = [{"bytes": b"" if i < broken else png(), "path": f"{i}.png"} for i in range(len(labels))]
-    table = pa.table({"image": images, "label": pa.array(labels, pa.int64())})
-    if names:
-        features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
-        table = table.replace_schema_metadata({b"huggingface": json.dumps(features).encode()})
-    pq.write_table(table, path)
 
 
 @pytest.fixture
@@ -130,29 +92,31 @@ def test_hugging_face_parquet(hub: Path, tmp_path: Path, params: Params) -> None
     write_parquet(hub / "train-00001-of-00002.parquet", [0, 1, None, -1], ["cat", "dog"])
     write_parquet(hub / "validation.parquet", [0, 1], ["cat", "dog"])  # left out: there is a test part
     write_parquet(hub / "test-00000-of-00001.parquet", [0, 1, 1], ["cat", "dog"], broken=1)
-    metrics, data = prepared_from(hub, tmp_path, params)
+    of_images, images = images_from(hub, tmp_path / "prepared", params)
+    assert [of_images[f"images/{part}"] for part in ("train", "val", "test", "dropped")] == [18, 2, 2, 0]
+    assert of_images["unreadable"] == [{"path": "test-00000-of-00001.parquet#0", "reason": "empty"}]
+    metrics, data = labels_from(hub, images, tmp_path / "labels", params)
     assert data.classes == ["cat", "dog"]
     assert [metrics[f"images/{s}"] for s in ("train", "unlabeled", "val", "test")] == [16, 2, 2, 2]
-    assert metrics["unreadable"] == [{"path": "test-00000-of-00001.parquet#0", "reason": "empty"}]
 
 
 def test_unlabelled_test_images_never_reach_pretraining(hub: Path, tmp_path: Path, params: Params) -> None:
     write_parquet(hub / "train.parquet", [0, 1] * 8, ["cat", "dog"])
     write_parquet(hub / "test.parquet", [0, 1, -1, None], ["cat", "dog"])
-    metrics, data = prepared_from(hub, tmp_path, params)
+    metrics, data = images_from(hub, tmp_path / "prepared", params)
     assert [u["path"] for u in metrics["unreadable"]] == ["test.parquet#2", "test.parquet#3"]
-    assert not any("test" in path for path in data._index["path"].iloc[data.pretraining_ids])
+    assert not any("test" in path for path in np.array(data.paths)[data.pretraining_ids])
 
 
 def test_validation_stands_for_an_absent_test_part(hub: Path, tmp_path: Path, params: Params) -> None:
     write_parquet(hub / "train.parquet", [0, 1] * 8, ["cat", "dog"])
     write_parquet(hub / "validation.parquet", [0, 1, 1], ["cat", "dog"])
-    assert prepared_from(hub, tmp_path, params)[0]["images/test"] == 3
+    assert images_from(hub, tmp_path / "prepared", params)[0]["images/test"] == 3
 
 
 def test_parquet_without_class_names_takes_the_labels_found(hub: Path, tmp_path: Path, params: Params) -> None:
     write_parquet(hub / "train.parquet", [1, 5, 7] * 6, None)
-    data = prepared_from(hub, tmp_path, params)[1]
+    data = both_from(hub, tmp_path, params)[1]
     assert data.classes == ["1", "5", "7"]
     assert set(data.labels) == {0, 1, 2}
 
@@ -172,7 +136,7 @@ def test_parquet_of_another_layout_is_explained(
     path = hub / "train.parquet"
     pq.write_table(pa.table(columns), path) if columns else path.write_bytes(b"")
     with pytest.raises(LgpError, match=message):
-        prepared_from(hub, tmp_path, params)
+        images_from(hub, tmp_path / "prepared", params)
 
 
 def test_sixteen_bit_images_keep_their_range_and_floats_are_refused() -> None:
@@ -205,7 +169,7 @@ def test_unreadable_files_are_listed_with_reason(tmp_path: Path, params: Params)
     (source / "train" / "bee" / ".cache").mkdir()
     (source / "train" / "bee" / ".cache" / "copy.png").write_bytes(png())
     (source / "train" / "bee" / "gone.png").symlink_to(source / "nowhere.png")
-    metrics, data = prepared_from(source, tmp_path, params)
+    metrics, data = images_from(source, tmp_path / "prepared", params)
     reasons = {u["path"]: u["reason"] for u in metrics["unreadable"]}
     assert reasons.keys() == {
         f"train/{p}" for p in ("ant/broken.png", "ant/empty.png", "bee/notes.txt", "bee/gone.png", "stray.png")
@@ -213,7 +177,7 @@ def test_unreadable_files_are_listed_with_reason(tmp_path: Path, params: Params)
     assert reasons["train/ant/empty.png"] == "empty"
     assert reasons["train/bee/notes.txt"] == "not an image that can be decoded"
     assert reasons["train/stray.png"].startswith("without a label: not inside a class folder")
-    assert len(data.labels) == 22
+    assert len(data.paths) == 22
 
 
 def test_too_many_unreadable_files_fail(tmp_path: Path, params: Params) -> None:
@@ -222,7 +186,7 @@ def test_too_many_unreadable_files_fail(tmp_path: Path, params: Params) -> None:
     with pytest.raises(
         LgpError, match=r"1 of 23 files .* 4\.3%, more than data\.max_unreadable_share 1\.0%.*empty\.png"
     ):
-        prepared_from(source, tmp_path, params, max_unreadable_share=0.01)
+        images_from(source, tmp_path / "prepared", params, max_unreadable_share=0.01)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +212,7 @@ def test_too_many_unreadable_files_fail(tmp_path: Path, params: Params) -> None:
 def test_unusable_source_is_explained(tmp_path: Path, params: Params, make: Any, message: str) -> None:
     make(tmp_path / "source")
     with pytest.raises(LgpError, match=message):
-        prepared_from(tmp_path / "source", tmp_path, params)
+        images_from(tmp_path / "source", tmp_path / "prepared", params)
 
 
 def test_preparing_twice_gives_the_same_digest_and_another_seed_another(tmp_path: Path, params: Params) -> None:
@@ -260,61 +224,37 @@ def test_preparing_twice_gives_the_same_digest_and_another_seed_another(tmp_path
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_unknown_share_names_those_there_are(prepared: LabelledImages) -> None:
-    with pytest.raises(LgpError, match=r"no few-label subsets '5pct': prepared are 1pct, 10pct"):
-        prepared.subsets("5pct")
+def test_prepared_images_hold_no_label(tmp_path: Path, params: Params) -> None:
+    """Other labels in the source change who is held out and nothing else."""
+    pictures, labels = [png() for _ in range(20)], [0, 1] * 10
+    prepared = []
+    for number, of_train in enumerate((labels, labels[::-1])):
+        hub = tmp_path / f"hub{number}"
+        hub.mkdir()
+        write_parquet(hub / "train.parquet", of_train, ["cat", "dog"], images=pictures)
+        prepared.append(images_from(hub, tmp_path / f"images{number}", params)[1])
+    one, other = prepared
+    assert sorted(file.name for file in one.folder.iterdir()) == ["images.npy", "index.parquet", "meta.json"]
+    assert (one.folder / "images.npy").read_bytes() == (other.folder / "images.npy").read_bytes()
+    assert list(one.index) == ["path", "height", "width", "content", "hash", "part"]
+    assert one.index.drop(columns="part").equals(other.index.drop(columns="part"))
+    assert set(one.meta) == {"image_size", "channels", "eval_crop", "mean", "std", "digest"}
 
 
 def test_class_folders_without_a_train_folder_are_recognised(tmp_path: Path, params: Params) -> None:
     folder(tmp_path, {"ant": 2, "bee": 2}, split=".")
     with pytest.raises(LgpError, match=r"found the folders ant, bee: are these classes\? then move them into train/"):
-        prepare(data_params(params, source=str(tmp_path)), 0, tmp_path)
+        prepare(data_params(params, tmp_path), 0, tmp_path)
 
 
-def test_published_lists_are_kept_in_training_whatever_is_capped_or_held_out(tmp_path: Path, params: Params) -> None:
-    source = folder(tmp_path / "source", {"a": 20, "b": 20})
-    names = [f"train/{c}/{i}.png" for c in "ab" for i in range(12)]
-    (tmp_path / "list.txt").write_text("\n".join(names))
-    given = {"few_label_lists": {"official": str(tmp_path / "list.txt")}, "max_train_images": 28, "val_share": 0.5}
-    _, data = prepared_from(source, tmp_path, params, **given)
-    (subset,) = data.subsets("official")
-    assert sorted(data._index["path"].iloc[subset]) == sorted(names)
-    assert set(subset) <= set(data.ids("train"))
-
-
-def test_list_is_refused_before_anything_is_decoded(
-    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = folder(tmp_path / "source", {"a": 5, "b": 5})
-    (tmp_path / "list.txt").write_text("train/a/0.png\ntrain/b/77.png")
-    monkeypatch.setattr("lgp.data.preparation._read", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(LgpError, match=r"unknown: train/b/77\.png"):
-        prepared_from(source, tmp_path, params, few_label_lists={"official": str(tmp_path / "list.txt")})
-
-
-def test_listed_image_that_cannot_be_read_is_named(tmp_path: Path, params: Params) -> None:
-    source = folder(tmp_path / "source", {"a": 20, "b": 20})
-    (source / "train" / "a" / "3.png").write_bytes(b"damaged")
-    (tmp_path / "list.txt").write_text("train/a/3.png\ntrain/b/7.png")
-    with pytest.raises(LgpError, match=r"official names train/a/3\.png, which cannot be read"):
-        prepared_from(source, tmp_path, params, few_label_lists={"official": str(tmp_path / "list.txt")})
-
-
-def test_shot_that_a_class_cannot_give_is_refused_before_anything_is_decoded(
-    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = folder(tmp_path / "source", {"a": 20, "b": 4})
-    monkeypatch.setattr("lgp.data.preparation._read", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(LgpError, match=r"5 images of each class, fewer are in the training part of b \(4\)"):
-        prepared_from(source, tmp_path, params, few_label_shots=[5])
-
-
-def test_source_without_an_image_is_an_error(tmp_path: Path, params: Params) -> None:
+@pytest.mark.parametrize("capped", [None, 10])
+def test_source_without_an_image_is_an_error(tmp_path: Path, params: Params, capped: int | None) -> None:
+    source = folder(tmp_path / "source", {"a": 0, "b": 0})
     with pytest.raises(LgpError, match="the data source holds no image at all"):
-        prepared_from(folder(tmp_path / "source", {"a": 0, "b": 0}), tmp_path, params)
+        images_from(source, tmp_path / "prepared", params, max_train_images=capped)
 
 
 def test_class_that_only_test_has_is_named(tmp_path: Path, params: Params) -> None:
     source = folder(folder(tmp_path / "source", {"a": 5, "b": 5}), {"a": 2, "c": 2}, "test")
     with pytest.raises(LgpError, match="test has classes that train lacks: c"):
-        prepared_from(source, tmp_path, params)
+        images_from(source, tmp_path / "prepared", params)

@@ -47,13 +47,3 @@ def test_cap_keeps_the_proportions() -> None:
 def test_shot_of_more_images_than_a_class_has_names_the_classes() -> None:
     with pytest.raises(LgpError, match=r"asks for 55 images of each class, fewer are in .* of b \(50\), d \(7\)"):
         few_label_subsets(LABELS, {}, [5, 55], 5, 0, CLASSES)
-
-
-def test_kept_images_are_never_held_out() -> None:
-    kept = np.zeros(len(LABELS), dtype=bool)
-    kept[::3] = True
-    held = hold_out(LABELS, 0.2, 0, "val", kept)
-    assert not held[kept].any()
-    assert np.bincount(LABELS[held]).tolist() == np.bincount(LABELS[hold_out(LABELS, 0.2, 0, "val")]).tolist()
-    with pytest.raises(LgpError, match="name all its 100 images"):
-        hold_out(LABELS, 0.2, 0, "val", LABELS == 0)

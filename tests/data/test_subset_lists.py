@@ -75,5 +75,5 @@ def test_list_that_does_not_fit_says_what_and_where(tmp_path: Path, text: str, m
 
 
 def test_absent_list_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(LgpError, match=r"cannot read the list of images .*none.txt .*mend data.few_label_lists"):
+    with pytest.raises(LgpError, match=r"cannot read the list of images .*none.txt .*mend labels.lists"):
         read_subset_list(tmp_path / "none.txt", PATHS, LABELS, SPLITS, CLASSES)

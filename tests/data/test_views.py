@@ -80,8 +80,8 @@ MOCO = {
 
 
 def drawn(batch: Tensor, params: ViewParams, view: int = 0) -> tuple[ColorJitter, Tensor]:
-    colours = ColorJitter.draw(len(batch), view, params, generator(0, "x"))
-    return colours, color_jitter(batch, colours, params)
+    jitter = ColorJitter.draw(len(batch), view, params, generator(0, "x"))
+    return jitter, color_jitter(batch, jitter, params)
 
 
 def one_by_one(operation: Any, batch: Tensor, values: Tensor) -> Tensor:
@@ -102,8 +102,8 @@ GREY_WEIGHTS = 2e-3
 )
 def test_jitter_operation_equals_torchvision(index: int, name: str, operation: Any) -> None:
     batch = images()
-    colours, ours = drawn(batch, params_with(**{name: 0.4}))
-    factors = colours.factors[:, index]
+    jitter, ours = drawn(batch, params_with(**{name: 0.4}))
+    factors = jitter.factors[:, index]
     assert ((factors - 1).abs() <= 0.4).all()
     assert factors.std() > 0.1
     assert torch.allclose(ours, one_by_one(operation, batch, factors), atol=GREY_WEIGHTS)
@@ -112,8 +112,8 @@ def test_jitter_operation_equals_torchvision(index: int, name: str, operation: A
 def test_hue_equals_torchvision() -> None:
     batch = images()
     batch[:4] = (batch[:4] * 3).round() / 3  # greys, and two channels alike
-    colours, ours = drawn(batch, params_with(hue=0.5))
-    assert torch.allclose(ours, one_by_one(tvf.adjust_hue, batch, colours.shift), atol=1e-5)
+    jitter, ours = drawn(batch, params_with(hue=0.5))
+    assert torch.allclose(ours, one_by_one(tvf.adjust_hue, batch, jitter.shift), atol=1e-5)
     # saturated pixels of every order of the channels, and shifts of more than a turn
     corners = torch.tensor([[i & 1, i >> 1 & 1, i >> 2] for i in range(8)]).float()[:, :, None, None]
     for shift in (-0.5, -1 / 3, 0.0, 1 / 6, 0.5):
@@ -130,9 +130,9 @@ def test_grey_and_solarise_equal_torchvision() -> None:
 
 def test_blur_equals_torchvision() -> None:
     batch = images()
-    colours, ours = drawn(batch, params_with(jitter_p=0, blur_p=(1, 0)))
-    assert ((colours.sigma >= 0.1) & (colours.sigma <= 2)).all()
-    theirs = one_by_one(lambda image, sigma: tvf.gaussian_blur(image, [13, 13], [sigma, sigma]), batch, colours.sigma)
+    jitter, ours = drawn(batch, params_with(jitter_p=0, blur_p=(1, 0)))
+    assert ((jitter.sigma >= 0.1) & (jitter.sigma <= 2)).all()
+    theirs = one_by_one(lambda image, sigma: tvf.gaussian_blur(image, [13, 13], [sigma, sigma]), batch, jitter.sigma)
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
@@ -140,39 +140,39 @@ def test_whole_recipe_equals_torchvisions_operations_image_by_image() -> None:
     batch = images(64)
     for view in (0, 1):
         params = params_with(**MOCO)
-        colours, ours = drawn(batch, params, view)
+        jitter, ours = drawn(batch, params, view)
         jitters = [tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation]
         for i, image in enumerate(batch):
-            if colours.jitter[i]:
-                for number in colours.order[i].tolist():
+            if jitter.jittered[i]:
+                for number in jitter.order[i].tolist():
                     if number == 3:
-                        image = tvf.adjust_hue(image, float(colours.shift[i]))
+                        image = tvf.adjust_hue(image, float(jitter.shift[i]))
                     else:
-                        image = jitters[number](image, float(colours.factors[i, number]))
-            if colours.grey[i]:
+                        image = jitters[number](image, float(jitter.factors[i, number]))
+            if jitter.grey[i]:
                 image = tvf.rgb_to_grayscale(image, 3)
-            if colours.blur[i]:
-                image = tvf.gaussian_blur(image, [13, 13], [float(colours.sigma[i])] * 2)
-            if colours.solarize[i]:
+            if jitter.blur[i]:
+                image = tvf.gaussian_blur(image, [13, 13], [float(jitter.sigma[i])] * 2)
+            if jitter.solarize[i]:
                 image = tvf.solarize(image, 0.5)
             # solarising turns values around 0.5, where a rounding is not small
             near = (ours[i] - image).abs() < 5 * GREY_WEIGHTS
-            assert near.double().mean() > (0.99 if colours.solarize[i] else 0.9999)
+            assert near.double().mean() > (0.99 if jitter.solarize[i] else 0.9999)
 
 
 def test_every_order_of_the_jitter_is_as_likely() -> None:
-    colours = ColorJitter.draw(4800, 0, params_with(**MOCO), generator(0, "x"))
-    orders = {tuple(order) for order in colours.order.tolist()}
+    jitter = ColorJitter.draw(4800, 0, params_with(**MOCO), generator(0, "x"))
+    orders = {tuple(order) for order in jitter.order.tolist()}
     assert len(orders) == 24
-    first = torch.bincount(colours.order[:, 0], minlength=4)
+    first = torch.bincount(jitter.order[:, 0], minlength=4)
     assert ((first - 1200).abs() < 4 * 30).all()
 
 
 def test_every_operation_takes_its_share_of_the_images() -> None:
-    colours = [ColorJitter.draw(4000, view, params_with(**MOCO), generator(0, "x", view)) for view in (0, 1)]
-    for view, of_view in enumerate(colours):
+    jitter = [ColorJitter.draw(4000, view, params_with(**MOCO), generator(0, "x", view)) for view in (0, 1)]
+    for view, of_view in enumerate(jitter):
         for name, expected in (
-            ("jitter", 0.8),
+            ("jittered", 0.8),
             ("grey", 0.2),
             ("blur", (1.0, 0.1)[view]),
             ("solarize", (0.0, 0.2)[view]),
@@ -182,22 +182,23 @@ def test_every_operation_takes_its_share_of_the_images() -> None:
 
 def test_images_that_no_operation_is_drawn_for_stay_as_they_are() -> None:
     batch = images(200, 3, 4)
-    colours, ours = drawn(batch, params_with(jitter_p=0.5, brightness=0.4))
+    jitter, ours = drawn(batch, params_with(jitter_p=0.5, brightness=0.4))
     changed = (ours != batch).flatten(1).any(1)
-    assert torch.equal(changed, colours.jitter)
+    assert torch.equal(changed, jitter.jittered)
 
 
-def test_grey_images_take_part_without_colour() -> None:
-    _, views = drawn(images(8, 1, 8), params_with(**MOCO))
-    assert views.shape == (8, 1, 8, 8)
-    assert views.min() >= 0
-    assert views.max() <= 1
+def test_grey_images_look_as_they_would_in_three_equal_channels() -> None:
+    batch, params = images(64, 1, 8), params_with(**MOCO)
+    jitter, ours = drawn(batch, params)
+    in_colour = color_jitter(batch.expand(-1, 3, -1, -1), jitter, params)
+    assert ours.shape == batch.shape
+    assert torch.allclose(in_colour, ours.expand_as(in_colour), atol=GREY_WEIGHTS)
 
 
 def test_a_part_of_the_batch_gets_the_same_views_as_in_the_whole() -> None:
     batch, params = images(12), params_with(**MOCO)
-    colours, whole = drawn(batch, params)
-    part = color_jitter(batch[4:8], colours[4:8], params)
+    jitter, whole = drawn(batch, params)
+    part = color_jitter(batch[4:8], jitter[4:8], params)
     assert torch.allclose(part, whole[4:8], atol=1e-6)
 
 
@@ -210,9 +211,9 @@ def test_chunks_of_a_batch_get_the_same_views(monkeypatch: pytest.MonkeyPatch) -
 
 def test_mixed_precision_changes_no_view() -> None:
     batch, params = images(), params_with(**MOCO)
-    colours, plain = drawn(batch, params)
+    jitter, plain = drawn(batch, params)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(color_jitter(batch, colours, params), plain)
+        assert torch.equal(color_jitter(batch, jitter, params), plain)
 
 
 def test_views_are_a_function_of_the_generator_alone() -> None:

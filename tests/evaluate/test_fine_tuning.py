@@ -13,8 +13,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, Silent, merged
-from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
+from lgp.compute.randomness import Stream
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch
 from lgp.errors import LgpError
@@ -24,13 +25,13 @@ from lgp.evaluate.fine_tuning import (
     build_classifier,
     finetune,
     layer_decayed_groups,
-    recipe_for,
 )
 from lgp.evaluate.outcome import Outcome
 from lgp.models.encoder_folder import load_encoder
-from lgp.models.files import HEADS
+from lgp.models.heads_file import load_first_fc, save_heads
 from lgp.params.evaluate import FineTuneParams
 from lgp.params.file import Params, load_params
+from lgp.pretrain.arm import Session
 from lgp.training.loop import Trainer
 from lgp.training.resume_states import StateStore
 
@@ -58,8 +59,8 @@ def tuned(
     **changes: Any,
 ) -> Outcome:
     some = data.subsets("10pct")[:subsets]
-    store = StateStore(folder, "code")
-    return finetune(arm, data, some, recipe(params, **changes), params, store, observer or Silent())
+    session = Session(data, params, StateStore(folder, "code"), observer or Silent())
+    return finetune(arm, data, some, recipe(params, **changes), session)
 
 
 @pytest.fixture
@@ -105,9 +106,15 @@ def test_first_layer_is_found_among_an_arms_heads(
     arm = tmp_path / "joint"
     arm.mkdir()
     (arm / "encoder").symlink_to(encoder_folder)
-    save_file({"contrastive.projector.0.weight": torch.randn(32, 16), "mae.mask_token": torch.zeros(1)}, arm / HEADS)
+    heads = {"contrastive.projector.0.weight": torch.randn(32, 16), "mae.mask_token": torch.zeros(1)}
+    save_heads(arm, heads, "contrastive.projector.0.weight")
+    first_fc = load_first_fc(arm)
+    assert first_fc is not None
+    assert torch.equal(first_fc, heads["contrastive.projector.0.weight"])
     outcome = tuned(arm, prepared, params, tmp_path / "states", from_first_fc=True)
     assert outcome.metrics["first_fc"] == 1
+    save_heads(arm, heads, None)
+    assert load_first_fc(arm) is None
 
 
 def test_projector_does_not_take_averaged_patches(params: Params) -> None:
@@ -196,9 +203,10 @@ def test_states_of_all_subsets_go_with_the_stage(
 ) -> None:
     store = StateStore(tmp_path / "states", "code")
     store.acquire()
-    finetune(arm, prepared, prepared.subsets("10pct")[:2], recipe(params), params, store, Silent())
+    session = Session(prepared, params, store, Silent())
+    finetune(arm, prepared, prepared.subsets("10pct")[:2], recipe(params), session)
     assert store.has_state()
-    assert len(list((tmp_path / "states").rglob("state-*.pt"))) >= 2
+    assert {file.parent.name for file in store.folder.rglob("state-*.pt")} == {"subset0", "subset1"}
     store.close(True)
     assert not (tmp_path / "states").exists()
 
@@ -206,26 +214,27 @@ def test_states_of_all_subsets_go_with_the_stage(
 def test_state_that_other_code_left_is_adopted_for_every_subset(
     arm: Path, prepared: LabelledImages, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = StateStore(tmp_path / "states", "old code")
-    outcome = finetune(arm, prepared, prepared.subsets("10pct")[:2], recipe(params), params, old, Silent())
+    old = Session(prepared, params, StateStore(tmp_path / "states", "old code"), Silent())
+    outcome = finetune(arm, prepared, prepared.subsets("10pct")[:2], recipe(params), old)
     new = StateStore(tmp_path / "states", "new code")
     new.adopt()
     assert new.adopted() is not None
     monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("it was finished"))
-    again = finetune(arm, prepared, prepared.subsets("10pct")[:2], recipe(params), params, new, Silent())
+    session = Session(prepared, params, new, Silent())
+    again = finetune(arm, prepared, prepared.subsets("10pct")[:2], recipe(params), session)
     assert again.metrics == outcome.metrics
 
 
 def test_rand_augment_changes_the_crops_as_the_step_says(prepared: LabelledImages, params: Params) -> None:
     ids = prepared.subsets("10pct")[0]
     plain, augmented, again = (
-        _LabelledCrops(prepared, recipe(params, rand_augment=given), 20, 0, "f", ids)
+        _LabelledCrops(prepared, recipe(params, rand_augment=given), 20, Stream(0, "f"), ids)
         for given in (None, "rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1")
     )
     assert augmented[1].shape == plain[1].shape == (20, 1, 1, 8, 8)
     assert not torch.equal(augmented[0], plain[0])
     assert torch.equal(augmented[1], again[1])
-    again.share(1, 2)  # the second of two processes sees its half of the same
+    again.shard(1, 2)  # the second of two processes sees its half of the same
     assert torch.equal(augmented[0][10:], again[0])
     labels = plain.labels(Batch.whole(plain[0], 0))
     assert labels.tolist() == prepared.labels[plain.ids_of(0)].tolist()
@@ -233,7 +242,7 @@ def test_rand_augment_changes_the_crops_as_the_step_says(prepared: LabelledImage
 
 def test_rand_augment_of_full_strength_keeps_a_bit(prepared: LabelledImages, params: Params) -> None:
     ids = prepared.ids("train")
-    crops = _LabelledCrops(prepared, recipe(params, rand_augment="rand-m10-n4-inc1"), len(ids), 0, "f", ids)
+    crops = _LabelledCrops(prepared, recipe(params, rand_augment="rand-m10-n4-inc1"), len(ids), Stream(0, "f"), ids)
     assert crops[0].shape == (len(ids), 1, 1, 8, 8)
 
 
@@ -241,7 +250,7 @@ def test_rand_augment_of_full_strength_keeps_a_bit(prepared: LabelledImages, par
 def test_recipes_of_the_presets_are_built(preset: Path, prepared: LabelledImages) -> None:
     ids = prepared.subsets("10pct")[0]
     for settings in load_params(preset).finetune.values():
-        assert _LabelledCrops(prepared, settings, 4, 0, "f", ids)[0].shape == (4, 1, 1, 8, 8)
+        assert _LabelledCrops(prepared, settings, 4, Stream(0, "f"), ids)[0].shape == (4, 1, 1, 8, 8)
 
 
 def test_rand_augment_that_timm_does_not_know_is_refused(params: Params) -> None:
@@ -276,14 +285,19 @@ def test_batch_is_what_so_few_images_fill(params: Params) -> None:
 
 def test_more_epochs_learn_the_labels(arm: Path, prepared: LabelledImages, params: Params, tmp_path: Path) -> None:
     tricks = {"pool": "average", "layer_decay": 1.0, "warmup_epochs": 1, "batch_size": 22, "crop_scale_min": 0.8}
-    accuracy = []
+    outcomes = []
     for number, changes in enumerate(({"epochs": 2, "base_lr": 1e-9}, {"epochs": 20, "base_lr": 0.1})):
-        store, settings = StateStore(tmp_path / str(number), "code"), recipe(params, **tricks, **changes)
-        outcome = finetune(arm, prepared, prepared.labelled("all"), settings, params, store, Silent())
-        accuracy.append(outcome.metrics["test/top1"])
-    assert accuracy[1] > accuracy[0] + 20
-    assert outcome.metrics["labels"] == 220
-    assert outcome.metrics["train/pflop"] > 0
+        session = Session(prepared, params, StateStore(tmp_path / str(number), "code"), Silent())
+        outcomes.append(finetune(arm, prepared, prepared.labelled("all"), recipe(params, **tricks, **changes), session))
+    barely, learnt = (outcome.metrics for outcome in outcomes)
+    assert learnt["test/top1"] > barely["test/top1"] + 20
+    assert learnt["labels"] == 220
+    # forward and backward of a batch of 22, of which 220 images are ten
+    model = build_classifier(arm / "encoder", 10, recipe(params, **tricks))
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(22, 1, 8, 8)).sum().backward()
+    assert learnt["train/pflop"] == round(20 * 10 * counter.get_total_flops() / 1e15, 9)
+    assert barely["train/pflop"] == round(2 * 10 * counter.get_total_flops() / 1e15, 9)
 
 
 def test_two_processes_fine_tune_to_the_same(
@@ -292,8 +306,9 @@ def test_two_processes_fine_tune_to_the_same(
     confidence = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        for name, there in (("data/prepared", prepared.folder), ("models/cl", arm)):
-            (folder / name).parent.mkdir(parents=True)
+        labels = prepared.folder.parent / "labels"
+        for name, there in (("data/prepared", prepared.folder), ("data/labels", labels), ("models/cl", arm)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(there)
         changes = {"finetune": {"10pct": {"drop_path": 0.0}}, "run": {"processes": processes}}
         (folder / "params.yaml").write_text(yaml.safe_dump(merged(values, changes)))
@@ -307,9 +322,9 @@ def test_two_processes_fine_tune_to_the_same(
 
 
 def test_recipe_is_by_the_labels_name(params: Params, values: dict[str, Any]) -> None:
-    assert recipe_for("10pct", params) is params.finetune["10pct"]
+    assert params.recipe("10pct") is params.finetune["10pct"]
     with pytest.raises(LgpError, match=r"no recipe finetune.1pct, only 10pct: add it"):
-        recipe_for("1pct", params)
+        params.recipe("1pct")
     with pytest.raises(ValueError, match=r"no recipe finetune.1pct: add it"):
         Params.model_validate(merged(values, {"finetuned": ["1pct"]}))
 

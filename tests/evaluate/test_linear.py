@@ -19,6 +19,7 @@ from lgp.features.extraction import pixels
 from lgp.features.of_encoder import encoder_source
 from lgp.params.evaluate import FeatureParams
 from lgp.params.file import Params
+from lgp.pretrain.arm import Session
 from lgp.training.loop import Trainer
 from lgp.training.resume_states import StateStore
 
@@ -70,7 +71,7 @@ def test_augmented_probe_learns_from_live_features_and_resumes_to_the_bit(
 
     def augmented(folder: str) -> Outcome:
         store = StateStore(tmp_path / folder, "code")
-        return evaluate_linear_augmented(features, pixels, prepared, params, CPU, store, Silent())
+        return evaluate_linear_augmented(features, pixels, prepared, Session(prepared, params, store, Silent()), CPU)
 
     whole = augmented("a")
     assert whole.metrics["test/top1"] > 50

@@ -1,5 +1,6 @@
 """Features once: what is found again, what is not, and what is thrown away."""
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
 
 from lgp.data.labels import LabelledImages
-from lgp.evaluate import cache as module
+from lgp.features import cache as module
 from lgp.features.cache import FeatureCache, FeatureSource, normalizer, pixel_source, standardizer
 from lgp.features.extraction import class_token_of, extract
 from lgp.features.of_encoder import encoder_source, live_features_of
@@ -69,6 +71,33 @@ def test_other_weights_pooling_data_or_type_are_other_features(
     monkeypatch.setitem(prepared.meta, "digest", "another")
     cache(tmp_path).features(source, prepared)
     assert len(counted) == 5 * 3
+
+
+def test_other_splits_are_other_features_and_other_labels_alone_are_not(
+    tmp_path: Path, prepared: LabelledImages, counted: list[int]
+) -> None:
+    def relabelled(name: str, change: Callable[[pd.DataFrame], None]) -> LabelledImages:
+        shutil.copytree(prepared.folder.parent / "labels", tmp_path / name)
+        table = pd.read_parquet(tmp_path / name / "labels.parquet")
+        change(table)
+        table.to_parquet(tmp_path / name / "labels.parquet", index=False)
+        return LabelledImages(prepared.folder, tmp_path / name)
+
+    def moved(table: pd.DataFrame) -> None:
+        table.loc[prepared.ids("val")[0], "split"] = "train"
+
+    def renamed(table: pd.DataFrame) -> None:
+        table["label"] = (table["label"] + 1) % 10
+
+    first = cache(tmp_path / "cache").features(pixel_source(), prepared)
+    other = cache(tmp_path / "cache").features(pixel_source(), relabelled("moved", moved))
+    assert counted[3:] == [counted[0] + 1, counted[1] - 1, counted[2]]
+    assert prepared.ids("val")[0] in other.ids["train"]
+    assert len(other.x["train"]) == len(first.x["train"]) + 1
+    again = cache(tmp_path / "cache").features(pixel_source(), relabelled("renamed", renamed))
+    assert len(counted) == 6
+    assert np.array_equal(again.x["train"], first.x["train"])
+    assert np.array_equal(again.y["train"], (first.y["train"] + 1) % 10)
 
 
 @pytest.mark.parametrize("pool", ["class_token", "average"])

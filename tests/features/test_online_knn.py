@@ -7,12 +7,13 @@ import torch
 from conftest import merged
 
 from lgp.data.labels import LabelledImages
+from lgp.data.storage import Images
 from lgp.features.extraction import class_token_of, extract
 from lgp.features.knn import knn_predict
 from lgp.features.online_knn import OnlineKnn
 from lgp.models.encoder_folder import load_encoder
 from lgp.params.file import Params
-from lgp.params.pretrain import OnlineKnnParams
+from lgp.params.run import OnlineKnnParams
 from lgp.pretrain.arm import Session
 from lgp.pretrain.cl import pretrain_cl
 from lgp.training.resume_states import StateStore
@@ -28,22 +29,27 @@ class Recorder:
         self.epochs.append(values)
 
 
-def trained(values: dict[str, Any], data: LabelledImages, folder: Path, every: int) -> tuple[Any, Recorder]:
+def trained(
+    values: dict[str, Any], data: Images, labelled: LabelledImages | None, folder: Path, every: int
+) -> tuple[Any, Recorder]:
     changes = {"cl": {"epochs": 4}, "run": {"online_knn": {"every_epochs": every}}}
     told = Recorder()
     params = Params.model_validate(merged(values, changes))
-    return pretrain_cl(Session(data, params, StateStore(folder, "code"), told)), told
+    return pretrain_cl(Session(data, params, StateStore(folder, "code"), told, labelled)), told
 
 
 def test_measured_every_so_many_epochs_and_the_encoder_is_the_same(
     values: dict[str, Any], prepared: LabelledImages, tmp_path: Path
 ) -> None:
-    with_it, told = trained(values, prepared, tmp_path / "a", 2)
-    without, untold = trained(values, prepared, tmp_path / "b", 0)
+    images = Images(prepared.folder)
+    with_it, told = trained(values, images, prepared, tmp_path / "a", 2)
+    others = [trained(values, images, prepared, tmp_path / "b", 0), trained(values, images, None, tmp_path / "c", 2)]
     assert ["val/online_knn_top1" in epoch for epoch in told.epochs] == [False, True, False, True]
-    assert not any("val/online_knn_top1" in epoch for epoch in untold.epochs)
-    other = without.encoder.state_dict()
-    assert all(torch.equal(tensor, other[name]) for name, tensor in with_it.encoder.state_dict().items())
+    for without, untold in others:
+        assert len(untold.epochs) == 4
+        assert not any("val/online_knn_top1" in epoch for epoch in untold.epochs)
+        other = without.model.encoder.state_dict()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in with_it.model.encoder.state_dict().items())
 
 
 def test_it_is_knn_of_val_among_some_of_train(prepared: LabelledImages, encoder_folder: Path) -> None:

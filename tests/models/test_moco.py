@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lgp.models.contrastive import build_contrastive
 from lgp.models.heads import mlp
 from lgp.models.moco import MoCo, contrastive_loss, momentum_at
 from lgp.models.vit import View, build_encoder, class_token, init_encoder_as_moco
 from lgp.params.file import Params
-from lgp.pretrain.cl import build_contrastive
 
 
 @pytest.fixture

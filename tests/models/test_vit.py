@@ -5,6 +5,7 @@ import math
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -16,7 +17,7 @@ from lgp.models.vit import (
     init_encoder_as_moco,
     sincos_positions,
 )
-from lgp.params.file import Params
+from lgp.params.file import Params, load_params
 
 
 @pytest.fixture
@@ -72,7 +73,18 @@ def test_moco_initialisation(encoder: VisionTransformer) -> None:
     assert encoder.cls_token.abs().max() < 1e-5
 
 
-def test_shape_matches_the_papers_vit_b16() -> None:
-    encoder = timm.create_model("vit_base_patch16_224", num_classes=0)
-    assert sum(p.numel() for p in encoder.parameters()) == 85_798_656
-    assert sincos_positions(768, 14).shape == encoder.pos_embed.shape
+@pytest.mark.parametrize(
+    ("preset", "parameters", "plain"),
+    [
+        ("imagenet-vit-b16", 85_798_656, "vit_base_patch16_224"),
+        ("imagenet-vit-l16", 303_301_632, "vit_large_patch16_224"),
+    ],
+)
+def test_our_encoder_has_the_papers_shapes(preset: str, parameters: int, plain: str) -> None:
+    params = load_params(ROOT / "presets" / f"{preset}.yaml")
+    with torch.device("meta"):  # shapes without memory
+        ours, timms = build_encoder(params.model, params.data), timm.create_model(plain, num_classes=0)
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    assert {n: t.shape for n, t in ours.state_dict().items()} == {n: t.shape for n, t in timms.state_dict().items()}
+    assert ours.blocks[0].attn.num_heads == timms.blocks[0].attn.num_heads
+    assert sincos_positions(params.model.width, 14).shape == ours.pos_embed.shape

@@ -8,7 +8,7 @@ import yaml
 from conftest import ROOT, merged
 
 from lgp.errors import LgpError
-from lgp.params.file import load_params
+from lgp.params.file import MOVED, Params, load_params, restricted, section_values
 
 
 def load(tmp_path: Path, values: dict[str, Any]) -> Any:
@@ -49,9 +49,17 @@ def test_exponent_without_dot_is_a_number(tmp_path: Path, values: dict[str, Any]
         ({"few_labels": ["5pct"]}, "few_labels names 5pct, valid are 10pct, 1pct: choose of these, or add a share"),
         ({"few_labels": ["1pct", "1pct"]}, "few_labels names 1pct twice"),
         ({"finetuned": ["all"]}, "finetuned names all, but there is no recipe finetune.all: add it"),
-        ({"data": {"few_label_lists": {"1pct": "list.txt"}}}, "name 1pct twice"),
-        ({"data": {"few_label_shots": [5, 5]}}, "name 5shot twice"),
-        ({"data": {"few_label_lists": {"all": "list.txt"}}}, "all means all labels: call the share or list otherwise"),
+        ({"labels": {"lists": {"1pct": "list.txt"}}}, "name 1pct twice"),
+        ({"labels": {"shots": [5, 5]}}, "name 5shot twice"),
+        ({"labels": {"lists": {"all": "list.txt"}}}, "all means all labels: call the share or list otherwise"),
+        ({"data": {"leaks": "report"}}, "unknown key 'data.leaks': it is now labels.leaks"),
+        ({"report": {}}, "unknown key 'report': it is now arms, which names pixels and random too"),
+        ({"arms": ["mim", "mim", "cl", "graft"]}, "arms names mim twice"),
+        ({"arms": ["pixels", "random"]}, "arms names only baselines (pixels, random): add mim, cl, graft"),
+        ({"finetuned_arms": ["mim", "mim"]}, "finetuned_arms names mim twice"),
+        ({"finetuned_arms": ["mae"]}, "finetuned_arms names mae, which is not among arms: add it there, or drop it"),
+        ({"finetuned_arms": ["pixels"]}, "finetuned_arms names pixels, which has no encoder to fine-tune: drop it"),
+        ({"arms": ["joint", "mim"], "finetuned_arms": ["mim"], "joint": None}, "there is no section joint: add it"),
         ({"finetune": {"10pct": {"epoch": 3}}}, "unknown key 'finetune.10pct.epoch': did you mean 'epochs'?"),
         ({"features": {"blocks": 9}}, "features.blocks 9 is more than model.depth 3"),
         ({"mim": {"epochs": "1.5"}}, "mim.epochs: '1.5' is not valid"),
@@ -95,3 +103,60 @@ def test_key_given_twice_is_refused(tmp_path: Path) -> None:
     path.write_text("seed: 0\nmim:\n  epochs: 1\n  epochs: 2\n")
     with pytest.raises(LgpError, match="line 4, column 3: the key 'epochs' twice"):
         load_params(path)
+
+
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_every_moved_key_is_hinted_with_its_new_place(tmp_path: Path, values: dict[str, Any], old: str) -> None:
+    section, _, key = old.partition(".")
+    with pytest.raises(LgpError) as error:
+        load(tmp_path, merged(values, {section: {key: 1} if key else {"baselines": []}}))
+    assert f"unknown key {old!r}: it is now {MOVED[old]}" in str(error.value)
+
+
+@pytest.mark.parametrize("new", sorted(new for old, new in MOVED.items() if "." in old))
+def test_every_new_place_of_a_moved_key_is_there(new: str) -> None:
+    section, _, key = new.partition(".")
+    assert key in Params.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+
+
+def test_an_arm_goes_through_the_tasks_of_its_kind(values: dict[str, Any]) -> None:
+    params = Params.model_validate(merged(values, {"finetuned_arms": ["graft"], "few_labels": ["10pct", "1pct"]}))
+    frozen = ["linear", "fewshot-10pct", "fewshot-1pct"]
+    assert {arm: params.tasks_of(arm) for arm in params.arms} == {
+        "pixels": frozen,
+        "random": frozen,
+        "mim": frozen,
+        "cl": frozen,
+        "graft": [*frozen, "finetune-10pct"],
+    }
+
+
+def test_a_recipe_that_is_not_there_is_named_with_those_there_are(params: Params) -> None:
+    assert params.recipe("10pct") is params.finetune["10pct"]
+    with pytest.raises(LgpError, match=r"no recipe finetune\.1pct, only 10pct: add it"):
+        params.recipe("1pct")
+
+
+def test_a_stage_sees_the_sections_it_lists_and_no_others(params: Params) -> None:
+    seen = restricted(params, ("seed", "data.source", "mim"))
+    assert (seen.seed, seen.data, seen.mim, seen.run) == (params.seed, params.data, params.mim, params.run)
+    for section in Params.model_fields.keys() - {"seed", "data", "mim", "run"}:
+        with pytest.raises(AttributeError, match=section):
+            getattr(seen, section)
+
+
+def test_a_stage_sees_the_recipes_it_lists_and_no_others(values: dict[str, Any]) -> None:
+    recipe = values["finetune"]["10pct"]
+    params = Params.model_validate(merged(values, {"finetune": {"1pct": {**recipe, "epochs": 7}}}))
+    seen = restricted(params, ("seed", "finetune.1pct"))
+    assert seen.recipe("1pct").epochs == 7
+    with pytest.raises(LgpError, match=r"no recipe finetune\.10pct"):
+        seen.recipe("10pct")
+
+
+def test_values_of_sections_are_those_that_dvc_watches(params: Params) -> None:
+    values = section_values(params, ("seed", "data.source", "finetune.10pct", "finetune.all"))
+    assert values.keys() == {"seed", "data", "finetune"}
+    assert values["data"] == {"source": "digits"}
+    assert values["finetune"].keys() == {"10pct"}
+    assert values["finetune"]["10pct"]["epochs"] == 2

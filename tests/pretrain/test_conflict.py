@@ -18,11 +18,12 @@ from lgp.errors import LgpError
 from lgp.features.extraction import class_token_of, extract
 from lgp.features.knn import knn_predict
 from lgp.models.encoder_folder import load_encoder
+from lgp.models.files import encoder_digest
 from lgp.models.vit import tokens_by_block
 from lgp.params.file import Params
 from lgp.pretrain import conflict
 from lgp.pretrain.arm import LossOf, Session
-from lgp.pretrain.conflict import knn_by_block, measure_conflict, rates_for, suggest_cut
+from lgp.pretrain.conflict import advice, knn_by_block, measure_conflict, rates_for, read_conflict, suggest_cut
 from lgp.training.resume_states import StateStore
 
 Loss = LossOf
@@ -92,8 +93,9 @@ def test_fitting_the_heads_leaves_the_encoder_as_it_was(
     monkeypatch.setattr(conflict, "fit_arm", lambda *args: fitted.append(fit(*args)))
     measure_conflict(session, start)
     before = load_encoder(start).state_dict()
-    assert all(torch.equal(t, before[n]) for n, t in fitted[0].encoder.state_dict().items())
-    assert fitted[0].trained["moved/heads"] > 0
+    assert all(torch.equal(t, before[n]) for n, t in fitted[0].model.encoder.state_dict().items())
+    moved = {name for name, share in fitted[0].checks.items() if name.startswith("moved/") and share}
+    assert moved == {"moved/heads", "moved/momentum_projector"}
 
 
 def test_tokens_of_the_last_block_end_in_the_features(session: Session, start: Path) -> None:
@@ -152,3 +154,25 @@ def test_conflict_of_another_depth_is_refused() -> None:
 )
 def test_suggested_rates_cut_where_asked(lower: int, depth: int, rates: list[float]) -> None:
     assert rates_for(lower, depth, 1, 9) == rates
+
+
+def test_a_table_of_another_encoder_is_refused(session: Session, start: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mim.csv"
+    with pytest.raises(LgpError, match=r"no .*mim\.csv: run `lgp conflict mim` first"):
+        read_conflict(path, start)
+    cosines([0.1, 0.2]).assign(encoder=encoder_digest(start)).to_csv(path, index=False)
+    assert read_conflict(path, start)["cosine"].tolist() == cosines([0.1, 0.2])["cosine"].tolist()
+    saved(start, session.params, session.data, 2)
+    with pytest.raises(LgpError, match=r"was measured on another encoder of mim: run `lgp conflict mim` again"):
+        read_conflict(path, start)
+
+
+def test_advice_says_why_and_which_parameters() -> None:
+    grows = suggest_cut(cosines([0.3, 0.28, 0.31, 0.29, -0.1, -0.12]), [10, 20, 30, 40, 50, 60])
+    assert advice(grows, 6) == [
+        "keep the lowest 4 of 6 blocks (conflict grows there; features are best after 5)",
+        "  graft.stage_lr.base_lrs: [1.5e-05, 1.5e-05, 0.00015]  # the paper's rates",
+        "  or graft.freeze, graft.l1, graft.scratch_end with lower_blocks: 4",
+    ]
+    flat = suggest_cut(cosines([-0.1, -0.1, 0.2, 0.2]), [50, 70, 60, 40])
+    assert "keep the lowest 2 of 4 blocks (conflict does not grow with depth, the features decide" in advice(flat, 4)[0]

@@ -10,6 +10,7 @@ from test_graft import changed, saved
 
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch
+from lgp.models.joint import Joint
 from lgp.params.file import Params
 from lgp.pretrain import controls
 from lgp.pretrain.arm import Objective, Session
@@ -30,20 +31,22 @@ def test_joint_sums_both_losses_on_one_encoder(session: Session, monkeypatch: py
     monkeypatch.setattr(controls, "fit_arm", lambda objective, *rest: given.append(objective) or fit(objective, *rest))
     result = pretrain_joint(session)
     (objective,) = given
-    parts: Any = objective.model
-    assert parts["contrastive"].encoder is parts["mae"].encoder is result.encoder
-    parts.eval()
+    model = objective.model
+    assert isinstance(model, Joint)
+    assert model is result.model
+    assert model.contrastive.encoder is model.mae.encoder is model.encoder
+    model.eval()
     total = session.params.joint.epochs * objective.crops.steps_per_epoch  # type: ignore[union-attr]
     batch = Batch.whole(objective.crops[3], total)
-    contrastive = controls.contrastive_loss_of("joint", parts["contrastive"], total, session)(batch)
-    masked = controls.masked_loss_of("joint/mim", parts["mae"], session)(batch)
+    contrastive = controls.contrastive_loss_of("joint", model.contrastive, total, session)(batch)
+    masked = controls.masked_loss_of("joint/mim", model.mae, session)(batch)
     assert torch.allclose(objective.loss_of(batch), contrastive + 0.5 * masked, rtol=1e-6)
     assert {
         "moved/block0",
         "moved/heads",
         "moved/momentum_encoder",
         "moved/momentum_projector",
-    } <= result.trained.keys()
+    } <= result.checks.keys()
 
 
 def test_reverse_continues_from_the_contrastive_encoder(
@@ -52,4 +55,4 @@ def test_reverse_continues_from_the_contrastive_encoder(
     start = saved(tmp_path / "cl" / "encoder", session.params, prepared, 2)
     params = Params.model_validate(merged(values, {"reverse": {"base_lrs": [0.0, 0.0, 8e-3]}}))
     result = pretrain_reverse(Session(prepared, params, session.store, session.observer), start)
-    assert changed(result.encoder, start) == {"blocks.2", "norm"}
+    assert changed(result.model.encoder, start) == {"blocks.2", "norm"}

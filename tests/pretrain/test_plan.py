@@ -4,15 +4,28 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, merged
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lgp.errors import LgpError
+from lgp.models.contrastive import build_contrastive
 from lgp.models.vit import View, build_encoder
 from lgp.params.file import Params, load_params
-from lgp.pretrain.cl import build_contrastive
 from lgp.pretrain.mim import build_mae
-from lgp.pretrain.plan import BATCH, Machine, graft_rates_by_part, measure, plan_stage, stage_cost
+from lgp.pretrain.plan import (
+    BATCH,
+    PLAN_COLUMNS,
+    Cost,
+    Machine,
+    StagePlan,
+    graft_rates_by_part,
+    measure,
+    plan,
+    plan_row,
+    plan_stage,
+    stage_cost,
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +76,6 @@ def test_kept_activations_are_what_backward_needs() -> None:
 
 
 def test_freezing_saves_gradients_and_arithmetic(values: Any) -> None:
-    from conftest import merged
-
     plain = Params.model_validate(values)
     policy = {"policy": ["stage_lr", "freeze"], "freeze": {"lower_blocks": 2}}
     frozen = Params.model_validate(merged(values, {"graft": policy}))
@@ -93,6 +104,29 @@ def test_hours_and_memory_follow_from_the_machine(params: Params) -> None:
 )
 def test_what_cannot_be_is_warned_of(params: Params, machine: Machine, images: int, message: str) -> None:
     assert any(message in warning for warning in plan_stage("cl", params, images, machine).warnings)
+
+
+def test_a_plan_is_written_in_units_that_a_person_reads(params: Params) -> None:
+    cost = Cost(parameters=1_234_567, trained=1_000_000, flops_per_image=2.345e10, activation_bytes_per_image=1e6)
+    row = plan_row(StagePlan("mim", cost, 12345, memory_gib=1.2345, hours=0.09, gpu_days=0.3, warnings=[]))
+    named = dict(zip(PLAN_COLUMNS, row, strict=True))
+    assert named == {
+        "stage": "mim",
+        "parameters": "1.23 M",
+        "work per image": "23.4 GFLOP",
+        "steps": "12,345",
+        "memory per GPU": "1.23 GiB",
+        "time": "5.4 min",
+        "GPU time": "7.2 h",
+    }
+
+
+def test_only_listed_arms_are_planned_and_none_is_told(values: Any) -> None:
+    machine = Machine(1, 80, 1.0)
+    assert [p.stage for p in plan(Params.model_validate(values), 1000, machine)] == ["mim", "cl", "graft"]
+    imported = Params.model_validate(merged(values, {"arms": ["pixels", "mae"], "finetuned_arms": ["mae"]}))
+    with pytest.raises(LgpError, match=r"arms lists pixels, mae, and none of mim, cl, graft, joint, reverse"):
+        plan(imported, 1000, machine)
 
 
 @pytest.mark.parametrize(("preset", "depth"), [("imagenet-vit-b16", 12), ("imagenet-vit-l16", 24)])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from lgp.models.contrastive import build_contrastive
 from lgp.models.vit import build_encoder
 from lgp.params.file import Params
-from lgp.pretrain.cl import build_contrastive
 from lgp.training.optimizer import adamw, parameter_groups, peak_rate, warmup_cosine
 
 

@@ -47,8 +47,10 @@ def test_missing_and_unexpected_tensors_are_named(folder: Path) -> None:
 
 
 def test_absent_encoder_says_which_stage_trains_it(tmp_path: Path) -> None:
-    with pytest.raises(LgpError, match="there is no encoder of arm 'graft' yet, run `lgp graft`"):
-        load_encoder(tmp_path / "graft" / "encoder")
+    folder = tmp_path / "graft" / "encoder"
+    with pytest.raises(LgpError) as error:
+        load_encoder(folder)
+    assert str(error.value) == f"there is no encoder of arm 'graft' yet (looked in {folder}): run `lgp graft`"
 
 
 def test_provenance_lies_beside_the_weights(folder: Path) -> None:
@@ -103,7 +105,7 @@ def test_success_leaves_no_half_written_state(tmp_path: Path) -> None:
     assert not store.folder.exists()
 
 
-@pytest.mark.parametrize("where", ["os.fsync", "lgp.models.encoder_folder._Digesting.write"])
+@pytest.mark.parametrize("where", ["os.fsync", "lgp.training.resume_states._Digesting.write"])
 def test_failed_write_leaves_the_state_before(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = StateStore(tmp_path, "code")
     store.save({"step": 1})

@@ -1,0 +1,266 @@
+"""Labels apart from images: what they change, what they leave, and what is refused."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_sources import both_from, folder, images_from, labels_from, png, write_parquet
+
+from lgp.data.labels import LabelledImages, describe, labels_state, write_labels
+from lgp.data.storage import Images
+from lgp.errors import LgpError
+from lgp.params.file import Params
+from lgp.params.labels import LabelsParams
+
+SPLITS = ("train", "unlabeled", "val", "test")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def listed(tmp_path: Path, *names: str) -> dict[str, Any]:
+    """Publish a list named official of these images."""
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    return {"lists": {"official": str(tmp_path / "list.txt")}}
+
+
+def test_splits_and_subsets_are_those_of_the_metrics(prepared: LabelledImages, params: Params, tmp_path: Path) -> None:
+    metrics = write_labels(params.labels, "digits", Images(prepared.folder), params.seed, tmp_path)
+    assert [metrics[f"images/{s}"] for s in SPLITS] == [len(prepared.ids(s)) for s in SPLITS]
+    assert metrics["images/dropped"] == 0
+    assert metrics["classes"] == len(prepared.classes) == 10
+    assert [metrics[f"labels/{name}"] for name in ("1pct", "10pct")] == [10, 20]
+    assert metrics["digest"] == prepared.labels_meta["digest"]
+
+
+def test_settings_of_labels_change_labels_and_no_byte_of_the_images(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "source", {"a": 20, "b": 20})
+    _, images = images_from(source, tmp_path / "images", params)
+    before, digests = contents(images.folder), []
+    train = np.array(images.paths)[images.ids("train")]
+    official = listed(tmp_path, train[0], train[-1])
+    for number, changes in enumerate(({}, {"shares": {"1pct": 0.2}}, {"shots": [2]}, official, {"subsets": 6})):
+        metrics, data = labels_from(source, images, tmp_path / f"labels{number}", params, **changes)
+        digests.append(metrics["digest"])
+        assert data.meta["digest"] == images.meta["digest"]
+    assert len(set(digests)) == 5
+    assert contents(images.folder) == before
+
+
+def test_same_seed_gives_the_same_bytes_and_another_other_subsets(prepared: LabelledImages, tmp_path: Path) -> None:
+    settings = LabelsParams(shares={"10pct": 0.1}, subsets=5)
+    of_seed = []
+    for number, seed in enumerate((0, 0, 1)):
+        out = tmp_path / str(number)
+        out.mkdir()
+        write_labels(settings, "digits", Images(prepared.folder), seed, out)
+        of_seed.append(contents(out))
+    assert of_seed[0] == of_seed[1]
+    assert of_seed[0]["labels.parquet"] == of_seed[2]["labels.parquet"]
+    assert of_seed[0]["subsets.json"] != of_seed[2]["subsets.json"]
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_label_changed_in_the_source_changes_labels_alone(tmp_path: Path, params: Params, part: str) -> None:
+    pictures, labels = [png() for _ in range(24)], [0, 1] * 12
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    write_parquet(hub / "train.parquet", labels, ["cat", "dog"], images=pictures)
+    _, images = images_from(hub, tmp_path / "images", params)
+    before, state = contents(images.folder), labels_state(str(hub), [])
+    first, old = labels_from(hub, images, tmp_path / "old", params)
+    changed = int(images.paths[images.ids(part)[0]].split("#")[1])
+    labels[changed] = 1 - labels[changed]
+    write_parquet(hub / "train.parquet", labels, ["cat", "dog"], images=pictures)
+    assert labels_state(str(hub), []) != state
+    second, new = labels_from(hub, images, tmp_path / "new", params)
+    assert first["digest"] != second["digest"]
+    assert np.flatnonzero(old.labels != new.labels).tolist() == [images.ids(part)[0]]
+    assert old.meta["digest"] == new.meta["digest"]
+    assert contents(images.folder) == before
+
+
+def test_label_taken_away_leaves_the_image_to_pretraining_or_drops_it(tmp_path: Path, params: Params) -> None:
+    pictures, labels = [png() for _ in range(24)], [0, 1] * 12
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    write_parquet(hub / "train.parquet", labels, ["cat", "dog"], images=pictures)
+    _, images = images_from(hub, tmp_path / "images", params)
+    chosen = {part: int(images.ids(part)[0]) for part in ("train", "val", "test")}
+    without = [
+        None if i in [int(images.paths[c].split("#")[1]) for c in chosen.values()] else label
+        for i, label in enumerate(labels)
+    ]
+    write_parquet(hub / "train.parquet", without, ["cat", "dog"], images=pictures)
+    metrics, data = labels_from(hub, images, tmp_path / "labels", params)
+    assert data.ids("unlabeled").tolist() == [chosen["train"]]
+    assert metrics["images/dropped"] == 2
+    assert not {chosen["val"], chosen["test"]} & {i for split in SPLITS for i in data.ids(split).tolist()}
+    assert data.pretraining_ids.tolist() == images.pretraining_ids.tolist()
+
+
+def test_each_parquet_row_has_its_own_label_where_files_of_two_folders_share_a_name(
+    tmp_path: Path, params: Params
+) -> None:
+    hub = tmp_path / "hub"
+    for split in ("train", "test"):
+        (hub / split).mkdir(parents=True)
+    write_parquet(hub / "train" / "0000.parquet", [0, 1] * 8, ["cat", "dog"])
+    write_parquet(hub / "test" / "0000.parquet", [1, 0] * 8, ["cat", "dog"])
+    _, data = both_from(hub, tmp_path, params)
+    rows = np.array([int(path.split("#")[1]) for path in data.paths])
+    of_test = np.isin(np.arange(32), data.ids("test"))
+    assert data.labels.tolist() == np.where(of_test, (rows + 1) % 2, rows % 2).tolist()
+
+
+def test_labels_of_other_images_are_refused(prepared: LabelledImages, params: Params, tmp_path: Path) -> None:
+    _, other = both_from(folder(tmp_path / "source", {"a": 9, "b": 9}), tmp_path, params)
+    with pytest.raises(LgpError, match=r"are of other images than those in .*: run `lgp labels` again"):
+        LabelledImages(prepared.folder, tmp_path / "labels")
+    with pytest.raises(LgpError, match=r"no labels in .*: run `lgp labels` first"):
+        LabelledImages(other.folder, tmp_path / "nowhere")
+    with pytest.raises(LgpError, match=r"no prepared images in .*: run `lgp prepare` first"):
+        LabelledImages(tmp_path / "nowhere", tmp_path / "labels")
+
+
+def test_image_that_left_the_source_is_named(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "source", {"a": 9, "b": 9})
+    _, images = images_from(source, tmp_path / "images", params)
+    (source / "train" / "b" / "4.png").unlink()
+    with pytest.raises(LgpError, match=r"no train/b/4\.png any more: prepare its images again"):
+        labels_from(source, images, tmp_path / "one", params)
+    shutil.rmtree(source / "train" / "b")
+    with pytest.raises(LgpError, match=r"no train/b/0\.png any more, nor 8 other prepared images: prepare"):
+        labels_from(source, images, tmp_path / "many", params)
+
+
+def test_unknown_name_of_labels_names_those_there_are(prepared: LabelledImages) -> None:
+    with pytest.raises(LgpError, match=r"no few-label subsets '5pct': there are 1pct, 10pct; add it to labels\.shares"):
+        prepared.subsets("5pct")
+
+
+def test_all_labels_are_a_single_subset(prepared: LabelledImages) -> None:
+    (everything,) = prepared.labelled("all")
+    assert everything.tolist() == prepared.ids("train").tolist()
+    assert [s.tolist() for s in prepared.labelled("1pct")] == [s.tolist() for s in prepared.subsets("1pct")]
+
+
+def test_listed_images_of_val_count_as_training_images(tmp_path: Path, params: Params) -> None:
+    source = folder(folder(tmp_path / "source", {"a": 20, "b": 20}), {"a": 4, "b": 4}, "test")
+    names = [f"train/{c}/{i}.png" for c in "ab" for i in range(12)]
+    _, images = images_from(source, tmp_path / "images", params, val_share=0.5)
+    before = contents(images.folder)
+    metrics, data = labels_from(source, images, tmp_path / "labels", params, **listed(tmp_path, *names))
+    (subset,) = data.subsets("official")
+    of_val = set(subset.tolist()) & set(images.ids("val").tolist())
+    assert 0 < len(of_val) < len(images.ids("val"))
+    assert sorted(np.array(data.paths)[subset]) == sorted(names)
+    assert metrics["labels/official"] == 24
+    assert set(subset) <= set(data.ids("train"))
+    assert set(data.ids("val")) == set(images.ids("val")) - of_val
+    assert set(data.pretraining_ids) == set(images.ids("train"))  # which never sees them, listed or not
+    assert contents(images.folder) == before
+
+
+def test_list_of_several_files_is_a_subset_each(tmp_path: Path, params: Params) -> None:
+    source = folder(folder(tmp_path / "source", {"a": 9, "b": 9}), {"a": 4, "b": 4}, "test")
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text(
+            f"a/{number}.png\nb/{number}.png".replace("a/", "train/a/").replace("b/", "train/b/")
+        )
+    _, images = images_from(source, tmp_path / "images", params)
+    lists = {"official": [str(tmp_path / f"{number}.txt") for number in range(2)]}
+    _, data = labels_from(source, images, tmp_path / "labels", params, lists=lists)
+    paths = [[data.paths[i] for i in subset] for subset in data.subsets("official")]
+    assert paths == [[f"train/{c}/{number}.png" for c in "ab"] for number in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("test/a/1.png", r"not of the training part: test/a/1\.png \(test\)"),
+        ("unlabeled/u.png", r"not of the training part: unlabeled/u\.png \(unlabeled\)"),
+        ("train/a/77.png", r"unknown: train/a/77\.png"),
+        ("train/a/8.png", r"unknown: train/a/8\.png"),  # damaged
+    ],
+)
+def test_listed_image_that_is_not_for_training_is_named(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    source = folder(folder(tmp_path / "source", {"a": 9, "b": 9}), {"a": 4, "b": 4}, "test")
+    (source / "train" / "a" / "8.png").write_bytes(b"damaged")
+    (source / "unlabeled").mkdir()
+    (source / "unlabeled" / "u.png").write_bytes(png())
+    _, images = images_from(source, tmp_path / "images", params)
+    monkeypatch.setattr("lgp.data.storage.decode", lambda *_: pytest.fail("decoded"))
+    official = listed(tmp_path, "train/a/0.png", "train/b/0.png", name)
+    with pytest.raises(LgpError, match=message):
+        labels_from(source, images, tmp_path / "labels", params, **official)
+    assert not list((tmp_path / "labels").iterdir())
+
+
+def test_listed_image_that_a_cap_left_out_is_unknown(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "source", {"a": 20, "b": 20})
+    _, images = images_from(source, tmp_path / "images", params, max_train_images=20)
+    gone = next(p for p in (f"train/b/{i}.png" for i in range(20)) if p not in images.paths)
+    kept = np.array(images.paths)[images.ids("train")][0]
+    with pytest.raises(LgpError, match=rf"unknown: {gone}"):
+        labels_from(source, images, tmp_path / "labels", params, **listed(tmp_path, kept, gone))
+
+
+def test_shot_that_a_class_cannot_give_is_refused(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "source", {"a": 20, "b": 6})
+    _, images = images_from(source, tmp_path / "images", params)
+    with pytest.raises(LgpError, match=r"5 images of each class, fewer are in the training part of b \(4\)"):
+        labels_from(source, images, tmp_path / "labels", params, shots=[5])
+
+
+def test_state_follows_labels_and_lists(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", {"a": 3, "b": 3})
+    lists = [str(tmp_path / "list.txt")]
+    states = [labels_state(str(source), lists)]
+
+    def changed() -> bool:
+        states.append(labels_state(str(source), lists))
+        assert states[-1] == labels_state(str(source), lists)
+        return states[-1] not in states[:-1]
+
+    (tmp_path / "list.txt").write_text("a/0.png\n")
+    assert changed()
+    (tmp_path / "list.txt").write_text("a/1.png\n")
+    assert changed()
+    (source / "train" / "a" / "2.png").rename(source / "train" / "b" / "moved.png")
+    assert changed()
+    (source / "train" / "b" / "moved.png").write_bytes(png())
+    assert not changed()  # another picture is no other label
+    (source / "train" / "b").rename(source / "train" / "c")
+    assert changed()
+    assert labels_state(str(source), []) != states[-1]
+
+
+def test_state_of_digits_follows_the_lists(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("digits/0\n")
+    states = [labels_state("digits", []), labels_state("digits", [str(tmp_path / "list.txt")])]
+    (tmp_path / "list.txt").write_text("digits/1\n")
+    states.append(labels_state("digits", [str(tmp_path / "list.txt")]))
+    assert len(set(states)) == 3
+
+
+def test_description_counts_splits_and_leaks() -> None:
+    counts = {"images/train": 20, "images/unlabeled": 1, "images/val": 2, "images/test": 7, "images/dropped": 3}
+    leaks = {"leaks": [{}], "leaks/exact": 1, "leaks/near": 2}
+    lines = describe({**counts, **leaks, "classes": 2}, "drop_test")
+    assert lines[0] == "20 train, 1 unlabeled, 2 val, 7 test images in 2 classes"
+    assert lines[1].startswith("1 test images also stand elsewhere, 2 nearly, dropped from test:")
+    assert len(describe({**counts, **leaks, "leaks": [], "classes": 2}, "report")) == 1
+
+
+def test_labels_on_disk_have_a_row_per_image(prepared: LabelledImages) -> None:
+    table = pd.read_parquet(prepared.folder.parent / "labels" / "labels.parquet")
+    assert list(table) == ["label", "split"]
+    assert table["split"].tolist() == prepared.parts.tolist()
+    assert table["label"].tolist() == prepared.labels.tolist()
