@@ -1,4 +1,4 @@
-"""The `lgp` command: registers the stages of the pipeline, and the tools around it."""
+"""The `lgp` command. It registers the stages of the pipeline, and the tools around it."""
 
 from collections.abc import Callable
 from typing import Annotated

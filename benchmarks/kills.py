@@ -1,8 +1,8 @@
-"""Kill the graft of this folder at random moments, also while it saves, and compare what it ends in.
+"""Kill the graft of this folder at random moments, also while it saves, and compare its final encoder.
 
-`python benchmarks/kills.py [--kills 20] [--seed 0]` after `dvc repro`: trains the graft anew, kills it every so often
-(SIGKILL), lets it finish after every fourth kill, and compares its encoder with the one that `dvc repro` left. With
-digits it takes a quarter of an hour.
+Run `python benchmarks/kills.py [--kills 20] [--seed 0]` after `dvc repro`. It trains the graft anew and kills it again
+and again (SIGKILL). After every fourth kill the graft runs to its end, and its encoder is compared with the encoder of
+`dvc repro`. With digits this takes a quarter of an hour.
 """
 
 import argparse
@@ -25,13 +25,13 @@ def digest() -> str:
 
 
 def newest_state() -> float:
-    """Return when the last state was written, 0 if there is none."""
+    """Return the time when the last state was written; 0 if there is none."""
     times = [p.stat().st_mtime for p in RESUME.glob("*/state-*.pt") if p.exists()]
     return max(times, default=0.0)
 
 
 def kill_one(rng: random.Random, while_saving: bool, longest_s: float) -> str:
-    """Start the graft, wait for a state of its own and a random while more, and kill it; say when that was."""
+    """Start the graft, wait for its first state and a random time more, and kill it. Return what it was doing."""
     started = time.time()
     process = subprocess.Popen([sys.executable, "cli.py", "graft"], stdout=subprocess.DEVNULL)
     while newest_state() < started and process.poll() is None:
@@ -48,7 +48,7 @@ def kill_one(rng: random.Random, while_saving: bool, longest_s: float) -> str:
 
 
 def main() -> None:
-    """Kill, go on, compare."""
+    """Kill the graft, resume it, and compare its encoder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

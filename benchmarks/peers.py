@@ -1,9 +1,12 @@
-"""The same work through `lightly`, in the same process, in turns: `python benchmarks/peers.py [--quick] [--threads N]`.
+"""Compare with `lightly`, in turns in one process: `python benchmarks/peers.py [--quick] [--threads N]`.
 
-Needs the extra `bench`. Steps: lightly's MAE modules on the same timm ViT, and its MoCo v3-like loop (projection heads,
-NT-Xent over momentum keys, exponential moving average) as its examples have them, in single precision, which is what
-they run; and beside it the same under bf16 autocast. Our figure holds everything, views included; the peer's steps get
-ready batches, so its views cost it nothing there. Views: its BYOL transforms, MoCo v3's recipe, on PIL images.
+It needs the extra `bench`. It compares two things:
+
+- Steps. The peer is lightly's MAE modules on the same timm ViT, and its MoCo v3-like loop (projection heads, NT-Xent
+  over momentum keys, exponential moving average), as in its examples. The examples run in single precision; bf16
+  autocast is measured too. Our figure includes everything, also the views. The peer's steps get ready batches, so its
+  figure includes no views.
+- Views. The peer is lightly's BYOL transforms, with MoCo v3's recipe, on PIL images.
 """
 
 import argparse
@@ -41,7 +44,7 @@ warnings.filterwarnings("ignore")
 
 
 class PeerMAE(nn.Module):
-    """MAE as in lightly's example, with a decoder of the same size as ours."""
+    """MAE as in lightly's example. Its decoder is as large as ours."""
 
     def __init__(self, params: Params) -> None:
         """Build it as large as ours."""
@@ -69,7 +72,7 @@ class PeerMAE(nn.Module):
 
 
 class PeerMoCo(nn.Module):
-    """MoCo v3 of lightly's parts, with heads of the same size as ours."""
+    """MoCo v3 from lightly's parts. Its heads are as large as ours."""
 
     def __init__(self, params: Params) -> None:
         """Build it as large as ours."""
@@ -98,7 +101,7 @@ class PeerMoCo(nn.Module):
 
 
 def peer_epoch(arm: str, params: Params, batch: int, steps: int, mixed: bool) -> Callable[[], float]:
-    """Return what trains the peer for some steps and tells the seconds."""
+    """Return the function that trains the peer for some steps and returns the seconds."""
     torch.manual_seed(0)
     model: nn.Module = PeerMAE(params) if arm == "mim" else PeerMoCo(params)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -120,7 +123,7 @@ def peer_epoch(arm: str, params: Params, batch: int, steps: int, mixed: bool) ->
 
 
 def compare_steps(quick: bool) -> list[dict[str, Any]]:
-    """Train both in turns, at the digits size and at width 192 on 32×32."""
+    """Train both in turns, at the size of digits and at width 192 on 32×32."""
     rows, rounds = [], 2 if quick else 4
     for workload in bench.workloads(torch.device("cpu"), quick=True):
         with tempfile.TemporaryDirectory() as name:
@@ -157,14 +160,14 @@ def compare_steps(quick: bool) -> list[dict[str, Any]]:
 
 
 def pil_views(image: Image.Image | io.BytesIO, view1: Callable[..., Any], view2: Callable[..., Any], _: int) -> None:
-    """Decode an image, where it is encoded, and make two views of it."""
+    """Decode an image if it is encoded, and make two views of it."""
     decoded = Image.open(image).convert("RGB") if isinstance(image, io.BytesIO) else image
     view1(decoded)
     view2(decoded)
 
 
 def compare_views(quick: bool) -> list[dict[str, Any]]:
-    """Make two views of each image in turns, on one core."""
+    """Make two views of each image with both libraries in turns, on one core."""
     torch.set_num_threads(1)
     rows, seconds, rounds = [], 1.0 if quick else 3.0, 2 if quick else 4
     for preset, name, batch in (("cifar10", "32×32", 64), ("imagenet-vit-b16", "JPEG 640×427 → 224×224", 8)):

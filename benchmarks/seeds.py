@@ -2,9 +2,9 @@
 
     python benchmarks/seeds.py FOLDER [--seeds 5]
 
-Each seed draws splits, subsets, first weights and batches anew. What FOLDER already holds is not run again, so it may
-be stopped and called again; a seed takes about 15 minutes on one CPU core. Writes digits-seeds.csv and digits-seeds.md
-beside this file.
+Each seed draws splits, subsets, first weights and batches anew. Results that FOLDER already has are not computed again,
+so the command may be stopped and called again. A seed takes about 15 minutes on one CPU core. The command writes
+digits-seeds.csv and digits-seeds.md beside this file.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def run(folder: Path, *command: str) -> None:
 
 
 def project(folder: Path, seed: int, changes: dict[str, Any], shared: Path | None) -> Path:
-    """Make a project folder of the preset `digits`, with images and MAE of the folder `shared` where one is given."""
+    """Make a project folder of the preset `digits`. Where `shared` is given, images and MAE come from that folder."""
     folder.mkdir(parents=True, exist_ok=True)
     values = yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text()) | {"seed": seed}
     for section, keys in changes.items():
@@ -75,7 +75,7 @@ def project(folder: Path, seed: int, changes: dict[str, Any], shared: Path | Non
 
 
 def results_of(folder: Path, arm: str) -> dict[str, float]:
-    """Train and evaluate an arm as far as that is not done, and return its accuracies."""
+    """Train and evaluate an arm where that is not done yet, and return its accuracies."""
     if not (folder / "models" / arm).exists():
         run(folder, arm)
     for task, command in TASKS.items():
@@ -100,7 +100,7 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def page(rows: pd.DataFrame) -> str:
-    """Write the tables: accuracies, and what each variant is ahead of the others, by seed."""
+    """Write two tables: accuracies, and the differences between variants, paired by seed."""
     seeds = rows["seed"].nunique()
     lines = [
         f"# Digits, {seeds} pre-training seeds",

@@ -1,7 +1,7 @@
-"""How fast the parts are on this machine: training steps, views, linear probing, saving, a pipeline with nothing to do.
+"""Benchmark of this machine: training steps, views, linear probing, saving, a pipeline with nothing to do.
 
-Everything is run as users run it: images are prepared, stages train for a few epochs. Figures are of one run on a
-machine that may be shared; compare ratios of one run (`benchmarks/peers.py`), not figures of two.
+Every part runs as users run it: images are prepared, and stages train for a few epochs. The figures are of one run on a
+machine that may be shared. Compare ratios within one run (`benchmarks/peers.py`), not figures of two runs.
 """
 
 import json
@@ -60,7 +60,7 @@ from lgp.workflow.presets import FOLDER
 
 GIB = 2**30
 ARMS = ("mim", "cl", "graft")
-# MoCo v3's, all operations included
+# MoCo v3's recipe with all operations
 RECIPE = ViewParams(
     crop_scale_min=0.08, flip_p=0.5, jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1,
     grayscale_p=0.2, blur_p=(1.0, 0.1), solarize_p=(0.0, 0.2),
@@ -70,7 +70,7 @@ PHOTO_SIZE = (640, 427)
 
 @dataclass(frozen=True)
 class Workload:
-    """A size to measure at: parameters for it, and what to prepare for it."""
+    """A size to measure: its name, parameters and batch size."""
 
     name: str
     params: Params
@@ -89,7 +89,11 @@ class Clock:
 
 
 def workloads(device: torch.device, quick: bool) -> list[Workload]:
-    """List the three sizes: digits, 32×32 at width 192, and 224×224 (ViT-S on a CPU, ViT-B on CUDA); quick: two."""
+    """List the sizes to measure.
+
+    They are digits, 32×32 at width 192, and 224×224 (ViT-S on a CPU; ViT-B on CUDA, also with a large batch). `quick`
+    lists the first two.
+    """
     cuda = device.type == "cuda"
     large = load_params(FOLDER / "imagenet-vit-b16.yaml")
     if not cuda:
@@ -113,7 +117,7 @@ def photographs() -> list[Image.Image]:
 
 
 def prepared_for(params: Params, images: int, folder: Path) -> Images:
-    """Prepare images for these parameters: digits, or random cuts of photographs (whole ones from 224 pixels on)."""
+    """Prepare images for these parameters: digits, or random crops of photographs (from 224 pixels on whole ones)."""
     (folder / "prepared").mkdir()
     if params.data.source == "digits":
         prepare(params.data, 0, folder / "prepared")
@@ -152,7 +156,7 @@ def shortened(params: Params, batch_size: int, epochs: int) -> Params:
 
 
 def train_timed(arm: str, params: Params, data: Images, folder: Path) -> list[float]:
-    """Train an arm, and return the seconds of each epoch but the first, which warms up."""
+    """Train an arm, and return the seconds of each epoch except the first, which is the warm-up."""
     clock, before = Clock(), folder / "before" / "encoder"
     session = Session(data, params, StateStore(folder / f"state-{arm}", "bench"), clock)
     if arm == "graft":
@@ -163,7 +167,7 @@ def train_timed(arm: str, params: Params, data: Images, folder: Path) -> list[fl
         else:
             {"mim": pretrain_mim, "cl": pretrain_cl}[arm](session)
     except LgpError:
-        # so short a training may look like none
+        # so short a training may fail the sanity checks
         if len(clock.ends) < getattr(params, arm).epochs:
             raise
     return [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
@@ -210,13 +214,13 @@ def bench_steps(device: torch.device, quick: bool) -> list[dict[str, Any]]:
 
 
 def _alone(measure: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
-    """Measure in a process of its own, for the sake of its memory."""
+    """Measure in a separate process, so that its peak memory is its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
         return alone.submit(measure, *given).result()
 
 
 def rate_of(work: Callable[[int], Any], images: int, seconds: float) -> float:
-    """Call `work` with 0, 1, 2 … for some seconds, and return images per second; `images` are those of one call."""
+    """Call `work` with 0, 1, 2 … for `seconds`, and return images per second. One call works on `images` images."""
     work(0)
     started, calls = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
@@ -226,7 +230,7 @@ def rate_of(work: Callable[[int], Any], images: int, seconds: float) -> float:
 
 
 def two_views(data: Images, crops: CropDataset) -> Callable[[int], None]:
-    """Return what makes both views of the batch of a step, all operations of the recipe included."""
+    """Return the function that makes both views of the batch of a step, with all operations of the recipe."""
 
     def make(step: int) -> None:
         cut = crops[step].transpose(0, 1).flatten(0, 1).float() / 255
@@ -238,7 +242,7 @@ def two_views(data: Images, crops: CropDataset) -> Callable[[int], None]:
 
 
 def bench_views(quick: bool) -> list[dict[str, Any]]:
-    """Measure on one core how many images per second get two views each."""
+    """Measure how many images per second get two views each on one core."""
     threads, seconds = torch.get_num_threads(), 1.0 if quick else 4.0
     rows: list[dict[str, Any]] = []
     torch.set_num_threads(1)
@@ -263,7 +267,7 @@ def bench_views(quick: bool) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class ProbeSize:
-    """Features to probe: how many of the images are trained on, of a whole epoch of `images`."""
+    """Features to probe. `measured` of the `images` of an epoch are trained on."""
 
     name: str
     images: int
@@ -281,11 +285,12 @@ PROBES = (
 
 
 def bench_probe(size: ProbeSize, heads: int = 70) -> dict[str, Any]:
-    """Measure an epoch of the linear probe's heads as one product, and one after the other as anybody would write it.
+    """Measure an epoch of the linear probe's heads as one product, and the usual way, one head after the other.
 
-    The features are read from a memory-mapped file in half precision. One after the other is torch's own: a layer,
-    cross-entropy, SGD and a DataLoader over the features in memory, or ready batches in its place; one head each, times
-    how many there are. To be run in a process of its own, for the sake of its memory.
+    The one product reads the features from a memory-mapped file in half precision. The usual way is torch's own layer,
+    cross-entropy and SGD. It is measured with a DataLoader over the features in memory, and with ready batches. One
+    head is timed, and the time is multiplied by the number of heads. Call this in a separate process, so that its peak
+    memory is its own.
     """
     device = choose_device(RunParams())
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -328,7 +333,7 @@ def bench_probe(size: ProbeSize, heads: int = 70) -> dict[str, Any]:
 
 
 def _now(device: torch.device) -> float:
-    """Return the time in seconds, when all that the device was given is done."""
+    """Wait until the device has finished its work, and return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -351,7 +356,7 @@ def _one_head(features: np.ndarray, labels: np.ndarray, size: ProbeSize, device:
 
 
 def bench_linear(device: torch.device) -> dict[str, Any]:
-    """Measure linear probing on digits: features of train, val and test, then the sweep and k-NN."""
+    """Measure linear probing on digits: first the features of train, val and test, then the sweep and k-NN."""
     params = load_params(FOLDER / "digits.yaml")
     with _scratch() as folder:
         images, labels = prepared_for(params, 0, folder), folder / "labels"
@@ -375,7 +380,7 @@ def bench_linear(device: torch.device) -> dict[str, Any]:
 
 
 def bench_resume(device: torch.device) -> dict[str, Any]:
-    """Measure how long a resume state takes to write and read, of the contrastive model at width 192."""
+    """Measure the time to write and to read a resume state of the contrastive model at width 192."""
     params = load_params(FOLDER / "cifar10.yaml")
     model = build_contrastive(build_encoder(params.model, params.data), params.contrastive).to(device)
     moments = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -403,7 +408,7 @@ def bench_resume(device: torch.device) -> dict[str, Any]:
 
 
 def bench_pipeline() -> dict[str, Any]:
-    """Measure `dvc repro` where nothing is to be done; None where something is."""
+    """Measure `dvc repro` with nothing to do; None where a stage would run."""
     dvc = [sys.executable, "-m", "dvc"]
     try:
         status = subprocess.run([*dvc, "status", "--json"], capture_output=True, text=True, check=True).stdout
@@ -431,7 +436,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def bench(quick: bool) -> dict[str, Any]:
-    """Measure it all; minutes, or about one with `quick`."""
+    """Measure every part. It takes minutes, or about one minute with `quick`."""
     device = choose_device(load_params(FOLDER / "imagenet-vit-b16.yaml").run)
     return {
         "machine": machine(device),
@@ -464,7 +469,7 @@ def _text(value: Any) -> str:
 
 
 def write(result: dict[str, Any], folder: Path) -> Path:
-    """Write a result as JSON and Markdown into `folder`, and return the latter's path."""
+    """Write a result as JSON and Markdown into `folder`, and return the path of the Markdown file."""
     folder.mkdir(parents=True, exist_ok=True)
     about = result["machine"]
     stem = f"{about['date']}-{about['device'].replace(' ', '-').lower()}"

@@ -1,4 +1,4 @@
-"""Errors that people can act on, as the command line prints them: one line."""
+"""Errors that a user can act on. The command line prints each on one line."""
 
 import errno
 import shutil
@@ -8,17 +8,17 @@ from pathlib import Path
 class LgpError(Exception):
     """A mistake in parameters, data or environment.
 
-    The message says what was given, what is valid and what to do, in one line.
+    The message is one line. It says what was given, what is valid and what to do.
     """
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Tell whether an error of the file system means that no space, or no quota, is left."""
+    """Return whether a file-system error means that no space or no quota is left."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_disk_space(folder: Path, needed_bytes: int) -> None:
-    """Raise `LgpError` where the disk of `folder`, which need not be there yet, has less than `needed_bytes` free."""
+    """Raise `LgpError` if the disk of `folder` has less than `needed_bytes` free. `folder` need not exist yet."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent

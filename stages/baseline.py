@@ -1,4 +1,4 @@
-"""Stage `baseline`: the arms that nobody trains, raw pixels and an encoder with random weights."""
+"""Stage `baseline`: the untrained arms, raw pixels and an encoder with random weights."""
 
 from typing import Annotated
 

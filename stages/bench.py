@@ -1,4 +1,4 @@
-"""Tool `bench`: how fast the parts are on this machine."""
+"""Tool `bench`: the speed of the parts on this machine."""
 
 from pathlib import Path
 from typing import Annotated

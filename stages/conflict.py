@@ -1,4 +1,4 @@
-"""Tool `conflict`: do MIM and CL move an encoder's weights apart, block by block?"""
+"""Tool `conflict`: the cosine between the gradients of MIM and CL in each block of an encoder."""
 
 from stages.options import DEFAULT_PARAMS, Arm, Debug, Fresh, ParamsFile
 from stages.paths import PREPARED, conflict_file, encoder_files, encoder_folder
@@ -26,4 +26,4 @@ def conflict(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = 
         run.tracker.log_conflict(result)
         for part, value in result.groupby("block", sort=False)["cosine"].median().items():
             print(f"{part:8} {value:+.3f}")
-    print(f"median cosine of the gradients of MIM and CL; all batches in {table}, drawn in {picture}")
+    print(f"median cosine of the gradients of MIM and CL; {table} has all batches, {picture} draws them")

@@ -1,4 +1,4 @@
-"""What the evaluation stages share: an arm's encoder, images and labels in, metrics and predictions out."""
+"""The frame of the evaluation stages: it opens encoder, images and labels, and writes metrics and predictions."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A running evaluation: what it is given, and where its outcome goes."""
+    """A running evaluation: its inputs, and where its outcome goes."""
 
     run: "StageRun"
     data: "LabelledImages"
@@ -27,7 +27,7 @@ class Evaluation:
 
     @property
     def session(self) -> "Session":
-        """What a training of the evaluation is given."""
+        """The inputs of a training in the evaluation."""
         from lgp.pretrain.arm import Session
 
         return Session(self.data, self.run.params, self.run.store, self.run.tracker)
@@ -44,7 +44,7 @@ class Evaluation:
 def evaluation(
     arm: str, task: str, sections: Sequence[str], params_file: Path, fresh: bool, resume: bool = False
 ) -> Iterator[Evaluation]:
-    """Run the block as the evaluation `task` of `arm`; fine-tuning also reads the arm's heads, and is a training."""
+    """Run the block as the evaluation `task` of `arm`. Fine-tuning is a training, and also reads the arm's heads."""
     from lgp.workflow.stage import StageSpec, stage
 
     encoder, name = encoder_folder(arm), task.partition("-")[0]

@@ -12,7 +12,7 @@ def fewshot(
     fresh: Fresh = False,
     debug: Debug = False,
 ) -> None:
-    """Evaluate an arm's frozen features with few labels, over the subsets of that name."""
+    """Evaluate an arm's frozen features with few labels, on each of the subsets of that name."""
     from lgp.data.subsets import load_subsets
     from lgp.workflow.pipeline import SECTIONS
 

@@ -1,4 +1,4 @@
-"""Stage `finetune`: accuracy of an arm's encoder when all of it learns on, with few labels or all."""
+"""Stage `finetune`: accuracy of an arm's encoder after all its weights are trained on few labels or on all."""
 
 from stages.evaluation import evaluation
 from stages.options import DEFAULT_PARAMS, Arm, Debug, Fresh, Labels, ParamsFile, Resume

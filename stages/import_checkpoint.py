@@ -21,7 +21,7 @@ def import_checkpoint(
     partial: Partial = False,
     debug: Debug = False,
 ) -> None:
-    """Make an arm of a checkpoint of MAE, MoCo v3, LGP, timm or lgp."""
+    """Turn a checkpoint of MAE, MoCo v3, LGP, timm or lgp into an arm."""
     from lgp.workflow.pipeline import SECTIONS
     from lgp.workflow.stage import StageSpec, stage
 
@@ -41,6 +41,6 @@ def import_checkpoint(
         imported = read(file, run.params.model, run.params.data, partial)
         for use in imported.uses:
             print(f"{use.name:60} {use.target or '–':40} {use.how}")
-        print(f"no tensor tells the number of heads: model.heads is {run.params.model.heads}")
+        print(f"the checkpoint does not say the number of heads: model.heads gives {run.params.model.heads}")
         publish_imported(run, folder, imported, Images(PREPARED))
     print(f"{file} ({imported.layout}) is now the arm {arm}: list it in `arms`, or set graft.start to it")

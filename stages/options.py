@@ -1,4 +1,4 @@
-"""Options that the stages share, and how a command fails: in one line."""
+"""The options that the stages share, and the one line that a failing command prints."""
 
 import os
 import re
@@ -22,10 +22,10 @@ class OneLineErrors(TyperGroup):
         except (LgpError, OSError, KeyboardInterrupt) as e:
             if ctx.find_root().meta.get("lgp.debug"):
                 raise
-            # of the processes that torchrun started
+            # the rank among the processes that torchrun started
             rank = os.environ["RANK"] if "TORCHELASTIC_RUN_ID" in os.environ else "0"
             if isinstance(e, KeyboardInterrupt):
-                # a training that was asked to stop says where, and has an exit code of its own
+                # an interrupted training says where it stopped, and has its own exit code
                 stopped = str(e) or "stopped: run the same command again, a training goes on from its last state"
                 if rank == "0":
                     print(stopped, file=sys.stderr)
@@ -41,7 +41,7 @@ def _line(error: BaseException) -> str:
 
 
 def print_version(wanted: bool) -> None:
-    """Print the version and exit, where it is asked for."""
+    """Print the version and exit, where `wanted` is true."""
     if wanted:
         from importlib.metadata import version
 

@@ -1,4 +1,4 @@
-"""Where the stages find each other's files."""
+"""The paths of the files that the stages write and read."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ REPORTS = Path("reports")
 
 
 def arm_folder(arm: str) -> Path:
-    """What a pre-training leaves: `encoder/`, `heads.safetensors`, `curves.csv`, `metrics.json`."""
+    """The folder of a pre-training: `encoder/`, `heads.safetensors`, `curves.csv`, `metrics.json`."""
     return Path("models") / arm
 
 
@@ -25,7 +25,7 @@ def encoder_files(arm: str) -> list[Path]:
 
 
 def heads_file(arm: str) -> Path:
-    """What a pre-training has beside its encoder: decoder, projector."""
+    """The heads of a pre-training: decoder, projector."""
     return arm_folder(arm) / "heads.safetensors"
 
 
@@ -35,10 +35,10 @@ def metrics_file(arm: str, task: str) -> Path:
 
 
 def predictions_file(arm: str, task: str) -> Path:
-    """A row per test image and subset."""
+    """The predictions of an arm and task: a row per test image and subset."""
     return PREDICTIONS / f"{arm}-{task}.parquet"
 
 
 def conflict_file(arm: str) -> Path:
-    """A row per part of the encoder and batch: the cosine of the gradients of MIM and CL."""
+    """The cosine of the gradients of MIM and CL: a row per part of the encoder and batch."""
     return REPORTS / "conflict" / f"{arm}.csv"

@@ -1,4 +1,4 @@
-"""Tool `plan`: what the pre-trainings will take."""
+"""Tool `plan`: the cost of the pre-trainings."""
 
 from typing import Annotated
 
@@ -7,13 +7,14 @@ import typer
 from stages.options import DEFAULT_PARAMS, ParamsFile
 from stages.paths import PREPARED
 
-Images = Annotated[int | None, typer.Option(min=1, help="To pre-train on; else those that are prepared.")]
+Images = Annotated[int | None, typer.Option(min=1, help="Number of images to pre-train on; default: as prepared.")]
 Gpus = Annotated[int, typer.Option(min=1, help="Devices that share the batch.")]
 Memory = Annotated[float, typer.Option(min=0.1, help="GiB of one device.")]
 Tflops = Annotated[
-    float | None, typer.Option(min=1e-6, help="10^12 FLOP/s of one device's matrix products; else measured here.")
+    float | None,
+    typer.Option(min=1e-6, help="10^12 FLOP/s of one device's matrix products; default: measured on this machine."),
 ]
-Utilization = Annotated[float, typer.Option(min=0.01, max=1, help="Share of these that training reaches.")]
+Utilization = Annotated[float, typer.Option(min=0.01, max=1, help="Fraction of these FLOP/s that training reaches.")]
 
 
 def plan(
@@ -24,7 +25,7 @@ def plan(
     tflops: Tflops = None,
     utilization: Utilization = 0.4,
 ) -> None:
-    """Say what the pre-trainings will take: FLOPs, steps, memory, time."""
+    """Print the cost of the pre-trainings: FLOPs, steps, memory, time."""
     from lgp.compute.device import choose_device
     from lgp.compute.precision import choose_precision
     from lgp.data.storage import Images as PreparedImages

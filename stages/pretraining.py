@@ -1,4 +1,4 @@
-"""What the pre-training stages share: prepared images in, an arm out."""
+"""The frame of the pre-training stages: it opens the prepared images, and writes an arm."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """A running pre-training: what it is given, and where its arm goes."""
+    """A running pre-training: its inputs, and where its arm goes."""
 
     run: "StageRun"
     session: "Session"
@@ -34,7 +34,7 @@ class Pretraining:
 def pretraining(
     arm: str, params_file: Path, fresh: bool, resume: bool, starts: Sequence[str] = ()
 ) -> Iterator[Pretraining]:
-    """Run the block as the pre-training of `arm`, which starts from the encoders of the arms `starts`, if any."""
+    """Run the block as the pre-training of `arm`. It starts from the encoders of the arms `starts`, if any."""
     from lgp.workflow.pipeline import SECTIONS
     from lgp.workflow.stage import StageSpec, stage
 
@@ -56,7 +56,7 @@ def pretraining(
 
 
 def _labelled() -> "LabelledImages | None":
-    """Open the labels for the online k-NN, which shows and decides nothing; None where there are none yet."""
+    """Open the labels for the online k-NN, which does not affect the training; None where there are none yet."""
     from lgp.data.labels import LabelledImages
     from lgp.errors import LgpError
 

@@ -22,7 +22,7 @@ def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
     table, classes, page, html, figures = (
         REPORTS / name for name in ("results.csv", "per_class.csv", "report.md", "report.html", "figures")
     )
-    # not in git, unlike the rest: so a fresh clone runs this stage, and its registry gets a champion
+    # unlike the other outputs it is not in git: a fresh clone runs this stage, and its registry gets a champion
     champion = REPORTS / "champion.json"
     writes = [table, classes, page, html, figures, champion]
     with stage(StageSpec("report", SECTIONS["report"], reads, writes, "all", "report"), params_file, fresh) as run:

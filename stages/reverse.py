@@ -1,4 +1,4 @@
-"""Stage `reverse`: the paper's control that grafts the other way round, MIM on top of CL."""
+"""Stage `reverse`: the paper's control that reverses the graft, MIM on top of CL."""
 
 from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile, Resume
 from stages.paths import encoder_folder

@@ -5,7 +5,7 @@ from stages.paths import LABELS, PREPARED, conflict_file, encoder_folder
 
 
 def suggest(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
-    """Say where to cut an arm for a graft, from `lgp conflict` and from k-NN accuracy per block."""
+    """Suggest where to cut an arm for a graft, from `lgp conflict` and from k-NN accuracy per block."""
     from lgp.data.labels import LabelledImages
     from lgp.params.file import load_params
     from lgp.pretrain.conflict import advice, knn_by_block, read_conflict, suggest_cut

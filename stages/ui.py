@@ -20,7 +20,7 @@ def ui(port: Port = 5000, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
 
     def announce() -> None:
         print(f"MLflow starts on http://127.0.0.1:{port} (about 15 s); Ctrl-C ends it.")
-        print(f"There: 'Model training' (top left, it opens as 'GenAI'), then Experiments > {run.experiment} > Runs.")
+        print(f"Choose 'Model training' (top left; it opens as 'GenAI'), then Experiments > {run.experiment} > Runs.")
         print("To compare arms: search for tags.task = 'fewshot-1pct', tick the runs, click 'Compare'.")
         print("A click on confusion.png under Artifacts shows the pictures side by side.")
         print("Encoders are under 'Model registry'.", flush=True)

@@ -1,1 +1,1 @@
-"""Where and how to compute: device, precision, processes, interruption, counted randomness."""
+"""Computation: device, precision, processes, interruption, counted randomness."""

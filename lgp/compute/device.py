@@ -1,4 +1,4 @@
-"""Where to compute, and with how many threads."""
+"""The device of a computation, and its number of threads."""
 
 import ctypes
 import os
@@ -13,12 +13,13 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 
 
 def choose_device(settings: RunParams) -> torch.device:
-    """Turn `run.device` (`auto`, `cpu` or `cuda`) into a device, and prepare it for its work.
+    """Turn `run.device` (`auto`, `cpu` or `cuda`) into a device, and prepare that device.
 
-    On a CPU: the number of threads, where several processes share the cores. On CUDA: the device of this process.
+    On a CPU it sets the number of threads: `run.threads`, or an equal part of the cores for each of several processes.
+    On CUDA it chooses the device of this process.
 
     Raises:
-        LgpError: CUDA is asked for and absent.
+        LgpError: CUDA is requested and absent, or there are fewer CUDA devices than processes.
     """
     cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
@@ -39,11 +40,11 @@ def choose_device(settings: RunParams) -> torch.device:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one, instead of fetching and clearing it anew each time."""
+    """Make glibc keep freed memory for the next step. It would otherwise fetch and clear memory in each step."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
         return
-    # some take no more than 32 MiB; a trim threshold alone would end glibc's own adaptation
+    # some versions accept at most 32 MiB; a trim threshold alone would end glibc's own adaptation
     if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

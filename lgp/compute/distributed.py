@@ -1,4 +1,4 @@
-"""Several processes that train one model, started by `torchrun`, and what crosses between them."""
+"""Processes that train one model together, and the exchange of values between them. `torchrun` starts them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,22 +14,22 @@ from lgp.compute.precision import in_single_precision
 from lgp.errors import LgpError
 
 WAIT = timedelta(minutes=30)  # for the slowest process, which may be saving a state
-PIECE_BYTES = 2**30  # of what is sent at once
+PIECE_BYTES = 2**30  # sent at once
 
 
 def world_size() -> int:
-    """Return the number of processes that train together, 1 without `torchrun`."""
+    """Return the number of processes that train together. It is 1 without `torchrun`."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return this process's number among them, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 @contextmanager
 def joined(name: str, device: torch.device) -> Iterator[None]:
-    """Meet the other processes that `torchrun` started, if any, for the block.
+    """Join the other processes of `torchrun` inside the block. Without `torchrun`, do nothing.
 
     Raises:
         LgpError: another process was lost.
@@ -54,7 +54,7 @@ def joined(name: str, device: torch.device) -> Iterator[None]:
 
 
 def agree(request: int) -> int:
-    """Return the largest request of all processes. Each must call this at the same point of its work."""
+    """Return the largest request of all processes. Every process must call this at the same point of its work."""
     if world_size() == 1:
         return request
     largest = torch.tensor(request)
@@ -72,7 +72,7 @@ def average(values: Tensor) -> Tensor:
 
 
 def send_bytes(data: bytes | None) -> bytes | None:
-    """Return what the first process gives, in every process."""
+    """Send the data of the first process to all. Every process returns that data."""
     if world_size() == 1:
         return data
     length = torch.tensor(-1 if data is None else len(data))
@@ -90,10 +90,9 @@ def send_bytes(data: bytes | None) -> bytes | None:
 def gather(tensor: Tensor) -> Tensor:
     """Concatenate a tensor (B, …) over all processes, in the order of their ranks: (P·B, …).
 
-    The gradient of every process's loss flows back to the process that the rows came from, summed. Where
-    each process's loss is a mean over its own rows, averaging the parameters' gradients over processes (as
-    DistributedDataParallel does) then gives the gradient of the mean over all rows. Every process must have
-    the same B.
+    The gradients of all processes' losses are summed. They flow back to the process that the rows came from.
+    DistributedDataParallel averages the parameters' gradients over processes. If each process's loss is a mean over its
+    own rows, that average is the gradient of the mean over all rows. Every process must have the same B.
     """
     if world_size() == 1:
         return tensor
@@ -117,7 +116,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes; the gradients of all of them flow back."""
+    """The sum over all processes. Its gradient is the sum of all processes' gradients."""
 
     @staticmethod
     def forward(_: Any, tensor: Tensor) -> Tensor:
@@ -131,15 +130,15 @@ class _Sum(torch.autograd.Function):
 
 
 class SyncBatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm over the rows of all processes, in single precision; with one process it is `BatchNorm1d` itself.
+    """BatchNorm over the rows of all processes, in single precision. With one process it is `BatchNorm1d` itself.
 
-    torch's own SyncBatchNorm refuses CPU tensors. Every process must have the same number of rows. State and its
+    torch's own SyncBatchNorm refuses CPU tensors. Every process must have the same number of rows. The state and its
     names are those of `BatchNorm1d`.
     """
 
     @in_single_precision
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (B, D), in training with mean and variance of all processes' rows, else with the running ones."""
+        """Normalise (B, D). Training takes mean and variance of all processes' rows, evaluation the running ones."""
         if world_size() == 1 or not self.training:
             normalised: Tensor = super().forward(x)
             return normalised

@@ -1,4 +1,4 @@
-"""What stops a training: Ctrl-C, a scheduler's SIGTERM, or the death of the process that started it."""
+"""The causes that stop a training: Ctrl-C, a scheduler's SIGTERM, or the death of the process that started it."""
 
 import os
 import signal
@@ -17,14 +17,14 @@ LOOK_EVERY_S = 1.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A training stopped where it was asked to, its state saved.
+    """A training stopped on request and saved its state.
 
     Attributes:
-        exit_code: 128 + the signal's number, as shells have it.
+        exit_code: 128 + the signal's number, as in shells.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
-        """Say what stopped it, and where."""
+        """Take the message, which says what stopped the training and where, and the exit code."""
         super().__init__(message)
         self.exit_code = exit_code
 
@@ -40,7 +40,7 @@ class Interruption:
         self._looked = time.monotonic()
 
     def asked(self) -> bool:
-        """Tell whether to stop. About once a second, check that DVC and torchrun are still alive."""
+        """Return whether to stop. About once a second, check that DVC and torchrun are still alive."""
         if not self.reason and time.monotonic() - self._looked >= LOOK_EVERY_S:
             self._looked = time.monotonic()
             gone = [name for name, process in self._parents.items() if not _lives(process)]
@@ -62,18 +62,19 @@ class Interruption:
                 signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        # torchrun hands on a Ctrl-C that the terminal has sent to all already
+        # the terminal sends Ctrl-C to every process; torchrun then sends it to its workers a second time
         if self.reason == "SIGINT" and number == signal.SIGINT and not launched():
             raise KeyboardInterrupt
         self.reason, self.signal = signal.Signals(number).name, signal.Signals(number)
         if number == signal.SIGINT and not launched():
-            print("stopping after this step, to save its state; Ctrl-C again stops at once", file=sys.stderr)
+            print("stopping after this step to save the state; press Ctrl-C again to stop at once", file=sys.stderr)
 
 
 def _what_started_us() -> dict[str, psutil.Process]:
-    """Return the processes whose death is to end a training: DVC and torchrun, where they started it.
+    """Return the processes whose death ends a training: DVC and torchrun, if they started it.
 
-    DVC sets `DVC_STAGE` for what it starts, so it is the nearest ancestor without it (a shell may lie between).
+    DVC sets the variable `DVC_STAGE` for the processes that it starts. DVC is therefore the nearest ancestor without
+    the variable. A shell may be between them.
     """
     parents: dict[str, psutil.Process] = {}
     try:
@@ -82,7 +83,7 @@ def _what_started_us() -> dict[str, psutil.Process]:
             parents["torchrun"] = ancestors[0]
         if "DVC_STAGE" in os.environ:
             parents["DVC"] = next(p for p in ancestors if "DVC_STAGE" not in p.environ())
-    except (psutil.Error, StopIteration):  # not ours to look at
+    except (psutil.Error, StopIteration):  # no right to read that process
         pass
     return parents
 

@@ -1,4 +1,4 @@
-"""Several processes for one command, as `torchrun` starts them; `run.processes` asks for it.
+"""Several processes for one command, started as `torchrun` starts them. `run.processes` is their number.
 
 Light: torch is imported only to start them.
 """
@@ -13,30 +13,30 @@ from lgp.errors import LgpError
 
 
 class WorkerDone(Exception):  # noqa: N818 - no error
-    """Ends the part of every process but the first, which alone publishes the result."""
+    """Ends every process but the first. Only the first process publishes the result."""
 
 
 def launched() -> bool:
-    """Tell whether `torchrun`, by hand or through `run.processes`, started this process."""
+    """Return whether `torchrun` started this process, by hand or through `run.processes`."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def launched_rank() -> int:
-    """Return this process's number, from 0, among those that `torchrun` started; 0 without it."""
+    """Return the number of this process among those that `torchrun` started, from 0. It is 0 without `torchrun`."""
     return int(os.environ["RANK"]) if launched() else 0
 
 
 def launch(name: str, processes: int) -> NoReturn:
-    """Run this very command in `processes` processes on this machine, and exit as they do.
+    """Run this same command in `processes` processes on this machine. Exit with their exit code.
 
     Raises:
-        LgpError: one of them died; the others are stopped.
+        LgpError: a process was killed. The others are stopped.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # silence its tracebacks: the line below names the process that died
+    # torchrun's tracebacks are silenced: the error below names the process that died
     for logger in [n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed.elastic")]:
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     config = LaunchConfig(
@@ -53,9 +53,9 @@ def launch(name: str, processes: int) -> NoReturn:
     except SignalException as e:
         sys.exit(128 + e.sigval)
     except ChildFailedError as e:
-        # which process to name: one that was killed, else one that exited, last one that torchrun stopped (SIGTERM)
+        # the error names a process that was killed, else one that exited, else one that torchrun stopped (SIGTERM)
         rank, failure = min(e.failures.items(), key=lambda f: (f[1].exitcode == -signal.SIGTERM, f[1].exitcode > 0))
-        if failure.exitcode > 0:  # it has printed its own error or message
+        if failure.exitcode > 0:  # that process has printed its own error or message
             sys.exit(failure.exitcode)
         raise LgpError(
             f"{name}: process {rank} of {processes} (process id {failure.pid}) ended with {failure.signal_name()}, the "

@@ -1,4 +1,4 @@
-"""How precisely to compute: the type of matrix products, and what stays in single precision."""
+"""Precision: the type of matrix products, and the functions that stay in single precision."""
 
 import functools
 from collections.abc import Callable
@@ -12,18 +12,18 @@ from lgp.errors import LgpError
 from lgp.params.run import RunParams
 
 P = ParamSpec("P")
-# where a CPU that multiplies bf16 gains from it: benchmarks/README.md
+# the width from which bf16 is faster on a CPU that multiplies it natively: benchmarks/README.md
 BF16_FROM_WIDTH = 192
 
 
 def choose_precision(settings: RunParams, device: torch.device, width: int) -> torch.dtype:
     """Turn `run.precision` (`auto`, `fp32` or `bf16`) into the type of matrix products.
 
-    `auto` takes bf16 where the device multiplies it natively: on CUDA always, on a CPU for encoders from a width of
-    192 on, below which conversion costs more than it gains.
+    `auto` takes bf16 if the device multiplies it natively. On a CPU the encoder must also have a width of 192 or more:
+    below that, conversion costs more than it gains.
 
     Raises:
-        LgpError: bf16 is asked for on a CUDA device without it.
+        LgpError: bf16 is requested on a CUDA device without it.
     """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -38,20 +38,20 @@ def choose_precision(settings: RunParams, device: torch.device, width: int) -> t
 
 
 def place(model: nn.Module, device: torch.device, precision: torch.dtype) -> None:
-    """Move a model to the device that is to train it, and set up what it computes with there."""
+    """Move a model to its training device, and set how that device computes."""
     torch.use_deterministic_algorithms(device.type == "cpu")
-    # memory that is written before it is read needs no filling
+    # uninitialised memory needs no filling: it is written before it is read
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model.to(device)
     if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)  # of the patch projection, a convolution
+        model.to(memory_format=torch.channels_last)  # for the patch projection, a convolution
         if precision == torch.float32:
-            # products in TF32, the losses' too; under bf16 these stay in full single precision
+            # products in TF32, also those of the losses; under bf16 the losses stay in full single precision
             torch.set_float32_matmul_precision("high")
 
 
 def in_single_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Make a function of tensors compute in single precision where mixed precision is on: losses and norms."""
+    """Make a function of tensors compute in single precision under mixed precision. It is for losses and norms."""
 
     @functools.wraps(function)
     def computed(*args: P.args, **kwargs: P.kwargs) -> Tensor:

@@ -1,7 +1,7 @@
 """Counted randomness: every random choice is a pure function of the seed and its place in the run.
 
-Nothing draws from a global generator that other code could have advanced. So a resumed run needs no
-generator states, and any number of loader workers or processes sees the same batches.
+Nothing draws from a global generator that other code could have advanced. A resumed training therefore needs no
+generator states. Any number of loader workers or processes gets the same batches.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ import torch
 def counted_seed(seed: int, *place: str | int) -> int:
     """Mix `seed` with the place of a random choice, e.g. `("mim/mask", step)`, into 63 bits.
 
-    Words are hashed by CRC-32, numbers used as they are; `numpy.random.SeedSequence` mixes them, so
-    that neighbouring places give unrelated streams.
+    Words are hashed by CRC-32. Numbers are used unchanged. `numpy.random.SeedSequence` mixes all of them, so that
+    neighbouring places give unrelated streams.
     """
     words = [zlib.crc32(p.encode()) if isinstance(p, str) else p for p in place]
-    # the length goes in too: SeedSequence does not tell (1, 2) from (1, 2, 0)
+    # the length is mixed in too: SeedSequence gives the same for (1, 2) and (1, 2, 0)
     high, low = np.random.SeedSequence([len(words), seed, *words]).generate_state(2, np.uint32)
     return (int(high) << 31) ^ int(low)
 
 
 def generator(seed: int, *place: str | int) -> torch.Generator:
-    """Return a CPU generator for one place; draws on it are the same on every device."""
+    """Return a CPU generator for one place. Its draws are the same for every device."""
     return torch.Generator().manual_seed(counted_seed(seed, *place))
 
 
@@ -36,7 +36,7 @@ def generator(seed: int, *place: str | int) -> torch.Generator:
 def seeded(seed: int, *place: str | int) -> Iterator[None]:
     """Seed the global generators of torch, numpy and Python inside the block only.
 
-    Layer constructors and drop path draw from torch's, timm's augmentations from all three.
+    Layer constructors and drop path draw from torch's generator. timm's augmentations draw from all three.
     """
     value = counted_seed(seed, *place)
     of_python, of_numpy = random.getstate(), np.random.get_state()
@@ -53,15 +53,15 @@ def seeded(seed: int, *place: str | int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stream:
-    """The random choices of one training: a run's seed, and a name that keeps them apart from other trainings'."""
+    """The random choices of one training: the run's seed, and a name that separates them from other trainings'."""
 
     seed: int
     name: str
 
     def generator(self, kind: str, *place: int) -> torch.Generator:
-        """Return a CPU generator for choices of a kind (`order`, `crops`, `mask`, …) at one place."""
+        """Return a CPU generator for the choices of one kind (`order`, `crops`, `mask`, …) at one place."""
         return generator(self.seed, f"{self.name}/{kind}", *place)
 
     def seeded(self, kind: str, *place: int) -> AbstractContextManager[None]:
-        """Seed the global generators inside the block, for choices of a kind at one place."""
+        """Seed the global generators inside the block, for the choices of one kind at one place."""
         return seeded(self.seed, f"{self.name}/{kind}", *place)

@@ -1,4 +1,4 @@
-"""Units as a person reads them."""
+"""Numbers with readable units."""
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 

@@ -1,12 +1,12 @@
-"""Labels apart from images: classes, the label and the part of each image for evaluation, few-label subsets.
+"""Labels, stored apart from images: classes, label and split of each image, and few-label subsets.
 
 | file | content |
 |---|---|
 | `labels.parquet` | a row per prepared image: label (-1 without one) and split |
 | `subsets.json` | the few-label subsets, as lists of image ids |
-| `meta.json` | class names, a digest of it all |
+| `meta.json` | class names, a digest of everything |
 
-A changed label, subset or list changes these files and no prepared image, so evaluations run again and no training.
+A changed label, subset or list changes these files and no prepared image. Evaluations then run again. Trainings do not.
 """
 
 import hashlib
@@ -31,24 +31,24 @@ from lgp.params.labels import ALL_LABELS, LabelsParams
 
 TABLE, META = "labels.parquet", "meta.json"
 SPLITS = ("train", "unlabeled", "val", "test", "dropped")
-SHOWN_LEAKS = 100  # with their names; all are counted
+SHOWN_LEAKS = 100  # listed with names; all leaks are counted
 
 
 def write_labels(params: LabelsParams, source_name: str, images: Images, seed: int, folder: Path) -> dict[str, Any]:
-    """Write labels and few-label subsets of prepared images into `folder` (existing), and return their metrics.
+    """Write labels and few-label subsets of prepared images into the existing `folder`. Return their metrics.
 
     Args:
         params: the section `labels`.
-        source_name: `data.source`, whose labels are read anew.
-        images: prepared from that source.
-        seed: of the run; the subsets follow from it.
+        source_name: `data.source`. Its labels are read again.
+        images: the images prepared from that source.
+        seed: the run's seed. It decides the subsets.
         folder: where to write.
 
     Returns:
-        Counts per split and subset, classes, the digest, and the test images that also stand elsewhere.
+        Counts per split and subset, the number of classes, the digest, and the leaks.
 
     Raises:
-        LgpError: the source has other images by now, a list does not fit, or a class has too few images.
+        LgpError: a prepared image is gone from the source, a list does not fit, or a class has too few images.
     """
     source = open_source(source_name)
     labels = _labels_of(images, source)
@@ -90,7 +90,7 @@ def _labels_of(images: Images, source: Source) -> np.ndarray:
 def _read_lists(
     params: LabelsParams, paths: list[str], labels: np.ndarray, splits: np.ndarray, classes: list[str]
 ) -> dict[str, list[list[int]]]:
-    """Read the published lists. An image of val may be listed: it then counts as a training image."""
+    """Read the published lists. A list may name images of val. They then count as training images."""
     parts = np.where(splits == "val", "train", splits).tolist()
     return {
         name: [read_subset_list(Path(file), paths, labels, parts, classes).tolist() for file in files]
@@ -99,7 +99,7 @@ def _read_lists(
 
 
 def _find_leaks(images: Images, bits: int | None) -> list[Leak]:
-    """Find the test images that also stand elsewhere among the prepared ones."""
+    """Find the test images that also occur in train or val."""
     content, hashes = (images.index[column].to_numpy() for column in ("content", "hash"))
     leaks, _ = find_leaks(
         content,
@@ -112,7 +112,7 @@ def _find_leaks(images: Images, bits: int | None) -> list[Leak]:
 
 
 def _drop_test(splits: np.ndarray, labels: np.ndarray, leaks: Sequence[Leak]) -> None:
-    """Take the test images that leak out of test; raise `LgpError` where that leaves a class without one."""
+    """Remove the leaks from test. Raise `LgpError` if a class then has no test image."""
     before = set(labels[splits == "test"])
     splits[[leak.test for leak in leaks]] = "dropped"
     if before - set(labels[splits == "test"]):
@@ -139,7 +139,7 @@ def _write(folder: Path, table: pd.DataFrame, subsets: Subsets, classes: list[st
 
 
 def describe(metrics: dict[str, Any], fate: str) -> list[str]:
-    """Say in a line or two what `write_labels` found; `fate` is `labels.leaks`."""
+    """Return what `write_labels` found, in one or two lines. `fate` is the value of `labels.leaks`."""
     counts = ", ".join(f"{metrics[f'images/{split}']} {split}" for split in SPLITS[:-1])
     lines = [f"{counts} images in {metrics['classes']} classes"]
     if metrics["leaks"]:
@@ -150,9 +150,9 @@ def describe(metrics: dict[str, Any], fate: str) -> list[str]:
 
 
 def labels_state(source_name: str, lists: Sequence[str]) -> str:
-    """Digest what the labels come from, as it is now: which image has which label, and the content of the lists."""
+    """Return a digest of the current origin of the labels: the label of each image, and the content of the lists."""
     state = hashlib.sha256(source_name.encode())
-    if source_name != DIGITS:  # which never changes
+    if source_name != DIGITS:  # digits never changes
         source = open_source(source_name)
         state.update(json.dumps(source.classes).encode())
         for about in source.described():
@@ -164,10 +164,10 @@ def labels_state(source_name: str, lists: Sequence[str]) -> str:
 
 
 class LabelledImages(Images):
-    """Prepared images with their labels, opened for reading: what evaluation sees."""
+    """Prepared images with their labels, opened for reading. Evaluation reads them."""
 
     def __init__(self, images: Path, labels: Path) -> None:
-        """Open both folders; raise `LgpError` where one is missing, or the labels are of other images."""
+        """Open both folders. Raise `LgpError` if one is missing, or if the labels are of other images."""
         super().__init__(images)
         try:
             self.labels_meta: dict[str, Any] = json.loads((labels / META).read_text())
@@ -196,9 +196,9 @@ class LabelledImages(Images):
         return np.flatnonzero(self._table["split"].to_numpy() == part)
 
     def subsets(self, name: str) -> list[np.ndarray]:
-        """Return the few-label subsets of one name, each a sorted array of ids; raise `LgpError` for another name."""
+        """Return the few-label subsets of one name, each a sorted array of ids; an unknown name raises `LgpError`."""
         return load_subsets(self._labels_folder, name)
 
     def labelled(self, name: str) -> list[np.ndarray]:
-        """Return the subsets `name`, or the whole training part as the only one for `all`."""
+        """Return the subsets `name`. For `all`, return the whole training part as the only subset."""
         return [self.ids("train")] if name == ALL_LABELS else self.subsets(name)

@@ -1,7 +1,7 @@
-"""Leaks: test images that also stand among the images to learn from, exactly or nearly.
+"""Leaks: test images that also occur among the images to learn from, exactly or nearly.
 
-Exact is byte for byte; near is a perceptual hash (of the lowest frequencies, 64 bits: Zauner 2010, by the library
-imagehash) that differs in few bits, as re-encoded, resized or slightly cropped copies do.
+Exact leaks have equal bytes. Near leaks have perceptual hashes that differ in few bits, as those of re-encoded, resized
+or slightly cropped copies do. The hash has 64 bits of the lowest frequencies (Zauner 2010, by the library imagehash).
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ import numpy as np
 from PIL import Image
 
 EXACT = -1
-QUERIES, CANDIDATES = 256, 2**16  # of a block: 128 MiB of differences
+QUERIES, CANDIDATES = 256, 2**16  # per block: 128 MiB of differences
 
 
 @dataclass(frozen=True)
 class Leak:
-    """A test image, the image to learn from that is nearest to it, and in how many bits their hashes differ.
+    """A test image, the nearest image to learn from, and the number of bits in which their hashes differ.
 
-    `bits` is `EXACT` where the files are the same.
+    `bits` is `EXACT` if the files are the same.
     """
 
     test: int
@@ -34,18 +34,18 @@ def perceptual_hash(image: Image.Image) -> int:
 def find_leaks(
     content: np.ndarray, hashes: np.ndarray, test: np.ndarray, learnt: np.ndarray, most_bits: int | None
 ) -> tuple[list[Leak], np.ndarray]:
-    """Find the test images that also stand among the images to learn from.
+    """Find the test images that also occur among the images to learn from.
 
     Args:
-        content: (N,) digests of the files, of any type that compares.
+        content: (N,) digests of the files, of any hashable type.
         hashes: (N,) uint64 perceptual hashes.
         test: positions of the test images.
-        learnt: positions of all others.
-        most_bits: in how many bits near duplicates differ at most; None: exact ones only.
+        learnt: positions of the images to learn from.
+        most_bits: the most bits in which near duplicates differ. None finds exact duplicates only.
 
     Returns:
-        One for each such test image, the exact or else the nearest; and the positions of all images to learn from that
-        stand in test, which may be more.
+        One leak per such test image: the exact one, else the nearest. Then the positions of all images to learn from
+        that also occur in test. There may be more of these.
     """
     where = {content[i]: int(i) for i in learnt[::-1]}
     leaks = {int(i): Leak(int(i), where[content[i]], EXACT) for i in test if content[i] in where}

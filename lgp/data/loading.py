@@ -1,4 +1,4 @@
-"""Batches of crops as a pure function of the step, read by worker processes where asked."""
+"""Batches of crops as a pure function of the step. Worker processes can read them."""
 
 import signal
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from lgp.params.pretrain import ViewParams
 class Batch:
     """Some images of a step's batch, or all of them.
 
-    Random choices are drawn for the whole batch and then those of `rows` are taken, so they do not depend on how many
-    processes share a batch.
+    Random choices are drawn for the whole batch. Those of `rows` are then taken. They therefore do not depend on the
+    number of processes.
 
     Attributes:
         crops: (rows, V, C, S, S) uint8.
         step: of the training, from 0.
-        rows: which images of the step's batch these are.
-        size: of the step's whole batch.
+        rows: the places of these images in the step's batch.
+        size: number of images of the step's whole batch.
     """
 
     crops: Tensor
@@ -35,11 +35,11 @@ class Batch:
 
     @classmethod
     def whole(cls, crops: Tensor, step: int) -> "Batch":
-        """Make a step's whole batch of its crops (B, V, C, S, S)."""
+        """Return a step's whole batch, from its crops (B, V, C, S, S)."""
         return cls(crops, step, slice(0, len(crops)), len(crops))
 
     def split(self, parts: int) -> list["Batch"]:
-        """Cut into equal parts, which must divide the rows."""
+        """Cut into equal parts. Their number must divide the number of rows."""
         each = len(self.crops) // parts
         starts = [self.rows.start + i * each for i in range(parts)]
         crops = self.crops.split(each)
@@ -51,8 +51,8 @@ class CropDataset(Dataset[Tensor]):
 
     Item s is a pure function of the stream and s.
 
-    An epoch is a random order of the images without its incomplete last batch, so every batch is full (as MAE and
-    MoCo v3 drop it).
+    An epoch is a random order of the images. Its incomplete last batch is dropped, as in MAE and MoCo v3. All batches
+    are full.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class CropDataset(Dataset[Tensor]):
         stream: Stream,
         ids: np.ndarray | None = None,
     ) -> None:
-        """Make batches of the images `ids`, all of pre-training unless given.
+        """Make batches of the images `ids`. Without `ids`, they are all images of pre-training.
 
         Args:
             data: prepared images.
@@ -82,7 +82,7 @@ class CropDataset(Dataset[Tensor]):
         self._latest_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def shard(self, rank: int, processes: int) -> None:
-        """Read only the rows of one of several processes from now on. The processes divide the batch."""
+        """Read only the rows of process `rank` from now on. The number of processes must divide the batch size."""
         each = self.batch_size // processes
         self.rows = slice(rank * each, (rank + 1) * each)
 
@@ -108,13 +108,13 @@ class CropDataset(Dataset[Tensor]):
         return crops
 
     def batch(self, step: int, crops: Tensor) -> Batch:
-        """Say what the crops of a step are."""
+        """Return the crops of a step as a `Batch`."""
         return Batch(crops, step, self.rows, self.batch_size)
 
 
 def loader(crops: CropDataset, first: int, last: int, workers: int, pin: bool) -> DataLoader[Tensor]:
-    """Iterate over the crops of steps [first, last), the same with any number of workers."""
-    # forked, so that they share the images that are kept decoded
+    """Iterate over the crops of steps [first, last). They are the same with any number of workers."""
+    # forked workers share the decoded images in memory
     context = "fork" if workers else None
     return DataLoader(
         crops,
@@ -128,6 +128,6 @@ def loader(crops: CropDataset, first: int, last: int, workers: int, pin: bool) -
 
 
 def _leave_signals(_: int) -> None:
-    """Leave a Ctrl-C, and a SIGTERM that all processes get, to the training process, which then ends the workers."""
+    """Ignore Ctrl-C and SIGTERM in a worker. The training process gets them too, and ends the workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

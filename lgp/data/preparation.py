@@ -1,6 +1,6 @@
 """From a data source to prepared images: choose, decode once, hold out a test and a validation part, digest.
 
-Labels are read for one purpose: the held-out parts are balanced over classes. They are not stored here;
+Labels are read for one purpose: the held-out parts are balanced over classes. They are not stored here.
 `lgp.data.labels` reads them again.
 """
 
@@ -24,11 +24,11 @@ STATISTICS_IMAGES = 10_000
 
 
 def prepare(params: DataParams, seed: int, folder: Path) -> dict[str, Any]:
-    """Write prepared images into `folder` (empty, existing) and return its metrics.
+    """Write prepared images into the empty, existing `folder`. Return its metrics.
 
     Args:
         params: the section `data`.
-        seed: of the run; the held-out parts follow from it.
+        seed: the run's seed. It decides the held-out parts.
         folder: where to write.
 
     Returns:
@@ -84,7 +84,7 @@ def _check_readable(stored: Stored, params: DataParams) -> None:
 def _parts(table: pd.DataFrame, classes: list[str], params: DataParams, seed: int) -> np.ndarray:
     """Return the part of each image, (N,): train (labelled or not), val, test, or dropped.
 
-    A test part is held out of the labelled training images where the source has none, then a validation part.
+    If the source has no test part, one is held out of the labelled training images. A validation part is held out next.
     """
     labels = table["label"].to_numpy()
     train, test = (table["split"].to_numpy() == split for split in ("train", "test"))
@@ -101,7 +101,7 @@ def _parts(table: pd.DataFrame, classes: list[str], params: DataParams, seed: in
 
 
 def _drop_near_test(table: pd.DataFrame, parts: np.ndarray, bits: int) -> None:
-    """Drop the images of train and val that also stand in test, exactly or nearly.
+    """Drop the images of train and val that also occur in test, exactly or nearly.
 
     Raises:
         LgpError: a class is left without an image in train or val.
@@ -121,7 +121,7 @@ def _drop_near_test(table: pd.DataFrame, parts: np.ndarray, bits: int) -> None:
 
 
 def _write_meta(folder: Path, index: pd.DataFrame, params: DataParams) -> str:
-    """Write what all images have in common, with a digest of everything prepared; return the digest."""
+    """Write the properties common to all images, and a digest of everything prepared. Return the digest."""
     meta: dict[str, Any] = {
         "image_size": params.image_size,
         "channels": params.channels,
@@ -142,7 +142,7 @@ def _write_meta(folder: Path, index: pd.DataFrame, params: DataParams) -> str:
 
 
 def _statistics(images: Images) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation per channel of (a sample of) the training images, pixels in [0, 1]."""
+    """Return mean and standard deviation per channel of the training images or a sample. Pixels are in [0, 1]."""
     ids = images.pretraining_ids
     ids = ids[:: max(1, len(ids) // STATISTICS_IMAGES)]
     count, total, squares = 0, np.zeros(images.channels), np.zeros(images.channels)
@@ -153,5 +153,5 @@ def _statistics(images: Images) -> tuple[list[float], list[float]]:
         squares += (pixels**2).sum(axis=(0, 2, 3))
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    # constant images (one flat colour) must not divide by zero
+    # constant images (one flat colour) must not cause a division by zero
     return [round(float(m), 6) for m in mean], [round(max(float(s), 1e-3), 6) for s in std]

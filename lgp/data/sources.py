@@ -1,4 +1,4 @@
-"""Data sources: each describes and reads its images in a fixed order, and decodes nothing."""
+"""Data sources. A source describes and reads its images in a fixed order. It decodes nothing."""
 
 import json
 import os
@@ -25,9 +25,9 @@ PARQUET_SPLITS = {
 
 
 class Described(NamedTuple):
-    """What a source says of an image without reading it.
+    """A source's description of an image. It does not read the image.
 
-    `split` is train, test or unlabeled. `label` is an index into the class names, -1 where there is none. `path` is the
+    `split` is train, test or unlabeled. `label` is an index into the class names, -1 without a label. `path` is the
     image's identity within its source.
     """
 
@@ -37,7 +37,7 @@ class Described(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One image before decoding: `read` gives the encoded bytes, or pixels (H, W, C) uint8."""
+    """One image before decoding: `read` returns the encoded bytes, or pixels (H, W, C) uint8."""
 
     about: Described
     read: Callable[[], bytes | np.ndarray]
@@ -49,8 +49,8 @@ class Source:
 
     Attributes:
         classes: class names.
-        described: starts the descriptions anew, one per image.
-        records: starts the records anew, in the same order.
+        described: returns a new iterator over the descriptions, one per image.
+        records: returns a new iterator over the records, in the same order.
     """
 
     classes: list[str]
@@ -62,11 +62,11 @@ def open_source(source: str) -> Source:
     """Open `digits`, an image folder, or a folder (or file) of Parquet in Hugging Face's image layout.
 
     Raises:
-        LgpError: nothing there, or nothing that looks like one of the three layouts.
+        LgpError: the source does not exist, or has none of the three layouts.
     """
     if source == DIGITS:
         return _digits()
-    # relative to the project, also where an experiment runs in a copy of it
+    # a relative path starts at the project, also if an experiment runs in a copy of it
     path = Path(os.environ.get("DVC_ROOT", ".")) / Path(source).expanduser()
     if not path.exists():
         raise LgpError(
@@ -87,7 +87,7 @@ def open_source(source: str) -> Source:
 
 
 def _digits() -> Source:
-    """Scikit-learn's 1,797 handwritten digits of 8×8 pixels, 17 grey levels, without a split of their own."""
+    """Open scikit-learn's 1,797 handwritten digits: 8×8 pixels, 17 grey levels, no test split."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -112,7 +112,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _image_folder(root: Path) -> Source:
-    """`train/CLASS/*`, optional `test/CLASS/*`, optional `unlabeled/**`; hidden files are not looked at."""
+    """Open `train/CLASS/*`, optional `test/CLASS/*`, optional `unlabeled/**`. Hidden files are ignored."""
     classes = [p.name for p in _visible(root / "train") if p.is_dir()]
     if not classes:
         raise LgpError(f"{root / 'train'} has no class folder: expected {root / 'train'}/CLASS/*.jpg")
@@ -124,7 +124,7 @@ def _image_folder(root: Path) -> Source:
     def described() -> Iterator[Described]:
         for split in ("train", "test"):
             for entry in _visible(root / split) if (root / split).is_dir() else []:
-                # a file outside a class folder has no label: it is offered without one, and listed as unreadable
+                # a file outside a class folder has no label; it is later listed as unreadable
                 label = classes.index(entry.name) if entry.is_dir() else -1
                 for file in _files_below(entry):
                     yield Described(split, label, str(file.relative_to(root)))
@@ -141,18 +141,18 @@ def _image_folder(root: Path) -> Source:
 def _files_below(entry: Path) -> list[Path]:
     if not entry.is_dir():
         return [entry]
-    # a link that leads nowhere is no folder either, and will be listed as unreadable
+    # a broken link is not a folder; it is later listed as unreadable
     inside = (p for p in sorted(entry.rglob("*")) if not p.is_dir())
     return [p for p in inside if not any(part.startswith(".") for part in p.relative_to(entry).parts)]
 
 
 def _parquet(root: Path, files: list[Path]) -> Source:
-    """Parquet as `datasets` writes images: `image` = struct(bytes, path), `label` = int64.
+    """Open Parquet files as `datasets` writes images: `image` = struct(bytes, path), `label` = int64.
 
-    The split is the first known word of the file name (`train-00000-of-00004.parquet`), or of the folder;
-    a validation split stands for test where there is none, else it is left out. Class names are in the
-    schema's metadata under `huggingface`, else the labels found are the names. Training images without a
-    label (none, or negative) serve pre-training; test images without one are of no use, and listed.
+    The split is the first known word of the file name (`train-00000-of-00004.parquet`), else of the folder. If
+    there is no test split, a validation split takes its place. Otherwise the validation split is left out. Class names
+    are in the schema's metadata under `huggingface`. Without them, the labels found are the names. Training images
+    without a label (none, or negative) serve pre-training. Test images without a label are listed as unreadable.
     """
     import pyarrow.parquet as pq
 
@@ -200,7 +200,7 @@ def _parquet(root: Path, files: list[Path]) -> Source:
 
 
 def _rows_of(file: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Read columns of a Parquet file row by row; without columns, an empty row each."""
+    """Read columns of a Parquet file row by row. Without columns, every row is empty."""
     import pyarrow.parquet as pq
 
     opened = pq.ParquetFile(file)

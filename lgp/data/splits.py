@@ -1,6 +1,6 @@
-"""Who is in which part: test, validation, training, and the few-label subsets.
+"""The parts of the images: test, validation, training, and the few-label subsets.
 
-All choices are per class and seeded, so classes stay balanced and no part depends on another's size.
+All choices are seeded and made per class. Classes stay balanced, and no part depends on another's size.
 """
 
 import numpy as np
@@ -18,12 +18,12 @@ def _shuffled_by_class(labels: np.ndarray, seed: int, *place: str | int) -> list
 
 
 def check_class_sizes(labels: np.ndarray, classes: list[str], needed: int) -> None:
-    """Raise `LgpError` where there are fewer than two classes, or one has fewer than `needed` training images.
+    """Raise `LgpError` if there are fewer than two classes, or if one has fewer than `needed` training images.
 
     Args:
         labels: (N,) class indices of the training images, -1 where unlabelled.
         classes: class names.
-        needed: 3 where test and validation are held out, 2 where validation is, 1 where nothing is.
+        needed: 3 if test and validation are held out, 2 if only validation is, 1 if nothing is.
     """
     counts = np.bincount(labels[labels >= 0], minlength=len(classes)).tolist()
     empty = [name for name, count in zip(classes, counts, strict=True) if not count]
@@ -44,9 +44,9 @@ def hold_out(labels: np.ndarray, share: float, seed: int, name: str) -> np.ndarr
 
     Args:
         labels: (N,) class indices, all ≥ 0.
-        share: of each class, rounded; at least one image is held out and at least one stays behind.
+        share: fraction of each class, rounded. At least one image is held out, and at least one is not.
         seed: the run's seed.
-        name: of the part; parts of other names are drawn independently.
+        name: name of the part. Parts of other names are drawn independently.
 
     Returns:
         (N,) bool, True where held out.
@@ -63,7 +63,7 @@ def hold_out(labels: np.ndarray, share: float, seed: int, name: str) -> np.ndarr
 
 
 def cap(labels: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
-    """Choose `most` images, classes kept in proportion (rounded, at least one each); (N,) bool, True = kept."""
+    """Choose `most` images in proportion to the classes (rounded, at least one each): (N,) bool, True where kept."""
     kept = np.zeros(len(labels), dtype=bool)
     share = most / len(labels)
     for positions in _shuffled_by_class(labels, seed, "cap", name):
@@ -74,16 +74,16 @@ def cap(labels: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
 def few_label_subsets(
     labels: np.ndarray, shares: dict[str, float], shots: list[int], subsets: int, seed: int, classes: list[str]
 ) -> dict[str, list[list[int]]]:
-    """Draw class-balanced few-label subsets, nested: a smaller one lies within every larger one.
+    """Draw class-balanced few-label subsets. They are nested: every larger subset contains each smaller one.
 
-    Every class gets the same number of images: of a share `share × N / classes` rounded, at least one (a class that has
-    fewer gives all it has), of a shot just that many.
+    Every class gives the same number of images. For a share this is `share × N / classes`, rounded, at least one. A
+    class that has fewer gives all of them. For a shot it is the shot itself.
 
     Args:
         labels: (N,) class indices of the labelled training images.
         shares: name → share of N, e.g. `{"1pct": 0.01}`.
-        shots: images of each class; a shot of 5 is named `5shot`.
-        subsets: how many independent draws.
+        shots: numbers of images per class. A shot of 5 is named `5shot`.
+        subsets: number of independent draws.
         seed: the run's seed.
         classes: class names.
 
@@ -91,7 +91,7 @@ def few_label_subsets(
         name → one sorted list of positions into `labels` per draw.
 
     Raises:
-        LgpError: a class has fewer images than a shot asks for; names them.
+        LgpError: a class has fewer images than a shot needs. The message names such classes.
     """
     found = np.bincount(labels, minlength=len(classes))
     for shot in shots:

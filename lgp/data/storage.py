@@ -2,10 +2,10 @@
 
 | file | content |
 |---|---|
-| `images.npy` | uint8 (N, H, W, C), where all images have the model's size |
-| `images-*.arrow` | else: the encoded bytes |
-| `index.parquet` | a row per image, whose number is the image's id: path, part, height, width, content, hash |
-| `meta.json` | size, channels, mean and standard deviation per channel, a digest of it all |
+| `images.npy` | uint8 (N, H, W, C), if all images have the model's size |
+| `images-*.arrow` | otherwise: the encoded bytes |
+| `index.parquet` | a row per image; the row number is the image's id: path, part, height, width, content, hash |
+| `meta.json` | size, channels, mean and standard deviation per channel, a digest of everything |
 """
 
 import io
@@ -39,10 +39,10 @@ def shards_in(folder: Path) -> list[Path]:
 
 
 def decode(data: bytes, channels: int) -> Image.Image:
-    """Decode one image to grey (1 channel) or RGB (3), 8 bits, upright as its EXIF says.
+    """Decode one image to 8-bit grey (1 channel) or RGB (3 channels), upright by its EXIF.
 
     Raises:
-        ValueError: pixels of 32 bits or floats, whose range nobody knows.
+        ValueError: pixels of 32 bits or floats. Their range is unknown.
     """
     with Image.open(io.BytesIO(data)) as image:
         upright = ImageOps.exif_transpose(image)
@@ -57,8 +57,8 @@ def decode(data: bytes, channels: int) -> Image.Image:
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Cut a box out of each image and resize it bilinearly, in one batched call.
 
-    Equals `F.interpolate` of each box alone where none is larger than `size` (then antialiasing does nothing), at half
-    the time: sample positions are held inside the box, so nothing outside bleeds in.
+    If no box is larger than `size`, antialiasing does nothing, and the result equals `F.interpolate` of each box alone,
+    in half the time. Sample positions are clamped to the box: no pixel outside it contributes.
 
     Args:
         images: (B, C, H, W) float.
@@ -83,19 +83,19 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 class KeptImages:
-    """Decoded images in memory that worker processes, forked from this one, share: the first to need one decodes it."""
+    """Decoded images in memory, shared with forked worker processes. The first to need an image decodes it."""
 
     def __init__(self, ids: np.ndarray, sizes: np.ndarray, channels: int) -> None:
-        """Make room for the images of `ids`, of `sizes` (N, 2) height and width."""
+        """Reserve memory for the images `ids`. `sizes` (N, 2) are their heights and widths."""
         self._place = {int(image_id): i for i, image_id in enumerate(ids)}
         self._shapes = [(int(height), int(width), channels) for height, width in sizes]
         self._starts = np.cumsum([0, *(int(np.prod(shape)) for shape in self._shapes)])
-        # anonymous and shared: unlike a file in /dev/shm it has no limit of its own, and takes memory as it fills
+        # anonymous shared memory: unlike a file in /dev/shm it has no limit of its own; it takes memory as it fills
         self._pixels = np.frombuffer(mmap.mmap(-1, max(int(self._starts[-1]), 1)), dtype=np.uint8)
         self._ready = np.frombuffer(mmap.mmap(-1, max(len(ids), 1)), dtype=np.uint8)
 
     def get(self, image_id: int, read: Callable[[int], np.ndarray]) -> np.ndarray:
-        """Return an image (H, W, C) uint8, decoded by `read` where nobody has yet."""
+        """Return an image (H, W, C) uint8. Decode it by `read` if no process has done so."""
         i = self._place.get(image_id)
         if i is None:
             return read(image_id)
@@ -111,7 +111,7 @@ class Images:
     """Prepared images, opened for reading."""
 
     def __init__(self, folder: Path) -> None:
-        """Open `folder`; raise `LgpError` where it holds no prepared images."""
+        """Open `folder`. Raise `LgpError` if it has no prepared images."""
         self.folder = folder
         self._kept: KeptImages | None = None
         try:
@@ -126,7 +126,7 @@ class Images:
 
     @property
     def image_size(self) -> int:
-        """Side of the images that the encoder sees, in pixels."""
+        """Side of the encoder's input images, in pixels."""
         return int(self.meta["image_size"])
 
     @property
@@ -141,7 +141,7 @@ class Images:
 
     @cached_property
     def index(self) -> "pd.DataFrame":
-        """The row of each image."""
+        """The index: a row per image."""
         import pandas as pd
 
         return pd.read_parquet(self.folder / INDEX)
@@ -167,7 +167,7 @@ class Images:
 
     @cached_property
     def pretraining_ids(self) -> np.ndarray:
-        """The images that pre-training sees, labelled or not: never those of val or test."""
+        """The ids of the images of pre-training, labelled or not. None is of val or test."""
         return np.flatnonzero(self.parts == "train")
 
     @cached_property
@@ -201,15 +201,15 @@ class Images:
         return np.atleast_3d(np.array(self.open_image(image_id)))
 
     def keep_decoded(self, budget_bytes: float) -> None:
-        """Keep the images of pre-training decoded once they have been read, where all of them fit into a budget."""
+        """Keep each image of pre-training in memory once it is decoded, if all of them fit into a budget."""
         ids = self.pretraining_ids
         if self._array is None and int(self.sizes[ids].prod(axis=1).sum()) * self.channels <= budget_bytes:
             self._kept = KeptImages(ids, self.sizes[ids], self.channels)
 
     def crops(self, ids: np.ndarray, boxes: Tensor) -> Tensor:
-        """Cut V boxes out of each image, resized to the model's size, antialiased; each image is decoded once.
+        """Cut V boxes out of each image and resize them to the model's size. Each image is decoded once.
 
-        Bilinear, as torchvision does it to a tensor of bytes; MAE's code is bicubic.
+        Resizing is bilinear and antialiased, as in torchvision for a tensor of bytes. MAE's code resizes bicubically.
 
         Args:
             ids: (B,) image ids.
@@ -232,10 +232,10 @@ class Images:
         return torch.cat(crops).unflatten(0, (-1, views))
 
     def whole(self, ids: np.ndarray) -> Tensor:
-        """Return the images as evaluation sees them.
+        """Return the images for evaluation, without augmentation.
 
-        Images of the model's size as they are; others with the shorter side resized to S / eval_crop,
-        then the centre S × S (torchvision's evaluation recipe).
+        Images that are stored as one array have the model's size and are returned unchanged. Otherwise the shorter side
+        is resized to S / eval_crop, then the centre S × S is cropped (torchvision's evaluation recipe).
 
         Returns:
             (B, C, S, S) uint8.
@@ -248,7 +248,7 @@ class Images:
         return torch.stack([tvf.pil_to_tensor(tvf.center_crop(image, [size, size])) for image in images])
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Turn uint8 (…, C, H, W), or floats in [0, 1], into what the encoder expects."""
+        """Turn images (…, C, H, W), uint8 or floats in [0, 1], into the encoder's input."""
         if images.dtype == torch.uint8:
             images = images.float() / 255
         mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
@@ -256,5 +256,5 @@ class Images:
         return (images - mean) / std
 
     def denormalize(self, images: Tensor) -> Tensor:
-        """Invert `normalize`: (B, C, H, W) as the encoder sees them → floats in about [0, 1]."""
+        """Invert `normalize`: the encoder's input (B, C, H, W) → floats in about [0, 1]."""
         return images * torch.tensor(self.std).view(-1, 1, 1) + torch.tensor(self.mean).view(-1, 1, 1)

@@ -1,4 +1,4 @@
-"""Few-label subsets as published: a file with the path or name of one image a line, with or without its label."""
+"""Published few-label subsets. A file has one image per line: its path or name, with or without its label."""
 
 import os
 import re
@@ -15,7 +15,7 @@ LABELLED = re.compile(r"(.*\S)\s*[,\s]\s*(\S+)")
 
 
 def list_file(path: Path) -> Path:
-    """Return where a list lies: relative to the project, also where an experiment runs in a copy of it."""
+    """Return the path of a list. A relative path starts at the project, also if an experiment runs in a copy of it."""
     return Path(os.environ.get("DVC_ROOT", ".")) / path.expanduser()
 
 
@@ -24,22 +24,22 @@ def read_subset_list(
 ) -> np.ndarray:
     """Read a list and find its images.
 
-    A name fits an image whose path ends in it, at a folder's boundary. A label, behind blanks or a comma, is a class
-    name or its number, and must be the image's.
+    A name fits an image whose path ends in it, at a folder's boundary. A label may follow the name, after blanks or a
+    comma. It is the name or the number of a class. It must be the image's label.
 
     Args:
         path: of the list.
         paths: of all images, within their source.
         labels: (N,) their class indices.
-        splits: of each; only images of `train` may be listed.
+        splits: split of each image. Only images of `train` may be listed.
         classes: class names.
 
     Returns:
         Sorted positions, one for each line.
 
     Raises:
-        LgpError: the file is missing or empty, a line without a name, names that are unknown, ambiguous, repeated or
-            not of training images, labels that are others than the images', classes without an image; names them.
+        LgpError: the file is missing or empty; a line has no name; a name is unknown, ambiguous, repeated or not of a
+            training image; a label is not the image's; or a class has no image. The message names them.
     """
     file = list_file(path)
     try:
@@ -86,7 +86,7 @@ def _look_up(
     }
     for number, line in lines:
         name, label, fits = line, "", fitting(line)
-        if not fits:  # only now, for a name may hold blanks and commas, as that of a class may
+        if not fits:  # the label is split off only now: names of images and classes may contain blanks and commas
             ends = [c for c in classes if line.endswith((f" {c}", f",{c}", f"\t{c}"))]
             labelled = LABELLED.fullmatch(line)
             label = max(ends, key=len) if ends else labelled[2] if labelled else ""
@@ -99,7 +99,7 @@ def _look_up(
         else:
             found.append(fits[0])
             of_image = labels[fits[0]]
-            # a name of a class goes before the number of one, of which there may be both
+            # a label may be both the name of one class and the number of another: the name has priority
             says = classes.index(label) if label in classes else int(label) if label.isdecimal() else -1
             if label and of_image >= 0 and says != of_image:
                 faults["another label than the image's"].append(f"{line} (the image's is {classes[of_image]})")

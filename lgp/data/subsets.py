@@ -22,7 +22,7 @@ def load_subsets(folder: Path, name: str) -> list[np.ndarray]:
     """Return the subsets of one name, each a sorted array of ids.
 
     Raises:
-        LgpError: no labels there, or no such subsets; the message lists those there are.
+        LgpError: `folder` has no labels, or no subsets of that name. The message lists the existing names.
     """
     path = folder / SUBSETS
     if not path.exists():

@@ -1,9 +1,9 @@
-"""Random views of images: crop boxes and flips drawn on the host, colour operations batched on the device.
+"""Random views of images. Crop boxes and flips are drawn on the host. Colour operations are batched on the device.
 
-The operations and their distributions are torchvision's (as MAE and MoCo v3 use them). All parameters are drawn per
-image from a counted generator, for the whole batch of a step whoever computes which rows of it; each operation is
-applied to just the images that it is drawn for. Kornia's do that to a batch; its shift of the hue is slow (and
-torchvision's takes one shift for all), so that one is written here.
+The operations and their distributions are torchvision's, as in MAE and MoCo v3. All parameters are drawn per image from
+a counted generator. They are drawn for the whole batch of a step, whichever rows a process computes. Each operation is
+applied only to the images that it is drawn for. Kornia's operations do so for a batch. The shift of the hue is written
+here: Kornia's is slow, and torchvision's takes one shift for all images.
 """
 
 import math
@@ -22,21 +22,21 @@ from lgp.params.pretrain import ViewParams
 ASPECT = (3 / 4, 4 / 3)
 TRIES = 10
 BLUR_SIGMA = (0.1, 2.0)
-TINY = 1e-30  # below every difference of two floats in [0, 1] that are not equal
+TINY = 1e-30  # smaller than any difference of two unequal floats in [0, 1]
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-CHUNK_BYTES = 2**22  # of pixels that a CPU works through at a time: they stay in its cache
+CHUNK_BYTES = 2**22  # pixels that a CPU processes at a time: they stay in its cache
 
 
 def random_boxes(sizes: Tensor, views: int, crop_scale_min: float, rng: Generator) -> Tensor:
     """Draw crop boxes as torchvision's `RandomResizedCrop` does.
 
-    An area share in [crop_scale_min, 1] and a log-uniform aspect in [3/4, 4/3] are drawn up to ten times,
-    until the box fits; if none fits, the largest centred box of a valid aspect is taken.
+    An area fraction in [crop_scale_min, 1] and a log-uniform aspect ratio in [3/4, 4/3] are drawn up to ten times,
+    until the box fits. If none fits, the box is the largest centred one of a valid aspect ratio.
 
     Args:
         sizes: (B, 2) height and width of each image in pixels.
         views: V, boxes per image.
-        crop_scale_min: smallest share of the area.
+        crop_scale_min: smallest fraction of the area.
         rng: counted generator.
 
     Returns:
@@ -69,11 +69,11 @@ def random_flips(images: int, views: int, flip_p: float, rng: Generator) -> Tens
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """What happens to the colours of one view of B images, on the host, in the order of MoCo v3.
+    """The drawn colour operations of one view of B images, on the host, in MoCo v3's order.
 
     Attributes:
         jittered: (B,) bool, whether brightness, contrast, saturation and hue change.
-        order: (B, 4) which of brightness, contrast, saturation, hue comes first, second, …
+        order: (B, 4) the jitter operations from first to last: 0 brightness, 1 contrast, 2 saturation, 3 hue.
         factors: (B, 3) of brightness, contrast, saturation; 1 changes nothing.
         shift: (B,) of the hue, in full turns.
         grey: (B,) bool, whether the image loses its colours.
@@ -93,7 +93,7 @@ class ColorJitter:
 
     @classmethod
     def draw(cls, images: int, view: int, params: ViewParams, rng: Generator) -> "ColorJitter":
-        """Draw for the view 0 or 1, which picks the blur and solarise probabilities."""
+        """Draw for view 0 or 1. The view selects the blur and solarise probabilities."""
 
         def chosen(p: float) -> Tensor:
             return torch.rand(images, generator=rng) < p
@@ -115,11 +115,11 @@ class ColorJitter:
 
     @classmethod
     def cat(cls, parts: "Sequence[ColorJitter]") -> "ColorJitter":
-        """Put those of several batches one after the other."""
+        """Concatenate the operations of several batches."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     def __getitem__(self, rows: slice) -> "ColorJitter":
-        """Return those of some images."""
+        """Return the operations of some images."""
         return ColorJitter(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
@@ -127,8 +127,8 @@ class ColorJitter:
 def color_jitter(images: Tensor, jitter: ColorJitter, params: ViewParams) -> Tensor:
     """Apply MoCo v3's colour operations to a batch, each image with its own parameters.
 
-    Colour jitter (its operations in an order of the image's own), grey, Gaussian blur, solarise, in this order.
-    Operations of no strength are skipped, and for grey images saturation, hue and grey.
+    The order is colour jitter, grey, Gaussian blur, solarise. Each image has its own order of the jitter's operations.
+    Operations of strength 0 are skipped. Saturation, hue and grey are skipped for images of one channel.
 
     Args:
         images: (B, C, S, S) float in [0, 1].
@@ -150,11 +150,11 @@ def color_jitter(images: Tensor, jitter: ColorJitter, params: ViewParams) -> Ten
 
 
 def _jitter_in_place(images: Tensor, jitter: ColorJitter, params: ViewParams) -> None:
-    """Do it in place."""
+    """Apply the operations of `color_jitter` in place."""
     colour, device = images.shape[1] == 3, images.device
 
     def apply(chosen: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Replace the chosen images by `operation` of them and of their numbers; chosen on the host: nothing waits."""
+        """Replace the chosen images by `operation` of them and their rows. `chosen` is on the host: nothing waits."""
         rows = chosen.nonzero()[:, 0]
         if len(rows) == len(images):
             images.copy_(operation(images, rows))
@@ -181,17 +181,17 @@ def _jitter_in_place(images: Tensor, jitter: ColorJitter, params: ViewParams) ->
             apply(jitter.jittered & (place == number), operation)
     if colour:
         apply(jitter.grey, lambda x, _: rgb_to_grayscale(x).expand_as(x))
-    # three of the largest sigma to each side, as far as the image reaches
+    # three times the largest sigma to each side, limited by the image
     kernel = 2 * min(math.ceil(3 * BLUR_SIGMA[1]), images.shape[-1] - 1) + 1
     apply(jitter.blur, lambda x, rows: gaussian_blur2d(x, kernel, sigma(rows)[:, None].expand(-1, 2)))
     apply(jitter.solarize, lambda x, _: torch.minimum(x, 1 - x))  # at the threshold 0.5
 
 
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of each image, value and saturation unchanged: torchvision's `adjust_hue` with a shift per image.
+    """Shift the hue of each image, not value and saturation: torchvision's `adjust_hue` with a shift per image.
 
-    With V and m the largest and smallest of a pixel's r, g, b, C = V - m and H its hue in sixths of a turn, the pixel
-    of the new hue is V - C · clamp(min(k, 4 - k), 0, 1), k = (n + H) mod 6, for n = 5, 3, 1 (r, g, b).
+    V and m are the largest and the smallest of a pixel's r, g, b. C is V - m. H is the new hue in sixths of a turn. The
+    new pixel is V - C · clamp(min(k, 4 - k), 0, 1) with k = (n + H) mod 6, for n = 5, 3, 1 (r, g, b).
 
     Args:
         images: (B, 3, H, W) in [0, 1].
@@ -201,7 +201,7 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     value = images.amax(1)
     chroma = value - images.amin(1)
     divisor = chroma.clamp(min=TINY)
-    # weights of 0 or 1 in place of `torch.where`, which is many times slower on a CPU
+    # weights of 0 or 1 replace `torch.where`, which is many times slower on a CPU
     not_red, not_green = (((value - channel) / TINY).clamp_(max=1) for channel in (red, green))
     from_red, from_green = (green - blue) / divisor, (blue - red) / divisor + 2
     from_blue = (red - green) / divisor + 4

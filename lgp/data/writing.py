@@ -1,4 +1,4 @@
-"""Writing images as prepared data: encoded bytes in Arrow shards, or one array of pixels where all have one size."""
+"""Writing images as prepared data: encoded bytes in Arrow shards, or one array of pixels if all have one size."""
 
 import hashlib
 import io
@@ -22,16 +22,16 @@ from lgp.errors import LgpError, check_disk_space
 from lgp.params.data import DataParams
 
 SHARD_BYTES = 512 * 2**20
-ARRAY_BYTES = 4 * 2**30  # above this, images stay encoded even where all have the model's size
+ARRAY_BYTES = 4 * 2**30  # above this, images stay encoded even if all have the model's size
 CHUNK = 1024  # records that are decoded at once
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What was written.
+    """The result of `store_encoded`.
 
     Attributes:
-        table: a row per stored image: split and label as the source has them, path, height, width, content (SHA-256
+        table: a row per stored image: split and label of the source, path, height, width, content (SHA-256
             of the file) and hash (perceptual, uint64).
         unreadable: path and reason of each image that was left out.
     """
@@ -42,7 +42,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """A record that was read and decoded: its bytes, size and perceptual hash; or why that failed."""
+    """A decoded record: its bytes, size and perceptual hash, or the reason of a failure."""
 
     about: Described
     data: bytes = b""
@@ -53,7 +53,7 @@ class _Decoded:
 
 
 def store_encoded(records: Iterator[Record], chosen: set[int] | None, channels: int, folder: Path) -> Stored:
-    """Write the encoded bytes of all readable records to Arrow shards, in order; decoding is threaded.
+    """Write the encoded bytes of all readable records to Arrow shards, in order. Decoding is threaded.
 
     Args:
         records: of the source.
@@ -98,7 +98,7 @@ def _decoded(record: Record, channels: int) -> _Decoded:
             return _Decoded(about, fault="empty")
         image = decode(data, channels)
         return _Decoded(about, data, image.height, image.width, perceptual_hash(image))
-    except Exception as e:  # noqa: BLE001 - decoders of damaged files raise whatever they like
+    except Exception as e:  # noqa: BLE001 - decoders of damaged files raise any exception
         # PIL's message may name an object's address in memory, which differs from run to run
         reason = "not an image that can be decoded" if "cannot identify" in str(e) else str(e) or type(e).__name__
         return _Decoded(about, fault=reason)
@@ -127,7 +127,7 @@ def _write_shards(images: Iterable[bytes], folder: Path) -> None:
 
 
 def have_one_size(table: pd.DataFrame, params: DataParams) -> bool:
-    """Tell whether all images have the model's size, and fit into one array."""
+    """Return whether all images have the model's size and fit into one array."""
     size = params.image_size
     fits = len(table) * size * size * params.channels <= ARRAY_BYTES
     return fits and bool((table["height"] == size).all() and (table["width"] == size).all())
@@ -137,7 +137,7 @@ def decode_to_array(folder: Path, images: int, params: DataParams) -> None:
     """Replace the shards by one array of pixels, (images, S, S, C) uint8."""
     encoded = shards_in(folder)
     shape = (images, params.image_size, params.image_size, params.channels)
-    # writing through a map on a full disk would be killed by the system, not raise
+    # on a full disk, writing through a memory map raises nothing: the system kills the process
     check_disk_space(folder, math.prod(shape))
     pixels = np.lib.format.open_memmap(folder / ARRAY, mode="w+", dtype=np.uint8, shape=shape)
     row = 0

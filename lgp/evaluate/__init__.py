@@ -1,1 +1,1 @@
-"""The label-efficiency protocol on frozen features."""
+"""Evaluation of label efficiency: linear probe, few labels, fine-tuning, statistics."""

@@ -1,7 +1,7 @@
 """Evaluation with few labels: logistic regression on frozen features of each subset.
 
-Test labels decide nothing: the strength of the regularisation is chosen by cross-validation within the labelled
-images, or on the validation part, or it is fixed.
+The strength of the regularisation is chosen by cross-validation within the labelled images or on the validation part,
+or it is fixed. Test labels choose nothing.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ Classifier = Any  # of scikit-learn, with fit, score, predict_proba and classes_
 SCALINGS = {"standardized": standardizer, "normalized": normalizer}
 
 MAX_ITER = 5000
-# few images are separable: at scikit-learn's 1e-4 and in single precision the weights depend on the solver's path
+# few images are linearly separable; at scikit-learn's 1e-4 in single precision the weights depend on the solver
 TOL = 1e-6
 
 
@@ -28,11 +28,11 @@ def evaluate_fewshot(features: Features, subsets: list[np.ndarray], params: FewS
     """Fit logistic regression to each few-label subset.
 
     Args:
-        features: of the encoder.
+        features: frozen features of the encoder.
         subsets: arrays of image ids, all within the training part.
-        params: scaling, and where the strength comes from.
+        params: scaling, and how the strength is chosen.
     """
-    scale = SCALINGS[params.scaling](features.x["train"])  # which needs no label
+    scale = SCALINGS[params.scaling](features.x["train"])  # scaling needs no labels
     x = {split: scale(features.x[split]) for split in ("val", "test")}
     outcomes, chosen = [], []
     for ids in subsets:
@@ -49,14 +49,15 @@ def evaluate_fewshot(features: Features, subsets: list[np.ndarray], params: FewS
 def fit_logistic_regression(
     x: np.ndarray, y: np.ndarray, x_val: np.ndarray, y_val: np.ndarray, params: FewShotParams
 ) -> tuple[Classifier, float]:
-    """Fit with the C that `params.choose` says; cross-validation needs two images or more of every class.
+    """Fit logistic regression with the C that `params.choose` selects.
 
-    With more features than images the features are first rotated into the span of the images (PCA, nothing
-    dropped): an L2-penalised linear model has its weights in that span, so it stays the same, and is found faster.
+    Cross-validation needs two images of every class; with fewer, C is `params.c_fixed`. With more features than images
+    the features are first rotated into the span of the images (PCA, nothing dropped). The weights of an L2-penalised
+    linear model lie in that span. The model is therefore the same, and is found faster.
 
     Returns:
-        The classifier, and C: scikit-learn's inverse strength, 1 / (N · λ) of a mean loss with penalty λ/2 · |w|². The
-        paper's λ of 0.00025 / N is C = 4000.
+        The classifier, and C. C is scikit-learn's inverse strength: 1 / (N · λ) for a mean loss with the penalty
+        λ/2 · |w|². The paper's λ of 0.00025 / N is C = 4000.
     """
     x = x.astype(np.float64)
 
@@ -71,7 +72,7 @@ def fit_logistic_regression(
     folds = min(params.folds, int(np.bincount(y)[np.unique(y)].min()))
     if params.choose == "fixed" or folds < 2:
         return pipeline(_regression(params.c_fixed)), params.c_fixed
-    # unshuffled folds: the subsets are random already, and nothing is left to chance
+    # the folds are not shuffled: the subsets are random already
     searched = pipeline(GridSearchCV(_regression(1.0), {"C": params.c_grid}, cv=StratifiedKFold(folds)))
     return searched, float(searched[-1].best_params_["C"])
 
@@ -81,7 +82,7 @@ def _regression(c: float) -> LogisticRegression:
 
 
 def _probabilities(model: Classifier, x: np.ndarray, classes: int) -> np.ndarray:
-    """Return (N, classes); a class that the labelled images lack gets 0."""
+    """Return probabilities (N, classes). A class without a labelled image gets 0."""
     probabilities = np.zeros((len(x), classes), dtype=np.float64)
     probabilities[:, model.classes_] = model.predict_proba(x)
     return probabilities

@@ -1,8 +1,8 @@
-"""Fine-tuning: the whole encoder learns on with labels, all of them or few.
+"""Fine-tuning: the whole encoder is trained on all labels or on few.
 
-The recipe is MAE's (He et al. 2022, appendix A.1, table 9). LGP takes it over with rates and layer decay of its own.
-All its parts are timm's. With `from_first_fc` the classifier sits on the first layer of the contrastive projector, as
-LGP does at 10 % of labels. An arm without a projector (MIM) has its classifier on the encoder; its metric `first_fc`
+The recipe is MAE's (He et al. 2022, appendix A.1, table 9). LGP uses it with its own learning rates and layer decay.
+The parts come from timm. With `from_first_fc` the classifier sits on the first layer of the contrastive projector, as
+in LGP at 10 % of labels. An arm without a projector (MIM) has its classifier on the encoder, and its metric `first_fc`
 is 0.
 """
 
@@ -44,12 +44,12 @@ from lgp.training.loop import Epoch, Observer, Trainer
 from lgp.training.optimizer import adamw, peak_rate, warmup_cosine
 
 BETAS = (0.9, 0.999)  # MAE, table 9
-STATE_BYTES_PER_WEIGHT_BYTE = 2 * 3  # two states of weight and two moments
+STATE_BYTES_PER_WEIGHT_BYTE = 2 * 3  # two resume states, each with the weight and two moments
 
 
 @dataclass(frozen=True)
 class _OfSubset:
-    """An observer's view of one of several trainings in a row: its epochs follow those of the subsets before."""
+    """The observer of one of several trainings in a row. Epoch numbers continue after those of earlier subsets."""
 
     observer: Observer
     before: int
@@ -87,12 +87,12 @@ class _LabelledCrops(CropDataset):
 
 
 def _rand_augment(description: str, data: LabelledImages) -> RandAugment:
-    # pixels that a rotation or shift leaves empty take the mean colour; both as in timm's own pipeline
+    # empty pixels after a rotation or a shift take the mean colour; colour and shift are as in timm's own pipeline
     colour, shift = tuple(round(255 * mean) for mean in (data.mean * 3)[:3]), round(0.45 * data.image_size)
     augment: RandAugment = rand_augment_transform(description, {"img_mean": colour, "translate_const": shift})
     for operation in augment.ops:
         if operation.name.startswith("Posterize"):
-            # at full strength timm asks for 0 bits, Pillow refuses less than 1
+            # at full strength timm asks for 0 bits, but Pillow needs at least 1
             operation.level_fn = functools.partial(_one_bit_or_more, operation.level_fn)
     return augment
 
@@ -103,7 +103,7 @@ def _one_bit_or_more(bits_of: Callable[..., tuple[int]], level: float, hparams: 
 
 @dataclass(frozen=True)
 class _FineTuning:
-    """What the trainings on all subsets share."""
+    """The inputs that the trainings on all subsets share."""
 
     arm: Path
     data: LabelledImages
@@ -118,17 +118,17 @@ def finetune(
 ) -> Outcome:
     """Fine-tune an arm's encoder on each subset of labelled images, each time from the arm's weights.
 
-    Each subset has its own resume state: a finished one is not trained again.
+    Each subset has its own resume state, so a finished subset is not trained again.
 
     Args:
-        arm: its folder, with `encoder/`, and heads for `from_first_fc`.
+        arm: folder of the arm, with `encoder/`, and with heads for `from_first_fc`.
         data: images and labels.
-        subsets: arrays of image ids, all within the training part; a single one for all labels.
+        subsets: arrays of image ids, all within the training part; a single array for all labels.
         recipe: epochs, rates, augmentation.
-        session: seed, how to run, resume states, observer; epochs are numbered on over the subsets.
+        session: seed, `run`, resume states and observer. Epoch numbers continue over the subsets.
 
     Raises:
-        LgpError: a batch that cannot be divided, the disk is full, and what every training raises.
+        LgpError: a batch cannot be divided, the disk is full, or a training fails.
     """
     run, store = session.params.run, session.store
     device = choose_device(run)
@@ -158,7 +158,7 @@ def _fit(shared: _FineTuning, number: int, ids: np.ndarray) -> tuple[nn.Module, 
     """Train on the subset `number`; return the classifier and the FLOPs it took."""
     data, recipe, session, device = shared.data, shared.recipe, shared.session, shared.device
     seed, run, classes = session.params.seed, session.params.run, len(data.classes)
-    name = f"finetune/{number}"  # each subset has draws of its own
+    name = f"finetune/{number}"  # each subset has its own random draws
     with seeded(seed, f"{name}/init"):
         model = build_classifier(shared.arm / ENCODER, classes, recipe, shared.first_fc)
     precision = choose_precision(run, device, model.embed_dim)
@@ -174,7 +174,7 @@ def _fit(shared: _FineTuning, number: int, ids: np.ndarray) -> tuple[nn.Module, 
 
     def loss_of(batch: Batch) -> Tensor:
         images, labels = data.normalize(batch.crops[:, 0]), crops.labels(batch).to(device)
-        # what is mixed with what, and which blocks are dropped, differs between processes
+        # each process draws its own mixing partners and dropped blocks
         with seeded(seed, f"{name}/step", batch.step, batch.rows.start):
             if recipe.random_erasing:
                 images = erase(images)
@@ -201,10 +201,12 @@ def _fit(shared: _FineTuning, number: int, ids: np.ndarray) -> tuple[nn.Module, 
 
 
 def batch_size_for(images: int, recipe: FineTuneParams, parts: int) -> int:
-    """Return `batch_size`, or all of so few images, an even number with mixup; it never depends on how it is shared.
+    """Return `batch_size`, or the number of images where that is smaller. With mixup it is an even number.
+
+    It does not depend on the number of processes or on accumulation.
 
     Raises:
-        LgpError: the images cannot be shared among the processes, or be accumulated.
+        LgpError: the batch cannot be cut into `parts` equal parts, one per process and accumulated part.
     """
     pair = 2 if recipe.mixup or recipe.cutmix else 1
     batch_size = min(recipe.batch_size, images) // pair * pair
@@ -221,13 +223,13 @@ def build_classifier(
 ) -> VisionTransformer:
     """Build timm's classifier on the weights of an encoder folder.
 
-    With `average` the patches are pooled before a norm of its own, as in MAE; the encoder's is left out.
+    With `average` the patch tokens are averaged and then pass a new norm, as in MAE. The encoder's norm is left out.
 
     Args:
-        encoder: its folder.
+        encoder: folder of the encoder.
         classes: of the head, which starts near zero (N(0, (2e-5)²), MAE's released code).
         recipe: pooling and drop path.
-        first_fc: (hidden, width), put before the head where given.
+        first_fc: weights (hidden, width) of a layer before the head; None: no such layer.
     """
     config = read_config(encoder)
     model: VisionTransformer = timm.create_model(
@@ -253,9 +255,9 @@ def build_classifier(
 def layer_decayed_groups(model: VisionTransformer, rate: float, recipe: FineTuneParams) -> list[dict[str, Any]]:
     """Group a classifier's parameters by layer: timm's layer decay, each group with its own rate.
 
-    The head takes `rate`, the last block `layer_decay` times it, and so on down; the final norm goes with the last
-    block (in MAE's released code with the head). Biases, norms, class token and positions are not weight-decayed, as
-    in MAE.
+    The head takes `rate`. Each block takes `layer_decay` times the rate of the layer above. The final norm takes the
+    rate of the last block (in MAE's released code that of the head). Biases, norms, class token and positions have no
+    weight decay, as in MAE.
     """
     groups = param_groups_layer_decay(
         model, recipe.weight_decay, model.no_weight_decay(), layer_decay=recipe.layer_decay

@@ -1,4 +1,4 @@
-"""Evaluation with all labels: the linear probe and k-NN, and k-NN after each block."""
+"""Evaluation with all labels: the linear probe, k-NN, and k-NN after each block."""
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from lgp.training.optimizer import warmup_cosine
 def evaluate_linear(
     features: Features, params: LinearParams, seed: int, device: torch.device, settings: RunParams
 ) -> Outcome:
-    """Train all heads on cached features, take the best on val; k-NN beside it."""
+    """Train all heads on cached features, and evaluate the head that is best on val. Evaluate k-NN too."""
     heads = _heads(features, params, seed)
     precision = choose_precision(settings, device, features.x["train"].shape[1])
     place(heads, device, precision)
@@ -37,11 +37,11 @@ def evaluate_linear(
 def evaluate_linear_augmented(
     features: Features, encode: Encode, data: LabelledImages, session: Session, device: torch.device
 ) -> Outcome:
-    """Train all heads on the features of random crops and flips, as published; the rest as `evaluate_linear`.
+    """Train all heads on the features of random crops and flips, as in LGP. The rest is as in `evaluate_linear`.
 
     Args:
-        features: of whole images, to choose and to test on.
-        encode: normalised images (B, C, S, S) → features (B, D), the same that `features` are made by.
+        features: of whole images, for the choice of the head and for the test.
+        encode: normalised images (B, C, S, S) → features (B, D), the function that made `features`.
         data: images and labels.
         session: parameters, resume states, observer.
         device: where to train.
@@ -57,7 +57,7 @@ def evaluate_linear_augmented(
     labels = torch.tensor(data.labels, device=device)
 
     def loss_of(batch: Batch) -> Tensor:
-        # as the cached features are computed, in single precision
+        # in single precision, like the cached features
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             of_batch = encode(data.normalize(batch.crops[:, 0]))
         return heads.loss(of_batch, labels[torch.from_numpy(crops.ids_of(batch.step)[batch.rows]).to(device)])
@@ -87,7 +87,7 @@ def _heads(features: Features, params: LinearParams, seed: int) -> LinearHeads:
 
 
 def _batch_size(params: LinearParams, images: int) -> int:
-    """Return `linear.batch_size`, or all images where there are fewer."""
+    """Return `linear.batch_size`, or the number of images where that is smaller."""
     return min(params.batch_size, images)
 
 
@@ -107,7 +107,7 @@ def _outcome(heads: LinearHeads, features: Features, params: LinearParams, devic
 
 
 def _knn(features: Features, split: str, block: int, params: LinearParams, device: torch.device) -> float:
-    """Return k-NN accuracy in percent after a block, or of the chosen blocks together (-1)."""
+    """Return k-NN accuracy in percent of the features after `block`; -1: of the last `features.blocks` together."""
     train, queries = (features.x[s] if block < 0 else features.by_block[s][block] for s in ("train", split))
     k, temperature = params.knn_k, params.knn_temperature
     predicted = knn_predict(train, features.y["train"], queries, features.classes, k, temperature, device)

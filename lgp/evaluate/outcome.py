@@ -1,4 +1,4 @@
-"""What an evaluation yields: flat metrics, and a prediction for each test image and subset."""
+"""The outcome of an evaluation: flat metrics, and a prediction for each test image and subset."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from lgp.evaluate.statistics import calibration_error, mean_std_ci95
 
 Metrics = Mapping[str, float]
 
-TOP5_FROM = 10  # classes from which on top-5 says something
+TOP5_FROM = 10  # fewest classes with which top-5 is reported
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Scored:
-    """What is kept of a classifier: its scores, and a row per test image (id, label, prediction, confidence)."""
+    """The scores of a classifier, and a row per test image (id, label, prediction, confidence)."""
 
     scores: Mapping[str, float]
     table: pd.DataFrame
@@ -39,7 +39,7 @@ class Predicted:
     ids: Mapping[str, np.ndarray]
 
     def scored(self) -> Scored:
-        """Score top-1 on test and val, and on test top-5 (of ten classes or more) and the calibration error."""
+        """Score top-1 on test and val. Score top-5 (with ten classes or more) and the calibration error on test."""
         test, labels = self.probabilities["test"], self.labels["test"]
         scores = {f"{s}/top1": percent(self.probabilities[s].argmax(1) == self.labels[s]) for s in ("test", "val")}
         classes = test.shape[1]
@@ -52,11 +52,11 @@ class Predicted:
 
 
 def over_subsets(of_subset: Sequence[Scored], labels: int) -> Outcome:
-    """Sum up the same task over subsets of labels: mean, standard deviation and 95 % interval of every score.
+    """Summarise a task over subsets of labels: mean, standard deviation and 95 % interval of every score.
 
     Args:
-        of_subset: a trained classifier each.
-        labels: labelled images in each.
+        of_subset: scores of the classifier of each subset.
+        labels: number of labelled images in each subset.
     """
     scores = [scored.scores for scored in of_subset]
     metrics: dict[str, float] = {}
@@ -75,5 +75,5 @@ def over_subsets(of_subset: Sequence[Scored], labels: int) -> Outcome:
 
 
 def percent(correct: np.ndarray) -> float:
-    """Return the share of True in percent."""
+    """Return how many values are True, in percent."""
     return round(100 * float(np.mean(correct)), 4)

@@ -1,8 +1,9 @@
-"""The linear probe: many linear heads on the same frozen features, of which validation chooses one.
+"""The linear probe: many linear heads on the same frozen features. Validation chooses one of them.
 
-The paper's protocol (LGP, section 4; released code): SGD without momentum and half a cosine over 90 epochs, for every
-one of 35 learning rates and 2 weight decays. As published, 70 heads were trained side by side and the best *on test*
-was reported; here all are one matrix product, and the best on val is.
+The protocol is the paper's (LGP, section 4; released code): SGD without momentum, half a cosine over 90 epochs, and a
+head for each of 35 learning rates and 2 weight decays. There are two deviations. The released code trains 70 heads side
+by side; here all heads are one matrix product. The paper reports the head that is best *on test*; here it is the head
+that is best on val.
 """
 
 import itertools
@@ -19,13 +20,13 @@ from lgp.compute.randomness import generator
 from lgp.params.evaluate import LinearParams
 from lgp.training.optimizer import peak_rate, warmup_cosine
 
-ROWS = 1024  # that are scored at once
+ROWS = 1024  # scored at once
 
 
 class _SoftmaxCrossEntropy(torch.autograd.Function):
-    """Cross-entropy along the classes of logits (B, C, H), (B, H): its gradient is the probabilities less the labels.
+    """Cross-entropy (B, H) over the classes of logits (B, C, H). The gradient is probabilities minus one-hot labels.
 
-    torch's own takes twice the time for many heads: it keeps and reads several arrays of this size.
+    torch's own cross-entropy takes twice the time for many heads: it keeps and reads several arrays of this size.
     """
 
     @staticmethod
@@ -38,7 +39,7 @@ class _SoftmaxCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         of_logits, labels = ctx.saved_tensors  # type: ignore[attr-defined]
-        # in place, for it is as large as anything here and nobody asks twice
+        # in place: the array is large, and backward runs only once
         of_logits[torch.arange(len(labels), device=labels.device), labels] -= 1
         return of_logits.mul_(gradient[:, None]), None
 
@@ -53,8 +54,9 @@ def cross_entropy_of_heads(logits: Tensor, labels: Tensor) -> Tensor:
 class LinearHeads(nn.Module):
     """H linear heads on the same features, as one product (B, D) · (D, C·H).
 
-    One optimizer with the highest rate trains all as SGD would train each: a head's loss, weight decay included, is
-    scaled by its share of that rate, and SGD's step is linear in the gradient. All start from the same N(0, 0.01²).
+    One SGD optimizer with the highest learning rate trains all heads. The loss of a head, weight decay included, is
+    scaled by its own rate divided by the highest rate. SGD's step is linear in the gradient, so each head trains as
+    with its own SGD. All heads start from the same draw of N(0, 0.01²).
     """
 
     rate_ratio: Tensor
@@ -70,7 +72,7 @@ class LinearHeads(nn.Module):
     ) -> None:
         """Make a head for each (learning rate, weight decay).
 
-        `batch_norm` puts BatchNorm without affine parameters before them (MAE, appendix A.1).
+        `batch_norm` puts BatchNorm without affine parameters before the heads (MAE, appendix A.1).
         """
         super().__init__()
         self.classes, self.settings = classes, list(settings)
@@ -81,7 +83,7 @@ class LinearHeads(nn.Module):
         self.decayed = bool(decays.any())
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if batch_norm else nn.Identity()
         start = 0.01 * torch.randn(width, classes, generator=rng)
-        # heads last: the softmax over the classes then works on whole rows of memory
+        # the heads are the last axis: the softmax over the classes then works on whole rows of memory
         self.weight = nn.Parameter(start[:, :, None].repeat(1, 1, len(settings)).flatten(1))
         self.bias = nn.Parameter(torch.zeros(classes * len(settings)))
 
@@ -104,18 +106,18 @@ class LinearHeads(nn.Module):
 
     @torch.inference_mode()
     def logits(self, features: np.ndarray, heads: slice | int = slice(None)) -> Tensor:
-        """Return the logits (N, C, H), or (N, C) of one head, of features (N, D), memory-mapped or not; on the CPU."""
+        """Return logits (N, C, H), or (N, C) of one head, on the CPU. Features (N, D) may be memory-mapped."""
         self.eval()
         starts = range(0, len(features), ROWS)
         return torch.cat([self(self.rows(features[s : s + ROWS]))[..., heads].cpu() for s in starts])
 
     def rows(self, features: np.ndarray) -> Tensor:
-        """Put some features where the heads are, as they take them."""
+        """Move features to the device and data type of the heads."""
         return torch.from_numpy(np.ascontiguousarray(features)).to(self.weight.device, self.weight.dtype)
 
     @torch.inference_mode()
     def accuracies(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return each head's accuracy, (H,) in [0, 1]; -1 where a head's weights are not finite any more."""
+        """Return each head's accuracy, (H,) in [0, 1]; -1 for a head whose weights are not finite."""
         self.eval()
         correct = torch.zeros(len(self.settings), dtype=torch.int64)
         for start in range(0, len(features), ROWS):
@@ -126,7 +128,7 @@ class LinearHeads(nn.Module):
 
 
 def head_settings(params: LinearParams, batch_size: int) -> list[tuple[float, float]]:
-    """Return the (learning rate, weight decay) of each head; rates are given per 256 images."""
+    """Return the (learning rate, weight decay) of each head. The rates in the parameters are per 256 images."""
     rates = [peak_rate(rate, batch_size) for rate in params.base_lrs]
     return list(itertools.product(rates, params.weight_decays))
 
@@ -143,13 +145,13 @@ def train_heads(
     """Train all heads on cached features.
 
     Args:
-        heads: on the device that is to train them.
-        features: (N, D), may be memory-mapped: each step reads its own rows.
+        heads: on the device to train on.
+        features: (N, D). They may be memory-mapped: each step reads only its own rows.
         labels: (N,).
-        epochs: passes, each in another random order without its incomplete last batch.
+        epochs: number of passes. Each has its own random order and leaves out its incomplete last batch.
         batch_size: at most N.
-        seed: of the orders.
-        precision: of the products.
+        seed: of the random orders.
+        precision: of the matrix products.
     """
     steps_per_epoch = len(features) // batch_size
     optimizer = heads.optimizer()
@@ -187,7 +189,7 @@ class Chosen:
 
 
 def choose_head(heads: LinearHeads, params: LinearParams, x_val: np.ndarray, y_val: np.ndarray) -> Chosen:
-    """Return the head with the best accuracy on val; of equals the first, with the lowest rate."""
+    """Return the head with the best accuracy on val. A tie goes to the first head, which has the lowest rate."""
     accuracies = heads.accuracies(x_val, y_val)
     best = int(accuracies.argmax())
     base_lr, weight_decay = list(itertools.product(params.base_lrs, params.weight_decays))[best]

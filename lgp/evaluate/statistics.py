@@ -1,4 +1,4 @@
-"""What a number is worth: intervals over subsets and images, paired comparison, calibration."""
+"""Statistics of results: intervals over subsets and images, paired comparison, calibration."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def mean_std_ci95(values: Sequence[float]) -> tuple[float, float, float]:
     """Return mean, standard deviation (of n - 1) and half the 95 % interval of the mean (Student's t).
 
     Args:
-        values: two or more, independent: a subset of labels each, or a pre-training seed.
+        values: two or more independent values, one per subset of labels or per pre-training seed.
     """
     std = float(np.std(values, ddof=1))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * std / math.sqrt(len(values))
@@ -24,7 +24,7 @@ def mean_std_ci95(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def accuracy_ci95(accuracy: float, images: int) -> float:
-    """Return half the 95 % interval of an accuracy in percent, measured on so many images (normal approximation)."""
+    """Return half the 95 % interval of an accuracy in percent, measured on `images` images (normal approximation)."""
     share = accuracy / 100
     return 100 * float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(share * (1 - share) / images)
 
@@ -37,8 +37,8 @@ class Gap:
         points: mean difference.
         low: lower end of the interval.
         high: its upper end.
-        won: in how many subsets the first was ahead.
-        subsets: of how many.
+        won: number of subsets in which the first arm is ahead.
+        subsets: number of all subsets.
     """
 
     points: float
@@ -53,30 +53,33 @@ class Gap:
         return self.low > 0 or self.high < 0
 
     def sentence(self, a: str, b: str) -> str:
-        """Say of an arm and the one behind it: `A beats B by x ± y points`."""
-        verb = f"{a} beats {b} by" if self.decided else f"{a} and {b} are level, ahead by"
+        """Compare arm `a` with the arm `b` behind it: `A beats B by x ± y points`, or that they are undecided."""
+        verb = f"{a} beats {b} by" if self.decided else f"{a} and {b} are undecided: {a} is ahead by"
         return f"{verb} {self.points:.1f} ± {(self.high - self.low) / 2:.1f} points"
 
 
 def paired_gap(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Gap:
     """Compare two arms on the same subsets and test images.
 
-    The images are drawn anew with replacement, the same for both arms (bootstrap); with one subset the interval is from
-    its percentiles. Several subsets are too few to be drawn anew: what the choice of labels adds to the variance of the
-    mean is the variance between subsets less what images explain of it (two-way random effects), and the interval is
-    Student's t with Satterthwaite's degrees of freedom. It speaks of other subsets and other test images, of the same
-    two encoders.
+    The images are drawn with replacement, the same images for both arms (bootstrap). With one subset the interval is
+    the percentiles of the bootstrap.
+
+    Several subsets are too few for a bootstrap. The variance of the mean is the bootstrap variance over images plus a
+    part from the choice of labels: the variance between subsets, minus what images explain of it (two-way random
+    effects). The interval is Student's t with Satterthwaite's degrees of freedom.
+
+    The interval holds for other subsets and other test images. It holds for these two encoders only.
 
     Args:
         a: (subsets, images) bool, whether the first arm is right.
-        b: the same of the second.
-        seed: of the draws.
+        b: the same for the second arm.
+        seed: of the bootstrap.
     """
     difference = 100 * (a.astype(np.float64) - b.astype(np.float64))
     subsets, images = difference.shape
     of_image, of_subset = difference.mean(axis=0), difference.mean(axis=1)
     points, won = float(difference.mean()), int((of_subset > 0).sum())
-    # the images differ in a few values only, so how often each value is drawn says it all
+    # an image's mean difference has few possible values, so it suffices to draw how often each value occurs
     values, counts = np.unique(of_image, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(images, counts / images, RESAMPLES) @ values / images
     tail = (1 - CONFIDENCE) / 2

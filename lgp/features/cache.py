@@ -1,6 +1,6 @@
-"""Features once: each array of an encoder, a split and a block lies in a file, named by what decides its content.
+"""Cached features: a file per encoder, split and block, in a folder named by a digest of what decides the content.
 
-Every task on frozen features reads from here, by memory map: features of ImageNet (1.28 million × 768, 2 GB in half
+Every task on frozen features reads these files by memory map. Features of ImageNet (1.28 million × 768, 2 GB in half
 precision) need no more memory than a batch.
 """
 
@@ -21,20 +21,21 @@ from lgp.features.extraction import BATCH, Encode, extracted, pixels
 from lgp.params.evaluate import FeatureParams
 
 SPLITS = ("train", "val", "test")
-FORMAT = 1  # of the files and of what is computed into them: raise it when either changes
-COMPUTED_WITH = ("torch", "timm")  # whose versions move the last digits
-ROWS = 2**16  # that are read at once
+FORMAT = 1  # version of the files and of their computation: raise it when either changes
+COMPUTED_WITH = ("torch", "timm")  # their versions change the last digits
+ROWS = 2**16  # read at once
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """What turns images into features.
+    """A source of features: the function from images to features, and its digest.
 
     Attributes:
         digest: of everything that decides the features of an image: weights, configuration, how they are pooled.
-        blocks: how many features an image has, one after each of the last blocks; 1 for a baseline.
-        encode: opens it: normalised images (B, C, S, S) → (B, blocks, D). Called where features are missing.
+        blocks: number of features per image, one after each of the last blocks; 1 for raw pixels.
+        encode: returns the function of normalised images (B, C, S, S) → (B, blocks, D). It is called if features are
+            missing.
     """
 
     digest: str
@@ -43,7 +44,7 @@ class FeatureSource:
 
 
 def pixel_source() -> FeatureSource:
-    """Raw pixels as features of one block."""
+    """Return the source of raw pixels, as features of one block."""
     return FeatureSource("pixels", 1, lambda: lambda images: pixels(images)[:, None])
 
 
@@ -51,7 +52,7 @@ def pixel_source() -> FeatureSource:
 class Features:
     """Raw features of train, val and test, memory-mapped, with labels and ids.
 
-    `x` is (N, D) each, D of all the chosen blocks together; `by_block` the same after each block alone.
+    `x` has an array (N, D) per split, D over all chosen blocks. `by_block` has such an array after each block alone.
     """
 
     x: dict[str, np.ndarray]
@@ -62,22 +63,22 @@ class Features:
 
 
 class FeatureCache:
-    """A folder of entries, one for each source and prepared data: above a given size the least used go first."""
+    """A folder of entries, one per source and prepared data. Above a given size, the least recently read go first."""
 
     def __init__(self, folder: Path, params: FeatureParams, cache_gib: float) -> None:
-        """Keep up to `cache_gib` of features in `folder`, as `params` say, besides those in use."""
+        """Keep up to `cache_gib` GiB of features in `folder`, besides those in use. `params` sets their form."""
         self.folder, self.params, self.cache_gib = folder, params, cache_gib
 
     def features(self, source: FeatureSource, data: LabelledImages) -> Features:
-        """Return the features of a source for all three splits, extracted where they are not there yet."""
+        """Return the features of a source for all three splits. Missing features are extracted."""
         ids = {split: data.ids(split) for split in SPLITS}
-        # which image is in which split follows from the labels
+        # the labels decide which image is in which split
         of_ids = [sha256(of_split.tobytes()).hexdigest() for of_split in ids.values()]
         images = [data.meta["digest"], *of_ids]
         decided_by = [FORMAT, source.digest, *images, self.params.dtype, *map(version, COMPUTED_WITH)]
         entry = self.folder / sha256(json.dumps(decided_by).encode()).hexdigest()[:32]
         self.folder.mkdir(parents=True, exist_ok=True)
-        # of several evaluations of one encoder the first extracts, the others wait and read
+        # the first of several evaluations of one encoder extracts; the others wait and read
         with FileLock(self._lock_of(entry)):
             if not entry.exists():
                 self._extract(source, data, ids, entry)
@@ -91,7 +92,7 @@ class FeatureCache:
 
     def _extract(self, source: FeatureSource, data: LabelledImages, ids: dict[str, np.ndarray], entry: Path) -> None:
         partial = entry.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
         partial.mkdir()
         encode = source.encode()
         images = sum(len(of_split) for of_split in ids.values())
@@ -113,7 +114,7 @@ class FeatureCache:
         return np.lib.format.open_memmap(path, mode="w+", dtype=self.params.dtype, shape=shape)
 
     def _joined(self, entry: Path, split: str, blocks: int) -> np.ndarray:
-        """Return the features of the last `features.blocks` blocks together, (N, D of all), also memory-mapped."""
+        """Return the features of the last `features.blocks` blocks, concatenated: (N, D of all), also memory-mapped."""
         last = [entry / f"{split}-{block}.npy" for block in range(blocks)][-self.params.blocks :]
         if len(last) == 1:
             return _mapped(last[0])
@@ -131,18 +132,18 @@ class FeatureCache:
         return _mapped(path)
 
     def _make_room(self, values: int, entry: Path) -> None:
-        """Remove other entries, those not read for longest first, until so many values more fit into the budget.
+        """Remove the least recently read other entries until `values` more values fit into the budget.
 
-        An entry that another process is filling or opening is left.
+        An entry that another process is filling or opening stays.
 
         Raises:
-            LgpError: the disk is full even so.
+            LgpError: the disk is still full.
         """
         wanted = values * np.dtype(self.params.dtype).itemsize
-        # two that make room at once would trip over what the other removes
+        # two processes must not remove entries at the same time
         with FileLock(self.folder / "room.lock"):
             self._evict(wanted, entry)
-        # writing through a map on a full disk would be killed by the system, not raise
+        # on a full disk, writing through a memory map raises nothing: the system kills the process
         check_disk_space(self.folder, wanted)
 
     def _evict(self, wanted: int, entry: Path) -> None:
@@ -150,7 +151,7 @@ class FeatureCache:
         sizes = {other: sum(file.stat().st_size for file in other.glob("*.npy")) for other in folders}
         used = sum(sizes.values())
         for other in folders:
-            killed = bool(other.suffix)  # what a process that is no more was filling, or removing
+            killed = bool(other.suffix)  # left by a dead process that was filling or removing it
             if used + wanted <= self.cache_gib * GIB and not killed:
                 continue
             try:
@@ -168,7 +169,7 @@ def _last_read(entry: Path) -> float:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    # copy on write: torch wants arrays that it may write to, the file stays as it is
+    # copy on write: torch needs writable arrays, and the file must not change
     array: np.ndarray = np.load(path, mmap_mode="c")
     return array
 
@@ -176,9 +177,9 @@ def _mapped(path: Path) -> np.ndarray:
 def standardizer(reference: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Return the map to zero mean and unit deviation per feature, measured on `reference` (N, D).
 
-    Features that do not vary there are only centred. `reference` may be memory-mapped: it is read in blocks.
+    Features that are constant there are only centred. `reference` may be memory-mapped: it is read in blocks.
     """
-    # in single precision the mean of a constant misses it by a little, which the division would blow up to 1
+    # in single precision the mean of a constant has a small error; the division would scale the error to 1
     blocks = [reference[start : start + ROWS] for start in range(0, len(reference), ROWS)]
     mean = sum(block.sum(axis=0, dtype=np.float64) for block in blocks) / len(reference)
     squares = sum(((block - mean) ** 2).sum(axis=0) for block in blocks)

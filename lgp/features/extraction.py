@@ -31,9 +31,9 @@ def by_block_of(encoder: VisionTransformer, pool: str, blocks: int, device: torc
     Its results are (B, blocks, D).
 
     Args:
-        encoder: in evaluation mode from here on.
+        encoder: set to evaluation mode.
         pool: `class_token`, or `average` of the patches.
-        blocks: how many.
+        blocks: number of last blocks.
         device: where to compute.
     """
     encoder = encoder.to(device).eval()
@@ -47,19 +47,19 @@ def by_block_of(encoder: VisionTransformer, pool: str, blocks: int, device: torc
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Give the raw (normalised) pixels as features, (B, C·H·W)."""
+    """Return the raw (normalised) pixels as features, (B, C·H·W)."""
     return images.flatten(1)
 
 
 @torch.inference_mode()
 def extracted(encode: Encode, data: Images, ids: np.ndarray) -> Iterator[np.ndarray]:
-    """Compute the features of images as evaluation sees them (no augmentation), batch by batch, float32."""
+    """Yield the features of images without augmentation, batch by batch, float32."""
     for start in range(0, len(ids), BATCH):
         yield encode(data.normalize(data.whole(ids[start : start + BATCH]))).float().cpu().numpy()
 
 
 def extract(encode: Encode, data: Images, ids: np.ndarray) -> np.ndarray:
-    """Compute the features of images as evaluation sees them (no augmentation).
+    """Return the features of images without augmentation.
 
     Args:
         encode: normalised images (B, C, S, S) → features (B, D).

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-K, TEMPERATURE = 20, 0.07  # usual (Wu et al. 2018; Caron et al. 2021)
-QUERIES, CANDIDATES = 256, 65_536  # of a block: 64 MiB of similarities
+K, TEMPERATURE = 20, 0.07  # usual values (Wu et al. 2018; Caron et al. 2021)
+QUERIES, CANDIDATES = 256, 65_536  # per block: 64 MiB of similarities
 
 
 @torch.inference_mode()
@@ -19,17 +19,17 @@ def knn_predict(
     temperature: float,
     device: torch.device | None = None,
 ) -> np.ndarray:
-    """Let the k most similar training images vote, each with weight exp(cosine / temperature).
+    """Let the k most similar training images vote. Each vote has the weight exp(cosine / temperature).
 
-    Exact. Similarities are computed block by block, of which the k best so far are kept: neither the whole matrix nor,
-    of memory-mapped features, all of them are ever held.
+    The result is exact. Similarities are computed block by block, and the k best so far are kept. The whole matrix is
+    never in memory. Memory-mapped features are never in memory all at once.
 
     Args:
         train: (N, D) features.
         labels: (N,) class indices.
         queries: (M, D) features.
         classes: number of classes.
-        k: neighbours; all N where N is smaller.
+        k: number of neighbours, at most N.
         temperature: T; 0.07 is usual.
         device: where to compute; the CPU unless given.
 
@@ -48,7 +48,7 @@ def knn_predict(
             of_block, rows = similarity.topk(min(k, similarity.shape[1]))
             best, chosen = torch.cat([best, of_block], dim=1).topk(k)
             nearest = torch.cat([nearest, rows + first], dim=1).gather(1, chosen)
-        # relative to the best, which cannot overflow at a small temperature
+        # relative to the best similarity: this cannot overflow at a small temperature
         weights = ((best - best[:, :1]) / temperature).exp()
         votes = torch.zeros(len(query), classes, dtype=query.dtype, device=device)
         predictions.append(votes.scatter_add_(1, of_train[nearest], weights).argmax(dim=1).cpu())

@@ -24,7 +24,7 @@ def feature_cache(params: Params) -> FeatureCache:
 
 
 def encoder_source(folder: Path, params: FeatureParams, device: torch.device) -> FeatureSource:
-    """Describe the features of the encoder in `folder`."""
+    """Return the feature source of the encoder in `folder`."""
     config = read_config(folder)
     if config["architecture"] == PIXELS:
         return pixel_source()
@@ -41,7 +41,7 @@ def encoder_features(folder: Path, data: LabelledImages, params: Params, device:
 
 
 def live_features_of(folder: Path, params: FeatureParams, device: torch.device) -> Encode:
-    """Return the function that computes what `Features.x` holds, (B, D), of any images."""
+    """Return the function that computes the features of `Features.x`, (B, D), for any images."""
     if read_config(folder)["architecture"] == PIXELS:
         return pixels
     encode = by_block_of(load_encoder(folder), params.pool, params.blocks, device)

@@ -1,6 +1,6 @@
-"""Online k-NN: accuracy of the features while they are being learnt.
+"""Online k-NN: accuracy of the features during pre-training.
 
-It reads labels of `train` and `val`. It decides nothing: an encoder is the same with and without it.
+It reads labels of `train` and `val`. It does not affect the training: an encoder is the same with and without it.
 """
 
 import numpy as np
@@ -14,18 +14,18 @@ from lgp.params.run import OnlineKnnParams
 
 
 class OnlineKnn:
-    """Weighted k-NN of some validation images among some labelled training images, every so many epochs."""
+    """Weighted k-NN of some validation images among some labelled training images, every `every_epochs` epochs."""
 
     def __init__(
         self, encoder: VisionTransformer, data: LabelledImages, device: torch.device, settings: OnlineKnnParams
     ) -> None:
-        """Measure `encoder` on images spread evenly over `train` and `val`, which come class by class."""
+        """Measure `encoder` on images at even steps of `train` and `val`. Sources list their images class by class."""
         self.encoder, self.data, self.device, self.every_epochs = encoder, data, device, settings.every_epochs
         self.train = _spread(data.ids("train"), settings.train_images)
         self.val = _spread(data.ids("val"), settings.val_images)
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
-        """Return `val/online_knn_top1` in percent if it is this epoch's turn, else nothing; sets evaluation mode."""
+        """Return `val/online_knn_top1` in percent every `every_epochs` epochs, else {}. Set evaluation mode."""
         if not self.every_epochs or epoch % self.every_epochs:
             return {}
         encode = class_token_of(self.encoder, self.device)

@@ -1,1 +1,1 @@
-"""The encoder, the models that pre-train it, and the folders that keep it."""
+"""The encoder, the models that pre-train it, and the folders that store it."""

@@ -11,9 +11,9 @@ Contrastive = MoCo | SimCLR | VICReg
 
 
 def build_contrastive(encoder: VisionTransformer, params: ContrastiveParams) -> Contrastive:
-    """Put the heads of `objective` on an encoder; positions stay fixed, the patch embedding where asked.
+    """Put the heads of `objective` on an encoder. Freeze positions and, with `freeze_patch_embed`, the patch embedding.
 
-    A random patch embedding, frozen, is what keeps MoCo v3 stable (section 4.1).
+    A frozen random patch embedding keeps MoCo v3 stable (section 4.1).
     """
     encoder.pos_embed.requires_grad_(False)
     if params.freeze_patch_embed:

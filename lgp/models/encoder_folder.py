@@ -1,4 +1,4 @@
-"""Encoder folders, which plain timm loads."""
+"""Encoder folders. timm alone can load them."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ def save_encoder(
         encoder: the trained encoder; key names are timm's.
         model: its dimensions.
         data: size and channels of its images.
-        prepared: whose mean and standard deviation it was trained with.
+        prepared: the prepared images of the training. Their mean and standard deviation are written.
         provenance: parameters, data digest, code; written beside the weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,11 +59,11 @@ def save_encoder(
 
 
 def save_pixels(folder: Path, images: Images, provenance: Any) -> None:
-    """Write the folder that stands for raw pixels where an arm has its encoder. It has no weights; timm cannot load it.
+    """Write the folder of raw pixels, in place of an encoder folder. It has no weights. timm cannot load it.
 
     Args:
         folder: to write into; made if missing.
-        images: whose size, mean and standard deviation the pixels have.
+        images: prepared images. Their size, mean and standard deviation are written.
         provenance: parameters, data digest, code.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def _save_texts(folder: Path, config: Any, provenance: Any) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; raise `OSError` where the disk is full (the library has an error of its own)."""
+    """Write a safetensors file. Raise `OSError` if the disk is full, in place of the library's own error."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as e:
@@ -92,7 +92,7 @@ def load_encoder(folder: Path) -> VisionTransformer:
     """Load an encoder folder, strictly.
 
     Raises:
-        LgpError: no encoder there, or its tensors are not those of its configuration; names them.
+        LgpError: there is no encoder, or its tensors are not those of its configuration. The message names them.
     """
     config = read_config(folder)
     if config["architecture"] == PIXELS:
@@ -108,7 +108,7 @@ def load_encoder(folder: Path) -> VisionTransformer:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read an encoder folder's configuration; raise `LgpError` where there is no encoder."""
+    """Read an encoder folder's configuration. Raise `LgpError` if there is no encoder."""
     _check_present(folder)
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     return config
@@ -124,7 +124,7 @@ def _check_present(folder: Path) -> None:
 
 
 def check_input_size(folder: Path, data: Images) -> None:
-    """Raise `LgpError` unless the encoder in `folder` takes images like the prepared ones."""
+    """Raise `LgpError` unless the encoder in `folder` takes the channels and size of the prepared images."""
     takes = read_config(folder)["pretrained_cfg"]["input_size"]
     given = [data.channels, data.image_size, data.image_size]
     if takes != given:
@@ -135,7 +135,7 @@ def check_input_size(folder: Path, data: Images) -> None:
 
 
 def check_encoder_fits(folder: Path, model: ModelParams, data: DataParams) -> None:
-    """Raise `LgpError` unless the encoder in `folder` has the dimensions that the parameters ask for."""
+    """Raise `LgpError` unless the encoder in `folder` has the dimensions of the parameters."""
     config = read_config(folder)
     if config["architecture"] == PIXELS:
         raise LgpError(_no_weights(folder))

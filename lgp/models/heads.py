@@ -8,7 +8,8 @@ from lgp.compute.distributed import SyncBatchNorm1d
 def mlp(layers: int, width_in: int, hidden: int, width_out: int, last_norm: bool = True) -> nn.Sequential:
     """Build a head: linear layers without bias, each followed by BatchNorm, ReLU between (MoCo v3, section 4).
 
-    BatchNorm is over the rows of all processes; the last has no affine parameters, or is left out (VICReg's expander).
+    BatchNorm is over the rows of all processes. The last one has no affine parameters. Without `last_norm` it is left
+    out (VICReg's expander).
     """
     modules: list[nn.Module] = []
     for i in range(layers):

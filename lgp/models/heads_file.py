@@ -1,4 +1,4 @@
-"""The heads that an arm keeps beside its encoder."""
+"""The heads file of an arm, beside its encoder."""
 
 from pathlib import Path
 
@@ -9,15 +9,15 @@ from torch import Tensor
 from lgp.models.encoder_folder import save_tensors
 from lgp.models.files import HEADS
 
-FIRST_FC = "first_fc"  # of the metadata of heads.safetensors: the name of the projector's first layer
+FIRST_FC = "first_fc"  # key in the metadata of heads.safetensors: the name of the projector's first layer
 
 
 def save_heads(folder: Path, heads: dict[str, Tensor], first_fc: str | None) -> None:
-    """Write what an arm has beside its encoder: decoder, projector, predictor.
+    """Write the heads of an arm: decoder, projector, predictor.
 
     Args:
         folder: of the arm.
-        heads: by name, none where the arm has no heads.
+        heads: tensors by name, empty if the arm has no heads.
         first_fc: the name of the weight (hidden, width) of the projector's first layer, None without a projector.
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in heads.items()}
@@ -25,13 +25,13 @@ def save_heads(folder: Path, heads: dict[str, Tensor], first_fc: str | None) -> 
 
 
 def load_heads(folder: Path) -> dict[str, Tensor]:
-    """Load what an arm has beside its encoder, an empty dict if nothing."""
+    """Load the heads of an arm, an empty dict if it has none."""
     path = folder / HEADS
     return load_file(path) if path.exists() else {}
 
 
 def load_first_fc(folder: Path) -> Tensor | None:
-    """Load the first layer of an arm's contrastive projector, (hidden, width), None where it has no projector."""
+    """Load the first layer of an arm's contrastive projector, (hidden, width), None without a projector."""
     path = folder / HEADS
     if not path.exists():
         return None

@@ -1,6 +1,6 @@
-"""Checkpoints of other projects in, and out in MAE's layout.
+"""Import of other projects' checkpoints, and export in MAE's layout.
 
-Nothing is unpickled but tensors and plain containers; every tensor of a file is accounted for by name.
+Only tensors and plain containers are unpickled. Every tensor of a file is accounted for by name.
 """
 
 import argparse
@@ -35,7 +35,7 @@ CLASSIFIER = re.compile(r"(head|head_dist|fc)\.(weight|bias)$")
 
 @dataclass(frozen=True)
 class Use:
-    """What became of a tensor: `target` is its name in the encoder (or among the heads), None where it is left out."""
+    """The use of a tensor. `target` is its name in the encoder or among the heads, None if it is left out."""
 
     name: str
     target: str | None
@@ -47,11 +47,11 @@ class Layout:
     """How a project names its tensors.
 
     Attributes:
-        name: for people.
-        container: the key that holds the tensors, None: the file itself.
-        encoder: what stands before an encoder's tensor.
-        projector: what stands before a projector's tensor, None where there is none.
-        left_out: says of a tensor why it is left out, None where it should have a place.
+        name: name of the project, for messages.
+        container: the key of the tensors in the file, None if the file is the container.
+        encoder: prefix of the names of the encoder's tensors.
+        projector: prefix of the names of the projector's tensors, None without a projector.
+        left_out: returns the reason to leave out a tensor, None if the encoder should have it.
     """
 
     name: str
@@ -83,7 +83,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Imported:
-    """An encoder from a file, its projector if there was one, and what became of each tensor."""
+    """An encoder from a file, its projector if the file has one, and the use of each tensor."""
 
     layout: str
     encoder: VisionTransformer
@@ -94,17 +94,17 @@ class Imported:
 def import_checkpoint(path: Path, model: ModelParams, data: DataParams, partial: bool = False) -> Imported:
     """Read an encoder from a checkpoint of MAE, MoCo v3, LGP, timm or lgp.
 
-    Positions of another number of patches are interpolated.
+    Position embeddings for another number of patches are interpolated.
 
     Args:
         path: `.pth`, `.pth.tar`, `.pt` or `.safetensors`.
         model: dimensions that the encoder must have.
         data: size and channels of its images.
-        partial: take what fits; missing tensors keep their fresh values, others are left out.
+        partial: take the tensors that fit and leave out all others. Missing tensors keep their initial values.
 
     Raises:
-        LgpError: not readable without running code, of no known layout, or (unless `partial`) with tensors
-            missing, misshapen or left over; names them.
+        LgpError: the file cannot be read without running code, has no known layout, or (unless `partial`) has tensors
+            that are missing, misshapen or left over. The message names them.
     """
     layout, tensors = recognise(read_tensors(path), path)
     _check_heads(path, model)
@@ -151,7 +151,7 @@ def import_checkpoint(path: Path, model: ModelParams, data: DataParams, partial:
 
 
 def _check_heads(path: Path, model: ModelParams) -> None:
-    """Compare the number of attention heads, which no tensor tells, with a configuration beside the file."""
+    """Check the number of attention heads against a configuration beside the file. No tensor shows this number."""
     config = path.with_name(CONFIG)
     if config.is_file():
         heads = json.loads(config.read_text()).get("model_args", {}).get("num_heads", model.heads)
@@ -163,12 +163,12 @@ def read_tensors(path: Path) -> Any:
     """Read a file as tensors in plain containers.
 
     Raises:
-        LgpError: no such file, damaged, or a pickle with anything else in it, which is never run.
+        LgpError: the file is missing or damaged, or is a pickle of anything else. Such a pickle is never run.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # MAE's training checkpoints hold their command line, a Namespace of plain values
+        # MAE's training checkpoints contain their command line, a Namespace of plain values
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
@@ -177,25 +177,25 @@ def read_tensors(path: Path) -> Any:
             f"{path} holds more than tensors{f' ({found.group(1)})' if found else ''}, and reading that would run code "
             "from the file: refused. Save its state_dict alone, best as .safetensors"
         ) from None
-    except Exception as e:  # noqa: BLE001 - readers of damaged files raise whatever they like
+    except Exception as e:  # noqa: BLE001 - readers of damaged files raise any exception
         raise LgpError(f"{path} cannot be read as a checkpoint: {' '.join(str(e).split())[:200]}") from None
 
 
 def recognise(content: Any, path: Path) -> tuple[Layout, Tensors]:
-    """Tell a file's layout by its keys; raise `LgpError` where it is none that we know."""
+    """Return a file's layout, by its keys, and its tensors. Raise `LgpError` for an unknown layout."""
     for layout in LAYOUTS:
         inner = content.get(layout.container) if isinstance(content, dict) and layout.container else content
         if isinstance(inner, dict) and f"{layout.encoder}blocks.0.norm1.weight" in inner:
             return layout, {name: value for name, value in inner.items() if isinstance(value, Tensor)}
     keys = list(content)[:5] if isinstance(content, dict) else [type(content).__name__]
     raise LgpError(
-        f"{path} has no layout that is known here (its keys begin with {', '.join(map(str, keys))}): expected a ViT of "
+        f"{path} has no known layout (its keys begin with {', '.join(map(str, keys))}): expected a ViT of "
         f"{', '.join(layout.name for layout in LAYOUTS)}"
     )
 
 
 def _fitted(target: str, tensor: Tensor, wanted: Tensor) -> tuple[Tensor | None, str]:
-    """Return the tensor as the encoder takes it, and how it was used; None where it does not fit."""
+    """Return the tensor in the encoder's shape, None if it does not fit, and how it is used."""
     if tensor.shape == wanted.shape:
         return tensor, ENCODER
     same_width = tensor.ndim == 3 and tensor.shape[-1] == wanted.shape[-1]
@@ -211,7 +211,7 @@ def _is_square(n: int) -> bool:
 
 
 def _dimensions(layout: Layout, tensors: Tensors) -> str:
-    """Say what ViT a file holds, as far as its tensors tell."""
+    """Return the dimensions of the ViT in a file, from the shapes of its tensors, as text."""
     depth = 1 + max(int(m.group(1)) for name in tensors if (m := re.match(rf"{layout.encoder}blocks\.(\d+)\.", name)))
     patch = tensors.get(f"{layout.encoder}patch_embed.proj.weight")
     if patch is None:
@@ -222,11 +222,11 @@ def _dimensions(layout: Layout, tensors: Tensors) -> str:
 
 
 def export_checkpoint(encoder: Tensors, heads: Tensors, path: Path) -> int:
-    """Write a checkpoint in MAE's layout, `{"model": tensors}`; return the number of tensors.
+    """Write a checkpoint in MAE's layout, `{"model": tensors}`. Return the number of tensors.
 
     Args:
         encoder: tensors of an encoder folder; timm's names are MAE's.
-        heads: tensors of an arm's heads; its MAE decoder goes along where it has one, all else is left out.
+        heads: tensors of an arm's heads. An MAE decoder among them is written. All others are left out.
         path: of the file, which must not exist yet.
 
     Raises:

@@ -12,7 +12,7 @@ class Joint(PretrainingModel):
     """A contrastive model and a masked autoencoder that share their encoder."""
 
     def __init__(self, contrastive: Contrastive, mae: MAE) -> None:
-        """Take both as they are; their encoder is the same module."""
+        """Take both models unchanged. Their encoder must be the same module."""
         super().__init__()
         self.contrastive, self.mae = contrastive, mae
 
@@ -23,9 +23,9 @@ class Joint(PretrainingModel):
 
     @property
     def projector(self) -> nn.Sequential:
-        """The contrastive model's."""
+        """The projector of the contrastive model."""
         return self.contrastive.projector
 
     def momentum_copies(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Return the contrastive model's."""
+        """Return the momentum copies of the contrastive model."""
         return self.contrastive.momentum_copies()

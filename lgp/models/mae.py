@@ -29,18 +29,18 @@ def unpatchify(patches: Tensor, patch_size: int, channels: int) -> Tensor:
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """Give each patch zero mean and unit (unbiased) variance, the target of MAE, section 3."""
+    """Give each patch zero mean and unit (unbiased) variance: the target of MAE (section 3)."""
     mean = patches.mean(dim=-1, keepdim=True)
     variance = patches.var(dim=-1, keepdim=True)
     return (patches - mean) / (variance + NORM_EPS).sqrt()
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the patches to keep by sorting noise: the smallest stay.
+    """Choose the visible patches by sorting noise: those of the smallest noise stay visible.
 
     Args:
         noise: (B, N) uniform noise.
-        mask_ratio: share removed.
+        mask_ratio: fraction of hidden patches.
 
     Returns:
         ids_keep (B, n) with n = int(N · (1 - mask_ratio)); ids_restore (B, N), the inverse of the sorting
@@ -54,12 +54,12 @@ def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Te
 
 
 class MAE(PretrainingModel):
-    """An encoder on the visible patches and a light decoder that predicts the removed ones."""
+    """An encoder on the visible patches and a light decoder that predicts the hidden patches."""
 
     def __init__(
         self, encoder: VisionTransformer, mask_ratio: float, decoder_width: int, decoder_depth: int, decoder_heads: int
     ) -> None:
-        """Put a decoder on `encoder`; the decoder is initialised here, the encoder is taken as it is."""
+        """Put a decoder on `encoder`. The decoder is initialised here. The encoder is not changed."""
         super().__init__()
         self.encoder = encoder
         self.mask_ratio = mask_ratio
@@ -80,13 +80,13 @@ class MAE(PretrainingModel):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def encode(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode the kept patches: returns latent (B, 1 + n, D), mask (B, N), ids_restore (B, N)."""
+        """Encode the visible patches. Return latent (B, 1 + n, D), mask (B, N), ids_restore (B, N)."""
         ids_keep, ids_restore, mask = random_masking(noise, self.mask_ratio)
         kept = keep_patches(embed(self.encoder, images), ids_keep)
         return encode_tokens(self.encoder, kept), mask, ids_restore
 
     def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """Predict every patch, (B, N, p·p·C), from the latent of the kept ones."""
+        """Predict every patch, (B, N, p·p·C), from the latent of the visible patches."""
         tokens = self.decoder_embed(latent)
         b, n = ids_restore.shape
         mask_tokens = self.mask_token.to(tokens.dtype).expand(b, n + 1 - tokens.shape[1], -1)
@@ -96,11 +96,11 @@ class MAE(PretrainingModel):
         return self.decoder_pred(self.decoder_norm(self.decoder_blocks(tokens)))[:, 1:]
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Return the loss: squared error to the normalised patches, averaged over the removed ones.
+        """Return the loss: squared error to the normalised patches, averaged over the hidden patches.
 
         Args:
             images: (B, C, H, W), normalised per channel.
-            noise: (B, N) uniform, decides the mask.
+            noise: (B, N) uniform noise. It decides the mask.
         """
         latent, mask, ids_restore = self.encode(images, noise)
         prediction = self.decode(latent, ids_restore)
@@ -110,10 +110,10 @@ class MAE(PretrainingModel):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the decoder paints and the masked input, both (B, C, H, W).
+        """Return the reconstruction and the masked input, both (B, C, H, W).
 
-        Predictions are of normalised patches, so they are painted with the mean and variance of the
-        original patch (as MAE's demonstration does); kept patches are shown as they are.
+        The decoder predicts normalised patches. They are painted with the mean and variance of the original patch, as
+        in MAE's demonstration. Visible patches are shown unchanged.
         """
         latent, mask, ids_restore = self.encode(images, noise)
         prediction = self.decode(latent, ids_restore)

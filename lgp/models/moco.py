@@ -18,13 +18,13 @@ from lgp.models.vit import View, class_token
 
 @in_single_precision
 def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """InfoNCE in MoCo v3's scaling, 2T · cross-entropy (algorithm 1): the i-th key is the i-th query's positive.
+    """Return InfoNCE in MoCo v3's scaling, 2T · cross-entropy (algorithm 1). Key i is the positive of query i.
 
     The keys of all processes are the candidates.
 
     Args:
-        queries: (B, D), of any length.
-        keys: (B, D), the momentum encoder's, of any length, without gradient.
+        queries: (B, D), not normalised.
+        keys: (B, D) of the momentum encoder, not normalised, without gradient.
         temperature: T.
 
     Returns:
@@ -42,7 +42,7 @@ def momentum_at(progress: float, base: float) -> float:
 
 
 class MoCo(PretrainingModel):
-    """An encoder with projector and predictor, and its momentum copy without predictor."""
+    """An encoder with projector and predictor, and momentum copies of the encoder and the projector."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class MoCo(PretrainingModel):
         temperature: float,
         momentum: float,
     ) -> None:
-        """Put heads on `encoder` and copy it; `momentum` is the first, it goes to 1 along a cosine."""
+        """Put heads on `encoder`, then copy both. `momentum` is the first value. It goes to 1 along a cosine."""
         super().__init__()
         self.temperature, self.momentum = temperature, momentum
         self.encoder = encoder
@@ -68,16 +68,16 @@ class MoCo(PretrainingModel):
 
     @torch.no_grad()
     def update_momentum_encoder(self, momentum: float) -> None:
-        """Move the momentum encoder: θ_k ← m · θ_k + (1 - m) · θ_q, over all parameters."""
+        """Update the momentum encoder and projector: θ_k ← m · θ_k + (1 - m) · θ_q, over all parameters."""
         average = get_ema_multi_avg_fn(momentum)
         keys = [*self.momentum_encoder.parameters(), *self.momentum_projector.parameters()]
         queries = [*self.encoder.parameters(), *self.projector.parameters()]
         average([k.detach() for k in keys], [q.detach() for q in queries], 0)
 
     def forward(self, view1: View, view2: View, progress: float) -> Tensor:
-        """Return the symmetric loss of two views of each image, after moving the momentum encoder.
+        """Update the momentum encoder and return the symmetric loss of two views of each image.
 
-        The momentum encoder sees the views whole. `progress`, in [0, 1] of the training, sets the momentum.
+        The momentum encoder takes all patches. `progress`, in [0, 1] of the training, sets the momentum.
         """
         query1 = self.predictor(self.projector(class_token(self.encoder, view1)))
         query2 = self.predictor(self.projector(class_token(self.encoder, view2)))

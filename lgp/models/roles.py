@@ -1,7 +1,7 @@
-"""What each parameter of a model is: encoder and at which depth, head, or momentum copy.
+"""The role of each parameter of a model: encoder (with its depth), head, or momentum copy.
 
-A model says it once, by its modules. Learning rates, frozen blocks, penalties, sanity checks, plans and published files
-follow.
+A model defines the roles once, by its modules. Learning rates, frozen blocks, penalties, sanity checks, plans and
+published files follow from them.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ class Role:
 
 
 def encoder_roles(encoder: VisionTransformer) -> dict[str, Role]:
-    """Return the role of each parameter of an encoder, by its name there."""
+    """Return the role of each parameter of an encoder, by its name in the encoder."""
     depth = len(encoder.blocks)
     modules = [(NORM, depth + 1, encoder.norm), *((f"block{i}", 1 + i, b) for i, b in enumerate(encoder.blocks))]
     by_id = {id(p): Role(part, layer) for part, layer, module in modules for p in module.parameters()}
@@ -39,7 +39,7 @@ def encoder_roles(encoder: VisionTransformer) -> dict[str, Role]:
 class PretrainingModel(nn.Module):
     """A model that trains an encoder.
 
-    A subclass sets `encoder`, and `projector` where it has one. All other modules are heads, momentum copies aside.
+    A subclass sets `encoder`, and `projector` if it has one. All other modules are heads, except momentum copies.
     """
 
     encoder: VisionTransformer

@@ -14,12 +14,12 @@ from lgp.models.vit import View, class_token
 
 @in_single_precision
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """Normalised temperature-scaled cross-entropy (equation 1): of 2N views each has one positive, 2N - 2 negatives.
+    """Return the normalised temperature-scaled cross-entropy (equation 1).
 
-    The views of all processes are candidates.
+    Each of 2N views has one positive and 2N - 2 negatives. The views of all processes are candidates.
 
     Args:
-        z1: (B, D) projections of the first views, of any length.
+        z1: (B, D) projections of the first views, not normalised.
         z2: (B, D) of the second views of the same images.
         temperature: τ.
 
@@ -32,7 +32,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     first = torch.arange(len(z1), device=z1.device) + rank() * len(z1)
     itself, positives = torch.cat([first, first + n]), torch.cat([first + n, first])
     similarity = anchors @ candidates.T / temperature
-    similarity = similarity.scatter(1, itself[:, None], float("-inf"))  # a view is no candidate of its own
+    similarity = similarity.scatter(1, itself[:, None], float("-inf"))  # a view is not its own candidate
     return F.cross_entropy(similarity, positives)
 
 
@@ -49,6 +49,6 @@ class SimCLR(PretrainingModel):
         self.projector = mlp(2, encoder.embed_dim, projector_hidden, projector_dim)
 
     def forward(self, view1: View, view2: View, progress: float) -> Tensor:
-        """Return the loss of two views of each image; it is the same at any `progress`."""
+        """Return the loss of two views of each image. It is the same at any `progress`."""
         z1, z2 = (self.projector(class_token(self.encoder, view)) for view in (view1, view2))
         return nt_xent(z1, z2, self.temperature)

@@ -12,11 +12,11 @@ from lgp.models.vit import View, class_token
 from lgp.params.pretrain import VicregWeights
 
 EPS = 1e-4  # section 4.1
-GAMMA = 1.0  # the deviation that each dimension is to reach, section 4.1
+GAMMA = 1.0  # target of the standard deviation of each dimension, section 4.1
 
 
 def variance_term(z: Tensor) -> Tensor:
-    """Hinge on the deviation of each dimension of (N, D), averaged over dimensions (equations 1 and 2)."""
+    """Return the hinge on the standard deviation of each dimension of (N, D), averaged (equations 1 and 2)."""
     return F.relu(GAMMA - (z.var(dim=0) + EPS).sqrt()).mean()
 
 
@@ -29,14 +29,14 @@ def covariance_term(z: Tensor) -> Tensor:
 
 @in_single_precision
 def vicreg_loss(z1: Tensor, z2: Tensor, weights: VicregWeights) -> Tensor:
-    """Weigh and sum the three terms, over the batch of all processes (algorithm 1).
+    """Return the weighted sum of the three terms over the batch of all processes (algorithm 1).
 
-    The invariance term is the mean over images and dimensions, as in algorithm 1; equation 5 sums over dimensions.
+    The invariance term is the mean over images and dimensions, as in algorithm 1. Equation 5 sums over dimensions.
 
     Args:
         z1: (B, D) expanded embeddings of the first views, not normalised.
         z2: (B, D) of the second views of the same images.
-        weights: of the terms.
+        weights: weights of the terms.
     """
     z1, z2 = gather(z1), gather(z2)
     invariance = F.mse_loss(z1, z2)
@@ -46,7 +46,7 @@ def vicreg_loss(z1: Tensor, z2: Tensor, weights: VicregWeights) -> Tensor:
 
 
 class VICReg(PretrainingModel):
-    """An encoder with an expander of three layers, whose last has no BatchNorm."""
+    """An encoder with an expander of three layers. The last layer has no BatchNorm."""
 
     def __init__(
         self, encoder: VisionTransformer, expander_hidden: int, expander_dim: int, weights: VicregWeights
@@ -58,6 +58,6 @@ class VICReg(PretrainingModel):
         self.projector = mlp(3, encoder.embed_dim, expander_hidden, expander_dim, last_norm=False)
 
     def forward(self, view1: View, view2: View, progress: float) -> Tensor:
-        """Return the loss of two views of each image; it is the same at any `progress`."""
+        """Return the loss of two views of each image. It is the same at any `progress`."""
         z1, z2 = (self.projector(class_token(self.encoder, view)) for view in (view1, view2))
         return vicreg_loss(z1, z2, self.weights)

@@ -1,4 +1,4 @@
-"""The encoder: timm's ViT with fixed 2D sin-cos positions, initialised as MAE or MoCo v3 do."""
+"""The encoder: timm's ViT with fixed 2D sin-cos positions, initialised as in MAE or MoCo v3."""
 
 import math
 from typing import Any, NamedTuple
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from lgp.params.data import DataParams
 from lgp.params.model import ModelParams
 
-# any timm ViT: model_args say the rest, and travel in the encoder folder's config.json
+# any timm ViT: model_args set all dimensions and are stored in the encoder folder's config.json
 ARCHITECTURE = "vit_base_patch16_224"
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
     """Compute fixed 2D sin-cos positions (MoCo v3, section 5; MAE, appendix A.1).
 
-    Columns come first, as in MAE's released code; MoCo v3's has rows first, which is the same but for a transposition.
+    Columns come first, as in MAE's released code. MoCo v3's code has rows first: the same up to a transposition.
     A patch in column x and row y gets `[sin(xω), cos(xω), sin(yω), cos(yω)]` with
     ω_k = 10000^(-k / (width / 4)), k = 0 … width/4 - 1. The class token gets zeros.
 
@@ -50,7 +50,7 @@ def model_args(model: ModelParams, data: DataParams) -> dict[str, Any]:
 
 
 def build_encoder(model: ModelParams, data: DataParams) -> VisionTransformer:
-    """Build the encoder, without a head; features are the class token after the final norm, (B, width)."""
+    """Build the encoder without a head. Its features are the class token after the final norm, (B, width)."""
     encoder: VisionTransformer = timm.create_model(ARCHITECTURE, num_classes=0, **model_args(model, data))
     with torch.no_grad():
         encoder.pos_embed.copy_(sincos_positions(model.width, data.image_size // model.patch_size))
@@ -71,9 +71,9 @@ def init_as_mae(module: nn.Module) -> None:
 
 
 def init_encoder_as_mae(encoder: VisionTransformer) -> None:
-    """Initialise the encoder as MAE does: as above, patches as a linear layer, class token N(0, 0.02²).
+    """Initialise the encoder as MAE does: `init_as_mae`, patches as a linear layer, class token N(0, 0.02²).
 
-    The patch projection's bias starts at zero here; MAE's released code leaves it at the convolution's default.
+    The patch projection's bias starts at zero here. MAE's released code leaves it at the convolution's default.
     """
     init_as_mae(encoder)
     projection = encoder.patch_embed.proj
@@ -85,8 +85,8 @@ def init_encoder_as_mae(encoder: VisionTransformer) -> None:
 def init_encoder_as_moco(encoder: VisionTransformer) -> None:
     """Initialise the encoder as MoCo v3 does.
 
-    Xavier uniform, where queries, keys and values count as three layers, and the patch projection as a
-    linear layer of patch pixels to width; class token N(0, 1e-6²).
+    Weights are Xavier uniform. Queries, keys and values count as three layers. The patch projection counts as a linear
+    layer from patch pixels to width. The class token is N(0, 1e-6²).
     """
     init_as_mae(encoder)
     for block in encoder.blocks:
@@ -101,10 +101,10 @@ def init_encoder_as_moco(encoder: VisionTransformer) -> None:
 
 
 class View(NamedTuple):
-    """A view of each image of a batch, as a contrastive model takes it."""
+    """A view of each image of a batch: the input of a contrastive model."""
 
     images: Tensor  # (B, C, S, S), normalised
-    ids_keep: Tensor | None = None  # (B, n), the patches that the encoder sees; None: all
+    ids_keep: Tensor | None = None  # (B, n), the visible patches; None: all
 
 
 def embed(encoder: VisionTransformer, images: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def encode_tokens(encoder: VisionTransformer, tokens: Tensor) -> Tensor:
 
 
 def tokens_by_block(encoder: VisionTransformer, images: Tensor) -> list[Tensor]:
-    """Encode images (B, C, S, S): the tokens after each block, through the final norm, (B, 1 + N, width) each."""
+    """Return the tokens of images (B, C, S, S) after each block, passed through the final norm: (B, 1 + N, width)."""
     tokens, after = with_class_token(encoder, embed(encoder, images)), []
     for block in encoder.blocks:
         tokens = block(tokens)
@@ -133,12 +133,12 @@ def tokens_by_block(encoder: VisionTransformer, images: Tensor) -> list[Tensor]:
 
 
 def keep_patches(tokens: Tensor, ids_keep: Tensor) -> Tensor:
-    """Pick the patch tokens (B, N, D) named by `ids_keep` (B, n): (B, n, D)."""
+    """Select the patch tokens (B, N, D) named by `ids_keep` (B, n): (B, n, D)."""
     return tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def class_token(encoder: VisionTransformer, view: View) -> Tensor:
-    """Encode a view, or only the patches of it that are to be seen: the class token after the final norm, (B, D)."""
+    """Return the class token of a view after the final norm, (B, D). Only visible patches are encoded."""
     if view.ids_keep is None:
         whole: Tensor = encoder(view.images)
         return whole

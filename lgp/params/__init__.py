@@ -1,1 +1,1 @@
-"""The parameters: a module per section of params.yaml, and the file that loads and checks them."""
+"""The parameters: a module per group of sections of params.yaml, and `file`, which loads and checks them."""

@@ -1,11 +1,11 @@
-"""The arms by name. An arm is one way to get an encoder; any arm that is not named here is imported."""
+"""The names of the arms. An arm is one way to get an encoder. Every arm that is not named here is imported."""
 
 TRAINED = ("mim", "cl", "graft", "joint", "reverse")
-BASELINES = ("pixels", "random")  # nobody trains them; `lgp baseline` writes them
+BASELINES = ("pixels", "random")  # not trained: `lgp baseline` writes them
 
 
 def how_to_get(arm: str) -> str:
-    """Say how an arm gets its encoder."""
+    """Return the instruction to get the encoder of an arm, as text for a message."""
     if arm in TRAINED:
         return f"run `lgp {arm}`"
     if arm in BASELINES:

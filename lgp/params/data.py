@@ -1,4 +1,4 @@
-"""Section `data`: where the images come from, and which of them are held out."""
+"""Section `data`: the source of the images, and which of them are held out."""
 
 from typing import Annotated, Literal, Self
 
@@ -8,7 +8,7 @@ from lgp.params.section import Count, Fraction, OpenFraction, Positive, Section,
 
 
 class DataParams(Section):
-    """The images, and their split into training, validation and test part."""
+    """The images and their split into a training, a validation and a test part."""
 
     source: str
     image_size: Count

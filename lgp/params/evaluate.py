@@ -10,7 +10,7 @@ from lgp.params.section import Count, Fraction, NonNegative, Positive, Section, 
 
 
 class FeatureParams(Section):
-    """Frozen features: of the class token or the average patch, after the last `blocks` blocks together."""
+    """Frozen features: class token or average patch after each of the last `blocks` blocks, concatenated."""
 
     pool: Literal["class_token", "average"] = "class_token"
     blocks: Count = 1
@@ -19,10 +19,11 @@ class FeatureParams(Section):
 
 
 class LinearParams(Section):
-    """Evaluation with all labels: linear heads by SGD and k-NN, on frozen features.
+    """Evaluation with all labels: linear heads trained by SGD, and k-NN, on frozen features.
 
-    Every pair of `base_lrs` (per 256 images) and `weight_decays` is a head; the best on val is reported. `method`
-    is `sweep`, on cached features, or `augmented`, on those of random crops and flips.
+    Each pair of a `base_lrs` value (per 256 images) and a `weight_decays` value trains one head. The best head on val
+    is reported. The method `sweep` uses cached features. The method `augmented` uses features of random crops and
+    flips.
     """
 
     method: Literal["sweep", "augmented"] = "sweep"
@@ -40,8 +41,8 @@ class LinearParams(Section):
 class FewShotParams(Section):
     """Evaluation with few labels: logistic regression on frozen features.
 
-    `choose` says where the inverse strength C comes from: `cross_validation` within the labelled images (`c_fixed`
-    where a class has a single one), `validation` on val, or `fixed`: `c_fixed`.
+    `choose` sets how the inverse regularisation strength C is chosen. `cross_validation` uses only the labelled images;
+    if a class has a single one, C is `c_fixed`. `validation` uses val. `fixed` takes `c_fixed`.
     """
 
     scaling: Literal["standardized", "normalized"]
@@ -51,12 +52,13 @@ class FewShotParams(Section):
     folds: Annotated[Whole, Field(ge=2)]
 
 
-# timm's: magnitude, operations an image, deviation and most of the magnitude, increasing severity, probability
+# timm's codes: m magnitude, n operations per image, mstd deviation and mmax maximum of the magnitude,
+# inc increasing severity, p probability
 RAND_AUGMENT = r"rand(-(m\d+|n\d+|mstd\d+(\.\d+)?|mmax\d+|inc[01]|p\d+(\.\d+)?))+"
 
 
 class FineTuneParams(TrainingParams):
-    """Fine-tuning of the whole encoder with labels, as MAE and LGP do; probabilities and strengths as timm takes them.
+    """Fine-tuning of the whole encoder with labels, as in MAE and LGP. Probabilities and strengths are timm's.
 
     `from_first_fc` keeps the first layer of the arm's contrastive projector between encoder and classifier.
     `rand_augment` is timm's description, e.g. `rand-m9-mstd0.5-inc1`.
@@ -90,5 +92,5 @@ class FineTuneParams(TrainingParams):
 
     @property
     def views(self) -> ViewParams:
-        """Crops and flips; the rest is timm's."""
+        """Crops and flips. timm applies all other augmentations."""
         return ViewParams(crop_scale_min=self.crop_scale_min, flip_p=self.flip_p)

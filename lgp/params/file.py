@@ -1,4 +1,4 @@
-"""The parameter file: load it, and check it whole before any work."""
+"""The parameter file: loading and checking. The whole file is checked before any work."""
 
 import difflib
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from lgp.params.pretrain import ClParams, ConflictParams, ContrastiveParams, Joi
 from lgp.params.run import RunParams
 from lgp.params.section import ArmName, LabelsName, Section, Whole
 
-# keys of earlier versions → where they stand now
+# key of an earlier version → its place now
 MOVED = {
     "data.few_label_shares": "labels.shares",
     "data.few_label_shots": "labels.shots",
@@ -56,12 +56,12 @@ class Params(Section):
     run: RunParams = RunParams()
 
     def tasks_of(self, arm: str) -> list[str]:
-        """Name the tasks that an arm goes through."""
+        """Return the names of an arm's tasks."""
         tuned = [f"finetune-{labels}" for labels in self.finetuned] if arm in self.finetuned_arms else []
         return ["linear", *(f"fewshot-{labels}" for labels in self.few_labels), *tuned]
 
     def recipe(self, labels: str) -> FineTuneParams:
-        """Return the recipe `finetune.LABELS`; raise `LgpError` where there is none, naming those there are."""
+        """Return the recipe `finetune.LABELS`. If there is none, raise `LgpError` with the existing recipes."""
         if labels not in self.finetune:
             raise LgpError(f"there is no recipe finetune.{labels}, only {', '.join(self.finetune) or 'none'}: add it")
         return self.finetune[labels]
@@ -139,10 +139,10 @@ class Params(Section):
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader, which takes the last of two equal keys, made to refuse them."""
+    """PyYAML's safe loader, but a repeated key is an error. PyYAML itself takes the last of two equal keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping, each key once."""
+        """Build a mapping. Raise an error at a repeated key."""
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen and isinstance(key, yaml.ScalarNode):
@@ -152,7 +152,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def section_values(params: Params, sections: Iterable[str]) -> dict[str, Any]:
-    """Return sections as plain values; `data.source` is that key alone, `finetune.10pct` that recipe if it is there."""
+    """Return sections as plain values. `data.source` gives that key alone, `finetune.10pct` that recipe if any."""
     values = params.model_dump(mode="json", include={section.partition(".")[0] for section in sections})
     chosen: dict[str, Any] = {}
     for section in sections:
@@ -165,9 +165,9 @@ def section_values(params: Params, sections: Iterable[str]) -> dict[str, Any]:
 
 
 def restricted(params: Params, sections: Iterable[str]) -> Params:
-    """Return the parameters as a stage may see them: the sections it reads, and `run`. Others raise `AttributeError`.
+    """Return only the sections that a stage reads, and `run`. Any other section raises `AttributeError`.
 
-    So a stage cannot depend on a key that `dvc.yaml` does not list for it.
+    A stage therefore cannot depend on a key that `dvc.yaml` does not list for it.
     """
     names = {section.partition(".")[0] for section in sections} | {"run"}
     recipes = [section.partition(".")[2] for section in sections if section.startswith("finetune.")]
@@ -185,7 +185,7 @@ def load_params(path: Path) -> Params:
 
     Raises:
         LgpError: the file is missing, is not YAML, has an unknown key, a value out of range, or
-            sections that contradict each other; the message names key, value and what is valid.
+            sections that contradict each other. The message names key, value and what is valid.
     """
     try:
         text = path.read_text()
@@ -211,7 +211,7 @@ def load_params(path: Path) -> Params:
 
 
 def _explain(error: Any) -> str:
-    """Say one pydantic error as `section.key: what is wrong, what is valid`."""
+    """Return one pydantic error as `section.key: what is wrong, what is valid`."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         if key in MOVED:
@@ -231,7 +231,7 @@ def _explain(error: Any) -> str:
 def _section_at(loc: tuple[str | int, ...]) -> type[Section]:
     section: type[Section] = Params
     for part in loc:
-        if str(part) not in section.model_fields:  # a name of the user's, of a section of its kind
+        if str(part) not in section.model_fields:  # a name that the user chose, e.g. of a recipe
             continue
         annotation = section.model_fields[str(part)].annotation
         section = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, Section))

@@ -1,4 +1,4 @@
-"""Section `graft`: on which arm, and by which policies."""
+"""Section `graft`: the arm to graft on, and the policies."""
 
 from typing import Annotated, Literal, Self
 
@@ -11,26 +11,26 @@ Policy = Literal["stage_lr", "layer_decay", "freeze", "l1", "scratch_end", "cl_e
 
 
 class StageLrParams(Section):
-    """One base learning rate per equal group of blocks, from the lowest (LGP, section 3.3)."""
+    """One base learning rate per group of blocks, lowest group first. All groups have one size (LGP, section 3.3)."""
 
     base_lrs: Rates
 
 
 class LayerDecayParams(Section):
-    """A base learning rate for heads and final norm, `decay` times less with every block below."""
+    """A base learning rate for the heads and the final norm. Each block below multiplies it by `decay` once more."""
 
     base_lr: Positive
     decay: Annotated[float, Field(gt=0, le=1)]
 
 
 class LowerBlocks(Section):
-    """Where the encoder is cut: that many of the lowest blocks, with the embeddings, are the lower part."""
+    """A cut through the encoder. The lower part is the embeddings and the lowest `lower_blocks` blocks."""
 
     lower_blocks: Annotated[Whole, Field(ge=0)]
 
 
 class L1Params(LowerBlocks):
-    """Weight of the summed L1 distance of the lower part to the weights that it started from."""
+    """Weight of the L1 penalty: the summed L1 distance of the lower part from its starting weights."""
 
     weight: Positive
 
@@ -38,8 +38,8 @@ class L1Params(LowerBlocks):
 class GraftParams(TrainingParams):
     """Contrastive learning on top of another arm's encoder.
 
-    `policy` names one or more of the sections below; exactly one of `stage_lr` and `layer_decay` is among them,
-    `scratch_end` and `cl_end` exclude each other. Sections that it does not name are not used.
+    `policy` names one or more of the sections below. It names exactly one of `stage_lr` and `layer_decay`. It names at
+    most one of `scratch_end` and `cl_end`. Sections that it does not name are not used.
     """
 
     start: ArmName
@@ -86,6 +86,6 @@ class GraftParams(TrainingParams):
         return self
 
     def cut(self, policy: str) -> int | None:
-        """Return `lower_blocks` of freeze, l1, scratch_end or cl_end, None where `policy` does not name it."""
+        """Return `lower_blocks` of freeze, l1, scratch_end or cl_end, or None if the key `policy` does not name it."""
         section: LowerBlocks | None = getattr(self, policy)
         return section.lower_blocks if section and policy in self.policy else None

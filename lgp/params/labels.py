@@ -1,4 +1,4 @@
-"""Section `labels`: which few-label subsets evaluation uses. Pre-training reads none of it."""
+"""Section `labels`: the few-label subsets of evaluation. Pre-training reads none of it."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,12 +10,12 @@ ALL_LABELS = "all"
 
 
 def shot_name(shot: int) -> str:
-    """Name the subsets that hold `shot` images of each class."""
+    """Return the name of the subsets of `shot` images per class."""
     return f"{shot}shot"
 
 
 class LabelsParams(Section):
-    """Few-label subsets by share, by images of each class or by published list; and leaks between train and test."""
+    """Few-label subsets by share, by images per class or by published list. Also leaks between train and test."""
 
     shares: dict[LabelsName, OpenFraction]
     shots: list[Count] = Field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Sections `contrastive`, `mim`, `cl`, `joint`, `reverse` and `conflict`: pre-training, the graft aside."""
+"""Sections `contrastive`, `mim`, `cl`, `joint`, `reverse` and `conflict`: pre-training except the graft."""
 
 from typing import Annotated, Literal, Self
 
@@ -8,10 +8,10 @@ from lgp.params.section import Count, Fraction, NonNegative, OpenFraction, Posit
 
 
 class ViewParams(Section):
-    """Random views. Probabilities, and for the two views of contrastive learning one value each.
+    """Random views. Keys in `_p` are probabilities. `blur_p` and `solarize_p` have a value for each contrastive view.
 
-    Jitter strengths are torchvision's: a factor is drawn from [1 - s, 1 + s], the hue shift from
-    [-s, s] of a full turn.
+    Jitter strengths are torchvision's. A factor is drawn from [1 - s, 1 + s]. The hue shift is drawn from [-s, s] of a
+    full turn.
     """
 
     crop_scale_min: Annotated[float, Field(gt=0, le=1)]
@@ -35,9 +35,9 @@ class VicregWeights(Section):
 
 
 class ContrastiveParams(Section):
-    """Objective, heads and views of contrastive learning, shared by the CL baseline and the graft.
+    """Objective, heads and views of contrastive learning. The CL baseline and the graft share them.
 
-    `temperature` is of mocov3 and simclr, `predictor_hidden` and `momentum` of mocov3, `vicreg` of vicreg.
+    mocov3 and simclr read `temperature`. mocov3 reads `predictor_hidden` and `momentum`. vicreg reads `vicreg`.
     """
 
     objective: Literal["mocov3", "simclr", "vicreg"] = "mocov3"
@@ -53,7 +53,7 @@ class ContrastiveParams(Section):
 
 
 class TrainingParams(Section):
-    """What every pre-training has. Learning rates are per 256 images: peak lr = base_lr × batch / 256."""
+    """The keys of every training. Learning rates are per 256 images: peak lr = base_lr × batch / 256."""
 
     epochs: Count
     batch_size: Annotated[Whole, Field(ge=2)]
@@ -88,7 +88,7 @@ class MimParams(TrainingParams):
 
     @property
     def views(self) -> ViewParams:
-        """MAE's augmentation: crop and flip, nothing else (appendix A.1)."""
+        """MAE's augmentation: crop and flip only (appendix A.1)."""
         return ViewParams(crop_scale_min=self.crop_scale_min, flip_p=self.flip_p)
 
 
@@ -99,20 +99,20 @@ class ClParams(TrainingParams):
 
 
 class JointParams(TrainingParams):
-    """The paper's control: the losses of MIM (times `mim_weight`) and CL summed on one encoder."""
+    """The paper's control: one encoder with the CL loss plus `mim_weight` times the MIM loss."""
 
     base_lr: Positive
     mim_weight: Positive = 1.0
 
 
 class ReverseParams(TrainingParams):
-    """The paper's control: MIM on top of the CL encoder, one base learning rate per equal group of blocks."""
+    """The paper's control: MIM on top of the CL encoder, one base learning rate per group of blocks of equal size."""
 
     base_lrs: Rates
 
 
 class ConflictParams(Section):
-    """How `lgp conflict` measures: heads fitted to the frozen encoder, then gradients over some batches."""
+    """The measurement of `lgp conflict`: heads fitted to the frozen encoder, then gradients over `batches`."""
 
     head_epochs: Count = 10
     batches: Annotated[Whole, Field(ge=2)] = 200

@@ -1,4 +1,4 @@
-"""Section `run`: how to run, never what comes out."""
+"""Section `run`: how a stage runs, not what it computes."""
 
 from typing import Annotated, Literal, Self
 
@@ -9,7 +9,7 @@ from lgp.params.section import Count, NonNegative, Positive, Section, Whole
 
 
 class OnlineKnnParams(Section):
-    """k-NN while a pre-training runs: every so many epochs (0: never), on some labelled images and some of val."""
+    """k-NN during pre-training: every `every_epochs` epochs (0: never), on some labelled images and some of val."""
 
     every_epochs: Annotated[Whole, Field(ge=0)] = 10
     train_images: Count = 256
@@ -17,7 +17,7 @@ class OnlineKnnParams(Section):
 
 
 class RunParams(Section):
-    """How to run, never what comes out: no stage of dvc.yaml lists this section."""
+    """How a stage runs, not what it computes. No stage of dvc.yaml lists this section."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count | None = None
@@ -44,7 +44,7 @@ class RunParams(Section):
             if parts > 1 and stage not in ("mim", "reverse", "finetune"):
                 raise ValueError(
                     f"accumulate.{stage} {parts}: a contrastive loss compares each image with all others of its batch, "
-                    "so a batch in parts has another loss: share it among more processes, or lower "
+                    "so a batch in parts has another loss: divide it among more processes, or lower "
                     f"{stage}.batch_size; mim, reverse and finetune can be accumulated"
                 )
         return self

@@ -1,4 +1,4 @@
-"""A section of the parameter file, and the kinds of values that sections hold."""
+"""The base class of a section of the parameter file, and the types of its values."""
 
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ def whole_number(value: Any) -> Any:
 
 
 def as_list(value: Any) -> Any:
-    """Take a single name as a list of one."""
+    """Return a single name as a tuple of one, any other value unchanged."""
     return (value,) if isinstance(value, str) else value
 
 
@@ -33,6 +33,6 @@ ArmName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 
 
 class Section(BaseModel):
-    """A section of the file: unknown keys and non-finite numbers are errors, values are frozen."""
+    """A section of the file. Unknown keys and non-finite numbers are errors. Values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -1,1 +1,1 @@
-"""An arm's training: MIM, CL, the graft, the controls; conflict, plan, sanity checks."""
+"""Pre-training of the arms: MIM, CL, the graft, the controls. Also gradient conflict, the plan, sanity checks."""

@@ -1,4 +1,4 @@
-"""What every pre-training shares: from an objective and its batches to a trained model."""
+"""The training that all arms share: it takes an objective and its batches, and returns a trained model."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -29,21 +29,21 @@ from lgp.training.resume_states import StateStore
 
 LossOf = Callable[[Batch], Tensor]
 
-CHECKED_IMAGES = 1024  # whose features are checked after the training
-# two resume states of weight, momentum copy and two moments; the result here, in DVC's cache and in MLflow
+CHECKED_IMAGES = 1024  # images whose features are checked after the training
+# two resume states (each: weight, momentum copy, two moments), and three copies of the result (here, DVC, MLflow)
 DISK_BYTES_PER_PARAMETER = 4 * (2 * 4 + 3)
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a pre-training is given.
+    """The inputs of a pre-training.
 
     Attributes:
-        data: images, without labels.
+        data: the images, without labels.
         params: the sections that the stage reads.
-        store: of resume states.
+        store: where resume states are kept.
         observer: logs epochs.
-        labelled: the same images with labels, for the online k-NN; None where there are none yet.
+        labelled: the same images with labels, for the online k-NN; None where no labels are prepared.
     """
 
     data: Images
@@ -55,14 +55,14 @@ class Session:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is trained.
+    """What is trained, and on what.
 
     Attributes:
-        name: the stage.
-        model: with everything that has parameters, on the CPU.
+        name: of the stage.
+        model: contains every module that has parameters; on the CPU.
         loss_of: batch → scalar loss, the mean over its images.
-        crops: the batch of each step.
-        regularized: parameters that the loss itself keeps near their start, so that they may hardly move.
+        crops: gives the batch of each step.
+        regularized: parameters that the loss regularises towards their start. They may move less than others.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Pretrained:
         model: encoder and heads, on the CPU.
         progression: epochs and compute.
         checks: metrics of the sanity checks.
-        computed: device, precision, threads and processes, which decide the last digits.
+        computed: device, precision, threads and processes. The last digits of the result depend on them.
     """
 
     model: PretrainingModel
@@ -96,20 +96,20 @@ def fit_arm(
     stage: TrainingParams,
     session: Session,
 ) -> Pretrained:
-    """Train an objective on the device of the parameters, as every arm is trained.
+    """Train an objective on the device that `run.device` names. Every arm is trained by this function.
 
     Args:
         objective: what to train.
         rates: parameter name → peak learning rate.
-        betas: AdamW's.
+        betas: of AdamW.
         stage: epochs, warm-up and weight decay.
         session: images, parameters, resume states and observer.
 
     Raises:
-        LgpError: a batch is larger than the data or cannot be divided, the disk is full, the loss stopped being finite,
+        LgpError: a batch is larger than the data or cannot be divided, the disk is full, the loss is not finite,
             another process was lost, or a sanity check failed.
         Interrupted: the training was asked to stop; its state is saved.
-        WorkerDone: in all processes but the first, at the end.
+        WorkerDone: at the end, in every process except the first.
     """
     params, model, crops = session.params, objective.model, objective.crops
     device = choose_device(params.run)
@@ -149,14 +149,14 @@ def fit_arm(
         if rank() > 0:
             raise WorkerDone
     checks = check_weights(model, initial, rates, steps, optimizer, objective.regularized)
-    # evenly over all, for sources come class by class
+    # evenly spaced over all images, because sources are sorted by class
     checked = crops.ids[:: math.ceil(len(crops.ids) / CHECKED_IMAGES)]
     checks |= check_features(extract(class_token_of(model.encoder, device), crops.data, checked))
     return Pretrained(model.cpu(), progression, checks, computed)
 
 
 def _online_knn(objective: Objective, session: Session, device: torch.device) -> Callable[[int], Epoch]:
-    """Return what measures online k-NN after an epoch; it measures nothing where there are no labels yet."""
+    """Return the function that measures online k-NN after an epoch. Without labels it measures nothing."""
     if session.labelled is None:
         return lambda _epoch: {}
     return OnlineKnn(objective.model.encoder, session.labelled, device, session.params.run.online_knn).after_epoch
@@ -166,11 +166,11 @@ def check_batch(name: str, batch_size: int, images: int, processes: int, accumul
     """Raise `LgpError` where a batch is larger than the training part, or cannot be cut into equal parts.
 
     Args:
-        name: the stage.
+        name: of the stage.
         batch_size: of the stage.
-        images: of the training part.
-        processes: that share a batch.
-        accumulate: `run.accumulate`: stage → parts of a batch, 1 unless named.
+        images: number of images of the training part.
+        processes: number of processes that share a batch.
+        accumulate: stage → number of parts of a batch (`run.accumulate`); 1 for a stage that is not in it.
     """
     if batch_size > images:
         raise LgpError(
@@ -186,11 +186,11 @@ def check_batch(name: str, batch_size: int, images: int, processes: int, accumul
 
 
 def check_arms(params: Params, images: int) -> None:
-    """Raise `LgpError` where a batch of any arm cannot be trained, before the first arm trains.
+    """Raise `LgpError` where a batch of any arm cannot be trained. Each arm checks all arms before it trains.
 
     Args:
         params: the whole file.
-        images: of the training part.
+        images: number of images of the training part.
     """
     for arm in TRAINED:
         if arm in params.arms or arm in ("mim", "cl", "graft"):

@@ -1,4 +1,4 @@
-"""The arms that nobody trains, which any encoder must beat: raw pixels, and the same network with random weights."""
+"""The untrained baselines: raw pixels, and the same network with random weights. Any encoder must beat both."""
 
 from timm.models.vision_transformer import VisionTransformer
 

@@ -1,6 +1,7 @@
-"""Contrastive learning: the baseline (MoCo v3, Chen et al. 2021), and what the graft continues with."""
+"""Contrastive learning (MoCo v3, Chen et al. 2021): the baseline arm `cl`, and the objective of the graft."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,11 +16,11 @@ from lgp.params.pretrain import TrainingParams
 from lgp.pretrain.arm import LossOf, Objective, Pretrained, Session, fit_arm
 from lgp.training.optimizer import peak_rate
 
-BETAS = (0.9, 0.999)  # MoCo v3 names none: AdamW's own
+BETAS = (0.9, 0.999)  # AdamW's defaults: MoCo v3 names none
 
 
 def pretrain_cl(session: Session) -> Pretrained:
-    """Train contrastively from scratch, by MoCo v3 unless told otherwise: the contrastive baseline."""
+    """Train the contrastive baseline from scratch. `contrastive.objective` is MoCo v3 by default."""
     params = session.params
     with seeded(params.seed, "cl/init"):
         encoder = build_encoder(params.model, params.data)
@@ -31,12 +32,12 @@ def pretrain_cl(session: Session) -> Pretrained:
 
 
 def contrastive_loss_of(name: str, model: Contrastive, total: int, session: Session) -> LossOf:
-    """Return the loss as a function of a batch, of the first two crops of each image.
+    """Return the function from a batch to its loss. The loss is of the first two crops of each image.
 
     Args:
-        name: the stage, which keeps its draws apart from other stages'.
+        name: of the stage. Each stage has its own random draws.
         model: encoder and heads.
-        total: steps of the training.
+        total: number of training steps.
         session: images and parameters.
     """
     data, params = session.data, session.params
@@ -54,7 +55,7 @@ def contrastive_loss_of(name: str, model: Contrastive, total: int, session: Sess
         return ColorJitter.draw(batch.size, view, views, rng)[batch.rows]
 
     def loss_of(batch: Batch) -> Tensor:
-        # both views of all images at once: twice the work for each call
+        # one call for both views of all images: half the calls, each with twice the work
         crops = batch.crops[:, :2].transpose(0, 1).flatten(0, 1).float() / 255
         images = color_jitter(crops, ColorJitter.cat([jitter_of(batch, 0), jitter_of(batch, 1)]), views)
         view1, view2 = (View(half, ids_keep(batch, v)) for v, half in enumerate(data.normalize(images).chunk(2)))
@@ -64,8 +65,17 @@ def contrastive_loss_of(name: str, model: Contrastive, total: int, session: Sess
     return loss_of
 
 
-def _no_penalty() -> float:
-    return 0.0
+@dataclass(frozen=True)
+class Penalty:
+    """What is added to the loss of every step.
+
+    Attributes:
+        value: computes it.
+        regularized: parameters that it regularises towards their start. They may move less than others.
+    """
+
+    value: Callable[[], Tensor | float] = lambda: 0.0
+    regularized: frozenset[str] = frozenset()
 
 
 def contrast(
@@ -74,10 +84,9 @@ def contrast(
     rates: Mapping[str, float],
     stage: TrainingParams,
     session: Session,
-    penalty: Callable[[], Tensor | float] = _no_penalty,
-    regularized: frozenset[str] = frozenset(),
+    penalty: Penalty = Penalty(),
 ) -> Pretrained:
-    """Train contrastively as the stage `name`.
+    """Train a contrastive model as the stage `name`.
 
     Args:
         name: `cl` or `graft`.
@@ -86,13 +95,12 @@ def contrast(
         stage: epochs, batch, warm-up and weight decay.
         session: images, parameters, resume states and observer.
         penalty: added to the loss of every step.
-        regularized: parameters that the penalty keeps near their start, so that they may hardly move.
     """
     stream = Stream(session.params.seed, name)
     crops = CropDataset(session.data, session.params.contrastive.views, 2, stage.batch_size, stream)
     contrastive = contrastive_loss_of(name, model, stage.epochs * crops.steps_per_epoch, session)
 
     def loss_of(batch: Batch) -> Tensor:
-        return contrastive(batch) + penalty()
+        return contrastive(batch) + penalty.value()
 
-    return fit_arm(Objective(name, model, loss_of, crops, regularized), rates, BETAS, stage, session)
+    return fit_arm(Objective(name, model, loss_of, crops, penalty.regularized), rates, BETAS, stage, session)

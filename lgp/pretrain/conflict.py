@@ -1,8 +1,8 @@
-"""Gradient conflict, the observation behind the graft: MIM and CL move the same weights apart (LGP, section 3.1).
+"""Gradient conflict between MIM and CL, the observation behind the graft (LGP, section 3.1).
 
-For an encoder as it is, each loss is taken with heads that fit it: both are trained with the encoder frozen first, so
-that the gradient is that of the best loss these features allow, not of heads that know nothing. Then the gradients of
-both losses, on the same images and weights, are compared block by block.
+MIM and CL move the same weights in different directions. The measurement has two steps. First the heads of both losses
+are trained while the encoder is frozen. The gradients are then those of fitted heads, not of random heads. Then the
+gradients of both losses are computed on the same images and weights, and compared block by block.
 """
 
 import math
@@ -50,7 +50,7 @@ def measure_conflict(session: Session, start: Path) -> pd.DataFrame:
 
     Returns:
         A row per part (`embed`, `block0` …, `norm`) and batch: the cosine of the two gradients, in [-1, 1], and the
-        length of each.
+        norm of each.
     """
     params, settings = session.params, session.params.conflict
     check_encoder_fits(start, params.model, params.data)
@@ -93,7 +93,7 @@ def measure_conflict(session: Session, start: Path) -> pd.DataFrame:
 
 
 def _gradients(loss: Tensor, weights: dict[str, nn.Parameter], roles: Mapping[str, Role]) -> dict[str, Tensor]:
-    """Return the gradient of a loss, all weights of a part of the encoder as one vector."""
+    """Return the gradient of a loss as one vector per part of the encoder."""
     parts: dict[str, list[Tensor]] = {}
     for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
         parts.setdefault(roles[name].part, []).append(gradient.flatten())
@@ -101,7 +101,7 @@ def _gradients(loss: Tensor, weights: dict[str, nn.Parameter], roles: Mapping[st
 
 
 def knn_by_block(folder: Path, data: LabelledImages, params: Params) -> list[float]:
-    """Measure k-NN accuracy on val, in percent, of the mean token after each block of the encoder in `folder`."""
+    """Return k-NN accuracy on val, in percent, of the mean token after each block of the encoder in `folder`."""
     check_input_size(folder, data)
     device = choose_device(params.run)
     encoder = load_encoder(folder).to(device).eval()
@@ -123,13 +123,13 @@ def knn_by_block(folder: Path, data: LabelledImages, params: Params) -> list[flo
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Where to cut, as a number of lower blocks to keep, and why.
+    """How many lower blocks to keep for a graft, and why.
 
     Attributes:
         lower_blocks: the suggestion.
-        by_conflict: where the median cosine falls most, None where it does not fall with depth.
-        by_knn: up to and with the block whose features are best.
-        cosines: median per block.
+        by_conflict: number of blocks below the fall of the median cosine; None where it does not fall with depth.
+        by_knn: number of blocks up to and including the one with the best features.
+        cosines: median cosine per block.
     """
 
     lower_blocks: int
@@ -141,16 +141,17 @@ class Suggestion:
 def suggest_cut(conflict: pd.DataFrame, knn: list[float]) -> Suggestion:
     """Suggest how many lower blocks to keep.
 
-    The conflict's cut is the one that best splits the blocks' median cosines into two levels (least squares). Where
-    the level above is not lower by three standard errors over the batches, conflict does not grow with depth, and the
-    features decide: blocks up to the one with the best k-NN accuracy are worth keeping. The last block is never kept.
+    The cut by conflict splits the blocks' median cosines into the two levels that fit them best (least squares).
+    Conflict grows with depth where the upper level is lower by more than three standard errors over the batches. This
+    cut is then the suggestion. Otherwise the cut by k-NN is: keep the blocks up to and including the one with the best
+    k-NN accuracy. The last block is never kept.
 
     Args:
         conflict: of `measure_conflict`.
         knn: accuracy per block of the encoder to graft on, two blocks or more.
 
     Raises:
-        LgpError: the conflict was measured in another number of blocks.
+        LgpError: the conflict was measured in another number of blocks, or there are fewer than two.
     """
     names = [f"block{i}" for i in range(len(knn))]
     blocks = conflict[conflict["block"].str.startswith("block")]
@@ -179,7 +180,7 @@ def rates_for(lower_blocks: int, depth: int, low: float, high: float) -> list[fl
 
 
 def read_conflict(path: Path, encoder: Path) -> pd.DataFrame:
-    """Read a table of `measure_conflict`; raise `LgpError` where there is none, or it is of another encoder."""
+    """Read a table of `measure_conflict`; raise `LgpError` where it is missing or of another encoder."""
     arm = encoder.parent.name
     if not path.exists():
         raise LgpError(f"no {path}: run `lgp conflict {arm}` first")
@@ -190,7 +191,7 @@ def read_conflict(path: Path, encoder: Path) -> pd.DataFrame:
 
 
 def advice(found: Suggestion, depth: int) -> list[str]:
-    """Say a suggestion in words, with the parameters to set."""
+    """Write a suggestion as lines of text, with the parameters to set."""
     cut = found.lower_blocks
     why = "conflict grows there" if found.by_conflict else "conflict does not grow with depth, the features decide"
     return [

@@ -1,4 +1,4 @@
-"""The paper's controls: both losses summed on one encoder, and the graft the other way round (LGP, section 3.1)."""
+"""The paper's controls (LGP, section 3.1): the sum of both losses on one encoder, and MIM on top of CL."""
 
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from lgp.training.optimizer import peak_rate
 def pretrain_joint(session: Session) -> Pretrained:
     """Train one encoder on L_CL + `mim_weight` · L_MIM from scratch.
 
-    MIM sees the crop of the first contrastive view, before its colours are changed: the same images, the same
-    weights. Everything else (optimizer, initialisation, frozen patch embedding) is as in `cl`.
+    MIM takes the crop of the first contrastive view, before colour jitter. Both losses therefore have the same images
+    and weights. Everything else (optimizer, initialisation, frozen patch embedding) is as in `cl`.
     """
     params, joint = session.params, session.params.joint
     if joint is None:
@@ -47,7 +47,7 @@ def pretrain_joint(session: Session) -> Pretrained:
 
 
 def pretrain_reverse(session: Session, start: Path) -> Pretrained:
-    """Continue masked image modelling on the contrastive encoder in the folder `start`, the decoder anew."""
+    """Continue masked image modelling on the contrastive encoder in the folder `start`, with a new decoder."""
     params, reverse = session.params, session.params.reverse
     if reverse is None:
         raise LgpError("there is no section reverse in the parameters: add it (the preset digits has one)")

@@ -1,7 +1,7 @@
 """The graft: contrastive learning continues on another arm's encoder (LGP, section 3.3).
 
-`graft.policy` decides which blocks come from where, at which learning rates they learn, which are frozen, and which are
-regularised towards their start.
+`graft.policy` decides four things for each block: its source, its learning rate, whether it is frozen, and whether it
+is regularised towards its start.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,15 +19,15 @@ from lgp.models.vit import build_encoder, init_encoder_as_moco
 from lgp.params.file import Params
 from lgp.params.graft import GraftParams
 from lgp.pretrain.arm import Pretrained, Session
-from lgp.pretrain.cl import contrast
+from lgp.pretrain.cl import Penalty, contrast
 from lgp.training.optimizer import peak_rate
 
 
 def stage_rates(roles: Mapping[str, Role], depth: int, rates: list[float]) -> dict[str, float]:
     """Give each parameter its learning rate (policy `stage_lr`; LGP, section 3.3).
 
-    The blocks are cut into equal groups, one rate each, from the lowest. The embeddings (class token, patch embedding)
-    take the first rate, the final norm and the heads the last.
+    The blocks are cut into equal groups, the lowest first. Each group has one rate. The embeddings (class token, patch
+    embedding) take the first rate. The final norm and the heads take the last rate.
 
     Args:
         roles: of the model's parameters.
@@ -43,11 +43,11 @@ def stage_rates(roles: Mapping[str, Role], depth: int, rates: list[float]) -> di
 
 
 def decayed_rates(roles: Mapping[str, Role], depth: int, rate: float, decay: float) -> dict[str, float]:
-    """Give each parameter its learning rate (policy `layer_decay`), `decay` times less with every block below.
+    """Give each parameter its learning rate (policy `layer_decay`): `decay` times that of the block above.
 
-    Final norm and heads take `rate`, the last block `decay` times it, the embeddings decay^(depth + 1) times it, as
-    in BEiT and LGP's released code. timm's groups give the same for an encoder with a classifier; without one they
-    begin a block later.
+    The final norm and the heads take `rate`, the last block rate · decay, and the embeddings rate · decay^(depth + 1),
+    as in BEiT and LGP's released code. timm's groups give the same rates for an encoder with a classifier. Without a
+    classifier timm's decay begins one block later.
 
     Args:
         roles: of the model's parameters.
@@ -67,23 +67,23 @@ def lower_names(encoder: VisionTransformer, lower_blocks: int) -> list[str]:
 
 
 def freeze_lower(encoder: VisionTransformer, lower_blocks: int) -> None:
-    """Freeze embeddings and the lowest blocks (policy `freeze`): no gradient, so no decay and no step either.
+    """Freeze the embeddings and the lowest blocks (policy `freeze`): they get no gradient, no step and no weight decay.
 
-    A ViT's blocks behave alike in training and evaluation here (no dropout, no BatchNorm), so no mode is set.
+    The mode of the frozen blocks is not changed. They have no dropout and no BatchNorm, so both modes compute the same.
     """
     for name in lower_names(encoder, lower_blocks):
         encoder.get_parameter(name).requires_grad_(False)
 
 
 def regularized_names(encoder: VisionTransformer, lower_blocks: int) -> list[str]:
-    """Name the parameters that the policy `l1` regularises: the trainable ones of embeddings and lowest blocks."""
+    """Name the parameters that the policy `l1` regularises: the trainable ones of the embeddings and lowest blocks."""
     return [name for name in lower_names(encoder, lower_blocks) if encoder.get_parameter(name).requires_grad]
 
 
 def l1_penalty(encoder: VisionTransformer, lower_blocks: int, weight: float) -> Callable[[], Tensor]:
-    """Return the penalty `weight` · Σ|θ - θ_0| over embeddings and the lowest blocks (policy `l1`).
+    """Return the penalty `weight` · Σ|θ - θ_0| over the embeddings and the lowest blocks (policy `l1`).
 
-    θ_0 are the weights as they are now; LGP's released code sums likewise, over the first 12 blocks of ViT-L.
+    θ_0 are the weights at the time of this call. LGP's released code has the same sum, over 12 blocks of ViT-L.
     """
     regularized = [encoder.get_parameter(name) for name in regularized_names(encoder, lower_blocks)]
     start = [p.detach().clone() for p in regularized]
@@ -98,7 +98,7 @@ def l1_penalty(encoder: VisionTransformer, lower_blocks: int, weight: float) -> 
 
 
 def replace_upper(encoder: VisionTransformer, source: VisionTransformer, lower_blocks: int) -> None:
-    """Take all but the lowest blocks, and the final norm, from another encoder (`scratch_end`, `cl_end`)."""
+    """Copy the upper blocks and the final norm from `source` (policies `scratch_end`, `cl_end`)."""
     lower, parameters = lower_names(encoder, lower_blocks), dict(source.named_parameters())
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
@@ -109,7 +109,7 @@ def replace_upper(encoder: VisionTransformer, source: VisionTransformer, lower_b
 def pretrain_graft(session: Session, start: Path, end: Path) -> Pretrained:
     """Continue contrastive learning on the encoder in the folder `start`, as `graft.policy` says (LGP, section 3.3).
 
-    Encoder and momentum encoder start alike, the heads anew.
+    The encoder and the momentum encoder start with the same weights. The heads start with random weights.
 
     Args:
         session: images, parameters, resume states and observer.
@@ -125,11 +125,12 @@ def pretrain_graft(session: Session, start: Path, end: Path) -> Pretrained:
     if lower is None or graft.l1 is None:
         return contrast("graft", model, rates, graft, session)
     regularized = frozenset(f"encoder.{name}" for name in regularized_names(encoder, lower))
-    return contrast("graft", model, rates, graft, session, l1_penalty(encoder, lower, graft.l1.weight), regularized)
+    value = l1_penalty(encoder, lower, graft.l1.weight)
+    return contrast("graft", model, rates, graft, session, Penalty(value, regularized))
 
 
 def build_graft(encoder: VisionTransformer, params: Params) -> Contrastive:
-    """Put contrastive heads on the encoder to graft on, what the policy freezes fixed before it is copied."""
+    """Put contrastive heads on the encoder to graft on. The policy `freeze` applies before the momentum copy."""
     frozen = params.graft.cut("freeze")
     if frozen is not None:
         freeze_lower(encoder, frozen)
@@ -137,7 +138,7 @@ def build_graft(encoder: VisionTransformer, params: Params) -> Contrastive:
 
 
 def _stitched(params: Params, start: Path, end: Path) -> VisionTransformer:
-    """Load the encoder, with the upper blocks that the policy asks for."""
+    """Load the encoder to graft on, and replace its upper blocks where the policy says so."""
     check_encoder_fits(start, params.model, params.data)
     encoder = load_encoder(start)
     kept = params.graft.cut("scratch_end")
@@ -153,7 +154,7 @@ def _stitched(params: Params, start: Path, end: Path) -> VisionTransformer:
 
 
 def graft_rates(model: Contrastive, graft: GraftParams, depth: int) -> dict[str, float]:
-    """Return parameter name → peak learning rate, of the one policy that gives rates."""
+    """Return parameter name → peak learning rate. The policy has exactly one of `stage_lr` and `layer_decay`."""
     roles = model.roles()
     if graft.stage_lr and "stage_lr" in graft.policy:
         return stage_rates(roles, depth, [peak_rate(lr, graft.batch_size) for lr in graft.stage_lr.base_lrs])

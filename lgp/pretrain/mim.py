@@ -1,4 +1,4 @@
-"""Masked image modelling of the encoder (MAE, He et al. 2022). The graft starts from it."""
+"""Masked image modelling of the encoder (MAE, He et al. 2022). The graft starts from this encoder."""
 
 from pathlib import Path
 
@@ -35,16 +35,16 @@ def pretrain_mim(session: Session) -> Pretrained:
 
 
 def build_mae(encoder: VisionTransformer, mim: MimParams) -> MAE:
-    """Put MAE's decoder on an encoder; positions stay fixed."""
+    """Put MAE's decoder on an encoder. The position embeddings stay fixed."""
     encoder.pos_embed.requires_grad_(False)
     return MAE(encoder, mim.mask_ratio, mim.decoder_width, mim.decoder_depth, mim.decoder_heads)
 
 
 def masked_loss_of(name: str, mae: MAE, session: Session) -> LossOf:
-    """Return the loss as a function of a batch, of the first crop of each image.
+    """Return the function from a batch to its loss. The loss is of the first crop of each image.
 
     Args:
-        name: the stage, which keeps its draws apart from other stages'.
+        name: of the stage. Each stage has its own random draws.
         mae: encoder and decoder.
         session: images and parameters.
     """
@@ -60,10 +60,10 @@ def masked_loss_of(name: str, mae: MAE, session: Session) -> LossOf:
 
 
 def write_reconstructions(path: Path, result: Pretrained, data: Images, seed: int) -> dict[str, Tensor]:
-    """Write validation images, their masked input and what the decoder paints in, for the report to draw.
+    """Write validation images, their masked input and their reconstruction. The report draws them.
 
     Returns:
-        What is written: `original`, `masked`, `painted`, each (B, C, H, W) in about [0, 1].
+        The written tensors: `original`, `masked`, `painted`, each (B, C, H, W), in about [0, 1].
     """
     mae = result.model
     assert isinstance(mae, MAE)

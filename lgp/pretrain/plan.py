@@ -1,7 +1,7 @@
-"""What a pre-training will take: parameters, arithmetic, memory and hours, before it is begun.
+"""The cost of a pre-training before it starts: parameters, FLOPs, memory and hours.
 
-The model is run once without memory or arithmetic behind it (fake tensors), so every figure follows from the code
-that trains, also for sizes that this machine could not hold.
+The code that trains runs once on fake tensors, which have a shape but no data. Every figure follows from that code. The
+model may be larger than the memory of this machine.
 """
 
 import time
@@ -25,8 +25,8 @@ from lgp.pretrain.graft import build_graft, graft_rates
 from lgp.pretrain.mim import build_mae
 from lgp.training.optimizer import REFERENCE_BATCH, parameter_groups
 
-BATCH = 2  # of the run that counts: BatchNorm needs two, and all that is counted grows in proportion
-GRADIENT_BYTES = 4 + 8  # beside a trained weight: its gradient, and AdamW's two moments
+BATCH = 2  # images in the counted step: BatchNorm needs two, and all counts are proportional to it
+GRADIENT_BYTES = 4 + 8  # per trained weight: its gradient, and AdamW's two moments
 GIB = 2**30
 PLAN_COLUMNS = ("stage", "parameters", "work per image", "steps", "memory per GPU", "time", "GPU time")
 GRAFT_COLUMNS = ("part", "base lr", "decayed", "not decayed", "frozen")
@@ -34,12 +34,12 @@ GRAFT_COLUMNS = ("part", "base lr", "decayed", "not decayed", "frozen")
 
 @dataclass(frozen=True)
 class Machine:
-    """What to train on.
+    """The machine to train on.
 
     Attributes:
-        gpus: devices, each with its share of the batch.
-        memory_gib: of one device.
-        tflops: that one device sustains in this training, in 10¹² FLOP/s (its peak times what is reached of it).
+        gpus: number of devices. Each takes an equal part of the batch.
+        memory_gib: memory of one device, in GiB.
+        tflops: speed of one device in training, in 10¹² FLOP/s: its peak times the fraction of it that is reached.
     """
 
     gpus: int
@@ -49,7 +49,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training step's model: parameters, and per image FLOPs and bytes of kept activations."""
+    """The cost of a training step: parameters (all and trained), and per image FLOPs and bytes of kept activations."""
 
     parameters: int
     trained: int
@@ -59,7 +59,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage takes on a machine."""
+    """The cost of a stage on a machine."""
 
     stage: str
     cost: Cost
@@ -74,7 +74,7 @@ def measure(build: Callable[[], tuple[nn.Module, Callable[[], Tensor]]]) -> Cost
     """Count one step, forward and backward, in single precision.
 
     Args:
-        build: returns a model and how to compute its loss on `BATCH` images; called where tensors are only shapes.
+        build: returns a model, and the function of its loss on `BATCH` images. Its tensors have shapes but no data.
     """
     with torch.device("meta"):
         model, loss_of = build()
@@ -137,8 +137,8 @@ def plan_stage(stage: str, params: Params, images: int, machine: Machine) -> Sta
     Args:
         stage: one of `arms.TRAINED`.
         params: the whole file.
-        images: that pre-training sees in an epoch.
-        machine: to train on.
+        images: number of images in an epoch.
+        machine: the machine to train on.
     """
     section: TrainingParams = getattr(params, stage)
     cost = stage_cost(stage, params)
@@ -156,16 +156,16 @@ def plan_stage(stage: str, params: Params, images: int, machine: Machine) -> Sta
         most = int((machine.memory_gib * GIB - state) / cost.activation_bytes_per_image)
         remedy = f"at most {most} images a GPU fit" if most > 0 else "the weights alone do not fit"
         warnings.append(
-            f"{stage} does not fit: {memory:.0f} GiB for {per_gpu} images a GPU of {machine.memory_gib:g}: {remedy}"
+            f"{stage} needs {memory:.0f} GiB for {per_gpu} images a GPU, a GPU has {machine.memory_gib:g} GiB: {remedy}"
         )
     return StagePlan(stage, cost, steps, memory, seconds / 3600, seconds * machine.gpus / 86400, warnings)
 
 
 def plan(params: Params, images: int, machine: Machine) -> list[StagePlan]:
-    """Plan the pre-trainings of all `arms` that have one.
+    """Plan the pre-training of every arm in `arms` that is trained.
 
     Raises:
-        LgpError: none has.
+        LgpError: no arm in `arms` is trained.
     """
     stages = [stage for stage in TRAINED if stage in params.arms]
     if not stages:
@@ -175,9 +175,9 @@ def plan(params: Params, images: int, machine: Machine) -> list[StagePlan]:
 
 @dataclass(frozen=True)
 class PartRates:
-    """What the optimizer does with a part of the grafted model: peak learning rate, and weights with and without decay.
+    """A part of the grafted model: its peak learning rate, and its numbers of weights with and without weight decay.
 
-    `base_lr` is per 256 images, as papers give it; `frozen` counts weights that it does not see.
+    `base_lr` is per 256 images, as papers give it. `frozen` counts weights that the optimizer does not train.
     """
 
     part: str
@@ -208,7 +208,7 @@ def graft_rates_by_part(params: Params) -> list[PartRates]:
 def matrix_tflops(
     device: torch.device, dtype: torch.dtype = torch.float32, size: int = 2048, seconds: float = 1.0
 ) -> float:
-    """Measure the FLOP/s of matrix products of a type on a device, in 10¹²."""
+    """Measure the speed of matrix products of `dtype` on a device, in 10¹² FLOP/s."""
     a = torch.randn(size, size, device=device).to(dtype)
 
     def wait() -> None:
@@ -226,7 +226,7 @@ def matrix_tflops(
 
 
 def plan_row(plan: StagePlan) -> list[str]:
-    """Write a plan as the cells of `PLAN_COLUMNS`, in units that a person reads."""
+    """Write a plan as the cells of `PLAN_COLUMNS`, in readable units."""
     return [
         plan.stage,
         f"{plan.cost.parameters / 1e6:,.2f} M",

@@ -1,4 +1,4 @@
-"""Sanity checks after a training: did every part of the model move, and do the features fill their space?"""
+"""Sanity checks after a training: every part of the model has moved, and the features have not collapsed."""
 
 import math
 from collections import defaultdict
@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from lgp.errors import LgpError
 from lgp.models.roles import PretrainingModel
 
-# of the distance that a random walk with the same rates would make
+# smallest distance of a part, relative to a random walk with the same learning rates
 MIN_MOVED = 0.01
-# of features on the unit sphere: 1 where they are spread evenly, 0 where all are the same
+# smallest `features/std`: 1 is a uniform distribution on the unit sphere, 0 are constant features
 MIN_STD = 0.01
 MIN_EFFECTIVE_RANK = 1.5
 
@@ -22,7 +22,7 @@ Weights = dict[str, Tensor]
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """Copy all parameters to the CPU, to compare with later."""
+    """Copy all parameters to the CPU, for a later comparison."""
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
 
 
@@ -34,12 +34,12 @@ def check_weights(
     optimizer: Optimizer,
     regularized: frozenset[str] = frozenset(),
 ) -> dict[str, float]:
-    """Measure how far each part of a model moved, as a share of the learning rates that it was given.
+    """Measure how far each part of a model moved, relative to its learning rates.
 
-    The share is the root mean square of θ - θ_0 over the sum of the rates, which is peak · steps / 2 for a linear
-    warm-up and half a cosine. AdamW moves a weight by about its rate a step. A share of 1 is a straight line; a random
-    walk gives about 2 / √steps. Weight decay moves weights too, so the optimizer must have seen a gradient as well. A
-    momentum copy has no rate: its value is the plain root mean square.
+    The measure is the root mean square of (θ - θ_0) / sum of the learning rates. The sum is peak · steps / 2 for a
+    linear warm-up and half a cosine. AdamW moves a weight by about its learning rate in a step. A straight line thus
+    gives 1, and a random walk about 2 / √steps. Weight decay moves weights too, so a part must also have received a
+    gradient. A momentum copy has no learning rate: its measure is the root mean square of θ - θ_0.
 
     Args:
         model: after the training.
@@ -47,14 +47,14 @@ def check_weights(
         rates: parameter name → peak learning rate.
         steps: of the training.
         optimizer: AdamW, after the training.
-        regularized: parameters whose part must move, by however little.
+        regularized: parameters whose parts may move by any distance above 0.
 
     Returns:
-        `moved/PART` → share.
+        `moved/PART` → the measure; 0 for a frozen part.
 
     Raises:
-        LgpError: a part with a rate got no gradient or did not move, a momentum copy did not follow, or a parameter
-            that is frozen or without a rate moved. Names them.
+        LgpError: a part with a learning rate got no gradient or did not move, a momentum copy did not follow, or a
+            parameter moved that is frozen or has no learning rate. The message names them.
     """
     squares: dict[str, list[Tensor]] = defaultdict(list)
     faults, frozen, with_gradient = [], set(), set()
@@ -79,7 +79,7 @@ def check_weights(
             faults.append(f"no gradient reached {part}")
         elif share < least and part not in exempt:
             faults.append(f"{part} moved by {share:.2g} of its learning rates, expected at least {least:.2g}")
-        # a momentum copy follows from the step after the first with a learning rate
+        # a momentum copy moves one step later than the encoder, which first moves with a learning rate above 0
         elif not share and (steps > 2 or part not in copies):
             faults.append(f"{part} did not move")
     if faults:
@@ -94,14 +94,14 @@ def _saw_gradient(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
 
 
 def check_features(features: np.ndarray) -> dict[str, float]:
-    """Measure how features (N, D) fill their space. Constant features have collapsed.
+    """Measure the standard deviation and the effective rank of features (N, D). Constant features have collapsed.
 
-    `features/std` is the mean deviation of the features on the unit sphere, times √D: 1 where they are spread evenly
-    (Chen and He 2021, section 4.1). `features/effective_rank` is exp of the entropy of the normalised singular values
-    of the centred features (Roy and Vetterli 2007).
+    `features/std` is the mean standard deviation of the features on the unit sphere, times √D. It is 1 for a uniform
+    distribution (Chen and He 2021, section 4.1). `features/effective_rank` is exp of the entropy of the normalised
+    singular values of the centred features (Roy and Vetterli 2007).
 
     Raises:
-        LgpError: collapsed.
+        LgpError: the features have collapsed.
     """
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     std = float(unit.std(axis=0).mean() * math.sqrt(features.shape[1]))

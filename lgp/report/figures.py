@@ -1,4 +1,4 @@
-"""The pictures: label efficiency, loss curves, reconstructions, confusion."""
+"""The pictures of the report: accuracies, loss curves, reconstructions, confusion, mistakes, gradient conflict."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ MISTAKES_A_ROW = 8
 
 
 def plot_label_efficiency(path: Path, table: pd.DataFrame, classes: int) -> None:
-    """Draw accuracy over labels per class, a line with 95 % intervals per arm: frozen solid, fine-tuned dashed."""
+    """Draw accuracy over labels per class with 95 % intervals. Lines are solid (frozen) or dashed (fine-tuned)."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for tuned, style in ((False, "-"), (True, "--")):
@@ -54,7 +54,10 @@ def plot_depth(path: Path, by_arm: Mapping[str, Sequence[float]]) -> None:
 
 
 def plot_per_class(path: Path, by_arm: Mapping[str, np.ndarray], classes: Sequence[str], best: str, title: str) -> None:
-    """Draw accuracy per class, a bar for each arm, by the accuracy of the arm `best`; of many classes both ends."""
+    """Draw accuracy per class, a bar for each arm.
+
+    Classes are sorted by the accuracy of the arm `best`. Of more than 20 classes the lowest and highest 10 are drawn.
+    """
     order = np.argsort(np.nan_to_num(by_arm[best], nan=-1.0), kind="stable")
     if len(order) > SHOWN_CLASSES:
         order = np.concatenate([order[: SHOWN_CLASSES // 2], order[-SHOWN_CLASSES // 2 :]])
@@ -71,7 +74,7 @@ def plot_per_class(path: Path, by_arm: Mapping[str, np.ndarray], classes: Sequen
 
 
 def plot_mistakes(path: Path, images: np.ndarray, mistakes: pd.DataFrame, classes: Sequence[str], arm: str) -> None:
-    """Draw the images (B, H, W, C) uint8 of wrong predictions, each with what it is and what it was taken for."""
+    """Draw the images (B, H, W, C) uint8 of wrong predictions, each with its label and its prediction."""
     columns = min(len(images), MISTAKES_A_ROW)
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.25 * columns, 1.65 * rows + 0.4), layout="constrained")
@@ -88,7 +91,7 @@ def plot_mistakes(path: Path, images: np.ndarray, mistakes: pd.DataFrame, classe
 
 
 def plot_curves(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:
-    """Draw the training loss over epochs of each arm, side by side: the losses are not comparable."""
+    """Draw the training loss over epochs, one plot per arm. The losses of different arms are not comparable."""
     figure = Figure(figsize=(3.4 * len(curves), 3), layout="constrained")
     all_axes = figure.subplots(1, len(curves), squeeze=False)
     for axes, (arm, curve) in zip(all_axes[0], curves.items(), strict=True):
@@ -129,7 +132,7 @@ def plot_confusion(path: Path, predictions: pd.DataFrame, classes: list[str]) ->
 
 
 def plot_conflict(path: Path, conflict: pd.DataFrame) -> None:
-    """Draw how the cosine of the gradients of MIM and CL is distributed over batches, a box per part of the encoder."""
+    """Draw the cosine of the gradients of MIM and CL over batches, as a box per part of the encoder."""
     parts = {str(part): rows["cosine"].to_numpy() for part, rows in conflict.groupby("block", sort=False)}
     figure = Figure(figsize=(max(4.5, 0.6 * len(parts) + 1.5), 3.6), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What the report reads: metrics and predictions of every arm and task."""
+"""The inputs of the report: metrics and predictions of every arm and task."""
 
 import json
 from collections.abc import Mapping
@@ -15,24 +15,24 @@ from lgp.params.arms import BASELINES
 
 @dataclass(frozen=True)
 class ArmOutcomes:
-    """What all tasks of one arm yielded, by name: `linear`, `fewshot-1pct`, `finetune-10pct` and the like."""
+    """The outcomes of one arm by task: `linear`, `fewshot-1pct`, `finetune-10pct` and the like."""
 
     arm: str
     tasks: Mapping[str, Outcome]
 
     @property
     def is_baseline(self) -> bool:
-        """Tell whether nobody trained this arm."""
+        """Whether the arm is an untrained baseline."""
         return self.arm in BASELINES
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where the report finds what it reads.
+    """The files that the report reads.
 
     Attributes:
         metrics: arm and task → metric file.
-        predictions: arm and task → predictions.
+        predictions: arm and task → file of predictions.
         arms: arm → folder of its pre-training.
     """
 
@@ -62,16 +62,16 @@ def fewest_labels(arms: list[ArmOutcomes]) -> str:
 
 
 def champion(arms: list[ArmOutcomes]) -> ArmOutcomes:
-    """Return the arm with the best validation accuracy of frozen features at the fewest labels, baselines aside."""
+    """Return the trained arm with the best validation accuracy of frozen features at the fewest labels."""
     fewest = fewest_labels(arms)
     return max((a for a in arms if not a.is_baseline), key=lambda a: a.tasks[fewest].metrics["val/top1"])
 
 
 def correct_by_subset(a: ArmOutcomes, b: ArmOutcomes, task: str) -> tuple[np.ndarray, np.ndarray]:
-    """Turn two arms' predictions into (subsets, images) bool each, whether they are right, of the same images.
+    """Return for each of two arms which predictions are right, as bool (subsets, images) of the same images.
 
     Raises:
-        LgpError: they were not made on the same subsets and images.
+        LgpError: the predictions of the two arms are of different subsets or images.
     """
     rows = [x.tasks[task].predictions.sort_values(["subset", "id"], ignore_index=True) for x in (a, b)]
     same = ["subset", "id", "label"]
@@ -86,18 +86,18 @@ def correct_by_subset(a: ArmOutcomes, b: ArmOutcomes, task: str) -> tuple[np.nda
 
 
 def accuracy_per_class(predictions: pd.DataFrame, classes: int) -> np.ndarray:
-    """Return accuracy per class in percent over all subsets, (classes,); NaN where test has no image of a class."""
+    """Return accuracy per class in percent over all subsets, (classes,); NaN for a class without a test image."""
     correct = (predictions["label"] == predictions["prediction"]).groupby(predictions["label"]).mean()
     return 100 * correct.reindex(range(classes)).to_numpy(dtype=np.float64)
 
 
 def accuracy_by_depth(outcome: Outcome) -> list[float]:
-    """Return k-NN accuracy in percent after each block, of the task `linear`; empty where it was not asked for."""
+    """Return k-NN accuracy in percent after each block, from the task `linear`; empty where it was not measured."""
     found = {name: value for name, value in outcome.metrics.items() if name.startswith("test/knn_top1_block")}
     return [found[f"test/knn_top1_block{b}"] for b in range(len(found))]
 
 
 def worst_mistakes(predictions: pd.DataFrame, most: int) -> pd.DataFrame:
-    """Return the wrong predictions of the first subset that were made with the most confidence, `most` at most."""
+    """Return the wrong predictions of the first subset with the highest confidence, at most `most`."""
     first = predictions[(predictions["subset"] == 0) & (predictions["label"] != predictions["prediction"])]
     return first.sort_values(["confidence", "id"], ascending=[False, True]).head(most)

@@ -1,4 +1,4 @@
-"""The page as Markdown, and the same as one HTML file that works offline."""
+"""The page of the report, as Markdown and as one HTML file that works offline."""
 
 import base64
 import itertools
@@ -23,10 +23,10 @@ TITLE = "Label efficiency"
 PICTURES = {
     "label_efficiency": "Accuracy over labels per class, with 95 % intervals",
     "accuracy_by_depth": "k-NN accuracy of the features after each block, all labels",
-    "accuracy_per_class": "Accuracy per class at the fewest labels, by the champion's (per_class.csv has all tasks)",
+    "accuracy_per_class": "Accuracy per class at the fewest labels, sorted by the champion's (all: per_class.csv)",
     "confusion": "Confusion of the champion at the fewest labels, over all subsets",
     "worst_mistakes": "The champion's most confident mistakes with all labels (linear probe)",
-    "curves": "Training losses, which cannot be compared with each other",
+    "curves": "Training losses (the losses of different arms are not comparable)",
     "reconstructions": "Reconstructions of the masked autoencoder",
 }
 STYLE = """
@@ -67,7 +67,7 @@ def page_of(
     """Write the page.
 
     Args:
-        params: what ran.
+        params: the parameters that ran.
         data: images and labels.
         arms: outcomes of all arms.
         results: the table of `results_table`.
@@ -77,8 +77,8 @@ def page_of(
     header, rows = wide_rows([{str(k): str(v) for k, v in row.items()} for row in results.to_dict("records")])
     lines = [f"# {TITLE}", "", _setting(params, data), ""]
     lines.append(
-        "Top-1 accuracy on test in percent, ± half its 95 % interval: over the subsets of labels; of k-NN, the linear "
-        "probe and all that has a single subset over the test images."
+        "Top-1 accuracy on test in percent, ± half its 95 % interval. The interval is over the subsets of labels. For "
+        "k-NN, the linear probe and every task with a single subset it is over the test images."
     )
     lines += ["", *_table(header, rows), *_comparison(arms), *_more_measures(arms), *_compute(folders)]
     lines += ["", f"Champion (best validation accuracy at the fewest labels): **{champion(arms).arm}**", ""]
@@ -91,7 +91,7 @@ def _comparison(arms: list[ArmOutcomes]) -> list[str]:
     lines = ["", "## Paired comparison", ""]
     lines.append(
         "Both arms of a row have the same subsets and test images. The interval (bootstrap over images, Student's t "
-        "over subsets) is of one pre-training each: another seed moves these numbers too."
+        "over subsets) covers one pre-training of each arm. Another pre-training seed changes these numbers too."
     )
     compared = [
         [g.sentence(a, b), task_name(task), f"[{g.low:+.1f}, {g.high:+.1f}]", f"{g.won} of {g.subsets}"]
@@ -120,7 +120,8 @@ def _number(value: float | None) -> str:
 def _compute(folders: Mapping[str, Path]) -> list[str]:
     trainings = {arm: json.loads((folder / METRICS).read_text()) for arm, folder in folders.items()}
     pflop = {arm: m["train/pflop_total"] for arm, m in trainings.items() if "train/pflop_total" in m}
-    head = ["", "## Compute", "", "Pre-training, counted on the first step, what an arm started from included.", ""]
+    said = "The work of pre-training, counted on the first step. It includes the arms that an arm started from."
+    head = ["", "## Compute", "", said, ""]
     return head + _table(["arm", "work"], [[arm, flop_text(1e15 * value)] for arm, value in pflop.items()])
 
 
@@ -140,12 +141,12 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def to_html(markdown: str, title: str, folder: Path) -> str:
-    """Render Markdown to one HTML file with everything in it, pictures too.
+    """Render Markdown to one HTML file that contains its pictures.
 
     Args:
         markdown: with tables.
         title: of the window.
-        folder: the pictures' paths begin here; each is there.
+        folder: the pictures' paths are relative to it. Every picture exists.
     """
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
 

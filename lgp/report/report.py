@@ -28,7 +28,7 @@ MISTAKES = 24
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where the report is written.
+    """The files that the report writes.
 
     Attributes:
         table: results.csv.
@@ -56,7 +56,7 @@ def write_report(params: Params, data: LabelledImages, inputs: Inputs, out: Outp
     drawn = [name for name in PICTURES if (out.figures / f"{name}.png").exists()]
     text = page_of(params, data, arms, results, inputs.arms, drawn)
     out.page.write_text(text)
-    # the pictures are still where a stage writes them first
+    # the pictures are still in the place where a stage writes them first
     out.html.write_text(to_html(text.replace("](figures/", f"]({out.figures.name}/"), TITLE, out.figures.parent))
     return best.arm
 

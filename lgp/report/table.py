@@ -1,4 +1,4 @@
-"""The tables: results.csv, per_class.csv, and results.csv as people read it. Light, for the command line."""
+"""The tables: results.csv, per_class.csv, and results.csv for reading. It imports little, for the command line."""
 
 import csv
 import re
@@ -19,7 +19,7 @@ COLUMNS = ["arm", "task", "labels", "top1_mean", "top1_std", "subsets", "top1_ci
 def results_table(arms: "list[ArmOutcomes]") -> "pd.DataFrame":
     """Build the table of `COLUMNS`, accuracies in percent.
 
-    `top1_ci95` is half the 95 % interval: over the subsets where there are several, else over the test images.
+    `top1_ci95` is half the 95 % interval. It is over the subsets where there are several, else over the test images.
     """
     import pandas as pd
 
@@ -41,7 +41,7 @@ def results_table(arms: "list[ArmOutcomes]") -> "pd.DataFrame":
 
 
 def per_class_table(arms: "list[ArmOutcomes]", classes: list[str]) -> "pd.DataFrame":
-    """Return accuracy per class, in percent, of every arm and task: a row each."""
+    """Return accuracy per class in percent: a row per arm, task and class."""
     import pandas as pd
 
     from lgp.report.outcomes import accuracy_per_class
@@ -67,7 +67,7 @@ def read_results(path: Path) -> list[dict[str, str]]:
 
 
 def wide_rows(results: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
-    """Turn rows of results.csv into a header and one line per arm: k-NN, linear, then the shares."""
+    """Turn rows of results.csv into a header and one line per arm: k-NN, linear, then the few labels."""
     tasks = list(dict.fromkeys(r["task"] for r in results))
     arms = list(dict.fromkeys(r["arm"] for r in results))
     header = ["arm", *(_heading(task, next(r["labels"] for r in results if r["task"] == task)) for task in tasks)]
@@ -76,7 +76,7 @@ def wide_rows(results: list[dict[str, str]]) -> tuple[list[str], list[list[str]]
 
 
 def task_name(task: str) -> str:
-    """Name a task as people do: `fewshot-1pct` is `1 %`, `finetune-5shot` is `fine-tuned, 5 a class`."""
+    """Return the name of a task for readers: `fewshot-1pct` is `1 %`, `finetune-5shot` is `fine-tuned, 5 a class`."""
     names = {"knn": "k-NN", "linear": "linear"}
     if task in names:
         return names[task]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, its first column to the left and the others to the right."""
+    """Print a table. The first column is aligned to the left, the others to the right."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,7 @@
-"""The one training loop: counted batches in, loss per epoch out, stoppable and resumable at any step."""
+"""The one training loop. It trains on counted batches and logs the loss of each epoch.
+
+It can stop and resume at any step.
+"""
 
 import math
 import time
@@ -23,23 +26,23 @@ from lgp.params.run import RunParams
 from lgp.training.progress import Progress
 from lgp.training.resume_states import StateStore
 
-CHECK_EVERY = 20  # steps between looks at the loss: each look makes a GPU wait
-SAVE_SHARE = 0.02  # of the time, at most, goes into saving
+CHECK_EVERY = 20  # steps between checks of the loss: each check makes a GPU wait
+SAVE_SHARE = 0.02  # largest fraction of the time for saving
 GO_ON, SAVE, STOP = range(3)  # requests of a process after a step; all processes follow the largest
 
 Epoch = dict[str, float]
 
 
 class Observer(Protocol):
-    """What logs epochs: experiment tracking."""
+    """A tracker of experiments. It logs epochs."""
 
     def log_epoch(self, values: Epoch) -> None:
-        """Take `epoch` (from 1), `train/loss` (its mean), `train/lr` (the highest rate of its last step), and more."""
+        """Log `epoch` (from 1), `train/loss` (its mean), `train/lr` (the highest rate of its last step), and more."""
 
 
 @dataclass
 class Progression:
-    """How far a training has come: what a resume state holds beside model and optimizer."""
+    """The progress of a training. A resume state contains it, beside model and optimizer."""
 
     step: int = 0
     loss_sum: float = 0.0  # over the steps of the running epoch
@@ -48,7 +51,7 @@ class Progression:
 
 
 class _LossModule(nn.Module):
-    """A loss as the forward pass of its model, which is what DistributedDataParallel wraps."""
+    """A loss as the forward pass of a module. DistributedDataParallel can wrap it."""
 
     def __init__(self, model: nn.Module, loss_of: Callable[[Batch], Tensor], precision: torch.dtype) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ class _LossModule(nn.Module):
 
 @contextmanager
 def _compiled(model: nn.Module) -> Iterator[None]:
-    """Compile the blocks of a model for as long as it trains."""
+    """Compile the blocks of a model while it trains."""
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:
         block.compile()
@@ -79,23 +82,23 @@ def _nothing_more(_epoch: int) -> Epoch:
 
 @dataclass(kw_only=True)
 class Trainer:
-    """A model, how to compute its loss, and the batches to train it on.
+    """A model, its loss, and its training batches.
 
     Under `torchrun` each process trains on its rows of every batch. The first one alone saves, prints and logs.
 
     Attributes:
         name: the stage, for messages.
-        model: on `device`; its state, buffers included, is what a resume state holds.
-        loss_of: a batch's loss, the mean over its images.
+        model: on `device`. A resume state contains its state, buffers included.
+        loss_of: returns the loss of a batch, the mean over its images.
         crops: the batch of each step.
         optimizer: over the model's trainable parameters.
         schedule: sets the learning rates of a step.
         epochs: passes over the images.
         device: where the model is.
-        precision: of matrix products; weights, losses and norms stay in single precision.
+        precision: of matrix products. Weights, losses and norms stay in single precision.
         settings: the `run` section.
-        store: where resume states are kept; its newest state, if any, is where `fit` goes on.
-        observer: logs every epoch; after a resume, those before it too.
+        store: the resume states. `fit` continues from the newest one, if any.
+        observer: logs every epoch. After a resume it logs the earlier epochs again.
         after_epoch: called by the first process with an epoch's number, from 1. The observer logs what it measures.
     """
 
@@ -117,8 +120,8 @@ class Trainer:
         """Train to the end, from the newest resume state or from the start.
 
         Raises:
-            LgpError: the loss stopped being finite; says step and rate, the last good state is kept.
-            Interrupted: something asked to stop; the state is saved.
+            LgpError: the loss is not finite. The message says step and rate. The last good state is kept.
+            Interrupted: a stop was requested. The state is saved.
         """
         self.now = Progression()
         self._resume()
@@ -152,7 +155,7 @@ class Trainer:
         return self.now
 
     def _shared(self, loss: _LossModule) -> nn.Module:
-        """Fraction the training among the processes, if there are several: equal weights, averaged gradients."""
+        """Divide the training among the processes, if there are several: equal weights, averaged gradients."""
         if world_size() == 1:
             return loss
         return DistributedDataParallel(loss, gradient_as_bucket_view=True)
@@ -191,7 +194,7 @@ class Trainer:
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
     def _check_losses(self) -> float | None:
-        """Read the losses since the last look and return the newest; raise at the first that is not finite."""
+        """Read the losses since the last check. Return the newest. Raise `LgpError` at the first that is not finite."""
         if not self._unchecked:
             return None
         values = average(torch.stack([loss for loss, _ in self._unchecked])).tolist()
@@ -224,19 +227,19 @@ class Trainer:
         self.observer.log_epoch(values)
 
     def _save_due(self, epoch_ends: bool, total: int) -> bool:
-        """Tell whether to save now.
+        """Return whether to save now.
 
-        The last step is always saved. Else a state is due at the end of an epoch and after `run.save_every_s`, unless
-        saving would take more than `SAVE_SHARE` of the time.
+        The last step is always saved. Other states are due at the end of an epoch and after `run.save_every_s`. They
+        are skipped if saving takes more than `SAVE_SHARE` of the time.
         """
-        if rank() > 0:  # the clock of the one that saves decides
+        if rank() > 0:  # the clock of the first process decides: it saves
             return False
         since = time.monotonic() - self._saved_at
         worthwhile = self._save_took <= SAVE_SHARE * since
         return self.now.step == total or (worthwhile and (epoch_ends or since >= self.settings.save_every_s))
 
     def _save(self) -> None:
-        """Save a resume state, unless a weight is not finite; a full disk is told and training goes on."""
+        """Save a resume state. Raise `LgpError` if a weight is not finite. Report a full disk and continue."""
         started = time.monotonic()
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise LgpError(
@@ -255,7 +258,7 @@ class Trainer:
             if not is_disk_full(e):
                 raise
             if not self._disk_full:
-                print(f"{self.name}: disk full, states are not saved; the last one stays, training goes on", flush=True)
+                print(f"{self.name}: disk full, no state is saved; the last one stays, training goes on", flush=True)
             self._disk_full = True
         else:
             self._disk_full = False
@@ -287,4 +290,4 @@ class Trainer:
         if rank() == 0:
             print(f"{self.name}: going on from step {self.now.step}", flush=True)
             if state["precision"] != str(self.precision):
-                print(f"warning: {self.name} was in {state['precision']} so far, now in {self.precision}", flush=True)
+                print(f"warning: {self.name} ran in {state['precision']}, it now runs in {self.precision}", flush=True)

@@ -1,4 +1,4 @@
-"""Parameter groups and the schedule; AdamW is torch's, the schedule timm's."""
+"""Parameter groups and the schedule. AdamW is torch's, the schedule is timm's."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,15 +17,16 @@ def peak_rate(base_lr: float, batch_size: int) -> float:
 
 
 def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
-    """Group the trainable parameters by learning rate and decay; each is in exactly one group.
+    """Group the trainable parameters by learning rate and weight decay. Each is in exactly one group.
 
-    Parameters of one dimension (biases, norms) are not decayed, as in MAE and LGP; the class and mask tokens
-    are. MoCo v3's released code decays all of them: with us the baseline differs from the graft in its start alone.
+    Parameters of one dimension (biases, norms) are not decayed, as in MAE and LGP. The class and mask tokens are
+    decayed. MoCo v3's released code decays all parameters. Here the baseline follows the graft's rule: both are to
+    differ only in their starting weights.
 
     Args:
-        model: whose trainable parameters to group.
+        model: the model with these parameters.
         rates: parameter name → learning rate.
-        weight_decay: for all others.
+        weight_decay: weight decay of parameters of two or more dimensions.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -35,14 +36,14 @@ def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay:
 
 
 def adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> AdamW:
-    """AdamW over ready groups, fused into one kernel a group."""
+    """Return AdamW for parameter groups, fused into one kernel per group."""
     return AdamW(groups, betas=betas, fused=True)
 
 
 def warmup_cosine(optimizer: Optimizer, steps: int, warmup_steps: int) -> CosineLRScheduler:
     """Schedule each group's rate per step: linear from 0 over the warm-up, then half a cosine to 0.
 
-    A pure function of the step (`step_update(step)`), so there is no state to save.
+    The rate is a pure function of the step (`step_update(step)`). There is no state to save.
     """
     return CosineLRScheduler(
         optimizer,

@@ -1,4 +1,4 @@
-"""What a long stage shows: one bar in a terminal, a plain line now and then elsewhere."""
+"""The progress of a long stage: a bar in a terminal, a plain line at intervals elsewhere."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ class Progress:
     def __init__(
         self, name: str, epochs: int, steps_per_epoch: int, batch_size: int, first: int, every_s: float | None
     ) -> None:
-        """Begin at step `first`; outside a terminal print a line at most every `every_s` seconds; None: nothing."""
+        """Begin at step `first`. Outside a terminal, print a line at most every `every_s` seconds (None: never)."""
         self.name, self.epochs, self.steps_per_epoch, self.batch_size = name, epochs, steps_per_epoch, batch_size
         self.first, self.every_s = first, every_s
         self.started = self._printed = time.monotonic()
@@ -36,7 +36,7 @@ class Progress:
             yield
 
     def step(self, done: int, loss: float | None) -> None:
-        """Show that `done` steps of the training are over; `loss` is the latest known."""
+        """Show that `done` steps of the training are over. `loss` is the latest known loss."""
         if self.every_s is None:
             return
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""Resume states: what an interrupted training goes on from. Light: torch is imported with the first state."""
+"""Resume states: an interrupted training continues from them. Light: torch is imported with the first state."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ DIGEST_BYTES = 32
 
 
 class _Digesting:
-    """A file that digests what is written to it, and keeps its error, of which `torch.save` makes another."""
+    """A file that digests its content. It keeps its `OSError`, which `torch.save` replaces by another error."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
@@ -34,7 +34,7 @@ class _Digesting:
 
 
 def _payload(path: Path) -> bytes | None:
-    """Return what a file holds before its digest, None if it is missing or torn."""
+    """Return the content of a file before its digest, None if the file is missing or torn."""
     if not path.exists():
         return None
     data = path.read_bytes()
@@ -43,31 +43,31 @@ def _payload(path: Path) -> bytes | None:
 
 
 class StateStore:
-    """The resume state of one training: two files in turn, each followed by its digest, under locks.
+    """The resume state of one training, under locks. It writes two files in turn. Each ends with its digest.
 
-    A state that is torn (power loss in the middle of a write) is noticed by its digest, and the one
-    before it used. Code that differs writes files of other names, so its states are kept, not used, unless asked for.
+    The digest reveals a torn state (power loss in the middle of a write). The state before it is then used. Other code
+    writes files of other names. Its states are kept. They are used only on request (`adopt`).
     """
 
     def __init__(self, folder: Path, code_digest: str) -> None:
-        """Keep states of this code in `folder`, made when it is first needed."""
+        """Keep states of this code in `folder`. The folder is made at its first use."""
         self.folder = folder
         self.latest = folder / f"state-{code_digest[:16]}.pt"
         self.previous = self.latest.with_suffix(".previous.pt")
         self.run_id_file = folder / f"run_id-{code_digest[:16]}"
         self.adopted_file = folder / f"adopted-{code_digest[:16]}"
-        # two trainers clash over a state (the same parameters) or over a result (the same stage in the same folder;
-        # DVC's experiments run in folders of their own, and share this one's states)
+        # one lock per state (the same parameters), one per result (the same stage in the same folder);
+        # DVC's experiments run in their own folders and share the states of this folder
         here = hashlib.sha256(os.getcwd().encode()).hexdigest()[:16]
         self._locks = [FileLock(folder.parent / f"{name}.lock") for name in (folder.name, f"in-{here}")]
         self._code_digest = code_digest
 
     def part(self, name: str) -> "StateStore":
-        """Return the store of one of several trainings of a stage, which share locks and end."""
+        """Return the store of one of several trainings of a stage. They share the locks and are closed together."""
         return StateStore(self.folder / name, self._code_digest)
 
     def acquire(self) -> None:
-        """Take the locks; raise `LgpError` with the holder's process id where another trainer has one."""
+        """Take the locks. Raise `LgpError` with the holder's process id if another trainer has one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for lock in self._locks:
             holder = Path(lock.lock_file).with_suffix(".pid")
@@ -86,7 +86,7 @@ class StateStore:
             lock.release()
 
     def adopt(self) -> None:
-        """Go on from the newest state that other code wrote, if this code has none.
+        """Take over the newest state that other code wrote, if this code has none.
 
         Raises:
             LgpError: there is none.
@@ -107,14 +107,14 @@ class StateStore:
             copied.replace(folder / self.latest.name)
 
     def adopted(self) -> str | None:
-        """Return the digest of the code that wrote the state which this training once went on from, if it did so."""
+        """Return the digest of the other code whose state this training took over, None if it took over none."""
         return self.adopted_file.read_text() if self.adopted_file.exists() else None
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a state durably (write, fsync, rename, fsync the folder).
 
         Raises:
-            OSError: as the file system does; the states before stay usable.
+            OSError: the file system raised it. Earlier states stay usable.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         new = self.latest.with_suffix(".new")
@@ -149,24 +149,24 @@ class StateStore:
         os.fsync(file.fileno())
 
     def read(self) -> bytes | None:
-        """Return the newest whole state as `decode` takes it, or None."""
+        """Return the newest whole state, as bytes for `decode`, or None."""
         for path in (self.latest, self.previous):
             payload = _payload(path)
             if payload is not None:
                 return payload
-            path.unlink(missing_ok=True)  # torn, and not to take the place of a whole one when the next is saved
+            path.unlink(missing_ok=True)  # a torn file must not replace a whole one at the next save
         return None
 
     @staticmethod
     def decode(payload: bytes) -> dict[str, Any]:
-        """Return a state, its tensors on the CPU."""
+        """Return a state with its tensors on the CPU."""
         import torch
 
         state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
         return state
 
     def has_state(self) -> bool:
-        """Whether an interrupted training left a state."""
+        """Return whether an interrupted training left a state."""
         return any(self.folder.rglob(f"{self.latest.stem}*.pt"))
 
     def forget(self) -> None:
@@ -175,7 +175,7 @@ class StateStore:
             path.unlink(missing_ok=True)
 
     def close(self, succeeded: bool) -> None:
-        """Give the lock back; after success forget the states, and remove the folder once nothing in it is of use."""
+        """Release the locks. Remove the states after success. Remove the folder if no state is left in it."""
         if succeeded:
             self.forget()
         if not self.has_state():

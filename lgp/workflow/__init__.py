@@ -1,1 +1,1 @@
-"""What surrounds a stage: inputs, publishing, provenance, tracking."""
+"""The frame of every stage: inputs, publishing, provenance, tracking."""

@@ -1,12 +1,12 @@
 """A digest of what the code of a stage does, so that an edit re-runs only the stages whose result it can change.
 
-The digest is of the syntax trees of the functions, classes and constants that a stage can reach, from its file in
-`stages/` and from the sections of the parameters that it reads. It leaves out what does not act: comments, formatting,
-docstrings, annotations of functions, messages (what is printed, and the arguments of what is raised). It leaves out
-`SURROUNDINGS`, which start, show, check or record a stage.
+The digest is of the syntax trees of the functions, classes and constants that a stage can reach. The search starts at
+the stage's file in `stages/` and at the classes of the parameter sections that it reads. The digest leaves out what
+does not act: comments, formatting, docstrings, annotations of functions, and messages (printed texts, arguments of
+raised errors). It also leaves out the modules in `SURROUNDINGS`, which start, show, check or record a stage.
 
-The analysis is by name and errs on the safe side: a name that a definition mentions counts as used. Light: it imports
-nothing of what it reads.
+The analysis is by name and errs on the safe side: a name that a definition mentions counts as used. It imports no
+module that it reads.
 """
 
 import ast
@@ -38,7 +38,7 @@ SURROUNDINGS = (
 PARAMS = ("lgp.params.file", "Params")  # the class whose fields are the sections
 WHOLE = "*"  # in place of a name: everything in a module
 SILENT = ("ctx", "type_comment", "kind", "lineno", "col_offset", "end_lineno", "end_col_offset")
-FORMAT = 1  # of the digest: raise it when it is computed in another way
+FORMAT = 1  # version of the digest: raise it when the computation changes
 
 Target = tuple[str, str]  # module and name
 
@@ -50,7 +50,7 @@ class Definition:
     acts: str = ""
     names: set[str] = field(default_factory=set)
     attributes: dict[str, set[str]] = field(default_factory=dict)  # name → its attributes, where only these are used
-    imports: dict[str, Target] = field(default_factory=dict)  # made inside
+    imports: dict[str, Target] = field(default_factory=dict)  # imports inside the definition
 
 
 class Module:
@@ -65,7 +65,7 @@ class Module:
         for statement in self.tree.body:
             if isinstance(statement, ast.Import | ast.ImportFrom):
                 self.imports |= _imported(statement)
-            elif not _is_type_checking(statement):
+            elif not _is_type_checking(statement) and not _is_docstring(statement):
                 self._add(statement)
 
     def _add(self, statement: ast.stmt) -> None:
@@ -116,11 +116,15 @@ def _imported(node: ast.stmt) -> dict[str, Target]:
 
 
 def _bound(statement: ast.stmt) -> list[str]:
-    """Return the names that a top-level statement defines; none of a statement that only acts."""
+    """Return the names that a top-level statement defines; an empty list where it defines none."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [statement.name]
     targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
     return [node.id for target in targets if target for node in ast.walk(target) if isinstance(node, ast.Name)]
+
+
+def _is_docstring(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
 def _is_type_checking(statement: ast.stmt) -> bool:
@@ -130,14 +134,13 @@ def _is_type_checking(statement: ast.stmt) -> bool:
 
 
 class _Stripper(ast.NodeTransformer):
-    """Takes out what does not act."""
+    """Removes what does not act."""
 
-    keep_annotations = False  # of fields: pydantic acts by them, dataclasses and functions do not
+    keep_annotations = False  # of fields: pydantic uses them, dataclasses and functions do not
 
     def _block(self, node: Any) -> Any:
         body = node.body
-        docstring = body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
-        node.body = (body[1:] if docstring else body) or [ast.Pass()]
+        node.body = (body[1:] if _is_docstring(body[0]) else body) or [ast.Pass()]
         return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
@@ -187,7 +190,7 @@ def _strip(statement: ast.stmt) -> ast.AST:
 
 
 def _plain(node: Any) -> Any:
-    """Turn a tree into lists: the same in every version of Python, for absent fields are left out."""
+    """Turn a tree into lists. Absent fields are left out, so that all versions of Python give the same lists."""
     if isinstance(node, ast.AST):
         fields = [(n, v) for n, v in ast.iter_fields(node) if n not in SILENT and v is not None and v != []]
         return [type(node).__name__, *([name, _plain(value)] for name, value in fields)]
@@ -210,7 +213,7 @@ class Code:
         return sorted([*self.package.rglob("*.py"), *(self.root / "stages").glob("*.py")])
 
     def module(self, name: str) -> Module | None:
-        """Return a module of the project by its dotted name, None for all others and packages."""
+        """Return a module of the project by its dotted name; None for a package and for any other module."""
         if name not in self._modules:
             top, _, rest = name.partition(".")
             path = {"lgp": self.package, "stages": self.root / "stages"}.get(top, Path("/nowhere"))
@@ -280,9 +283,9 @@ def code_digest(stage: str) -> str:
 
 
 def code_digests(cache: Path) -> dict[str, str]:
-    """Return the digest of every stage; read from the file `cache` where no source file has changed since.
+    """Return the digest of every stage. While no source file has changed, the digests are read from the file `cache`.
 
-    Files are compared by path, size and time of change.
+    Source files are compared by path, size and time of change.
     """
     code = Code()
     state = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in code.files]

@@ -1,6 +1,7 @@
-"""Stage `inputs`: what DVC cannot see by itself, as small files that it compares: each stage's code, and the labels.
+"""Stage `inputs`: writes digests of each stage's code and of the labels into small files, which DVC compares.
 
-It runs with every `dvc repro`, as `python -m lgp.workflow.inputs`, so it imports little.
+DVC cannot compare the code and the labels by itself. The stage runs with every `dvc repro`, as
+`python -m lgp.workflow.inputs`, so it imports little.
 """
 
 import os
@@ -23,10 +24,10 @@ def write_inputs(folder: Path, params_file: Path, root: Path) -> None:
     Args:
         folder: where to write.
         params_file: names the source and the lists.
-        root: of the project, which keeps a cache of the digests.
+        root: of the project. It contains a cache of the digests.
 
     Raises:
-        LgpError: the parameters are not right, or the source cannot be read.
+        LgpError: the parameters are not valid, or the source cannot be read.
     """
     source, lists = _source_and_lists(params_file)
     (folder / "code").mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,7 @@ def write_inputs(folder: Path, params_file: Path, root: Path) -> None:
 
 
 def _source_and_lists(params_file: Path) -> tuple[str, list[str]]:
-    """Read `data.source` and the files of `labels.lists`. The whole file is checked only where these are not there."""
+    """Read `data.source` and the files of `labels.lists`. The whole file is checked only where one is missing."""
     try:
         values = yaml.load(params_file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         given = values["labels"].get("lists") or {}
@@ -44,7 +45,7 @@ def _source_and_lists(params_file: Path) -> tuple[str, list[str]]:
     except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError):
         from lgp.params.file import load_params
 
-        params = load_params(params_file)  # says what is wrong
+        params = load_params(params_file)  # raises an error that says what is wrong
         return params.data.source, [file for files in params.labels.lists.values() for file in files]
 
 

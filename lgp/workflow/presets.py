@@ -17,7 +17,7 @@ def use(name: str, target: Path, force: bool) -> None:
     """Copy a preset over the parameter file.
 
     Raises:
-        LgpError: no such preset, or `target` holds edits (equals no preset) and `force` is not set.
+        LgpError: there is no such preset, or `target` has edits (it equals no preset) and `force` is not set.
     """
     source = FOLDER / f"{name}.yaml"
     if not source.exists():

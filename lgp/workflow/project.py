@@ -31,15 +31,15 @@ def init_project(folder: Path, preset: str, git: bool) -> list[str]:
     """Write a project's files into a folder, and make it a DVC repository.
 
     Args:
-        folder: made if missing; holds neither a project nor a DVC repository yet.
+        folder: made if missing. It must contain neither a project nor a DVC repository.
         preset: the parameters to begin with.
-        git: make it a git repository too, where it is in none.
+        git: also make it a git repository, unless it is inside one.
 
     Returns:
-        What was done and what to do next, a line each.
+        Lines that say what was done and what to do next.
 
     Raises:
-        LgpError: a file to write exists already, no such preset, or git or DVC fails.
+        LgpError: a file to write exists already, there is no such preset, or git or DVC fails.
     """
     targets = ("params.yaml", ".dvc", *PIPELINE)
     there = [name for name in targets if (folder / name).exists()]
@@ -66,7 +66,7 @@ def init_project(folder: Path, preset: str, git: bool) -> list[str]:
 
 
 def _scm_option(folder: Path) -> list[str]:
-    """Return the option of `dvc init` for a folder in no git repository, at the top of one, or below it."""
+    """Return the option of `dvc init`: the folder is in no git repository, at the top of one, or below its top."""
     top = _git_top(folder)
     if top is None:
         return ["--no-scm"]

@@ -1,4 +1,4 @@
-"""Digests of what went into a result: parameters, inputs, commit. The code's digest is `lgp.workflow.code_digest`."""
+"""Digests of the origins of a result: parameters, inputs, commit. `lgp.workflow.code_digest` digests the code."""
 
 import hashlib
 import json
@@ -12,7 +12,10 @@ from lgp.params.file import Params, section_values
 
 
 def input_digest(path: Path) -> str:
-    """Digest an input: a file, or a folder by all its files; prepared images and labels by the digest they carry."""
+    """Digest an input: a file, or a folder by all its files.
+
+    Prepared images and labels carry their digest in `meta.json`.
+    """
     if path.is_file():
         return file_digest(path)
     meta = path / "meta.json"
@@ -30,7 +33,7 @@ def params_digest(params: Params, sections: Iterable[str]) -> str:
 
 
 def git_state(root: Path) -> dict[str, Any]:
-    """Return commit (or `unknown`) and whether the code differs from it (results that a run rewrites do not count)."""
+    """Return the commit (or `unknown`) and whether lgp/, stages/ or cli.py differ from it. Results do not count."""
 
     def git(*args: str) -> str | None:
         try:

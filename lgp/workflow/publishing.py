@@ -1,4 +1,4 @@
-"""Publishing: what a stage writes of a trained, imported or untrained arm, and of an evaluation."""
+"""Publishing: a stage writes a trained, imported or untrained arm, or the outcome of an evaluation."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from lgp.models.interchange import PROJECTOR_FIRST_FC, Imported
 from lgp.pretrain.arm import Pretrained
 from lgp.workflow.stage import StageRun
 
-CURVE_COLUMNS = ["epoch", "train/loss", "train/lr"]  # without the online k-NN, which a key of `run` sets
+CURVE_COLUMNS = ["epoch", "train/loss", "train/lr"]  # without the online k-NN: a key of `run` sets it
 
 
 def publish_arm(run: StageRun, folder: Path, result: Pretrained, data: Images, starts: Sequence[Path] = ()) -> None:
@@ -25,10 +25,10 @@ def publish_arm(run: StageRun, folder: Path, result: Pretrained, data: Images, s
 
     Args:
         run: the stage.
-        folder: of the arm: gets `encoder/`, the heads, `curves.csv` and `metrics.json`.
+        folder: of the arm. It gets `encoder/`, the heads, `curves.csv` and `metrics.json`.
         result: the finished pre-training.
-        data: the images it was trained on.
-        starts: encoder folders that it started from; their compute counts into `train/pflop_total`.
+        data: the images that it was trained on.
+        starts: encoder folders that it started from. `train/pflop_total` includes their compute.
     """
     out, model, history = run.out(folder), result.model, result.progression.history
     save_heads(out, model.heads(), model.first_fc())
@@ -53,9 +53,9 @@ def publish_imported(run: StageRun, folder: Path, imported: Imported, data: Imag
 
     Args:
         run: the stage.
-        folder: of the arm: gets `encoder/`, `metrics.json`, and the projector, if there is one, as heads.
+        folder: of the arm. It gets `encoder/`, `metrics.json`, and the projector, if there is one, as heads.
         imported: encoder and projector.
-        data: the images it will be evaluated on, whose mean and deviation it is saved with.
+        data: the images that it will be evaluated on. Their mean and standard deviation are saved with it.
     """
     first_fc = PROJECTOR_FIRST_FC if PROJECTOR_FIRST_FC in imported.projector else None
     save_heads(run.out(folder), imported.projector, first_fc)
@@ -65,13 +65,13 @@ def publish_imported(run: StageRun, folder: Path, imported: Imported, data: Imag
 
 
 def publish_baseline(run: StageRun, folder: Path, encoder: VisionTransformer | None, data: Images) -> None:
-    """Write an arm that nobody trains: an untrained encoder, or raw pixels in its place.
+    """Write a baseline arm: an untrained encoder, or raw pixels in its place.
 
     Args:
         run: the stage.
-        folder: of the arm: gets `encoder/`, empty heads and `metrics.json`.
-        encoder: with random weights, None for raw pixels.
-        data: the images it will be evaluated on.
+        folder: of the arm. It gets `encoder/`, empty heads and `metrics.json`.
+        encoder: with random weights; None for raw pixels.
+        data: the images that it will be evaluated on.
     """
     save_heads(run.out(folder), {}, None)
     parameters = 0 if encoder is None else sum(p.numel() for p in encoder.parameters())
@@ -92,7 +92,7 @@ def _publish_encoder(
 
 
 def _pflop_of(encoder: Path) -> float:
-    """Return the compute that went into an encoder, 0 where nobody counted it (an imported one)."""
+    """Return the compute of an encoder's training in PFLOP; 0 where it is unknown (an imported encoder)."""
     provenance = json.loads((encoder / PROVENANCE).read_text())
     return float(provenance["metrics"].get("train/pflop_total", 0))
 
@@ -100,9 +100,9 @@ def _pflop_of(encoder: Path) -> float:
 def publish_outcome(
     run: StageRun, encoder: Path, metrics: Path, predictions: Path, outcome: Outcome, classes: list[str]
 ) -> None:
-    """Write the metric file and the predictions, and track both, with the confusion matrix as a picture.
+    """Write the metric file and the predictions. Track the metrics, and the confusion matrix as a picture.
 
-    The metrics name the encoder by its digest, so that they differ wherever it does.
+    The metric file contains the digest of the encoder. Files of different encoders therefore always differ.
     """
     outcome.predictions.to_parquet(run.out(predictions), index=False)
     run.write_metrics(run.out(metrics), {**outcome.metrics, "encoder": encoder_digest(encoder)})

@@ -1,4 +1,4 @@
-"""The code that a registered encoder carries: images in, features out, without `lgp` installed.
+"""The code that a registered encoder carries. It turns images into features, and does not need `lgp`.
 
 MLflow copies this file into the model ("models from code") and runs it at load time, so it imports nothing
 of the project.
@@ -17,7 +17,7 @@ BATCH = 256
 
 
 class Encoder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
-    """Turns images (N, H, W, C) uint8 into features (N, D) float32; (N, H, W) where C is 1."""
+    """Turns images (N, H, W, C) uint8 into features (N, D) float32. Where C is 1, images may be (N, H, W)."""
 
     def load_context(self, context: Any) -> None:
         """Load the encoder folder among the model's artifacts."""

@@ -1,4 +1,7 @@
-"""Where the source of `lgp` lies: a checkout, or an installed package. Light: it runs before every command."""
+"""The place of the source of `lgp`: a checkout, or an installed package.
+
+It runs before every command, so it imports little.
+"""
 
 from pathlib import Path
 
@@ -6,12 +9,12 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def is_checkout(folder: Path) -> bool:
-    """Tell whether a folder is a checkout of this project, or a copy of one."""
+    """Return whether a folder is a checkout of this project, or a copy of one."""
     return all((folder / name).is_file() for name in ("cli.py", "lgp/__main__.py", "stages/__init__.py"))
 
 
 def source_root() -> Path:
-    """Return the folder that holds `cli.py`, `stages/`, `presets/` and `dvc.yaml`.
+    """Return the folder that contains `cli.py`, `stages/`, `presets/` and `dvc.yaml`.
 
     It is the checkout, beside `lgp/`. An installed package has a copy of these below itself (see pyproject.toml).
     """

@@ -1,6 +1,6 @@
-"""What surrounds the work of a stage: digests before and after, tracking, publishing the results whole.
+"""The frame of every stage: it digests the inputs before and after, tracks the run, and publishes all results at once.
 
-Light: torch and MLflow are imported only when a stage works or logs.
+It imports torch and MLflow only when a stage works or logs.
 """
 
 import contextlib
@@ -31,16 +31,16 @@ RESERVE_BYTES = 64 * 2**20  # what tracking, metrics and pictures may need besid
 
 @dataclass(frozen=True)
 class StageSpec:
-    """A stage as it is called once.
+    """One call of a stage.
 
     Attributes:
         name: mim, fewshot, …; also the name of its file in `stages/`.
-        sections: of the parameters that it reads; it sees no others, `run` aside.
-        reads: inputs, files or folders; all must exist.
+        sections: sections of the parameters that it reads. It gets no others except `run`.
+        reads: inputs, files or folders. All must exist.
         writes: outputs, files or folders.
-        arm: whose encoder it is about, if any.
+        arm: the arm whose encoder it trains or evaluates; `data` or `all` where there is none.
         task: pretrain, linear, fewshot-1pct, …
-        trains: whether it is a training, which several processes may share and `resume` may continue.
+        trains: whether it is a training. Several processes may share a training, and `resume` may continue it.
     """
 
     name: str
@@ -64,7 +64,7 @@ class StageRun:
     _partial: dict[Path, Path]
 
     def out(self, path: Path) -> Path:
-        """Return where to write the output `path`; it is moved there when the stage ends well."""
+        """Return where to write the output `path`. The output is moved to `path` when the stage succeeds."""
         return self._partial[path]
 
     def tag_upstream(self, encoder: Path) -> None:
@@ -74,7 +74,7 @@ class StageRun:
     def write_metrics(self, written: Path, metrics: dict[str, Any]) -> None:
         """Write a metric file (at or below an `out` path), and track its numbers."""
         written.write_text(json.dumps(metrics, indent=2) + "\n")
-        # the loss is tracked epoch by epoch already
+        # the loss is already tracked in every epoch
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "train/loss"}
         self.tracker.log_metrics(numbers)
 
@@ -83,14 +83,14 @@ class StageRun:
 def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool = False) -> Iterator[StageRun]:
     """Run the block as a stage.
 
-    `fresh` forgets what an interrupted run of it left. `resume` goes on from it though other code wrote it.
+    `fresh` discards the resume state of an interrupted run. `resume` continues from it even if other code wrote it.
 
-    Inputs, parameters and code are digested at the start and compared at the end: DVC records them as they are when a
-    command ends, so a stage whose inputs changed while it ran fails, naming them.
+    Inputs, parameters and code are digested at the start and again at the end. DVC records their state at the end of a
+    command. A stage therefore fails where one of them changed while it ran, and the error names it.
 
     Raises:
-        LgpError: parameters or inputs are not right, another process runs the same stage on the same inputs, or
-            something it reads changed meanwhile.
+        LgpError: the parameters or inputs are not valid, another process runs the same stage on the same inputs, or an
+            input changed while the stage ran.
     """
     if fresh and resume:
         raise LgpError("--fresh ignores what an interrupted run left, --resume goes on from it: choose one")
@@ -134,7 +134,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
             _check_unchanged(spec, before, params_file)
             for path, written in partial.items():
                 _publish(written, path)
-            # only what is published and true may be registered
+            # an encoder is registered only after it is checked and published
             tracker.register()
         succeeded = True
     finally:
@@ -144,13 +144,13 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
 
 
 def _choose_state(store: StateStore, name: str, fresh: bool, resume: bool) -> None:
-    """Forget, adopt or keep the resume states, as the options say."""
+    """Discard, adopt or keep the resume states, as the options say."""
     if fresh:
         store.forget()
     if resume:
         store.adopt()
     elif not fresh and not store.has_state() and any(store.folder.rglob("state-*.pt")):
-        print(f"{name}: other code left a state of this training, which is not used without --resume", flush=True)
+        print(f"{name}: other code wrote a resume state of this training: it is used only with --resume", flush=True)
     if not store.has_state():
         store.run_id_file.unlink(missing_ok=True)
 
@@ -175,7 +175,7 @@ def _description(spec: StageSpec, params: Params, digests: dict[str, Any], git: 
 
 
 def _as_worker(spec: StageSpec, params: Params, root: Path) -> Iterator[StageRun]:
-    """Take part in a training whose first process alone reads states, logs and writes."""
+    """Take part in a training. Only its first process reads states, logs and writes."""
     store = StateStore(root / RESUME, "worker")
     with contextlib.suppress(WorkerDone):
         yield StageRun(spec, params, {}, tracking.Untracked(), store, {})
@@ -211,8 +211,8 @@ def _check_unchanged(spec: StageSpec, before: dict[str, Any], params_file: Path)
 
 
 def _start_output(path: Path) -> Path:
-    """Return where an output is written first: beside its place, so that moving it there is one rename."""
-    partial = path.with_name(f".partial.{path.name}")  # the suffix stays: some libraries go by it
+    """Return where an output is written first: beside `path`, so that one rename moves it there."""
+    partial = path.with_name(f".partial.{path.name}")  # the suffix is kept: some libraries choose a format by it
     _remove(partial)
     partial.parent.mkdir(parents=True, exist_ok=True)
     if not path.suffix:

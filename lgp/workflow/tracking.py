@@ -1,7 +1,7 @@
-"""Experiment tracking, the only module that imports mlflow (the file that a registered model carries aside).
+"""Experiment tracking. No other module imports mlflow, except the file that a registered model carries.
 
-MLflow is a view of the files that the stages write. Where it is absent or does not answer, a stage says so
-once and writes JSON lines instead; nothing that was computed is lost.
+MLflow is a view of the files that the stages write. Where it is missing or does not answer, a stage warns once and
+writes JSON lines instead. No result is lost.
 """
 
 import io
@@ -38,7 +38,7 @@ REGISTERED_CODE = Path(__file__).with_name("registered_encoder.py")
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # a server that is down must not hold up a training for minutes
+    # a server that is down must not delay a training by minutes
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     # a stage prints its own few lines
@@ -48,13 +48,13 @@ ENVIRONMENT = {
 
 
 def _configure() -> None:
-    """Set what MLflow reads from the environment when it is imported, where the user has not."""
+    """Set the environment variables that MLflow reads at its import, unless the user has set them."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def store_uri(configured: str | None, root: Path) -> str:
-    """Return the tracking address: `MLFLOW_TRACKING_URI`, else the parameter, else SQLite in `root`."""
+    """Return the tracking address: `MLFLOW_TRACKING_URI`, else `run.tracking_uri`, else SQLite in `root`."""
     return os.environ.get("MLFLOW_TRACKING_URI") or configured or f"sqlite:///{root.resolve() / 'mlflow.db'}"
 
 
@@ -68,7 +68,7 @@ class _Mlflow:
         self.mlflow = mlflow
         self.run_id = ""
         (root / ".lgp").mkdir(exist_ok=True)
-        # the client creates the tables of a fresh store at once; two processes that both do crash
+        # the client creates the tables of a new store at once; two processes that do so at the same time crash
         with FileLock(root / ".lgp" / "mlflow.lock"):
             if uri.startswith("sqlite:///"):
                 with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
@@ -98,7 +98,7 @@ class _Mlflow:
         return self.run_id
 
     def _reopen(self, run_id: str) -> bool:
-        """Go on with a run; False where this store does not know it (the address changed meanwhile)."""
+        """Continue a run. Return False where this store does not have it (the address has changed)."""
         try:
             self.client.update_run(run_id, status="RUNNING")
         except self.mlflow.exceptions.MlflowException:
@@ -127,7 +127,7 @@ class _Mlflow:
             outputs=Schema([TensorSpec(np.dtype("float32"), (-1, config["num_features"]))]),
         )
         with self.mlflow.start_run(run_id=self.run_id), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")  # it asks for an input example, which would load the model
+            warnings.simplefilter("ignore")  # MLflow asks for an input example, which would load the model
             info = self.mlflow.pyfunc.log_model(
                 name=f"encoder-{tags['arm']}",
                 python_model=str(REGISTERED_CODE),
@@ -136,7 +136,7 @@ class _Mlflow:
                 signature=signature,
                 registered_model_name=REGISTRY,
             )
-        # leaving the block above has ended the run, which goes on
+        # the block above marks the run as ended, but the run continues
         self.client.update_run(self.run_id, status="RUNNING")
         number = str(info.registered_model_version)
         for key, value in tags.items():
@@ -151,14 +151,14 @@ class _Mlflow:
 
 @dataclass(frozen=True)
 class Description:
-    """What a run is: whose and which task, tags, parameters; and where it is tracked.
+    """The description of a run: its arm, task, tags and parameters, and where it is tracked.
 
     Attributes:
-        arm: whose encoder it is about.
+        arm: the arm whose encoder it trains or evaluates.
         task: pretrain, linear, fewshot-1pct, …
         tags: name → text.
         values: parameters, `section.key` → text.
-        uri: of the store, None for the project's own.
+        uri: of the store; None for the project's own store.
         experiment: of MLflow.
     """
 
@@ -173,11 +173,11 @@ class Description:
 class Tracker:
     """One run of one stage, in MLflow or, where that fails, in a file of JSON lines.
 
-    The run opens with the first thing that is logged, so a stage that fails before leaves no run.
+    The run opens when something is logged for the first time. A stage that fails earlier leaves no run.
     """
 
     def __init__(self, description: Description, root: Path, resume_file: Path) -> None:
-        """Prepare a run; `resume_file` holds the id of the run to go on with, if any, and takes this one's."""
+        """Prepare a run. `resume_file` has the id of a run to continue, if any; the id of this run is written to it."""
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         file = f"{description.arm}-{description.task}-{stamp}-{os.getpid()}.jsonl"
         self._description, self._root, self._resume_file = description, root, resume_file
@@ -190,7 +190,7 @@ class Tracker:
         self._to_register: tuple[Path, dict[str, str]] | None = None
 
     def attempt(self, action: Callable[[_Mlflow], T], record: dict[str, Any]) -> T | None:
-        """Do something in MLflow. Where that fails, warn once, and from then on write `record` to the file."""
+        """Do an action in MLflow. If it fails, warn once, and from then on write `record` to the file."""
         if not self._opened:
             self._open()
         if self._mlflow is not None:
@@ -205,7 +205,7 @@ class Tracker:
         return None
 
     def _open(self) -> None:
-        """Connect to the store, and open the run or go on with it."""
+        """Connect to the store, and open or continue the run."""
         self._opened = True
         about = self._description
         uri, name = store_uri(about.uri, self._root), f"{about.arm} / {about.task}"
@@ -222,7 +222,7 @@ class Tracker:
             self._resume_file.write_text(f"{started}\n")
 
     def _give_up(self, reason: Exception) -> None:
-        """Go on without MLflow."""
+        """Continue without MLflow."""
         self._mlflow = None
         text = " ".join(str(reason).split())[:200]
         print(
@@ -230,7 +230,7 @@ class Tracker:
         )
 
     def log_epoch(self, values: dict[str, float]) -> None:
-        """Take the values of one epoch (key `epoch`, from 1); sent on every few seconds, for calls are slow."""
+        """Take the values of one epoch (key `epoch`, from 1). They are sent every few seconds: calls are slow."""
         epoch = int(values["epoch"])
         if not self._opened:
             self._open()
@@ -248,7 +248,7 @@ class Tracker:
         self._flushed = time.monotonic()
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
-        """Log final metrics, all in one call; the first is the headline of the compare page."""
+        """Log final metrics, all in one call. The first metric is the headline of the compare page."""
         self.attempt(lambda m: m.log([(0, metrics)]), {"metrics": metrics})
 
     def log_figure(self, path: Path) -> None:
@@ -260,7 +260,7 @@ class Tracker:
         self._log_drawing("confusion.png", lambda figures, path: figures.plot_confusion(path, predictions, classes))
 
     def log_reconstructions(self, images: "Mapping[str, Tensor]") -> None:
-        """Draw and log what a masked autoencoder paints in."""
+        """Draw and log the reconstructions of a masked autoencoder."""
         self._log_drawing("reconstructions.png", lambda figures, path: figures.plot_reconstructions(path, images))
 
     def log_conflict(self, conflict: "pd.DataFrame") -> None:
@@ -286,7 +286,7 @@ class Tracker:
         self.attempt(lambda m: m.client.set_tag(m.run_id, name, value), {"tag": {name: value}})
 
     def will_register(self, folder: Path, arm: str, digest: str) -> None:
-        """Note the encoder that `register` is to log, once the stage has published it."""
+        """Note the encoder that `register` will log after the stage has published it."""
         self._to_register = (folder, {"arm": arm, "encoder_digest": digest})
 
     def register(self) -> None:
@@ -297,7 +297,7 @@ class Tracker:
             self.attempt(lambda m: m.log_encoder(folder, tags), {"encoder": str(folder), **tags})
 
     def tag_upstream(self, digest: str) -> None:
-        """Tag the run, when it ends, with the one that trained the encoder it works on, where the store knows it."""
+        """Note the encoder that the run uses. The run is tagged at its end with that encoder's run, if known."""
         self._upstream = digest
 
     def _tag_upstream(self) -> None:
@@ -309,7 +309,7 @@ class Tracker:
         self.attempt(tag, {})
 
     def set_champion(self, folder: Path, arm: str, digest: str) -> None:
-        """Point the alias `champion` at this encoder's version, registering it first if the store lacks it."""
+        """Point the alias `champion` at this encoder's version. An encoder that the store lacks is registered first."""
 
         def point(m: _Mlflow) -> None:
             known = m.version_of(digest)
@@ -329,10 +329,10 @@ class Tracker:
 
 
 class Untracked(Tracker):
-    """Logs nothing: of the processes of a training the first alone is tracked."""
+    """Logs nothing. Only the first process of a training is tracked."""
 
     def __init__(self) -> None:
-        """Begin."""
+        """Make a tracker without a run."""
         super().__init__(Description("", "", {}, {}, None, ""), Path(), Path())
 
     def attempt(self, action: Callable[[_Mlflow], T], record: dict[str, Any]) -> T | None:
@@ -345,12 +345,12 @@ class Untracked(Tracker):
 
 @contextmanager
 def tracked(description: Description, root: Path, resume_file: Path) -> Iterator[Tracker]:
-    """Track the block as a run named `<arm> / <task>`, and close the run with how the block ended.
+    """Track the block as a run named `<arm> / <task>`. The run is closed with a status that says how the block ended.
 
     Args:
         description: of the run.
-        root: where the default store lies.
-        resume_file: holds the id of the run to go on with, where there is one; takes this run's.
+        root: folder of the default store.
+        resume_file: has the id of a run to continue, if any. The id of this run is written to it.
     """
     tracker = Tracker(description, root, resume_file)
     try:
@@ -371,10 +371,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def serve(uri: str, port: int, announce: Callable[[], None]) -> NoReturn:
-    """Become MLflow's server on 127.0.0.1, after `announce` has told where.
+    """Call `announce`, then become MLflow's server on 127.0.0.1.
 
     Raises:
-        LgpError: the port is in use, or the runs are not in a store of this project's own.
+        LgpError: the port is in use, or the runs are not in the project's own store.
     """
     if not uri.startswith("sqlite:"):
         raise LgpError(f"runs are tracked at {uri}: open that address, `lgp ui` serves this project's own store only")
@@ -388,5 +388,5 @@ def serve(uri: str, port: int, announce: Callable[[], None]) -> NoReturn:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     announce()
-    # in our place, so that whoever stops us stops the server
+    # the server replaces this process, so that stopping this process stops the server
     os.execv(sys.executable, command)

@@ -71,7 +71,7 @@ def test_interval_of_the_gap_covers_the_truth_in_95_percent(subsets: int, subset
     ("gap", "sentence"),
     [
         (Gap(5.0, 2.0, 8.0, 5, 5), "a beats b by 5.0 ± 3.0 points"),
-        (Gap(1.0, -2.0, 4.0, 3, 5), "a and b are level, ahead by 1.0 ± 3.0 points"),
+        (Gap(1.0, -2.0, 4.0, 3, 5), "a and b are undecided: a is ahead by 1.0 ± 3.0 points"),
     ],
 )
 def test_gap_says_who_beats_whom(gap: Gap, sentence: str) -> None:

@@ -105,18 +105,9 @@ def _pretend(folder: Path, path: str) -> None:
 
 
 def write_params(folder: Path, change: dict[str, Any]) -> None:
-    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values = yaml.load((ROOT / "params.yaml").read_text(), _FastLoader)
     values["labels"]["lists"] = {"official": "official.txt"}
-    (folder / "params.yaml").write_text("# a comment\n" + yaml.safe_dump(_numbers(merged(values, change))))
-
-
-def _numbers(values: Any) -> Any:
-    """Turn texts like 8e-3, which YAML 1.2 reads as numbers and PyYAML as text, into numbers."""
-    if isinstance(values, dict):
-        return {key: _numbers(value) for key, value in values.items()}
-    if isinstance(values, list):
-        return [_numbers(value) for value in values]
-    return float(values) if isinstance(values, str) and re.fullmatch(r"[\d.]+e-?\d+", values) else values
+    (folder / "params.yaml").write_text("# a comment\n" + yaml.safe_dump(merged(values, change)))
 
 
 def write_inputs(folder: Path) -> None:
@@ -143,9 +134,18 @@ def _outputs(stage: dict[str, Any]) -> list[str]:
     return [next(iter(o)) if isinstance(o, dict) else o for o in stage.get("outs", []) + stage.get("metrics", [])]
 
 
+class _FastLoader(yaml.CSafeLoader):
+    """PyYAML's reader in C, which reads 1e-05 as the number that YAML 1.2 has there."""
+
+
+_FastLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9.]+e[-+]?[0-9]+$"), list("-+0123456789.")
+)
+
+
 def _fast_yaml(text: str, _path: str, typ: str = "safe") -> Any:
     assert typ == "safe"
-    return yaml.load(text, yaml.CSafeLoader) or {}
+    return yaml.load(text, _FastLoader) or {}
 
 
 def changed(folder: Path) -> tuple[set[str], set[str]]:
@@ -227,6 +227,7 @@ TRAININGS = {"mim", "cl", "graft"} | LINEAR | FINETUNE
 EDITS = {
     "a comment": ("lgp/models/mae.py", "NORM_EPS = 1e-6", "NORM_EPS = 1e-6  # a comment", set()),
     "a docstring": ("lgp/pretrain/mim.py", '"""Put MAE\'s decoder', '"""Set MAE\'s decoder', set()),
+    "a module's docstring": ("lgp/models/mae.py", '"""Masked autoencoder', '"""The masked autoencoder', set()),
     "formatting": ("lgp/models/moco.py", "temperature: float", "temperature:   float", set()),
     "an annotation": ("lgp/models/mae.py", "def patchify(images: Tensor,", "def patchify(images: 'Tensor',", set()),
     "a message": ("lgp/pretrain/arm.py", "choose at most that", "take fewer", set()),
