@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from lgp.workflow.source import is_checkout, source_root
+from lgp.workflow.source_tree import is_checkout, source_root
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ def fewshot(
     debug: Debug = False,
 ) -> None:
     """Evaluate an arm's frozen features with few labels, on each of the subsets of that name."""
-    from lgp.data.subsets import load_subsets
+    from lgp.data.subset_files import load_subsets
     from lgp.workflow.pipeline import SECTIONS
 
     subsets = load_subsets(LABELS, labels)

@@ -14,7 +14,7 @@ def finetune(
     debug: Debug = False,
 ) -> None:
     """Fine-tune an arm's encoder on each of the subsets of that name, or with `all` labels."""
-    from lgp.data.subsets import load_subsets
+    from lgp.data.subset_files import load_subsets
     from lgp.errors import LgpError
     from lgp.params.file import load_params
     from lgp.params.labels import ALL_LABELS

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from stages.paths import LABELS, PREPARED, arm_folder, encoder_files, encoder_folder
 
 if TYPE_CHECKING:
-    from lgp.data.labels import LabelledImages
     from lgp.pretrain.arm import Pretrained, Session
     from lgp.workflow.stage import StageRun
 
@@ -43,24 +42,15 @@ def pretraining(
     spec = StageSpec(arm, SECTIONS[arm], reads, [arm_folder(arm)], arm, "pretrain", trains=True)
     with stage(spec, params_file, fresh, resume) as run:
         from lgp.data.storage import Images
+        from lgp.features.online_knn import labels_if_any
         from lgp.params.file import load_params
-        from lgp.pretrain.arm import Session, check_arms
+        from lgp.pretrain.arm import Session
+        from lgp.pretrain.batch_checks import check_arms
 
         data = Images(PREPARED)
         check_arms(load_params(params_file), len(data.pretraining_ids))
         folders = [encoder_folder(start) for start in starts]
         if folders:
             run.tag_upstream(folders[0])
-        session = Session(data, run.params, run.store, run.tracker, _labelled())
+        session = Session(data, run.params, run.store, run.tracker, labels_if_any(PREPARED, LABELS))
         yield Pretraining(run, session, arm_folder(arm), folders)
-
-
-def _labelled() -> "LabelledImages | None":
-    """Open the labels for the online k-NN, which does not affect the training; None where there are none yet."""
-    from lgp.data.labels import LabelledImages
-    from lgp.errors import LgpError
-
-    try:
-        return LabelledImages(PREPARED, LABELS)
-    except LgpError:
-        return None

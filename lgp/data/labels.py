@@ -22,14 +22,15 @@ import pandas as pd
 
 from lgp.data.leaks import EXACT, Leak, find_leaks
 from lgp.data.sources import DIGITS, Source, open_source
-from lgp.data.splits import check_class_sizes, few_label_subsets
+from lgp.data.splits import check_class_sizes
 from lgp.data.storage import Images
+from lgp.data.subset_files import Subsets, load_subsets, save_subsets
 from lgp.data.subset_lists import list_file, read_subset_list
-from lgp.data.subsets import Subsets, load_subsets, save_subsets
+from lgp.data.subsets import few_label_subsets
 from lgp.errors import LgpError
 from lgp.params.labels import ALL_LABELS, LabelsParams
 
-TABLE, META = "labels.parquet", "meta.json"
+TABLE, META, STATE = "labels.parquet", "meta.json", "source_state"
 SPLITS = ("train", "unlabeled", "val", "test", "dropped")
 SHOWN_LEAKS = 100  # listed with names; all leaks are counted
 
@@ -64,6 +65,8 @@ def write_labels(params: LabelsParams, source_name: str, images: Images, seed: i
     drawn = few_label_subsets(labels[train], params.shares, params.shots, params.subsets, seed, source.classes)
     subsets = {name: [train[rows].tolist() for rows in subsets] for name, subsets in drawn.items()} | lists
     digest = _write(folder, pd.DataFrame({"label": labels, "split": splits}), subsets, source.classes, images)
+    lists_read = [file for files in params.lists.values() for file in files]
+    (folder / STATE).write_text(f"{labels_state(source_name, lists_read)}\n")
     return {
         **{f"images/{split}": int((splits == split).sum()) for split in SPLITS},
         "classes": len(source.classes),

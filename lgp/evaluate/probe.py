@@ -20,7 +20,7 @@ from lgp.compute.randomness import generator
 from lgp.params.evaluate import LinearParams
 from lgp.training.optimizer import peak_rate, warmup_cosine
 
-ROWS = 1024  # scored at once
+SCORED_ROWS = 1024  # scored at once
 
 
 class _SoftmaxCrossEntropy(torch.autograd.Function):
@@ -108,8 +108,8 @@ class LinearHeads(nn.Module):
     def logits(self, features: np.ndarray, heads: slice | int = slice(None)) -> Tensor:
         """Return logits (N, C, H), or (N, C) of one head, on the CPU. Features (N, D) may be memory-mapped."""
         self.eval()
-        starts = range(0, len(features), ROWS)
-        return torch.cat([self(self.rows(features[s : s + ROWS]))[..., heads].cpu() for s in starts])
+        starts = range(0, len(features), SCORED_ROWS)
+        return torch.cat([self(self.rows(features[s : s + SCORED_ROWS]))[..., heads].cpu() for s in starts])
 
     def rows(self, features: np.ndarray) -> Tensor:
         """Move features to the device and data type of the heads."""
@@ -120,9 +120,9 @@ class LinearHeads(nn.Module):
         """Return each head's accuracy, (H,) in [0, 1]; -1 for a head whose weights are not finite."""
         self.eval()
         correct = torch.zeros(len(self.settings), dtype=torch.int64)
-        for start in range(0, len(features), ROWS):
-            predicted = self(self.rows(features[start : start + ROWS])).argmax(1).cpu()
-            correct += (predicted == torch.from_numpy(labels[start : start + ROWS])[:, None]).sum(0)
+        for start in range(0, len(features), SCORED_ROWS):
+            predicted = self(self.rows(features[start : start + SCORED_ROWS])).argmax(1).cpu()
+            correct += (predicted == torch.from_numpy(labels[start : start + SCORED_ROWS])[:, None]).sum(0)
         finite = self.weight.unflatten(1, (self.classes, -1)).isfinite().all(dim=(0, 1)).cpu().numpy()
         return np.where(finite, correct.numpy() / max(len(features), 1), -1.0)
 

@@ -20,7 +20,7 @@ from lgp.errors import check_disk_space
 from lgp.features.extraction import BATCH, Encode, extracted, pixels
 from lgp.params.evaluate import FeatureParams
 
-SPLITS = ("train", "val", "test")
+EVALUATED_SPLITS = ("train", "val", "test")
 FORMAT = 1  # version of the files and of their computation: raise it when either changes
 COMPUTED_WITH = ("torch", "timm")  # their versions change the last digits
 ROWS = 2**16  # read at once
@@ -71,7 +71,7 @@ class FeatureCache:
 
     def features(self, source: FeatureSource, data: LabelledImages) -> Features:
         """Return the features of a source for all three splits. Missing features are extracted."""
-        ids = {split: data.ids(split) for split in SPLITS}
+        ids = {split: data.ids(split) for split in EVALUATED_SPLITS}
         # the labels decide which image is in which split
         of_ids = [sha256(of_split.tobytes()).hexdigest() for of_split in ids.values()]
         images = [data.meta["digest"], *of_ids]
@@ -82,8 +82,10 @@ class FeatureCache:
         with FileLock(self._lock_of(entry)):
             if not entry.exists():
                 self._extract(source, data, ids, entry)
-            x = {split: self._joined(entry, split, source.blocks) for split in SPLITS}
-            by_block = {s: [_mapped(entry / f"{s}-{block}.npy") for block in range(source.blocks)] for s in SPLITS}
+            x = {split: self._joined(entry, split, source.blocks) for split in EVALUATED_SPLITS}
+            by_block = {
+                s: [_mapped(entry / f"{s}-{block}.npy") for block in range(source.blocks)] for s in EVALUATED_SPLITS
+            }
             entry.touch()
         return Features(x, {s: data.labels[i] for s, i in ids.items()}, ids, len(data.classes), by_block)
 
@@ -101,7 +103,7 @@ class FeatureCache:
             for number, batch in enumerate(extracted(encode, data, of_split)):
                 if not arrays:
                     shape = (len(of_split), batch.shape[2])
-                    if split == SPLITS[0]:
+                    if split == EVALUATED_SPLITS[0]:
                         self._make_room(images * source.blocks * shape[1], entry)
                     arrays = [self._create(partial / f"{split}-{b}.npy", shape) for b in range(source.blocks)]
                 for block, array in enumerate(arrays):

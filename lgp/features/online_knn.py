@@ -3,14 +3,28 @@
 It reads labels of `train` and `val`. It does not affect the training: an encoder is the same with and without it.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from lgp.compute.launch import launched_rank
 from lgp.data.labels import LabelledImages
+from lgp.errors import LgpError
 from lgp.features.extraction import class_token_of, extract
 from lgp.features.knn import TEMPERATURE, K, knn_predict
 from lgp.params.run import OnlineKnnParams
+
+
+def labels_if_any(images: Path, labels: Path) -> LabelledImages | None:
+    """Open images with their labels; None where there are no labels of these images yet."""
+    try:
+        return LabelledImages(images, labels)
+    except LgpError:
+        if launched_rank() == 0:
+            print("online k-NN is off: no labels of these images yet, run `lgp labels`", flush=True)
+        return None
 
 
 class OnlineKnn:

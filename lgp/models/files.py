@@ -7,7 +7,7 @@ from lgp.params.arms import how_to_get
 
 ENCODER = "encoder"  # a folder of the next three files
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "provenance.json"
-HEADS, METRICS, CURVES = "heads.safetensors", "metrics.json", "curves.csv"
+HEADS, ARM_METRICS, CURVES = "heads.safetensors", "metrics.json", "curves.csv"
 RECONSTRUCTIONS = "reconstructions.safetensors"  # only of an arm with a decoder
 
 

@@ -170,11 +170,19 @@ def restricted(params: Params, sections: Iterable[str]) -> Params:
     A stage therefore cannot depend on a key that `dvc.yaml` does not list for it.
     """
     names = {section.partition(".")[0] for section in sections} | {"run"}
-    recipes = [section.partition(".")[2] for section in sections if section.startswith("finetune.")]
+    keys: dict[str, list[str]] = {}
+    for name, _, key in (section.partition(".") for section in sections):
+        keys.setdefault(name, []).extend([key] if key else [])
     visible = Params.model_construct()
     kept = {name: getattr(params, name) for name in names}
-    if recipes:
-        kept["finetune"] = {name: recipe for name, recipe in params.finetune.items() if name in recipes}
+    for name, chosen in keys.items():
+        if chosen and isinstance(kept[name], dict):
+            kept[name] = {key: value for key, value in kept[name].items() if key in chosen}
+        elif chosen:
+            kept[name] = kept[name].model_copy()
+            of_section = kept[name].__dict__
+            for key in of_section.keys() - set(chosen):
+                del of_section[key]
     visible.__dict__.clear()
     visible.__dict__.update(kept)
     return visible

@@ -15,13 +15,13 @@ from lgp.compute.precision import choose_precision, place
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch, CropDataset
 from lgp.data.storage import Images
-from lgp.errors import LgpError, check_disk_space
+from lgp.errors import check_disk_space
 from lgp.features.extraction import class_token_of, extract
 from lgp.features.online_knn import OnlineKnn
 from lgp.models.roles import PretrainingModel
-from lgp.params.arms import TRAINED
 from lgp.params.file import Params
 from lgp.params.pretrain import TrainingParams
+from lgp.pretrain.batch_checks import check_batch
 from lgp.pretrain.sanity_checks import check_features, check_weights, weights_of
 from lgp.training.loop import Epoch, Observer, Progression, Trainer
 from lgp.training.optimizer import adamw, parameter_groups, warmup_cosine
@@ -160,38 +160,3 @@ def _online_knn(objective: Objective, session: Session, device: torch.device) ->
     if session.labelled is None:
         return lambda _epoch: {}
     return OnlineKnn(objective.model.encoder, session.labelled, device, session.params.run.online_knn).after_epoch
-
-
-def check_batch(name: str, batch_size: int, images: int, processes: int, accumulate: Mapping[str, int]) -> None:
-    """Raise `LgpError` where a batch is larger than the training part, or cannot be cut into equal parts.
-
-    Args:
-        name: of the stage.
-        batch_size: of the stage.
-        images: number of images of the training part.
-        processes: number of processes that share a batch.
-        accumulate: stage → number of parts of a batch (`run.accumulate`); 1 for a stage that is not in it.
-    """
-    if batch_size > images:
-        raise LgpError(
-            f"{name}.batch_size {batch_size} is larger than the {images} images of the training part: "
-            "choose at most that"
-        )
-    parts = processes * accumulate.get(name, 1)
-    if batch_size % parts:
-        raise LgpError(
-            f"{name}.batch_size {batch_size} cannot be cut into {parts} equal parts ({processes} processes, "
-            f"run.accumulate {accumulate.get(name, 1)}): choose a multiple of {parts}"
-        )
-
-
-def check_arms(params: Params, images: int) -> None:
-    """Raise `LgpError` where a batch of any arm cannot be trained. Each arm checks all arms before it trains.
-
-    Args:
-        params: the whole file.
-        images: number of images of the training part.
-    """
-    for arm in TRAINED:
-        if arm in params.arms or arm in ("mim", "cl", "graft"):
-            check_batch(arm, getattr(params, arm).batch_size, images, world_size(), params.run.accumulate)

@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from lgp.compute.units import flop_text
 from lgp.data.labels import LabelledImages
 from lgp.evaluate.statistics import Gap, paired_gap
-from lgp.models.files import METRICS
+from lgp.models.files import ARM_METRICS
 from lgp.params.file import Params
 from lgp.report.outcomes import ArmOutcomes, champion, correct_by_subset
 from lgp.report.table import task_name, wide_rows
@@ -118,7 +118,7 @@ def _number(value: float | None) -> str:
 
 
 def _compute(folders: Mapping[str, Path]) -> list[str]:
-    trainings = {arm: json.loads((folder / METRICS).read_text()) for arm, folder in folders.items()}
+    trainings = {arm: json.loads((folder / ARM_METRICS).read_text()) for arm, folder in folders.items()}
     pflop = {arm: m["train/pflop_total"] for arm, m in trainings.items() if "train/pflop_total" in m}
     said = "The work of pre-training, counted on the first step. It includes the arms that an arm started from."
     head = ["", "## Compute", "", said, ""]

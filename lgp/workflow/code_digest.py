@@ -3,7 +3,7 @@
 The digest is of the syntax trees of the functions, classes and constants that a stage can reach. The search starts at
 the stage's file in `stages/` and at the classes of the parameter sections that it reads. The digest leaves out what
 does not act: comments, formatting, docstrings, annotations of functions, and messages (printed texts, arguments of
-raised errors). It also leaves out the modules in `SURROUNDINGS`, which start, show, check or record a stage.
+raised errors). It also leaves out the modules in `NOT_DIGESTED`, which start, show, check or record a stage.
 
 The analysis is by name and errs on the safe side: a name that a definition mentions counts as used. It imports no
 module that it reads.
@@ -19,26 +19,28 @@ from pathlib import Path
 from typing import Any
 
 from lgp.workflow.pipeline import SECTIONS
-from lgp.workflow.source import PACKAGE, source_root
+from lgp.workflow.source_tree import PACKAGE, source_root
 
-SURROUNDINGS = (
+NOT_DIGESTED = (
     "lgp.compute.interruption",
     "lgp.compute.launch",
     "lgp.errors",
     "lgp.features.online_knn",
     "lgp.params.file",
+    "lgp.pretrain.batch_checks",
     "lgp.training.progress",
     "lgp.workflow.code_digest",
+    "lgp.workflow.pipeline",
     "lgp.workflow.provenance",
     "lgp.workflow.registered_encoder",
     "lgp.workflow.stage",
     "lgp.workflow.tracking",
     "stages.options",
 )
-PARAMS = ("lgp.params.file", "Params")  # the class whose fields are the sections
+PARAMS_CLASS = ("lgp.params.file", "Params")  # the class whose fields are the sections
 WHOLE = "*"  # in place of a name: everything in a module
 SILENT = ("ctx", "type_comment", "kind", "lineno", "col_offset", "end_lineno", "end_col_offset")
-FORMAT = 1  # version of the digest: raise it when the computation changes
+DIGEST_FORMAT = 1  # version of the digest: raise it when the computation changes
 
 Target = tuple[str, str]  # module and name
 
@@ -138,6 +140,12 @@ class _Stripper(ast.NodeTransformer):
 
     keep_annotations = False  # of fields: pydantic uses them, dataclasses and functions do not
 
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        visited = super().generic_visit(node)
+        if getattr(visited, "body", None) == []:  # it only printed
+            visited.body = [ast.Pass()]  # type: ignore[attr-defined]
+        return visited
+
     def _block(self, node: Any) -> Any:
         body = node.body
         node.body = (body[1:] if _is_docstring(body[0]) else body) or [ast.Pass()]
@@ -178,10 +186,10 @@ class _Stripper(ast.NodeTransformer):
         raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
         return ast.Raise(raised, None)
 
-    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         call = node.value
         printed = isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "print"
-        return ast.Pass() if printed else self.generic_visit(node)
+        return None if printed else self.generic_visit(node)
 
 
 def _strip(statement: ast.stmt) -> ast.AST:
@@ -223,7 +231,7 @@ class Code:
 
     def digest(self, stage: str) -> str:
         """Return the digest of what the code of a stage does."""
-        whole = hashlib.sha256(f"{FORMAT}".encode())
+        whole = hashlib.sha256(f"{DIGEST_FORMAT}".encode())
         for (module, name), acts in sorted(self.reach(stage).items()):
             whole.update(f"{module}:{name} {acts}\n".encode())
         return whole.hexdigest()
@@ -235,7 +243,7 @@ class Code:
         while pending:
             target = pending.pop()
             module = self.module(target[0])
-            if target in found or target[0] in SURROUNDINGS:
+            if target in found or target[0] in NOT_DIGESTED:
                 continue
             if module is None:
                 found[target] = ""
@@ -266,9 +274,9 @@ class Code:
 
     def _sections(self, stage: str) -> Iterable[Target]:
         """Return the classes of the sections that a stage reads, from the annotations of `Params`."""
-        source = self.module(PARAMS[0])
+        source = self.module(PARAMS_CLASS[0])
         assert source is not None
-        (params,) = (s for s in source.tree.body if isinstance(s, ast.ClassDef) and s.name == PARAMS[1])
+        (params,) = (s for s in source.tree.body if isinstance(s, ast.ClassDef) and s.name == PARAMS_CLASS[1])
         read = {section.partition(".")[0] for section in SECTIONS[stage]}
         for line in params.body:
             if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.target.id in read:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lgp.errors import LgpError
-from lgp.workflow.source import source_root
+from lgp.workflow.source_tree import source_root
 
 FOLDER = source_root() / "presets"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lgp.errors import LgpError
 from lgp.workflow.presets import use
-from lgp.workflow.source import source_root
+from lgp.workflow.source_tree import source_root
 
 PIPELINE = ("dvc.yaml", "controls/dvc.yaml", ".dvcignore")
 IGNORED = """# written by the pipeline; DVC keeps what belongs together

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from lgp.data.storage import Images
 from lgp.evaluate.outcome import Outcome
 from lgp.models.encoder_folder import save_encoder, save_pixels
-from lgp.models.files import CURVES, ENCODER, METRICS, PROVENANCE, encoder_digest
+from lgp.models.files import ARM_METRICS, CURVES, ENCODER, PROVENANCE, encoder_digest
 from lgp.models.heads_file import save_heads
 from lgp.models.interchange import PROJECTOR_FIRST_FC, Imported
 from lgp.pretrain.arm import Pretrained
@@ -73,22 +73,24 @@ def publish_baseline(run: StageRun, folder: Path, encoder: VisionTransformer | N
         encoder: with random weights; None for raw pixels.
         data: the images that it will be evaluated on.
     """
-    save_heads(run.out(folder), {}, None)
-    parameters = 0 if encoder is None else sum(p.numel() for p in encoder.parameters())
-    values: dict[str, Any] = {"encoder_parameters": parameters}
-    _publish_encoder(run, folder, encoder, data, run.provenance | {"metrics": values})
+    out = run.out(folder)
+    save_heads(out, {}, None)
+    if encoder is not None:
+        values = {"encoder_parameters": sum(p.numel() for p in encoder.parameters())}
+        _publish_encoder(run, folder, encoder, data, run.provenance | {"metrics": values})
+        return
+    values = {"encoder_parameters": 0}
+    save_pixels(out / ENCODER, data, run.provenance | {"metrics": values})
+    run.write_metrics(out / ARM_METRICS, values)
 
 
 def _publish_encoder(
-    run: StageRun, folder: Path, encoder: VisionTransformer | None, data: Images, provenance: dict[str, Any]
+    run: StageRun, folder: Path, encoder: VisionTransformer, data: Images, provenance: dict[str, Any]
 ) -> None:
     out = run.out(folder)
-    if encoder is None:
-        save_pixels(out / ENCODER, data, provenance)
-    else:
-        save_encoder(out / ENCODER, encoder, run.params.model, run.params.data, data, provenance)
-        run.tracker.will_register(folder / ENCODER, run.spec.arm, encoder_digest(out / ENCODER))
-    run.write_metrics(out / METRICS, provenance["metrics"])
+    save_encoder(out / ENCODER, encoder, run.params.model, run.params.data, data, provenance)
+    run.tracker.will_register(folder / ENCODER, run.spec.arm, encoder_digest(out / ENCODER))
+    run.write_metrics(out / ARM_METRICS, provenance["metrics"])
 
 
 def _pflop_of(encoder: Path) -> float:

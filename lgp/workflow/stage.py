@@ -23,7 +23,7 @@ from lgp.training.resume_states import StateStore
 from lgp.workflow import tracking
 from lgp.workflow.code_digest import code_digest
 from lgp.workflow.provenance import git_state, input_digest, params_digest
-from lgp.workflow.source import source_root
+from lgp.workflow.source_tree import is_checkout, source_root
 
 RESUME = Path(".lgp") / "resume"
 RESERVE_BYTES = 64 * 2**20  # what tracking, metrics and pictures may need beside the results
@@ -109,13 +109,14 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
         return
     check_disk_space(root, RESERVE_BYTES)
     before = _digests(spec, params)
-    git = git_state(source_root())
+    git = git_state(source_root()) if is_checkout(source_root()) else {"commit": "unknown", "dirty": False}
     provenance = {
         "stage": spec.name,
         "arm": spec.arm,
         "task": spec.task,
         "params": section_values(params, spec.sections),
         "digests": before,
+        "lgp": version("lgp"),
         "torch": version("torch"),
         **git,
     }

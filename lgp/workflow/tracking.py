@@ -84,7 +84,9 @@ class _Mlflow:
         local = (root / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite:///") else None
         return str(self.client.create_experiment(experiment, artifact_location=local))
 
-    def start(self, name: str, tags: dict[str, str], params: dict[str, str], resume: str | None) -> str:
+    def start(
+        self, name: str, tags: dict[str, str], params: dict[str, str], resume: str | None, started_ms: int
+    ) -> str:
         from mlflow.entities import Param
 
         self.logged_epochs = 0
@@ -92,7 +94,7 @@ class _Mlflow:
             history = self.client.get_metric_history(resume, "train/loss")
             self.logged_epochs = max((m.step for m in history), default=0)
             return self.run_id
-        run = self.client.create_run(self.experiment_id, tags=tags, run_name=name)
+        run = self.client.create_run(self.experiment_id, start_time=started_ms, tags=tags, run_name=name)
         self.run_id = str(run.info.run_id)
         self.client.log_batch(self.run_id, params=[Param(k, v[:6000]) for k, v in params.items()])
         return self.run_id
@@ -187,6 +189,7 @@ class Tracker:
         self._epochs: list[tuple[int, dict[str, float]]] = []
         self._upstream: str | None = None
         self._flushed = time.monotonic()
+        self._started_ms = int(time.time() * 1000)  # the run opens later, and begins now
         self._to_register: tuple[Path, dict[str, str]] | None = None
 
     def attempt(self, action: Callable[[_Mlflow], T], record: dict[str, Any]) -> T | None:
@@ -215,7 +218,7 @@ class Tracker:
             self._give_up(e)
         resume = self._resume_file.read_text().strip() if self._resume_file.exists() else None
         started = self.attempt(
-            lambda m: m.start(name, about.tags, about.values, resume),
+            lambda m: m.start(name, about.tags, about.values, resume, self._started_ms),
             {"run": name, "tags": about.tags, "params": about.values},
         )
         if started:
@@ -320,7 +323,7 @@ class Tracker:
 
     def end(self, status: str) -> None:
         """Close the run as FINISHED, FAILED or KILLED. A run that failed before anything was logged is not opened."""
-        if not self._opened and not self._epochs and status == "FAILED":
+        if not self._opened and not self._epochs and status != "FINISHED":
             return
         self.flush()
         if self._upstream:

@@ -24,7 +24,8 @@ from lgp.models.simclr import nt_xent
 from lgp.models.vicreg import vicreg_loss
 from lgp.params.file import Params
 from lgp.params.pretrain import VicregWeights
-from lgp.pretrain.arm import Session, check_batch
+from lgp.pretrain.arm import Session
+from lgp.pretrain.batch_checks import check_batch
 from lgp.pretrain.cl import pretrain_cl
 from lgp.pretrain.mim import pretrain_mim
 from lgp.training import loop as engine

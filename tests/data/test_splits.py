@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from lgp.data.splits import cap, few_label_subsets, hold_out
+from lgp.data.splits import cap, hold_out
+from lgp.data.subsets import few_label_subsets
 from lgp.errors import LgpError
 
 LABELS = np.repeat(np.arange(5), [100, 50, 200, 7, 60])

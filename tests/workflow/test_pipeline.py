@@ -237,6 +237,14 @@ EDITS = {
     "tracking": ("lgp/workflow/tracking.py", "FLUSH_EVERY_S = 2.0", "FLUSH_EVERY_S = 3.0", set()),
     "an evaluation key": ("lgp/params/evaluate.py", "knn_k: Count", "knn_k: Count = 20", LINEAR),
     "a few-label key": ("lgp/params/labels.py", "    leaks: ", "    more: int = 1\n    leaks: ", {"labels"}),
+    "the labels": ("lgp/data/labels.py", "SHOWN_LEAKS = 100", "SHOWN_LEAKS = 50", {"labels"}),
+    "labels as evaluation reads them": (
+        "lgp/data/labels.py",
+        "return [self.ids(\"train\")] if name == ALL_LABELS",
+        "return [self.ids(\"val\")] if name == ALL_LABELS",
+        LINEAR | FEWSHOT | FINETUNE | {"report"},
+    ),
+    "another stage's sections": ("lgp/workflow/pipeline.py", '"linear": ("seed",', '"linear": ("model",', set()),
     "a key of MIM": ("lgp/params/pretrain.py", "mask_ratio: OpenFraction", "mask_ratio: OpenFraction = 0.75", {"mim"}),
     "a key of run": ("lgp/params/run.py", "save_every_s: Positive = 60.0", "save_every_s: Positive = 30.0", set()),
     "the whole file's checks": ("lgp/params/file.py", "if names.count(name) > 1:", "if names.count(name) > 2:", set()),
@@ -249,7 +257,7 @@ EDITS = {
     "the schedule": ("lgp/training/optimizer.py", "warmup_lr_init=0.0", "warmup_lr_init=0.1", TRAININGS),
     "logistic regression": ("lgp/evaluate/few_labels.py", "TOL = 1e-6", "TOL = 1e-5", FEWSHOT),
     "the split": ("lgp/data/splits.py", 'seed, "split", name)', 'seed, "part", name)', {"prepare"}),
-    "the draw of subsets": ("lgp/data/splits.py", 'seed, "few-label", s)', 'seed, "few", s)', {"labels"}),
+    "the draw of subsets": ("lgp/data/subsets.py", 'seed, "few-label", s)', 'seed, "few", s)', {"labels"}),
 }  # fmt: skip
 
 
