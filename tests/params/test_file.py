@@ -138,11 +138,20 @@ def test_a_recipe_that_is_not_there_is_named_with_those_there_are(params: Params
 
 
 def test_a_stage_sees_the_sections_it_lists_and_no_others(params: Params) -> None:
-    seen = restricted(params, ("seed", "data.source", "mim"))
-    assert (seen.seed, seen.data, seen.mim, seen.run) == (params.seed, params.data, params.mim, params.run)
+    visible = restricted(params, ("seed", "data.source", "mim"))
+    assert (visible.seed, visible.data.source, visible.mim, visible.run) == (
+        params.seed,
+        params.data.source,
+        params.mim,
+        params.run,
+    )
+    for key in set(type(params.data).model_fields) - {"source"}:
+        with pytest.raises(AttributeError):
+            getattr(visible.data, key)
+    assert params.data.channels  # the whole file stays whole
     for section in Params.model_fields.keys() - {"seed", "data", "mim", "run"}:
         with pytest.raises(AttributeError, match=section):
-            getattr(seen, section)
+            getattr(visible, section)
 
 
 def test_a_stage_sees_the_recipes_it_lists_and_no_others(values: dict[str, Any]) -> None:
