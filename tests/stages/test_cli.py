@@ -533,7 +533,11 @@ def test_usage_error_is_one_line_at_once_and_leaves_no_run(
         ({"mim": {"batch_size": 4096}}, ["mim"], "mim.batch_size 4096 is larger than the"),
         ({"data": {"image_size": 16}}, ["reverse"], "was trained with"),
         ({"labels": {"shots": [500]}}, ["labels"], "labels.shots asks for 500 images of each class"),
-        ({}, ["conflict", "pixels"], "the encoder in models/pixels/encoder was trained with"),
+        (
+            {},
+            ["conflict", "pixels"],
+            "models/pixels/encoder stands for raw pixels, which have no encoder: choose another arm",
+        ),
     ],
 )
 def test_mistake_that_a_stage_finds_later_leaves_no_run_either(
