@@ -9,6 +9,7 @@ from typing import Any
 
 from lgp.compute.digests import file_digest
 from lgp.params.file import Params, section_values
+from lgp.workflow.source_tree import is_checkout
 
 
 def input_digest(path: Path) -> str:
@@ -33,7 +34,12 @@ def params_digest(params: Params, sections: Iterable[str]) -> str:
 
 
 def git_state(root: Path) -> dict[str, Any]:
-    """Return the commit (or `unknown`) and whether lgp/, stages/ or cli.py differ from it. Results do not count."""
+    """Return the commit of a checkout and whether its code differs from it; `unknown` for an installed package.
+
+    Results that a run rewrites do not count. An installed package may lie below a repository of its user's.
+    """
+    if not is_checkout(root):
+        return {"commit": "unknown", "dirty": False}
 
     def git(*args: str) -> str | None:
         try:

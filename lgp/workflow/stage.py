@@ -23,7 +23,7 @@ from lgp.training.resume_states import StateStore
 from lgp.workflow import tracking
 from lgp.workflow.code_digest import code_digest
 from lgp.workflow.provenance import git_state, input_digest, params_digest
-from lgp.workflow.source_tree import is_checkout, source_root
+from lgp.workflow.source_tree import source_root
 
 RESUME = Path(".lgp") / "resume"
 RESERVE_BYTES = 64 * 2**20  # what tracking, metrics and pictures may need beside the results
@@ -109,7 +109,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
         return
     check_disk_space(root, RESERVE_BYTES)
     before = _digests(spec, params)
-    git = git_state(source_root()) if is_checkout(source_root()) else {"commit": "unknown", "dirty": False}
+    git = git_state(source_root())
     provenance = {
         "stage": spec.name,
         "arm": spec.arm,

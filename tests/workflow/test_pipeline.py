@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import networkx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT, merged
@@ -75,6 +77,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("cli.py", "dvc.yaml", "params.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, folder)
+    write_images(folder)
     (folder / "official.txt").write_text("".join(f"digits/{i}\n" for i in range(30)))
     subprocess.run([*DVC, "init", "--no-scm", "--quiet"], cwd=folder, check=True)
     subprocess.run([*DVC, "config", "core.analytics", "false"], cwd=folder, check=True)
@@ -86,6 +89,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 _pretend(folder, _filled(path, item))
     subprocess.run([*DVC, "commit", "--force", "--quiet", "dvc.yaml"], cwd=folder, check=True)
     return folder
+
+
+def write_images(folder: Path, labels: Sequence[int] = (0, 1, 0, 1)) -> None:
+    """Write a source of four images, which only their labels tell apart: nothing here decodes them."""
+    (folder / "images").mkdir(exist_ok=True)
+    images = [{"bytes": b"", "path": None} for _ in labels]
+    pq.write_table(pa.table({"image": images, "label": list(labels)}), folder / "images" / "train.parquet")
 
 
 def _pretend(folder: Path, path: str) -> None:
@@ -106,6 +116,7 @@ def _pretend(folder: Path, path: str) -> None:
 
 def write_params(folder: Path, change: dict[str, Any]) -> None:
     values = yaml.load((ROOT / "params.yaml").read_text(), _FastLoader)
+    values["data"]["source"] = "images"
     values["labels"]["lists"] = {"official": "official.txt"}
     (folder / "params.yaml").write_text("# a comment\n" + yaml.safe_dump(merged(values, change)))
 
@@ -274,6 +285,14 @@ def test_edited_code_runs_again_what_it_can_change(edited: Path, edit: str) -> N
 def test_edited_list_runs_the_labels_again(edited: Path) -> None:
     (edited / "official.txt").write_text("".join(f"digits/{i}\n" for i in range(1, 40)))
     assert changed(edited)[1] == {"labels", "report"} | EVALUATIONS
+
+
+def test_changed_label_runs_the_labels_again(edited: Path) -> None:
+    write_images(edited, (0, 1, 1, 1))
+    try:
+        assert changed(edited)[1] == {"labels", "report"} | EVALUATIONS
+    finally:
+        write_images(edited)
 
 
 def test_inputs_are_the_same_again(finished: Path) -> None:

@@ -1,0 +1,57 @@
+"""The stage `inputs`: what it writes where the source of the images is there, gone, or never was."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import merged
+
+from lgp.data.labels import STATE
+from lgp.workflow.inputs import LABELS, write_inputs
+from lgp.workflow.pipeline import SECTIONS
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]) -> Path:
+    """A project whose source is a Parquet file of two images."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    images = [{"bytes": b"", "path": None}] * 2
+    pq.write_table(pa.table({"image": images, "label": [0, 1]}), tmp_path / "images" / "train.parquet")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(merged(values, {"data": {"source": "images"}})))
+    return tmp_path
+
+
+def labels_after(project: Path) -> str:
+    write_inputs(project / "inputs", project / "params.yaml", project)
+    return (project / "inputs" / "labels").read_text().strip()
+
+
+def test_every_stage_has_a_digest_of_its_own(project: Path) -> None:
+    labels_after(project)
+    digests = {path.name: path.read_text() for path in (project / "inputs" / "code").iterdir()}
+    assert digests.keys() == SECTIONS.keys()
+    assert len(set(digests.values())) == len(SECTIONS)
+
+
+def test_state_of_a_source_that_is_gone_is_the_one_that_the_labels_were_read_from(project: Path) -> None:
+    state = labels_after(project)
+    (project / LABELS).mkdir(parents=True)
+    (project / LABELS / STATE).write_text(f"{state}\n")
+    shutil.rmtree(project / "images")
+    assert labels_after(project) == state
+
+
+def test_source_that_never_was_stops_no_stage_but_the_labels(project: Path) -> None:
+    shutil.rmtree(project / "images")
+    assert labels_after(project).startswith("unreadable: data.source 'images' does not exist")
+
+
+def test_wrong_parameter_file_is_an_error(project: Path) -> None:
+    (project / "params.yaml").write_text("seed: [")
+    with pytest.raises(Exception, match="not valid YAML"):
+        labels_after(project)
