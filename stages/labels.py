@@ -14,9 +14,10 @@ def labels(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
     with stage(spec, params_file, fresh) as run:
         from lgp.data.labels import describe, write_labels
         from lgp.data.storage import Images
+        from lgp.workflow.metric_files import write_metrics
 
         params = run.params
         metrics = write_labels(params.labels, params.data.source, Images(PREPARED), params.seed, run.out(LABELS))
-        run.write_metrics(run.out(metrics_path), metrics)
+        write_metrics(run, run.out(metrics_path), metrics)
         for line in describe(metrics, params.labels.leaks):
             print(f"labels: {line}", flush=True)

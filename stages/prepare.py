@@ -14,9 +14,10 @@ def prepare(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debu
     with stage(spec, params_file, fresh) as run:
         from lgp.data.preparation import prepare as prepare_data
         from lgp.data.storage import PARTS
+        from lgp.workflow.metric_files import write_metrics
 
         metrics = prepare_data(run.params.data, run.params.seed, run.out(PREPARED))
-        run.write_metrics(run.out(metrics_path), metrics)
+        write_metrics(run, run.out(metrics_path), metrics)
         run.tracker.tag("data_digest", metrics["digest"])
         counts = ", ".join(f"{metrics[f'images/{part}']} {part}" for part in PARTS)
         print(f"prepare: {counts} images", flush=True)

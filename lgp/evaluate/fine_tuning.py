@@ -41,7 +41,7 @@ from lgp.models.heads_file import load_first_fc
 from lgp.params.evaluate import FineTuneParams
 from lgp.pretrain.arm import Session
 from lgp.training.loop import Epoch, Observer, Trainer
-from lgp.training.optimizer import adamw, peak_rate, warmup_cosine
+from lgp.training.optimizer import adamw, peak_rate, warmup_cosine, whole_warmup_steps
 
 BETAS = (0.9, 0.999)  # MAE, table 9
 STATE_BYTES_PER_WEIGHT_BYTE = 2 * 3  # two resume states, each with the weight and two moments
@@ -168,7 +168,7 @@ def _fit(shared: _FineTuning, number: int, ids: np.ndarray) -> tuple[nn.Module, 
     crops.shard(rank(), world_size())
     rate, steps = peak_rate(recipe.base_lr, batch_size), recipe.epochs * crops.steps_per_epoch
     optimizer = adamw(layer_decayed_groups(model, rate, recipe), BETAS)
-    warmup_steps = min(round(recipe.warmup_epochs * crops.steps_per_epoch), steps - 1)
+    warmup_steps = whole_warmup_steps(recipe.warmup_epochs, crops.steps_per_epoch, steps)
     mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
     erase = RandomErasing(recipe.random_erasing, mode="pixel", device=device.type)
 

@@ -24,7 +24,7 @@ from lgp.params.pretrain import TrainingParams
 from lgp.pretrain.batch_checks import check_batch
 from lgp.pretrain.sanity_checks import check_features, check_weights, weights_of
 from lgp.training.loop import Epoch, Observer, Progression, Trainer
-from lgp.training.optimizer import adamw, parameter_groups, warmup_cosine
+from lgp.training.optimizer import adamw, parameter_groups, warmup_cosine, whole_warmup_steps
 from lgp.training.resume_states import StateStore
 
 LossOf = Callable[[Batch], Tensor]
@@ -123,7 +123,7 @@ def fit_arm(
         initial = weights_of(model)
         place(model, device, precision)
         optimizer = adamw(parameter_groups(model, rates, stage.weight_decay), betas)
-        warmup_steps = min(round(stage.warmup_epochs * crops.steps_per_epoch), steps - 1)
+        warmup_steps = whole_warmup_steps(stage.warmup_epochs, crops.steps_per_epoch, steps)
         progression = Trainer(
             name=objective.name,
             model=model,

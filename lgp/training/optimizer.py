@@ -40,6 +40,11 @@ def adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> AdamW:
     return AdamW(groups, betas=betas, fused=True)
 
 
+def whole_warmup_steps(warmup_epochs: float, steps_per_epoch: int, steps: int) -> int:
+    """Round a warm-up in epochs to whole steps; at least one of all `steps` comes after it."""
+    return min(round(warmup_epochs * steps_per_epoch), steps - 1)
+
+
 def warmup_cosine(optimizer: Optimizer, steps: int, warmup_steps: int) -> CosineLRScheduler:
     """Schedule each group's rate per step: linear from 0 over the warm-up, then half a cosine to 0.
 

@@ -15,6 +15,7 @@ from lgp.models.files import ARM_METRICS, CURVES, ENCODER, PROVENANCE, encoder_d
 from lgp.models.heads_file import save_heads
 from lgp.models.interchange import PROJECTOR_FIRST_FC, Imported
 from lgp.pretrain.arm import Pretrained
+from lgp.workflow.metric_files import write_metrics
 from lgp.workflow.stage import StageRun
 
 CURVE_COLUMNS = ["epoch", "train/loss", "train/lr"]  # without the online k-NN: a key of `run` sets it
@@ -81,7 +82,7 @@ def publish_baseline(run: StageRun, folder: Path, encoder: VisionTransformer | N
         return
     values = {"encoder_parameters": 0}
     save_pixels(out / ENCODER, data, run.provenance | {"metrics": values})
-    run.write_metrics(out / ARM_METRICS, values)
+    write_metrics(run, out / ARM_METRICS, values)
 
 
 def _publish_encoder(
@@ -90,7 +91,7 @@ def _publish_encoder(
     out = run.out(folder)
     save_encoder(out / ENCODER, encoder, run.params.model, run.params.data, data, provenance)
     run.tracker.will_register(folder / ENCODER, run.spec.arm, encoder_digest(out / ENCODER))
-    run.write_metrics(out / ARM_METRICS, provenance["metrics"])
+    write_metrics(run, out / ARM_METRICS, provenance["metrics"])
 
 
 def _pflop_of(encoder: Path) -> float:
@@ -107,6 +108,6 @@ def publish_outcome(
     The metric file contains the digest of the encoder. Files of different encoders therefore always differ.
     """
     outcome.predictions.to_parquet(run.out(predictions), index=False)
-    run.write_metrics(run.out(metrics), {**outcome.metrics, "encoder": encoder_digest(encoder)})
+    write_metrics(run, run.out(metrics), {**outcome.metrics, "encoder": encoder_digest(encoder)})
     print(f"{run.spec.arm} / {run.spec.task}: {outcome.metrics['test/top1']:.1f} % top-1 on test", flush=True)
     run.tracker.log_confusion(outcome.predictions, classes)

@@ -71,13 +71,6 @@ class StageRun:
         """Tag the tracked run with the one that trained the encoder in this folder."""
         self.tracker.tag_upstream(encoder_digest(encoder))
 
-    def write_metrics(self, written: Path, metrics: dict[str, Any]) -> None:
-        """Write a metric file (at or below an `out` path), and track its numbers."""
-        written.write_text(json.dumps(metrics, indent=2) + "\n")
-        # the loss is already tracked in every epoch
-        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "train/loss"}
-        self.tracker.log_metrics(numbers)
-
 
 @contextmanager
 def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool = False) -> Iterator[StageRun]:

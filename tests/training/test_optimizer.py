@@ -9,7 +9,7 @@ from torch import nn
 from lgp.models.contrastive import build_contrastive
 from lgp.models.vit import build_encoder
 from lgp.params.file import Params
-from lgp.training.optimizer import adamw, parameter_groups, peak_rate, warmup_cosine
+from lgp.training.optimizer import adamw, parameter_groups, peak_rate, warmup_cosine, whole_warmup_steps
 
 
 def test_rate_scales_with_the_batch() -> None:
@@ -54,3 +54,8 @@ def test_schedule_needs_no_state() -> None:
     for step in range(38):
         schedule.step_update(step)
     assert again.param_groups[0]["lr"] == halfway
+
+
+@pytest.mark.parametrize(("epochs", "of_an_epoch", "expected"), [(0, 20, 0), (2.5, 3, 8), (1.4, 3, 4), (10, 5, 24)])
+def test_warm_up_is_of_whole_steps_and_leaves_one_after_it(epochs: float, of_an_epoch: int, expected: int) -> None:
+    assert whole_warmup_steps(epochs, of_an_epoch, 25) == expected

@@ -267,6 +267,12 @@ EDITS = {
     "the momentum": ("lgp/models/moco.py", "1 - (1 - base)", "1 - 2 * (1 - base)", CONTRASTIVE),
     "the graft's rates": ("lgp/pretrain/graft.py", "(depth + 1 - role.layer)", "(depth - role.layer)", {"graft"}),
     "the schedule": ("lgp/training/optimizer.py", "warmup_lr_init=0.0", "warmup_lr_init=0.1", TRAININGS),
+    "the text of metrics": (
+        "lgp/workflow/metric_files.py",
+        "indent=2",
+        "indent=1",
+        {"prepare", "labels", *TRAINED} | BASELINE | EVALUATIONS,
+    ),
     "logistic regression": ("lgp/evaluate/few_labels.py", "TOL = 1e-6", "TOL = 1e-5", FEWSHOT),
     "the split": ("lgp/data/splits.py", 'seed, "split", name)', 'seed, "part", name)', {"prepare"}),
     "the draw of subsets": ("lgp/data/subsets.py", 'seed, "few-label", s)', 'seed, "few", s)', {"labels"}),

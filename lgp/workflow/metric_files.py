@@ -1,0 +1,21 @@
+"""Metric files: the same bytes for the same metrics, so that an equal result stops a re-run from spreading."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lgp.workflow.stage import StageRun
+
+
+def write_metrics(run: StageRun, written: Path, metrics: dict[str, Any]) -> None:
+    """Write a metric file, and track its numbers.
+
+    Args:
+        run: the stage.
+        written: the file, at or below an `out` path of the stage.
+        metrics: flat, by name; texts and lists are written and not tracked.
+    """
+    written.write_text(json.dumps(metrics, indent=2) + "\n")
+    # the loss is tracked epoch by epoch already
+    numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "train/loss"}
+    run.tracker.log_metrics(numbers)
