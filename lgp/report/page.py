@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -75,8 +76,8 @@ def page_of(
         drawn: the pictures that were drawn, of `PICTURES`.
     """
     header, rows = wide_rows([{str(k): str(v) for k, v in row.items()} for row in results.to_dict("records")])
-    lines = [f"# {TITLE}", "", _setting(params, data), ""]
-    lines.append(
+    lines = [f"# {TITLE}", "", *_paragraph(_setting(params, data)), ""]
+    lines += _paragraph(
         "Top-1 accuracy on test in percent, ± half its 95 % interval. The interval is over the subsets of labels. For "
         "k-NN, the linear probe and every task with a single subset it is over the test images."
     )
@@ -89,7 +90,7 @@ def page_of(
 
 def _comparison(arms: list[ArmOutcomes]) -> list[str]:
     lines = ["", "## Paired comparison", ""]
-    lines.append(
+    lines += _paragraph(
         "Both arms of a row have the same subsets and test images. The interval (bootstrap over images, Student's t "
         "over subsets) covers one pre-training of each arm. Another pre-training seed changes these numbers too."
     )
@@ -133,6 +134,11 @@ def _setting(params: Params, data: LabelledImages) -> str:
         f"ViT of width {model.width}, depth {model.depth}, {model.heads} heads, patch {model.patch_size}; "
         f"seed {params.seed}."
     )
+
+
+def _paragraph(text: str) -> list[str]:
+    """Return the lines of a paragraph."""
+    return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
