@@ -122,6 +122,12 @@ def test_metric_files_hold_nothing_that_changes_by_itself(finished: Path) -> Non
     assert not any("time" in key or "run" in key for key in metrics)
 
 
+def test_compute_of_the_graft_includes_what_it_started_from(finished: Path) -> None:
+    mim, graft = (json.loads((finished / "models" / arm / "metrics.json").read_text()) for arm in ("mim", "graft"))
+    assert mim["train/pflop_total"] == mim["train/pflop"] > 0
+    assert graft["train/pflop_total"] == pytest.approx(graft["train/pflop"] + mim["train/pflop_total"], rel=1e-6)
+
+
 def test_plain_timm_without_lgp_gives_the_same_features(finished: Path, tmp_path: Path) -> None:
     data = labelled(finished)
     encoder = finished / "models" / "graft" / "encoder"
