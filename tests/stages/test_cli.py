@@ -1,5 +1,6 @@
 """The command line, run as its users do: stages by hand in a folder of their own, and every error as one line."""
 
+import hashlib
 import json
 import os
 import re
@@ -18,12 +19,14 @@ import torch
 import typer
 import yaml
 from conftest import ROOT, SMALL, merged
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cli import app
 from lgp.data.labels import LabelledImages
 from lgp.features.extraction import class_token_of, extract
 from lgp.models.encoder_folder import load_encoder
+from lgp.models.heads_file import load_first_fc
 
 RUNNER = CliRunner()
 
@@ -126,6 +129,24 @@ def test_compute_of_the_graft_includes_what_it_started_from(finished: Path) -> N
     mim, graft = (json.loads((finished / "models" / arm / "metrics.json").read_text()) for arm in ("mim", "graft"))
     assert mim["train/pflop_total"] == mim["train/pflop"] > 0
     assert graft["train/pflop_total"] == pytest.approx(graft["train/pflop"] + mim["train/pflop_total"], rel=1e-6)
+
+
+def test_metrics_of_an_evaluation_name_the_encoder(finished: Path) -> None:
+    found = sorted((finished / "metrics").glob("*-*.json"))
+    assert len(found) == 5 * 3 + 3
+    for file in found:
+        weights = (finished / "models" / file.stem.partition("-")[0] / "encoder" / "model.safetensors").read_bytes()
+        assert json.loads(file.read_text())["encoder"] == hashlib.sha256(weights).hexdigest(), file
+
+
+def test_contrastive_arms_keep_the_first_layer_of_their_projector(finished: Path) -> None:
+    for arm in ("cl", "graft"):
+        heads = load_file(finished / "models" / arm / "heads.safetensors")
+        first_fc = load_first_fc(finished / "models" / arm)
+        assert first_fc is not None
+        assert torch.equal(first_fc, heads["projector.0.weight"])
+        assert first_fc.shape == (32, 16)  # (hidden, width)
+    assert load_first_fc(finished / "models" / "mim") is None
 
 
 def test_plain_timm_without_lgp_gives_the_same_features(finished: Path, tmp_path: Path) -> None:
