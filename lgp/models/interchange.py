@@ -90,6 +90,11 @@ class Imported:
     projector: dict[str, Tensor]
     uses: list[Use]
 
+    @property
+    def first_fc(self) -> str | None:
+        """The name of the weight of the projector's first layer, None without a projector."""
+        return PROJECTOR_FIRST_FC if PROJECTOR_FIRST_FC in self.projector else None
+
 
 def import_checkpoint(path: Path, model: ModelParams, data: DataParams, partial: bool = False) -> Imported:
     """Read an encoder from a checkpoint of MAE, MoCo v3, LGP, timm or lgp.

@@ -12,6 +12,7 @@ module that it reads.
 import ast
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +41,7 @@ NOT_DIGESTED = (
 PARAMS_CLASS = ("lgp.params.file", "Params")  # the class whose fields are the sections
 WHOLE = "*"  # in place of a name: everything in a module
 SILENT = ("ctx", "type_comment", "kind", "lineno", "col_offset", "end_lineno", "end_col_offset")
+CACHED_DIGESTS = Path(".lgp") / "code.json"
 DIGEST_FORMAT = 1  # version of the digest: raise it when the computation changes
 
 Target = tuple[str, str]  # module and name
@@ -285,17 +287,15 @@ class Code:
                         yield source.imports[node.id]
 
 
-def code_digest(stage: str) -> str:
-    """Return the digest of what the code of a stage does now."""
-    return Code().digest(stage)
+def code_digests(root: Path) -> dict[str, str]:
+    """Return the digest of what the code of every stage does now.
 
+    They are kept in `root`/.lgp, and read from there while no source file has another path, size or time of change.
 
-def code_digests(cache: Path) -> dict[str, str]:
-    """Return the digest of every stage. While no source file has changed, the digests are read from the file `cache`.
-
-    Source files are compared by path, size and time of change.
+    Args:
+        root: of the project.
     """
-    code = Code()
+    code, cache = Code(), root / CACHED_DIGESTS
     state = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in code.files]
     try:
         kept = json.loads(cache.read_text(encoding="utf-8"))
@@ -305,5 +305,8 @@ def code_digests(cache: Path) -> dict[str, str]:
         pass
     digests = {stage: code.digest(stage) for stage in SECTIONS}
     cache.parent.mkdir(parents=True, exist_ok=True)
-    cache.write_text(json.dumps({"state": state, "digests": digests}), encoding="utf-8")
+    # stages that run at the same time write the same; a reader never sees half a file
+    written = cache.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps({"state": state, "digests": digests}), encoding="utf-8")
+    written.replace(cache)
     return digests

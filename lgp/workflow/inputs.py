@@ -14,7 +14,6 @@ from lgp.errors import LgpError
 from lgp.workflow.code_digest import code_digests
 
 FOLDER, PARAMS_FILE, LABELS = Path("inputs"), Path("params.yaml"), Path("data/labels")
-CODE_CACHE = Path(".lgp") / "code.json"
 DIGITS = "digits"  # the built-in images, whose labels never change
 
 
@@ -31,7 +30,7 @@ def write_inputs(folder: Path, params_file: Path, root: Path) -> None:
     """
     source, lists = _source_and_lists(params_file)
     (folder / "code").mkdir(parents=True, exist_ok=True)
-    for stage, digest in code_digests(root / CODE_CACHE).items():
+    for stage, digest in code_digests(root).items():
         (folder / "code" / stage).write_text(f"{digest}\n", encoding="utf-8")
     (folder / "labels").write_text(f"{_labels(source, lists)}\n", encoding="utf-8")
 

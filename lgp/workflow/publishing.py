@@ -4,24 +4,26 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from timm.models.vision_transformer import VisionTransformer
-
-from lgp.data.storage import Images
-from lgp.evaluate.outcome import Outcome
 from lgp.models.encoder_folder import save_encoder, save_pixels
 from lgp.models.files import ARM_METRICS, CURVES, ENCODER, PROVENANCE, encoder_digest
 from lgp.models.heads_file import save_heads
-from lgp.models.interchange import PROJECTOR_FIRST_FC, Imported
-from lgp.pretrain.arm import Pretrained
 from lgp.workflow.metric_files import write_metrics
 from lgp.workflow.stage import StageRun
+
+if TYPE_CHECKING:  # an evaluation does not import what pre-trains
+    from timm.models.vision_transformer import VisionTransformer
+
+    from lgp.data.storage import Images
+    from lgp.evaluate.outcome import Outcome
+    from lgp.models.interchange import Imported
+    from lgp.pretrain.arm import Pretrained
 
 CURVE_COLUMNS = ["epoch", "train/loss", "train/lr"]  # without the online k-NN: a key of `run` sets it
 
 
-def publish_arm(run: StageRun, folder: Path, result: Pretrained, data: Images, starts: Sequence[Path] = ()) -> None:
+def publish_arm(run: StageRun, folder: Path, result: "Pretrained", data: "Images", starts: Sequence[Path] = ()) -> None:
     """Write a trained arm, and log its encoder as a model of the registry.
 
     Args:
@@ -49,7 +51,7 @@ def publish_arm(run: StageRun, folder: Path, result: Pretrained, data: Images, s
     _publish_encoder(run, folder, model.encoder, data, provenance)
 
 
-def publish_imported(run: StageRun, folder: Path, imported: Imported, data: Images) -> None:
+def publish_imported(run: StageRun, folder: Path, imported: "Imported", data: "Images") -> None:
     """Write an imported encoder as an arm, and log it as a model of the registry.
 
     Args:
@@ -58,14 +60,13 @@ def publish_imported(run: StageRun, folder: Path, imported: Imported, data: Imag
         imported: encoder and projector.
         data: the images that it will be evaluated on. Their mean and standard deviation are saved with it.
     """
-    first_fc = PROJECTOR_FIRST_FC if PROJECTOR_FIRST_FC in imported.projector else None
-    save_heads(run.out(folder), imported.projector, first_fc)
+    save_heads(run.out(folder), imported.projector, imported.first_fc)
     values = {"encoder_parameters": sum(p.numel() for p in imported.encoder.parameters())}
     provenance = run.provenance | {"layout": imported.layout, "metrics": values}
     _publish_encoder(run, folder, imported.encoder, data, provenance)
 
 
-def publish_baseline(run: StageRun, folder: Path, encoder: VisionTransformer | None, data: Images) -> None:
+def publish_baseline(run: StageRun, folder: Path, encoder: "VisionTransformer | None", data: "Images") -> None:
     """Write a baseline arm: an untrained encoder, or raw pixels in its place.
 
     Args:
@@ -86,7 +87,7 @@ def publish_baseline(run: StageRun, folder: Path, encoder: VisionTransformer | N
 
 
 def _publish_encoder(
-    run: StageRun, folder: Path, encoder: VisionTransformer, data: Images, provenance: dict[str, Any]
+    run: StageRun, folder: Path, encoder: "VisionTransformer", data: "Images", provenance: dict[str, Any]
 ) -> None:
     out = run.out(folder)
     save_encoder(out / ENCODER, encoder, run.params.model, run.params.data, data, provenance)
@@ -101,7 +102,7 @@ def _pflop_of(encoder: Path) -> float:
 
 
 def publish_outcome(
-    run: StageRun, encoder: Path, metrics: Path, predictions: Path, outcome: Outcome, classes: list[str]
+    run: StageRun, encoder: Path, metrics: Path, predictions: Path, outcome: "Outcome", classes: list[str]
 ) -> None:
     """Write the metric file and the predictions. Track the metrics, and the confusion matrix as a picture.
 

@@ -21,7 +21,7 @@ from lgp.models.files import WEIGHTS, encoder_digest, no_encoder
 from lgp.params.file import Params, load_params, restricted, section_values
 from lgp.training.resume_states import StateStore
 from lgp.workflow import tracking
-from lgp.workflow.code_digest import code_digest
+from lgp.workflow.code_digest import code_digests
 from lgp.workflow.provenance import git_state, input_digest, params_digest
 from lgp.workflow.source_tree import source_root
 
@@ -101,7 +101,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
         yield from _as_worker(spec, visible, root)
         return
     check_disk_space(root, RESERVE_BYTES)
-    before = _digests(spec, params)
+    before = _digests(spec, params, root)
     git = git_state(source_root())
     provenance = {
         "stage": spec.name,
@@ -125,7 +125,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
         partial = {path: _start_output(path) for path in spec.writes}
         with tracking.tracked(_description(spec, params, before, git), root, store.run_id_file) as tracker:
             yield StageRun(spec, visible, provenance, tracker, store, partial)
-            _check_unchanged(spec, before, params_file)
+            _check_unchanged(spec, before, params_file, root)
             for path, written in partial.items():
                 _publish(written, path)
             # an encoder is registered only after it is checked and published
@@ -185,16 +185,16 @@ def _remedy(path: Path) -> str:
     )
 
 
-def _digests(spec: StageSpec, params: Params) -> dict[str, Any]:
+def _digests(spec: StageSpec, params: Params, root: Path) -> dict[str, Any]:
     return {
         "parameters": params_digest(params, spec.sections),
         "inputs": {path.as_posix(): input_digest(path) for path in spec.reads},
-        "code": code_digest(spec.name),
+        "code": code_digests(root)[spec.name],
     }
 
 
-def _check_unchanged(spec: StageSpec, before: dict[str, Any], params_file: Path) -> None:
-    after = _digests(spec, load_params(params_file))
+def _check_unchanged(spec: StageSpec, before: dict[str, Any], params_file: Path, root: Path) -> None:
+    after = _digests(spec, load_params(params_file), root)
     changed = [name for name in ("parameters", "code") if after[name] != before[name]]
     changed += [path for path, digest in after["inputs"].items() if digest != before["inputs"][path]]
     if changed:
