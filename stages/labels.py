@@ -19,5 +19,5 @@ def labels(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
         params = run.params
         metrics = write_labels(params.labels, params.data.source, Images(PREPARED), params.seed, run.out(LABELS))
         write_metrics(run, run.out(metrics_path), metrics)
-        for line in describe(metrics, params.labels.leaks):
+        for line in describe(metrics, params.labels):
             print(f"labels: {line}", flush=True)

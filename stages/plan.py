@@ -29,12 +29,15 @@ def plan(
     from lgp.compute.device import choose_device
     from lgp.compute.precision import choose_precision
     from lgp.data.storage import Images as PreparedImages
+    from lgp.errors import LgpError
     from lgp.params.file import load_params
     from lgp.pretrain.plan import GRAFT_COLUMNS, PLAN_COLUMNS, Machine, graft_rows, matrix_tflops, plan_row
     from lgp.pretrain.plan import plan as make_plan
     from lgp.report.terminal import print_table
 
     params = load_params(params_file)
+    if not images and not PREPARED.exists():
+        raise LgpError("no prepared images to count: say how many with --images, or run `lgp prepare` first")
     images = images or len(PreparedImages(PREPARED).pretraining_ids)
     device = choose_device(params.run)
     peak = tflops or matrix_tflops(device, choose_precision(params.run, device, params.model.width))

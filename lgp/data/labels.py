@@ -28,7 +28,7 @@ from lgp.data.subset_files import Subsets, load_subsets, save_subsets
 from lgp.data.subset_lists import list_file, read_subset_list
 from lgp.data.subsets import few_label_subsets
 from lgp.errors import LgpError
-from lgp.params.labels import ALL_LABELS, LabelsParams
+from lgp.params.labels import ALL_LABELS, LabelsParams, shot_name
 
 TABLE, META, STATE = "labels.parquet", "meta.json", "source_state"
 SPLITS = ("train", "unlabeled", "val", "test", "dropped")
@@ -141,14 +141,20 @@ def _write(folder: Path, table: pd.DataFrame, subsets: Subsets, classes: list[st
     return digest.hexdigest()
 
 
-def describe(metrics: dict[str, Any], fate: str) -> list[str]:
-    """Return what `write_labels` found, in one or two lines. `fate` is the value of `labels.leaks`."""
+def describe(metrics: dict[str, Any], params: LabelsParams) -> list[str]:
+    """Return what `write_labels` found, a line each."""
     counts = ", ".join(f"{metrics[f'images/{split}']} {split}" for split in SPLITS[:-1])
     lines = [f"{counts} images in {metrics['classes']} classes"]
     if metrics["leaks"]:
-        kept = {"report": "which stay", "drop_test": "dropped from test"}[fate]
+        kept = {"report": "which stay", "drop_test": "dropped from test"}[params.leaks]
         exact, near = metrics["leaks/exact"], metrics["leaks/near"]
         lines.append(f"{exact} test images also stand elsewhere, {near} nearly, {kept}: listed in metrics/labels.json")
+    drawn = [*params.shares, *map(shot_name, params.shots)]
+    for first, second in itertools.combinations(drawn, 2):
+        # nested and balanced: as many images are the same images
+        if metrics[f"labels/{first}"] == metrics[f"labels/{second}"]:
+            images = metrics[f"labels/{first}"]
+            lines.append(f"{first} and {second} are the same {images} images: keep one of them, or choose labels.shots")
     return lines
 
 

@@ -62,6 +62,8 @@ def init_project(folder: Path, preset: str, git: bool) -> list[str]:
     lines = [f"{folder.resolve()} is a project now, with the parameters of the preset {preset}"]
     if not _in_git(folder):
         lines.append("it is not in git: `dvc repro` works, `dvc exp` needs `lgp init --git`")
+    else:
+        lines.append("its files are not committed yet: `git add -A && git commit`, which `dvc exp` needs")
     return [*lines, "next: set data.source in params.yaml to your images, then `dvc repro`"]
 
 

@@ -11,6 +11,7 @@ from made_sources import both_from, folder, images_from, labels_from, png, write
 
 from lgp.data.labels import LabelledImages, describe, labels_state, write_labels
 from lgp.data.storage import Images
+from lgp.data.subset_files import load_subsets
 from lgp.errors import LgpError
 from lgp.params.file import Params
 from lgp.params.labels import LabelsParams
@@ -253,10 +254,21 @@ def test_state_of_digits_follows_the_lists(tmp_path: Path) -> None:
 def test_description_counts_splits_and_leaks() -> None:
     counts = {"images/train": 20, "images/unlabeled": 1, "images/val": 2, "images/test": 7, "images/dropped": 3}
     leaks = {"leaks": [{}], "leaks/exact": 1, "leaks/near": 2}
-    lines = describe({**counts, **leaks, "classes": 2}, "drop_test")
+    params = LabelsParams(shares={}, subsets=5, leaks="drop_test")
+    lines = describe({**counts, **leaks, "classes": 2}, params)
     assert lines[0] == "20 train, 1 unlabeled, 2 val, 7 test images in 2 classes"
     assert lines[1].startswith("1 test images also stand elsewhere, 2 nearly, dropped from test:")
-    assert len(describe({**counts, **leaks, "leaks": [], "classes": 2}, "report")) == 1
+    assert len(describe({**counts, **leaks, "leaks": [], "classes": 2}, params)) == 1
+
+
+def test_description_names_subsets_that_are_the_same_images(prepared: LabelledImages, tmp_path: Path) -> None:
+    params = LabelsParams(shares={"1pct": 0.01, "10pct": 0.1}, shots=[1], subsets=5)
+    metrics = write_labels(params, "digits", Images(prepared.folder), 0, tmp_path)
+    of_first, of_shot = load_subsets(tmp_path, "1pct"), load_subsets(tmp_path, "1shot")
+    assert all(np.array_equal(a, b) for a, b in zip(of_first, of_shot, strict=True))
+    assert [line for line in describe(metrics, params) if "the same" in line] == [
+        "1pct and 1shot are the same 10 images: keep one of them, or choose labels.shots"
+    ]
 
 
 def test_labels_on_disk_have_a_row_per_image(prepared: LabelledImages) -> None:

@@ -253,7 +253,7 @@ def test_exported_checkpoint_comes_in_as_an_arm_and_is_grafted_on(
 
 
 def test_plan_needs_prepared_images_or_their_number(project: Path) -> None:
-    assert "no prepared images in data/prepared" in error_of(lgp("plan"))
+    assert "no prepared images to count: say how many with --images" in error_of(lgp("plan"))
     planned = lgp("plan", "--images", "1000", "--tflops", "1", "--gpus", "3")
     assert planned.exit_code == 0, planned.output
     assert "warning: cl.batch_size 64 does not divide among 3 GPUs" in planned.output
