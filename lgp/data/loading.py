@@ -103,7 +103,7 @@ class CropDataset(Dataset[Tensor]):
         rng = self.stream.generator("crops", step)
         boxes = random_boxes(torch.from_numpy(self.data.sizes[ids]), self.views, self.params.crop_scale_min, rng)
         flipped = random_flips(len(ids), self.views, self.params.flip_p, rng)[self.rows]
-        crops = self.data.crops(ids[self.rows], boxes[self.rows])
+        crops = self.data.crops(ids[self.rows], boxes[self.rows], self.params.interpolation)
         crops[flipped] = crops[flipped].flip(-1)
         return crops
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
 from lgp.errors import LgpError
+from lgp.params.section import Interpolation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -198,6 +199,8 @@ class Images:
         return self._decoded(image_id)
 
     def _decoded(self, image_id: int) -> np.ndarray:
+        if self._array is not None:
+            return np.array(self._array[image_id])
         return np.atleast_3d(np.array(self.open_image(image_id)))
 
     def keep_decoded(self, budget_bytes: float) -> None:
@@ -206,20 +209,21 @@ class Images:
         if self._array is None and int(self.sizes[ids].prod(axis=1).sum()) * self.channels <= budget_bytes:
             self._kept = KeptImages(ids, self.sizes[ids], self.channels)
 
-    def crops(self, ids: np.ndarray, boxes: Tensor) -> Tensor:
+    def crops(self, ids: np.ndarray, boxes: Tensor, interpolation: Interpolation = "bilinear") -> Tensor:
         """Cut V boxes out of each image and resize them to the model's size. Each image is decoded once.
 
-        Resizing is bilinear and antialiased, as in torchvision for a tensor of bytes. MAE's code resizes bicubically.
+        Resizing is antialiased, as in torchvision for a tensor of bytes.
 
         Args:
             ids: (B,) image ids.
             boxes: (B, V, 4) top, left, height, width in pixels of the stored image.
+            interpolation: of the resizing.
 
         Returns:
             (B, V, C, S, S) uint8.
         """
         size, views = self.image_size, boxes.shape[1]
-        if self._array is not None:
+        if self._array is not None and interpolation == "bilinear":
             pixels = torch.from_numpy(self._array[ids]).permute(0, 3, 1, 2).float()
             cut = crop_and_resize(pixels.repeat_interleave(views, dim=0), boxes.flatten(0, 1), size)
             return cut.round().to(torch.uint8).unflatten(0, (-1, views))
@@ -228,23 +232,28 @@ class Images:
             image = torch.from_numpy(self.pixels(image_id)).permute(2, 0, 1)[None]
             for top, left, height, width in image_boxes:
                 cut = image[:, :, top : top + height, left : left + width]
-                crops.append(F.interpolate(cut, (size, size), mode="bilinear", antialias=True))
+                crops.append(F.interpolate(cut, (size, size), mode=interpolation, antialias=True))
         return torch.cat(crops).unflatten(0, (-1, views))
 
-    def whole(self, ids: np.ndarray) -> Tensor:
+    def whole(self, ids: np.ndarray, interpolation: Interpolation = "bilinear") -> Tensor:
         """Return the images for evaluation, without augmentation.
 
-        Images that are stored as one array have the model's size and are returned unchanged. Otherwise the shorter side
-        is resized to S / eval_crop, then the centre S × S is cropped (torchvision's evaluation recipe).
+        The shorter side is resized to S / eval_crop, then the centre S × S is cropped, as torchvision evaluates. The
+        recipe is the same for images that are stored as one array and for encoded images.
+
+        Args:
+            ids: (B,) image ids.
+            interpolation: of the resizing.
 
         Returns:
             (B, C, S, S) uint8.
         """
-        if self._array is not None:
-            return torch.from_numpy(self._array[ids]).permute(0, 3, 1, 2).contiguous()
         size = self.image_size
         shorter = round(size / self.meta["eval_crop"])
-        images = [tvf.resize(self.open_image(i), [shorter], antialias=True) for i in ids.tolist()]
+        if self._array is not None and shorter == size:
+            return torch.from_numpy(self._array[ids]).permute(0, 3, 1, 2).contiguous()
+        mode = tvf.InterpolationMode(interpolation)
+        images = [tvf.resize(self.open_image(i), [shorter], mode, antialias=True) for i in ids.tolist()]
         return torch.stack([tvf.pil_to_tensor(tvf.center_crop(image, [size, size])) for image in images])
 
     def normalize(self, images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lgp.data.storage import Images
 from lgp.models.vit import tokens_by_block
+from lgp.params.section import Interpolation
 
 Encode = Callable[[Tensor], Tensor]
 BATCH = 256
@@ -52,21 +53,24 @@ def pixels(images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def extracted(encode: Encode, data: Images, ids: np.ndarray) -> Iterator[np.ndarray]:
+def extracted(
+    encode: Encode, data: Images, ids: np.ndarray, interpolation: Interpolation = "bilinear"
+) -> Iterator[np.ndarray]:
     """Yield the features of images without augmentation, batch by batch, float32."""
     for start in range(0, len(ids), BATCH):
-        yield encode(data.normalize(data.whole(ids[start : start + BATCH]))).float().cpu().numpy()
+        yield encode(data.normalize(data.whole(ids[start : start + BATCH], interpolation))).float().cpu().numpy()
 
 
-def extract(encode: Encode, data: Images, ids: np.ndarray) -> np.ndarray:
+def extract(encode: Encode, data: Images, ids: np.ndarray, interpolation: Interpolation = "bilinear") -> np.ndarray:
     """Return the features of images without augmentation.
 
     Args:
         encode: normalised images (B, C, S, S) → features (B, D).
         data: prepared images.
         ids: (N,) image ids.
+        interpolation: of the resizing.
 
     Returns:
         (N, D) float32.
     """
-    return np.concatenate(list(extracted(encode, data, ids)))
+    return np.concatenate(list(extracted(encode, data, ids, interpolation)))

@@ -4,7 +4,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lgp.params.section import Count, Fraction, NonNegative, OpenFraction, Positive, Rates, Section, Whole
+from lgp.params.section import (
+    Count,
+    Fraction,
+    Interpolation,
+    NonNegative,
+    OpenFraction,
+    Positive,
+    Rates,
+    Section,
+    Whole,
+)
 
 
 class ViewParams(Section):
@@ -15,6 +25,7 @@ class ViewParams(Section):
     """
 
     crop_scale_min: Annotated[float, Field(gt=0, le=1)]
+    interpolation: Interpolation = "bilinear"
     flip_p: Fraction = 0.0
     jitter_p: Fraction = 0.0
     brightness: Fraction = 0.0
@@ -37,11 +48,17 @@ class VicregWeights(Section):
 class ContrastiveParams(Section):
     """Objective, heads and views of contrastive learning. The CL baseline and the graft share them.
 
-    mocov3 and simclr read `temperature`. mocov3 reads `predictor_hidden` and `momentum`. vicreg reads `vicreg`.
+    mocov3 and simclr read `temperature`. mocov3 reads `predictor_hidden`, `momentum` and `masked`. vicreg reads
+    `vicreg`. `mask_ratio` of the patches is hidden from the inputs that `masked` names:
+
+    - `queries`: the trained encoder sees masked views, the momentum encoder whole ones.
+    - `queries_and_keys`: both see the same patches of a view (`mae_aug` in LGP's released code).
+    - `one_sided`: queries are of the masked first view, keys of the whole second one (`cmae` there).
     """
 
     objective: Literal["mocov3", "simclr", "vicreg"] = "mocov3"
     mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    masked: Literal["queries", "queries_and_keys", "one_sided"] = "queries"
     vicreg: VicregWeights = VicregWeights()
     projector_hidden: Count
     projector_dim: Count
@@ -50,6 +67,14 @@ class ContrastiveParams(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)]
     freeze_patch_embed: bool
     views: ViewParams
+
+    @model_validator(mode="after")
+    def _only_mocov3_masks_keys(self) -> Self:
+        if self.masked != "queries" and self.objective != "mocov3":
+            raise ValueError(f"masked {self.masked} is of mocov3, objective is {self.objective}: set it to queries")
+        if self.masked != "queries" and not self.mask_ratio:
+            raise ValueError(f"masked {self.masked} has no effect with mask_ratio 0: raise it (LGP: 0.75)")
+        return self
 
 
 class TrainingParams(Section):
@@ -76,6 +101,7 @@ class MimParams(TrainingParams):
     decoder_depth: Count
     decoder_heads: Count
     crop_scale_min: Annotated[float, Field(gt=0, le=1)]
+    interpolation: Interpolation = "bicubic"
     flip_p: Fraction
 
     @model_validator(mode="after")
@@ -89,7 +115,7 @@ class MimParams(TrainingParams):
     @property
     def views(self) -> ViewParams:
         """MAE's augmentation: crop and flip only (appendix A.1)."""
-        return ViewParams(crop_scale_min=self.crop_scale_min, flip_p=self.flip_p)
+        return ViewParams(crop_scale_min=self.crop_scale_min, interpolation=self.interpolation, flip_p=self.flip_p)
 
 
 class ClParams(TrainingParams):

@@ -1,6 +1,6 @@
 """The base class of a section of the parameter file, and the types of its values."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -27,6 +27,7 @@ def as_list(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(whole_number)]
 Count = Annotated[Whole, Field(ge=1)]
 Rates = Annotated[list[NonNegative], Field(min_length=1)]
+Interpolation = Literal["bilinear", "bicubic"]
 # no hyphen: file names are ARM-TASK
 LabelsName = Annotated[str, Field(pattern="^[a-z0-9_]+$")]
 ArmName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]

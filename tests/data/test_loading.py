@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import merged
+from made_sources import folder
 from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 
 from lgp.compute.randomness import Stream, generator
+from lgp.data import writing
 from lgp.data.loading import Batch, CropDataset, loader
 from lgp.data.preparation import prepare
-from lgp.data.storage import Images
+from lgp.data.storage import ARRAY, Images
 from lgp.data.views import random_boxes
 from lgp.params.data import DataParams
 from lgp.params.pretrain import ViewParams
@@ -92,11 +94,54 @@ def photographs(tmp_path: Path, values: dict[str, Any]) -> Images:
 def test_crops_of_encoded_images_equal_torchvisions(photographs: Images) -> None:
     ids = photographs.ids("train")
     boxes = random_boxes(torch.from_numpy(photographs.sizes[ids]), 2, 0.1, generator(0, "x"))
-    ours = photographs.crops(ids, boxes)
-    for image_id, of_image, cuts in zip(ids, boxes.tolist(), ours, strict=True):
-        image = tvf.pil_to_tensor(photographs.open_image(image_id))
-        for box, cut in zip(of_image, cuts, strict=True):
-            assert torch.equal(cut, tvf.resized_crop(image, *box, size=[8, 8], antialias=True))
+    for mode in ("bilinear", "bicubic"):
+        ours = photographs.crops(ids, boxes, mode)
+        for image_id, of_image, cuts in zip(ids, boxes.tolist(), ours, strict=True):
+            image = tvf.pil_to_tensor(photographs.open_image(image_id))
+            for box, cut in zip(of_image, cuts, strict=True):
+                theirs = tvf.resized_crop(image, *box, [8, 8], tvf.InterpolationMode(mode), antialias=True)
+                assert torch.equal(cut, theirs)
+
+
+def test_bicubic_crops_of_an_array_equal_torchvisions(prepared: Images) -> None:
+    ids = prepared.ids("train")[:40]
+    boxes = random_boxes(torch.from_numpy(prepared.sizes[ids]), 1, 0.1, generator(0, "x"))
+    ours = prepared.crops(ids, boxes, "bicubic")
+    for image_id, box, cut in zip(ids, boxes[:, 0].tolist(), ours[:, 0], strict=True):
+        image = tvf.pil_to_tensor(prepared.open_image(image_id))
+        theirs = tvf.resized_crop(image, *box, [8, 8], tvf.InterpolationMode.BICUBIC, antialias=True)
+        assert torch.equal(cut, theirs)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_crops_are_resized_as_their_views_say(prepared: Images, mode: str) -> None:
+    views = VIEWS.model_copy(update={"interpolation": mode, "flip_p": 0.0})
+    batches = CropDataset(prepared, views, 1, 8, Stream(0, "cl"))
+    ids = batches.ids_of(0)
+    boxes = random_boxes(torch.from_numpy(prepared.sizes[ids]), 1, 0.4, Stream(0, "cl").generator("crops", 0))
+    assert torch.equal(batches[0], prepared.crops(ids, boxes, mode))
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_evaluation_crop_is_torchvisions_however_images_are_stored(
+    tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    source = folder(tmp_path / "source", {"a": 6, "b": 6}, size=(16, 16))
+    changes = {"source": str(source), "image_size": 16, "channels": 3, "eval_crop": 0.8, "max_train_images": None}
+    data = DataParams.model_validate(merged(values["data"], changes))
+    stored = []
+    for name, limit in (("array", 2**30), ("encoded", 0)):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(writing, "ARRAY_BYTES", limit)
+        prepare(data, 0, tmp_path / name)
+        stored.append(Images(tmp_path / name))
+    assert [(images.folder / ARRAY).exists() for images in stored] == [True, False]
+    ids = stored[0].ids("train")
+    array, encoded = (images.whole(ids, mode) for images in stored)
+    resized = [tvf.resize(stored[0].open_image(i), [20], tvf.InterpolationMode(mode), antialias=True) for i in ids]
+    theirs = torch.stack([tvf.pil_to_tensor(tvf.center_crop(image, [16, 16])) for image in resized])
+    assert torch.equal(array, theirs)
+    assert torch.equal(encoded, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
