@@ -2,12 +2,13 @@
 
 from timm.models.vision_transformer import VisionTransformer
 
-from lgp.models.moco import MoCo
+from lgp.models.moco import MaskedKeysMoCo, MoCo, OneSidedMoCo
 from lgp.models.simclr import SimCLR
 from lgp.models.vicreg import VICReg
 from lgp.params.pretrain import ContrastiveParams
 
 Contrastive = MoCo | SimCLR | VICReg
+MASKED = {"queries": MoCo, "queries_and_keys": MaskedKeysMoCo, "one_sided": OneSidedMoCo}
 
 
 def build_contrastive(encoder: VisionTransformer, params: ContrastiveParams) -> Contrastive:
@@ -23,4 +24,4 @@ def build_contrastive(encoder: VisionTransformer, params: ContrastiveParams) -> 
         return SimCLR(encoder, hidden, dim, temperature)
     if params.objective == "vicreg":
         return VICReg(encoder, hidden, dim, params.vicreg)
-    return MoCo(encoder, hidden, dim, params.predictor_hidden, temperature, params.momentum)
+    return MASKED[params.masked](encoder, hidden, dim, params.predictor_hidden, temperature, params.momentum)

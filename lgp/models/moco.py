@@ -74,15 +74,46 @@ class MoCo(PretrainingModel):
         queries = [*self.encoder.parameters(), *self.projector.parameters()]
         average([k.detach() for k in keys], [q.detach() for q in queries], 0)
 
+    def query(self, view: View) -> Tensor:
+        """Return the queries of a view, (B, D). Only its visible patches are encoded."""
+        queries: Tensor = self.predictor(self.projector(class_token(self.encoder, view)))
+        return queries
+
+    @torch.no_grad()
+    def key(self, view: View) -> Tensor:
+        """Return the keys of a view, (B, D), of all its patches."""
+        keys: Tensor = self.momentum_projector(self.momentum_encoder(view.images))
+        return keys
+
     def forward(self, view1: View, view2: View, progress: float) -> Tensor:
         """Update the momentum encoder and return the symmetric loss of two views of each image.
 
-        The momentum encoder takes all patches. `progress`, in [0, 1] of the training, sets the momentum.
+        `progress`, in [0, 1] of the training, sets the momentum.
         """
-        query1 = self.predictor(self.projector(class_token(self.encoder, view1)))
-        query2 = self.predictor(self.projector(class_token(self.encoder, view2)))
-        with torch.no_grad():
-            self.update_momentum_encoder(momentum_at(progress, self.momentum))
-            key1 = self.momentum_projector(self.momentum_encoder(view1.images))
-            key2 = self.momentum_projector(self.momentum_encoder(view2.images))
+        query1, query2 = self.query(view1), self.query(view2)
+        self.update_momentum_encoder(momentum_at(progress, self.momentum))
+        key1, key2 = self.key(view1), self.key(view2)
         return contrastive_loss(query1, key2, self.temperature) + contrastive_loss(query2, key1, self.temperature)
+
+
+class MaskedKeysMoCo(MoCo):
+    """MoCo v3 on masked views: the keys see the same patches as the queries (`mae_aug` in LGP's released code)."""
+
+    @torch.no_grad()
+    def key(self, view: View) -> Tensor:
+        """Return the keys of a view, (B, D), of its visible patches."""
+        keys: Tensor = self.momentum_projector(class_token(self.momentum_encoder, view))
+        return keys
+
+
+class OneSidedMoCo(MoCo):
+    """MoCo v3 with queries of the masked first view and keys of the whole second view (`cmae` in LGP's released code).
+
+    The released code leaves out the final norm of the queries. Here queries pass it, as the keys do.
+    """
+
+    def forward(self, view1: View, view2: View, progress: float) -> Tensor:
+        """Update the momentum encoder and return the loss of the first views' queries."""
+        query1 = self.query(view1)
+        self.update_momentum_encoder(momentum_at(progress, self.momentum))
+        return contrastive_loss(query1, self.key(view2), self.temperature)

@@ -120,3 +120,39 @@ def test_keeping_every_patch_is_seeing_the_view_whole(moco: MoCo) -> None:
     images = torch.randn(3, 1, 8, 8)
     kept = class_token(moco.encoder, View(images, torch.arange(16).expand(3, -1)))
     assert torch.allclose(kept, class_token(moco.encoder, View(images)), atol=1e-6)
+
+
+@pytest.fixture
+def masked_views() -> tuple[View, View]:
+    images = torch.randn(2, 6, 1, 8, 8).double()
+    return View(images[0], torch.tensor([[0, 5, 9]]).expand(6, -1)), View(
+        images[1], torch.tensor([[2, 3]]).expand(6, -1)
+    )
+
+
+def variant(params: Params, masked: str) -> MoCo:
+    torch.manual_seed(0)
+    changed = params.contrastive.model_copy(update={"mask_ratio": 0.75, "masked": masked})
+    model = build_contrastive(build_encoder(params.model, params.data), changed)
+    assert isinstance(model, MoCo)
+    return model.double()
+
+
+def test_masked_keys_see_the_patches_of_their_queries(params: Params, masked_views: tuple[View, View]) -> None:
+    model, plain = variant(params, "queries_and_keys"), variant(params, "queries")
+    queries = [plain.query(view) for view in masked_views]
+    keys = [plain.momentum_projector(class_token(plain.momentum_encoder, view)) for view in masked_views]
+    expected = slow_loss(queries[0], keys[1], 0.2) + slow_loss(queries[1], keys[0], 0.2)
+    assert model(*masked_views, 0.0).item() == pytest.approx(expected, rel=1e-6)
+    assert expected != pytest.approx(plain(*masked_views, 0.0).item(), rel=1e-3)
+
+
+def test_one_sided_loss_has_queries_of_the_masked_first_view_only(
+    params: Params, masked_views: tuple[View, View]
+) -> None:
+    model, plain = variant(params, "one_sided"), variant(params, "queries")
+    key = plain.momentum_projector(plain.momentum_encoder(masked_views[1].images))
+    expected = slow_loss(plain.query(masked_views[0]), key, 0.2)
+    assert model(*masked_views, 0.0).item() == pytest.approx(expected, rel=1e-6)
+    model(*masked_views, 0.0).backward()
+    assert all(p.grad is None for p in model.momentum_encoder.parameters())

@@ -169,3 +169,18 @@ def test_values_of_sections_are_those_that_dvc_watches(params: Params) -> None:
     assert values["data"] == {"source": "digits"}
     assert values["finetune"].keys() == {"10pct"}
     assert values["finetune"]["10pct"]["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"masked": "one_sided"}, "masked one_sided has no effect with mask_ratio 0"),
+        (
+            {"masked": "queries_and_keys", "mask_ratio": 0.5, "objective": "simclr"},
+            "masked queries_and_keys is of mocov3",
+        ),
+    ],
+)
+def test_masks_that_no_objective_reads_are_refused(values: dict[str, Any], changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Params.model_validate(merged(values, {"contrastive": changes}))
