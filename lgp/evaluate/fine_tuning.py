@@ -7,7 +7,7 @@ is 0.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import Mixup
+from timm.data import Mixup, str_to_pil_interp
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.models.vision_transformer import VisionTransformer
@@ -48,8 +48,8 @@ STATE_BYTES_PER_WEIGHT_BYTE = 2 * 3  # two resume states, each with the weight a
 
 
 @dataclass(frozen=True)
-class _OfSubset:
-    """The observer of one of several trainings in a row. Epoch numbers continue after those of earlier subsets."""
+class _OneOfMany:
+    """The observer of one of several trainings in a row. Epoch numbers continue after those of earlier trainings."""
 
     observer: Observer
     before: int
@@ -67,7 +67,7 @@ class _LabelledCrops(CropDataset):
         self, data: LabelledImages, recipe: FineTuneParams, batch_size: int, stream: Stream, ids: np.ndarray
     ) -> None:
         super().__init__(data, recipe.views, 1, batch_size, stream, ids)
-        self.augment = _rand_augment(recipe.rand_augment, data) if recipe.rand_augment else None
+        self.augment = _rand_augment(recipe, data) if recipe.rand_augment else None
 
     def __getitem__(self, step: int) -> Tensor:
         crops = super().__getitem__(step)
@@ -86,10 +86,11 @@ class _LabelledCrops(CropDataset):
         return torch.from_numpy(self.data.labels[self.ids_of(batch.step)[batch.rows]])
 
 
-def _rand_augment(description: str, data: LabelledImages) -> RandAugment:
+def _rand_augment(recipe: FineTuneParams, data: LabelledImages) -> RandAugment:
     # empty pixels after a rotation or a shift take the mean colour; colour and shift are as in timm's own pipeline
     colour, shift = tuple(round(255 * mean) for mean in (data.mean * 3)[:3]), round(0.45 * data.image_size)
-    augment: RandAugment = rand_augment_transform(description, {"img_mean": colour, "translate_const": shift})
+    hparams = {"img_mean": colour, "translate_const": shift, "interpolation": str_to_pil_interp(recipe.interpolation)}
+    augment: RandAugment = rand_augment_transform(recipe.rand_augment, hparams)
     for operation in augment.ops:
         if operation.name.startswith("Posterize"):
             # at full strength timm asks for 0 bits, but Pillow needs at least 1
@@ -102,8 +103,17 @@ def _one_bit_or_more(bits_of: Callable[..., tuple[int]], level: float, hparams: 
 
 
 @dataclass(frozen=True)
+class _Trial:
+    """One training: its number among all, the number of its subset, and its rate per 256 images."""
+
+    number: int
+    subset: int
+    base_lr: float
+
+
+@dataclass(frozen=True)
 class _FineTuning:
-    """The inputs that the trainings on all subsets share."""
+    """The inputs that all trainings share."""
 
     arm: Path
     data: LabelledImages
@@ -118,47 +128,62 @@ def finetune(
 ) -> Outcome:
     """Fine-tune an arm's encoder on each subset of labelled images, each time from the arm's weights.
 
-    Each subset has its own resume state, so a finished subset is not trained again.
+    With several rates, every rate trains on every subset. The rate with the best mean accuracy on val is taken, the
+    first of equal ones. Each training has its own resume state, so a finished one is not repeated.
 
     Args:
         arm: folder of the arm, with `encoder/`, and with heads for `from_first_fc`.
         data: images and labels.
         subsets: arrays of image ids, all within the training part; a single array for all labels.
         recipe: epochs, rates, augmentation.
-        session: seed, `run`, resume states and observer. Epoch numbers continue over the subsets.
+        session: seed, `run`, resume states and observer. Epoch numbers continue over the trainings.
 
     Raises:
         LgpError: a batch cannot be divided, the disk is full, or a training fails.
     """
     run, store = session.params.run, session.store
     device = choose_device(run)
-    # the states of finished subsets stay until all are done
-    of_states = STATE_BYTES_PER_WEIGHT_BYTE * (arm / ENCODER / WEIGHTS).stat().st_size * len(subsets)
+    # the states of finished trainings stay until all are done
+    trainings = len(recipe.base_lrs) * len(subsets)
+    of_states = STATE_BYTES_PER_WEIGHT_BYTE * (arm / ENCODER / WEIGHTS).stat().st_size * trainings
     there = sum(file.stat().st_size for file in store.folder.rglob("state-*.pt"))
     check_disk_space(store.folder, max(of_states - there, 0))
     data.keep_decoded(run.decoded_gib * 2**30)
     shared = _FineTuning(arm, data, recipe, session, device, _first_fc(arm) if recipe.from_first_fc else None)
-    scored, flops = [], 0
+    outcomes, flops = [], 0
     with joined("finetune", device):
-        for number, ids in enumerate(subsets):
+        for trial, base_lr in enumerate(recipe.base_lrs):
+            scored = []
+            for number, ids in enumerate(subsets):
+                if rank() == 0:
+                    said = f"rate {base_lr:g}, subset {number + 1} of {len(subsets)}, {len(ids)} labels"
+                    print(f"finetune: {arm.name}, {said}", flush=True)
+                model, of_training = _fit(shared, _Trial(trial * len(subsets) + number, number, base_lr), ids)
+                flops += of_training
+                if rank() == 0:
+                    scored.append(_predict(model, data, recipe, device).scored())
             if rank() == 0:
-                print(f"finetune: {arm.name}, subset {number + 1} of {len(subsets)}, {len(ids)} labels", flush=True)
-            model, of_training = _fit(shared, number, ids)
-            flops += of_training
-            if rank() == 0:
-                scored.append(_predict(model, data, device).scored())
+                outcomes.append(over_subsets(scored, len(subsets[0])))
         if rank() > 0:
             raise WorkerDone
-    outcome = over_subsets(scored, len(subsets[0]))
+    chosen, of_choice = _choose_rate(recipe.base_lrs, outcomes)
     more = {"train/pflop": round(flops / 1e15, 9), "first_fc": float(shared.first_fc is not None)}
-    return Outcome(outcome.metrics | more, outcome.predictions)
+    return Outcome(chosen.metrics | of_choice | more, chosen.predictions)
 
 
-def _fit(shared: _FineTuning, number: int, ids: np.ndarray) -> tuple[nn.Module, int]:
-    """Train on the subset `number`; return the classifier and the FLOPs it took."""
+def _choose_rate(base_lrs: Sequence[float], outcomes: Sequence[Outcome]) -> tuple[Outcome, dict[str, float]]:
+    """Return the outcome that is best on val, and metrics of the choice: `base_lr`, and val's accuracy of each rate."""
+    on_val = [outcome.metrics["val/top1"] for outcome in outcomes]
+    best = int(np.argmax(on_val))
+    tried = {f"val/top1_at_{rate:g}": top1 for rate, top1 in zip(base_lrs, on_val, strict=True)}
+    return outcomes[best], {"base_lr": base_lrs[best]} | (tried if len(outcomes) > 1 else {})
+
+
+def _fit(shared: _FineTuning, trial: _Trial, ids: np.ndarray) -> tuple[nn.Module, int]:
+    """Train a trial on the images `ids`; return the classifier and the FLOPs it took."""
     data, recipe, session, device = shared.data, shared.recipe, shared.session, shared.device
     seed, run, classes = session.params.seed, session.params.run, len(data.classes)
-    name = f"finetune/{number}"  # each subset has its own random draws
+    name = f"finetune/{trial.subset}"  # each subset has its own random draws, the same for every rate
     with seeded(seed, f"{name}/init"):
         model = build_classifier(shared.arm / ENCODER, classes, recipe, shared.first_fc)
     precision = choose_precision(run, device, model.embed_dim)
@@ -166,7 +191,7 @@ def _fit(shared: _FineTuning, number: int, ids: np.ndarray) -> tuple[nn.Module, 
     batch_size = batch_size_for(len(ids), recipe, world_size() * run.accumulate.get("finetune", 1))
     crops = _LabelledCrops(data, recipe, batch_size, Stream(seed, name), ids)
     crops.shard(rank(), world_size())
-    rate, steps = peak_rate(recipe.base_lr, batch_size), recipe.epochs * crops.steps_per_epoch
+    rate, steps = peak_rate(trial.base_lr, batch_size), recipe.epochs * crops.steps_per_epoch
     optimizer = adamw(layer_decayed_groups(model, rate, recipe), BETAS)
     warmup_steps = whole_warmup_steps(recipe.warmup_epochs, crops.steps_per_epoch, steps)
     mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
@@ -194,8 +219,8 @@ def _fit(shared: _FineTuning, number: int, ids: np.ndarray) -> tuple[nn.Module, 
         device=device,
         precision=precision,
         settings=run,
-        store=session.store.part(f"subset{number}"),
-        observer=_OfSubset(session.observer, number * recipe.epochs),
+        store=session.store.part(f"training{trial.number}"),
+        observer=_OneOfMany(session.observer, trial.number * recipe.epochs),
     )
     return model, trainer.fit().train_flops
 
@@ -276,12 +301,13 @@ def _first_fc(arm: Path) -> Tensor | None:
     return first_fc
 
 
-def _predict(model: nn.Module, data: LabelledImages, device: torch.device) -> Predicted:
+def _predict(model: nn.Module, data: LabelledImages, recipe: FineTuneParams, device: torch.device) -> Predicted:
     """Return probabilities on val and test, of whole images."""
     model.eval()
+
+    def encode(images: Tensor) -> Tensor:
+        return model(images.to(device)).float().softmax(1)
+
     ids = {split: data.ids(split) for split in ("val", "test")}
-    probabilities = {
-        split: extract(lambda images: model(images.to(device)).float().softmax(1), data, of_split)
-        for split, of_split in ids.items()
-    }
+    probabilities = {split: extract(encode, data, of_split, recipe.interpolation) for split, of_split in ids.items()}
     return Predicted(probabilities, {split: data.labels[i] for split, i in ids.items()}, ids)

@@ -94,10 +94,12 @@ class LinearHeads(nn.Module):
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of the heads' losses, to be trained by SGD with the rate `self.rate`."""
         losses = cross_entropy_of_heads(self(features), labels)
-        loss = losses @ self.rate_ratio.to(losses.dtype)
+        # products, not `@`: mixed precision would round the rates to bf16
+        loss = (losses * self.rate_ratio.to(losses.dtype)).sum()
         if self.decayed:
             for weights in (self.weight, self.bias):
-                loss = loss + (weights.view(-1, len(self.settings)).square() @ self.decay_ratio.to(weights.dtype)).sum()
+                squares = weights.view(-1, len(self.settings)).square()
+                loss = loss + (squares * self.decay_ratio.to(weights.dtype)).sum()
         return loss
 
     def optimizer(self) -> SGD:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from lgp.params.pretrain import TrainingParams, ViewParams
-from lgp.params.section import Count, Fraction, NonNegative, Positive, Section, Whole
+from lgp.params.section import Count, Fraction, Interpolation, NonNegative, Positive, Section, Whole
 
 
 class FeatureParams(Section):
@@ -49,6 +49,7 @@ class FewShotParams(Section):
     choose: Literal["cross_validation", "validation", "fixed"]
     c_grid: Annotated[list[Positive], Field(min_length=1)]
     c_fixed: Positive
+    intercept: bool = True
     folds: Annotated[Whole, Field(ge=2)]
 
 
@@ -60,16 +61,18 @@ RAND_AUGMENT = r"rand(-(m\d+|n\d+|mstd\d+(\.\d+)?|mmax\d+|inc[01]|p\d+(\.\d+)?))
 class FineTuneParams(TrainingParams):
     """Fine-tuning of the whole encoder with labels, as in MAE and LGP. Probabilities and strengths are timm's.
 
-    `from_first_fc` keeps the first layer of the arm's contrastive projector between encoder and classifier.
+    `base_lr` may be a list of rates: each is tried, and val chooses one. `from_first_fc` keeps the first layer of the
+    arm's contrastive projector between encoder and classifier.
     `rand_augment` is timm's description, e.g. `rand-m9-mstd0.5-inc1`.
     """
 
-    base_lr: Positive
+    base_lr: Positive | Annotated[list[Positive], Field(min_length=1)]
     layer_decay: Annotated[float, Field(gt=0, le=1)]
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     pool: Literal["class_token", "average"] = "class_token"
     from_first_fc: bool = False
     crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
+    interpolation: Interpolation = "bicubic"
     flip_p: Fraction = 0.5
     rand_augment: str | None = None
     random_erasing: Fraction = 0.0
@@ -91,6 +94,11 @@ class FineTuneParams(TrainingParams):
         return self
 
     @property
+    def base_lrs(self) -> list[float]:
+        """The rates to choose from, per 256 images."""
+        return self.base_lr if isinstance(self.base_lr, list) else [self.base_lr]
+
+    @property
     def views(self) -> ViewParams:
         """Crops and flips. timm applies all other augmentations."""
-        return ViewParams(crop_scale_min=self.crop_scale_min, flip_p=self.flip_p)
+        return ViewParams(crop_scale_min=self.crop_scale_min, interpolation=self.interpolation, flip_p=self.flip_p)

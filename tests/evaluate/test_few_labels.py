@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from lgp.data.labels import LabelledImages
+from lgp.evaluate import few_labels
 from lgp.evaluate.few_labels import evaluate_fewshot, fit_logistic_regression
 from lgp.features.cache import FeatureCache, Features, normalizer, pixel_source, standardizer
 from lgp.params.evaluate import FeatureParams, FewShotParams
@@ -114,6 +115,33 @@ def test_rotation_for_many_features_changes_no_prediction(fewshot: FewShotParams
     plain = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(x, y)
     assert np.mean(model.predict(queries) == plain.predict(queries)) > 0.99
     assert np.allclose(model.predict_proba(queries), plain.predict_proba(queries), atol=2e-2)
+
+
+@pytest.mark.parametrize("width", [20, 300])
+def test_without_an_intercept_the_regression_is_scikit_learns(fewshot: FewShotParams, width: int) -> None:
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(4), 10)
+    x = rng.normal(size=(40, width)) + 1 + y[:, None] * 0.1
+    queries = rng.normal(size=(500, width)) + 1
+    model, c = fit_logistic_regression(x, y, x, y, changed(fewshot, choose="fixed", intercept=False))
+    plain = LogisticRegression(C=c, fit_intercept=False, max_iter=5000, tol=1e-8).fit(x, y)
+    assert not model[-1].intercept_.any()
+    assert np.allclose(model.predict_proba(queries), plain.predict_proba(queries), atol=2e-3)
+
+
+def test_regressions_that_do_not_converge_are_counted(
+    features: Features,
+    fewshot: FewShotParams,
+    prepared: LabelledImages,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    subsets = prepared.subsets("10pct")[:2]
+    assert evaluate_fewshot(features, subsets, fewshot).metrics["unconverged"] == 0
+    monkeypatch.setattr(few_labels, "MAX_ITER", 2)
+    for choose in ("cross_validation", "fixed"):
+        assert evaluate_fewshot(features, subsets, changed(fewshot, choose=choose)).metrics["unconverged"] == 2
+    assert "warning: 2 of 2 regressions stopped after 2 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("choose", ["cross_validation", "validation"])

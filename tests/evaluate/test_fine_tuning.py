@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, Silent, merged
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from lgp.compute.randomness import Stream
@@ -31,6 +32,7 @@ from lgp.models.encoder_folder import load_encoder
 from lgp.models.heads_file import load_first_fc, save_heads
 from lgp.params.evaluate import FineTuneParams
 from lgp.params.file import Params, load_params
+from lgp.params.section import Interpolation
 from lgp.pretrain.arm import Session
 from lgp.training.loop import Trainer
 from lgp.training.resume_states import StateStore
@@ -179,7 +181,7 @@ def test_interrupted_in_the_second_subset_goes_on_there_to_the_bit(
 
     def interrupted(trainer: Trainer, *rest: Any) -> None:
         counted(trainer, *rest)
-        if trainer.store.folder.name == "subset1":
+        if trainer.store.folder.name == "training1":
             trainer._check_losses()
             trainer._save()
             raise KeyboardInterrupt
@@ -206,7 +208,7 @@ def test_states_of_all_subsets_go_with_the_stage(
     session = Session(prepared, params, store, Silent())
     finetune(arm, prepared, prepared.subsets("10pct")[:2], recipe(params), session)
     assert store.has_state()
-    assert {file.parent.name for file in store.folder.rglob("state-*.pt")} == {"subset0", "subset1"}
+    assert {file.parent.name for file in store.folder.rglob("state-*.pt")} == {"training0", "training1"}
     store.close(True)
     assert not (tmp_path / "states").exists()
 
@@ -270,6 +272,53 @@ def test_shuffling_test_labels_changes_no_prediction(
     assert right.predictions["prediction"].tolist() == shuffled.predictions["prediction"].tolist()
     assert right.metrics["val/top1"] == shuffled.metrics["val/top1"]
     assert right.predictions["label"].tolist() != shuffled.predictions["label"].tolist()
+
+
+def test_validation_chooses_the_rate_that_is_reported(
+    arm: Path, prepared: LabelledImages, params: Params, tmp_path: Path
+) -> None:
+    more = {"epochs": 20, "crop_scale_min": 0.8, "batch_size": 20, "pool": "average", "layer_decay": 1.0}
+    alone = {
+        rate: tuned(arm, prepared, params, tmp_path / f"{rate}", base_lr=rate, **more) for rate in (1e-9, 0.2, 0.1)
+    }
+    on_val = {rate: outcome.metrics["val/top1"] for rate, outcome in alone.items()}
+    best = max(on_val, key=lambda rate: on_val[rate])
+    assert len(set(on_val.values())) == 3
+    assert best != 1e-9
+    outcome = tuned(arm, prepared, params, tmp_path / "grid", base_lr=list(alone), **more)
+    assert outcome.metrics["base_lr"] == best
+    assert {rate: outcome.metrics[f"val/top1_at_{rate:g}"] for rate in alone} == on_val
+    assert outcome.predictions.equals(alone[best].predictions)
+    flops = sum(of_rate.metrics["train/pflop"] for of_rate in alone.values())
+    assert outcome.metrics["train/pflop"] == pytest.approx(flops, abs=2e-9)  # each is rounded
+    assert "val/top1_at_0.1" not in alone[0.1].metrics
+
+
+def test_test_images_are_resized_as_the_recipe_says(
+    arm: Path, prepared: LabelledImages, params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    whole = LabelledImages.whole
+
+    def spied(data: LabelledImages, ids: np.ndarray, interpolation: Interpolation) -> torch.Tensor:
+        asked.append(interpolation)
+        return whole(data, ids, interpolation)
+
+    monkeypatch.setattr(LabelledImages, "whole", spied)
+    tuned(arm, prepared, params, tmp_path / "a", subsets=1)
+    assert set(asked) == {"bicubic"}
+    asked.clear()
+    tuned(arm, prepared, params, tmp_path / "b", subsets=1, interpolation="bilinear")
+    assert set(asked) == {"bilinear"}
+
+
+def test_rand_augment_turns_images_as_the_recipe_resizes(prepared: LabelledImages, params: Params) -> None:
+    ids = prepared.subsets("10pct")[0]
+    for name, mode in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
+        given = recipe(params, rand_augment="rand-m9-mstd0.5-inc1", interpolation=name)
+        augment = _LabelledCrops(prepared, given, 4, Stream(0, "f"), ids).augment
+        assert augment is not None
+        assert all(operation.hparams["interpolation"] == mode for operation in augment.ops)
 
 
 def test_batch_is_what_so_few_images_fill(params: Params) -> None:

@@ -113,3 +113,22 @@ def test_memory_mapped_half_precision_trains_like_the_same_numbers_in_memory(tmp
         train_heads(of_given, given, labels, EPOCHS, BATCH, seed=0)
         both.append(of_given.weight)
     assert torch.equal(*both)
+
+
+def test_mixed_precision_does_not_round_rates_and_decays() -> None:
+    features, labels = (torch.from_numpy(array) for array in separable())
+    for decay in (0.0, 1e-1):
+        settings = [(90.0, decay), (0.7, decay / 3), (31.0, decay / 7)]
+        some = heads(settings)
+        some.bias.data.fill_(0.5)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = some.loss(features.float(), labels).item()
+            of_heads = cross_entropy_of_heads(some(features.float()), labels).tolist()
+        squares = [
+            weights.detach().double().view(-1, 3).square().sum(0).tolist() for weights in (some.weight, some.bias)
+        ]
+        expected = sum(
+            rate / 90 * (of_heads[h] + of_setting / 2 * (squares[0][h] + squares[1][h]))
+            for h, (rate, of_setting) in enumerate(settings)
+        )
+        assert loss == pytest.approx(expected, rel=1e-6)
