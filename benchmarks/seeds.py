@@ -15,6 +15,7 @@ refused. A seed takes about 15 minutes on one CPU core. Both commands write besi
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,9 +82,11 @@ def check_code(root: Path) -> None:
 
 
 def run(folder: Path, *command: str) -> None:
-    """Run a stage in a project folder."""
+    """Run a stage in a project folder. All projects share one store of runs."""
     print(f"{folder.name}: {' '.join(command)}", flush=True)
-    subprocess.run([sys.executable, str(ROOT / "cli.py"), *command], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder.parent}/mlflow.db"}
+    line = [sys.executable, str(ROOT / "cli.py"), *command]
+    subprocess.run(line, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
 def project(folder: Path, seed: int, changes: dict[str, Any], shared: dict[str, Path | None]) -> Path:
