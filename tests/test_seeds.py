@@ -1,0 +1,63 @@
+"""The comparison over seeds: equal trials for every arm, and one version of the code."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from lgp.params.file import Params
+
+
+@pytest.fixture
+def seeds() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("seeds", ROOT / "benchmarks" / "seeds.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_results_of_another_version_of_the_code_are_refused(
+    seeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = dict.fromkeys(seeds.STAGES, "one")
+    monkeypatch.setattr(seeds, "code_digests", lambda _root: digests)
+    seeds.check_code(tmp_path / "results")
+    seeds.check_code(tmp_path / "results")
+    monkeypatch.setattr(seeds, "code_digests", lambda _root: digests | {"cl": "another"})
+    with pytest.raises(SystemExit, match="another version of the code: remove it"):
+        seeds.check_code(tmp_path / "results")
+
+
+def test_every_stage_of_the_comparison_has_a_code_digest(seeds: ModuleType) -> None:
+    assert set(seeds.STAGES) <= seeds.code_digests(ROOT).keys()
+
+
+def test_a_trial_changes_the_rate_of_its_arm_alone(seeds: ModuleType) -> None:
+    preset = yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text())
+    for variant in seeds.VARIANTS:
+        of_arm = seeds.changes_of(variant, 0.5)
+        assert of_arm.keys() == {seeds.arm_of(variant)}
+        changed = preset | {arm: preset[arm] | keys for arm, keys in of_arm.items()}
+        params = Params.model_validate(changed)
+        if seeds.arm_of(variant) == "graft":
+            assert params.graft.stage_lr is not None
+            lower = 0.05 if variant == "graft" else 0.5
+            assert params.graft.stage_lr.base_lrs == [lower, lower, 0.5]
+        else:
+            assert getattr(params, variant).base_lr == 0.5
+
+
+def test_the_seed_that_chose_the_rates_is_not_reported(
+    seeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert seeds.TUNED_ON not in seeds.SEEDS
+    monkeypatch.setattr(sys, "argv", ["seeds.py", str(tmp_path), "--seeds", "0", "5"])
+    with pytest.raises(SystemExit):
+        seeds.main()
+    assert "seed 0 chose the rates" in capsys.readouterr().err
