@@ -57,13 +57,22 @@ def prepare(params: DataParams, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def _within_caps(source: Source, params: DataParams, seed: int) -> set[int] | None:
-    """Return the positions of the records to keep, None for all."""
+    """Return the positions of the records to keep, None for all.
+
+    Unlabelled images are training images. Images of train or test that lack the label they need are kept: they are
+    listed as unreadable.
+    """
     if params.max_train_images is None and params.max_test_images is None:
         return None
     described = pd.DataFrame(source.described(), columns=Described._fields)
     labels, kept = described["label"].to_numpy(), np.ones(len(described), dtype=bool)
+    splits, labelled = described["split"].to_numpy(), labels >= 0
+    candidates = {
+        "train": (splits == "train") & labelled | (splits == "unlabeled"),
+        "test": (splits == "test") & labelled,
+    }
     for split, most in (("train", params.max_train_images), ("test", params.max_test_images)):
-        positions = np.flatnonzero((described["split"] == split) & (labels >= 0))
+        positions = np.flatnonzero(candidates[split])
         if most is not None and len(positions) > most:
             kept[positions] = cap(labels[positions], most, seed, split)
     return set(np.flatnonzero(kept).tolist())

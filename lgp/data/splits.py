@@ -34,7 +34,7 @@ def check_class_sizes(labels: np.ndarray, classes: list[str], needed: int) -> No
     if scarce:
         raise LgpError(
             f"fewer than {needed} readable training images in class {', '.join(scarce)}: one each is held out for "
-            "validation (and for test, without a test part), add some or remove the class"
+            "validation (and for test, without a test part), add some, remove the class, or raise data.max_train_images"
         )
 
 
@@ -62,9 +62,41 @@ def hold_out(labels: np.ndarray, share: float, seed: int, name: str) -> np.ndarr
 
 
 def cap(labels: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
-    """Choose `most` images in proportion to the classes (rounded, at least one each): (N,) bool, True where kept."""
+    """Choose `most` images in proportion to the classes.
+
+    Each class keeps its share rounded down, at least one image. The largest remainders get what is left. Unlabelled
+    images count as one more class, which may keep none.
+
+    Args:
+        labels: (N,) class indices, -1 where unlabelled. N is at least `most`.
+        most: number of images to keep.
+        seed: the run's seed.
+        name: `train` or `test`. Both are drawn independently.
+
+    Returns:
+        (N,) bool, True for exactly `most` images.
+
+    Raises:
+        LgpError: `most` is below the number of classes.
+    """
+    unlabelled = np.random.default_rng(counted_seed(seed, "cap", name, "unlabeled"))
+    groups = shuffled_by_class(labels, seed, "cap", name) if (labels >= 0).any() else []
+    groups = [*groups, unlabelled.permutation(np.flatnonzero(labels < 0))]
+    sizes = np.array([len(group) for group in groups])
+    least = (sizes > 0).astype(np.int64)
+    least[-1] = 0
+    if least.sum() > most:
+        raise LgpError(
+            f"data.max_{name}_images {most} is below the number of classes, {least.sum()}: each class keeps at least "
+            "one image; raise it, or set it to null"
+        )
+    quota = most * sizes / len(labels)
+    taken = np.maximum(most * sizes // len(labels), least)
+    while taken.sum() < most:
+        taken[np.argmax(quota - taken)] += 1
+    while taken.sum() > most:
+        taken[np.argmax(np.where(taken > least, taken - quota, -np.inf))] -= 1
     kept = np.zeros(len(labels), dtype=bool)
-    share = most / len(labels)
-    for positions in shuffled_by_class(labels, seed, "cap", name):
-        kept[positions[: max(1, round(share * len(positions)))]] = True
+    for group, number in zip(groups, taken.tolist(), strict=True):
+        kept[group[:number]] = True
     return kept

@@ -48,3 +48,26 @@ def test_cap_keeps_the_proportions() -> None:
 def test_shot_of_more_images_than_a_class_has_names_the_classes() -> None:
     with pytest.raises(LgpError, match=r"asks for 55 images of each class, fewer are in .* of b \(50\), d \(7\)"):
         few_label_subsets(LABELS, {}, [5, 55], 5, 0, CLASSES)
+
+
+@pytest.mark.parametrize("most", [5, 6, 11, 50, 100, 333, 417])
+def test_cap_keeps_exactly_its_number_and_every_class(most: int) -> None:
+    kept = cap(LABELS, most, 0, "train")
+    counts = np.bincount(LABELS[kept])
+    assert kept.sum() == most
+    assert counts.min() >= 1
+    assert np.abs(counts - most * np.bincount(LABELS) / len(LABELS)).max() < 2
+
+
+def test_cap_counts_unlabelled_images_as_one_more_class_and_chooses_the_same_labelled_ones() -> None:
+    mixed = np.concatenate([LABELS, np.full(3 * len(LABELS), -1)])
+    kept = cap(mixed, 400, 0, "train")
+    assert kept.sum() == 400
+    assert kept[len(LABELS) :].sum() == 300
+    assert np.array_equal(kept[: len(LABELS)], cap(LABELS, 100, 0, "train"))
+    assert cap(mixed, 5, 0, "train")[: len(LABELS)].sum() == 5  # a class keeps one, the unlabelled images may keep none
+
+
+def test_cap_below_the_number_of_classes_is_refused() -> None:
+    with pytest.raises(LgpError, match=r"data\.max_test_images 4 is below the number of classes, 5: .* raise it"):
+        cap(LABELS, 4, 0, "test")
