@@ -112,7 +112,11 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _image_folder(root: Path) -> Source:
-    """Open `train/CLASS/*`, optional `test/CLASS/*`, optional `unlabeled/**`. Hidden files are ignored."""
+    """Open `train/CLASS/*`, optional `test/CLASS/*`, optional `unlabeled/**`. Hidden files are ignored.
+
+    A link to a folder is followed, unless that folder is read anyway, holds one that is, or lies in one. Such a link is
+    described as if it were an image, and is later listed as unreadable. So each folder is read once, and no walk loops.
+    """
     classes = [p.name for p in _visible(root / "train") if p.is_dir()]
     if not classes:
         raise LgpError(f"{root / 'train'} has no class folder: expected {root / 'train'}/CLASS/*.jpg")
@@ -122,28 +126,56 @@ def _image_folder(root: Path) -> Source:
         raise LgpError(f"{test} has classes that train lacks: {', '.join(unknown)}; rename or remove them")
 
     def described() -> Iterator[Described]:
-        for split in ("train", "test"):
-            for entry in _visible(root / split) if (root / split).is_dir() else []:
-                # a file outside a class folder has no label; it is later listed as unreadable
-                label = classes.index(entry.name) if entry.is_dir() else -1
-                for file in _files_below(entry):
-                    yield Described(split, label, str(file.relative_to(root)))
+        entries = [(split, p) for split in ("train", "test") if (root / split).is_dir() for p in _visible(root / split)]
         if (root / "unlabeled").is_dir():
-            for file in _files_below(root / "unlabeled"):
-                yield Described("unlabeled", -1, str(file.relative_to(root)))
+            entries.append(("unlabeled", root / "unlabeled"))
+        read = [entry.resolve() for _, entry in entries if entry.is_dir()]
+        for split, entry in entries:
+            # a file outside a class folder has no label; it is later listed as unreadable
+            label = classes.index(entry.name) if split != "unlabeled" and entry.is_dir() else -1
+            for file in _files_below(entry, read) if entry.is_dir() else [entry]:
+                yield Described(split, label, str(file.relative_to(root)))
 
     def records() -> Iterator[Record]:
-        return (Record(about, (root / about.path).read_bytes) for about in described())
+        return (Record(about, partial(_file_bytes, root / about.path)) for about in described())
 
     return Source(classes, described, records)
 
 
-def _files_below(entry: Path) -> list[Path]:
-    if not entry.is_dir():
-        return [entry]
-    # a broken link is not a folder; it is later listed as unreadable
-    inside = (p for p in sorted(entry.rglob("*")) if not p.is_dir())
-    return [p for p in inside if not any(part.startswith(".") for part in p.relative_to(entry).parts)]
+def _files_below(folder: Path, read: list[Path]) -> Iterator[Path]:
+    """Walk the files below a folder in the order of their paths, and what cannot be walked.
+
+    Args:
+        folder: where to start.
+        read: real paths of folders that are read. Those of followed links are added.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            inside = sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError:
+        yield folder  # later listed as unreadable with the system's reason
+        return
+    for entry in inside:
+        path = folder / entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files_below(path, read)
+        elif not os.path.isdir(path):
+            yield path  # also a broken link, which is later listed as unreadable
+        elif any(_overlap(path.resolve(), other) for other in read):
+            yield path
+        else:
+            read.append(path.resolve())
+            yield from _files_below(path, read)
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
+def _file_bytes(path: Path) -> bytes:
+    if path.is_symlink() and path.is_dir():
+        raise ValueError("a link to a folder that is read anyway, holds one that is, or lies in one")
+    return path.read_bytes()
 
 
 def _parquet(root: Path, files: list[Path]) -> Source:

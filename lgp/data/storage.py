@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 INDEX, META, ARRAY = "index.parquet", "meta.json", "images.npy"
 PARTS = ("train", "val", "test", "dropped")
 MODES = {1: "L", 3: "RGB"}
+GROUND = "white"  # under transparent pixels, as browsers and viewers show them
 
 
 def shards_in(folder: Path) -> list[Path]:
@@ -41,6 +42,8 @@ def shards_in(folder: Path) -> list[Path]:
 
 def decode(data: bytes, channels: int) -> Image.Image:
     """Decode one image to 8-bit grey (1 channel) or RGB (3 channels), upright by its EXIF.
+
+    Transparent pixels are laid on `GROUND`. An image without transparency keeps its pixels.
 
     Raises:
         ValueError: pixels of 32 bits or floats. Their range is unknown.
@@ -52,6 +55,9 @@ def decode(data: bytes, channels: int) -> Image.Image:
             upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
         if upright.mode in ("I", "F"):
             raise ValueError(f"pixels of mode {upright.mode}, neither 8 nor 16 bits")
+        if upright.has_transparency_data:
+            ground = Image.new("RGBA", upright.size, GROUND)
+            upright = Image.alpha_composite(ground, upright.convert("RGBA"))
         return upright.convert(MODES[channels])
 
 

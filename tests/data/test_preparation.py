@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_sources import both_from, data_params, folder, images_from, labels_from, png, write_parquet
+from made_sources import RNG, both_from, data_params, folder, images_from, labels_from, png, write_parquet
 from PIL import Image
 
 from lgp.data.labels import LabelledImages
@@ -150,6 +150,45 @@ def test_sixteen_bit_images_keep_their_range_and_floats_are_refused() -> None:
         decode(buffer.getvalue(), 1)
 
 
+def encoded(image: Image.Image, suffix: str = "png", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, suffix, **options)
+    return buffer.getvalue()
+
+
+# one row: half transparent black, opaque black, hidden red
+COVERED = Image.fromarray(np.array([[[0, 0, 0, 128], [0, 0, 0, 255], [255, 0, 0, 0]]], dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(COVERED),
+        encoded(COVERED.convert("LA")),
+        encoded(COVERED.convert("PA"), "tiff"),
+        encoded(COVERED.quantize(3)),
+    ],
+    ids=["RGBA", "LA", "PA", "palette"],
+)
+def test_transparent_pixels_lie_on_white(data: bytes) -> None:
+    assert np.asarray(decode(data, 1)).tolist() == [[127, 0, 255]]
+    assert np.asarray(decode(data, 3)).tolist() == [[[127] * 3, [0] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_transparent_colour_lies_on_white(mode: str) -> None:
+    black = (0, 0, 0) if mode == "RGB" else 0
+    data = encoded(Image.fromarray(np.array([[0, 9]], dtype=np.uint8)).convert(mode), transparency=black)
+    assert np.asarray(decode(data, 1)).tolist() == [[255, 9]]
+
+
+def test_images_without_transparency_keep_their_pixels() -> None:
+    pixels = RNG.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    opaque = np.concatenate([pixels, np.full((4, 5, 1), 255, dtype=np.uint8)], axis=2)
+    for given in (pixels, opaque):
+        assert np.array_equal(np.asarray(decode(encoded(Image.fromarray(given)), 3)), pixels)
+
+
 def test_photographs_are_turned_upright() -> None:
     image = Image.new("RGB", (16, 8))
     exif = image.getexif()
@@ -178,6 +217,42 @@ def test_unreadable_files_are_listed_with_reason(tmp_path: Path, params: Params)
     assert reasons["train/bee/notes.txt"] == "not an image that can be decoded"
     assert reasons["train/stray.png"].startswith("without a label: not inside a class folder")
     assert len(data.paths) == 22
+
+
+def test_linked_folders_are_read_once_and_loops_are_listed(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "images", {"ant": 10, "bee": 12})
+    pool = folder(tmp_path / "pool", {"deep": 3}, split=".")
+    ant, bee = source / "train" / "ant", source / "train" / "bee"
+    (ant / "more").symlink_to(pool)
+    (pool / "deep" / "back").symlink_to(pool)  # a loop
+    (ant / "up").symlink_to("..")  # holds all classes
+    (bee / "again").symlink_to(pool / "deep")
+    (bee / "other").symlink_to(ant)
+    (bee / "self").symlink_to("self")
+    metrics, data = images_from(source, tmp_path / "prepared", params)
+    reasons = {u["path"]: u["reason"] for u in metrics["unreadable"]}
+    listed = {"ant/more/deep/back", "ant/up", "bee/again", "bee/other", "bee/self"}
+    assert reasons.keys() == {f"train/{path}" for path in listed}
+    assert reasons["train/ant/up"].startswith("a link to a folder that is read anyway")
+    assert [p for p in data.paths if "more" in p] == [f"train/ant/more/deep/{i}.png" for i in range(3)]
+    assert len(data.paths) == 25
+
+
+def test_class_folder_may_be_a_link(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "images", {"ant": 10})
+    (source / "train" / "bee").symlink_to(folder(tmp_path / "pool", {"bee": 12}, split=".") / "bee")
+    metrics, data = both_from(source, tmp_path, params)
+    assert np.bincount(data.labels).tolist() == [10, 12]
+    assert metrics["images/dropped"] == 0
+
+
+def test_cap_holds_for_labelled_and_unlabelled_images_together(tmp_path: Path, params: Params) -> None:
+    source = folder(folder(tmp_path / "images", {"ant": 20, "bee": 21}), {"ant": 9, "bee": 9}, "test")
+    folder(source, {"some": 40}, "unlabeled")
+    metrics, images = images_from(source, tmp_path / "prepared", params, max_train_images=33, max_test_images=7)
+    assert metrics["images/train"] + metrics["images/val"] == 33
+    assert metrics["images/test"] == 7
+    assert sum(path.startswith("unlabeled") for path in images.paths) == 16  # 33 * 40 / 81
 
 
 def test_too_many_unreadable_files_fail(tmp_path: Path, params: Params) -> None:
