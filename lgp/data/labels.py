@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from lgp.data.leaks import EXACT, Leak, find_leaks
+from lgp.data.published_lists import check_published
 from lgp.data.sources import DIGITS, Source, open_source
 from lgp.data.splits import check_class_sizes
 from lgp.data.storage import Images
@@ -93,12 +94,14 @@ def _labels_of(images: Images, source: Source) -> np.ndarray:
 def _read_lists(
     params: LabelsParams, paths: list[str], labels: np.ndarray, splits: np.ndarray, classes: list[str]
 ) -> dict[str, list[list[int]]]:
-    """Read the published lists. A list may name images of val. They then count as training images."""
+    """Read the published lists, and check those of known names. Listed images of val count as training images."""
     parts = np.where(splits == "val", "train", splits).tolist()
-    return {
+    lists = {
         name: [read_subset_list(Path(file), paths, labels, parts, classes).tolist() for file in files]
         for name, files in params.lists.items()
     }
+    check_published(lists, params.lists, labels)
+    return lists
 
 
 def _find_leaks(images: Images, bits: int | None) -> list[Leak]:
