@@ -70,7 +70,7 @@ def check_published(
                     f"{file} has {_described(found)}; {name} of {published.origin} has "
                     f"{_described(published.classes)}: take the published file, or call the list otherwise"
                 )
-        if published.inside in lists:
+        if published.inside and published.inside in lists:
             missing = set(lists[name][0]) - set(lists[published.inside][0])
             if missing:
                 raise LgpError(
