@@ -1,10 +1,11 @@
 """The frame of the evaluation stages: it opens encoder, images and labels, and writes metrics and predictions."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.paths import LABELS, PREPARED, encoder_files, encoder_folder, heads_file, metrics_file, predictions_file
 
@@ -24,6 +25,7 @@ class Evaluation:
     encoder: Path
     arm: str
     task: str
+    fresh: bool
 
     @property
     def session(self) -> "Session":
@@ -31,6 +33,38 @@ class Evaluation:
         from lgp.pretrain.arm import Session
 
         return Session(self.data, self.run.params, self.run.store, self.run.tracker)
+
+    def outcome(self, labels: str, settings: Sequence[Any], compute: Callable[[], "Outcome"]) -> "Outcome":
+        """Return the outcome of `compute`, or one that another name of the same images already has.
+
+        Several processes that share a training always compute, and so does a training that other code began.
+
+        Args:
+            labels: name of the labels.
+            settings: plain values, without the name of the labels: the parameters that decide the outcome.
+            compute: evaluates.
+        """
+        from lgp.compute.launch import launched
+
+        names = self.data.names_of_same_subsets(labels)
+        if len(names) < 2 or launched() or "resumed_from_code" in self.run.provenance:
+            return compute()
+        from lgp.compute.device import choose_device
+        from lgp.evaluate.kept_outcomes import KEPT, KeptOutcome
+
+        settings_of_run = self.run.params.run
+        computed = [settings_of_run.model_dump(mode="json"), choose_device(settings_of_run).type]
+        digests = [self.run.provenance["digests"][kind] for kind in ("inputs", "code")]
+        subsets = [ids.tolist() for ids in self.data.subsets(labels)]
+        file = Path(os.environ.get("DVC_ROOT", ".")) / KEPT / f"{self.arm}-{self.run.spec.name}-{names[0]}.parquet"
+        kept = KeptOutcome(file, [digests, list(settings), computed, subsets])
+        found = None if self.fresh else kept.of_another_name(labels)
+        if found:
+            print(f"{self.arm} / {self.task}: the same images as {found[0]}, whose outcome is taken", flush=True)
+            return found[1]
+        outcome = compute()
+        kept.keep(labels, outcome)
+        return outcome
 
     def publish(self, outcome: "Outcome") -> None:
         """Write metrics and predictions, and log both."""
@@ -55,4 +89,4 @@ def evaluation(
         from lgp.data.labels import LabelledImages
 
         run.tag_upstream(encoder)
-        yield Evaluation(run, LabelledImages(PREPARED, LABELS), encoder, arm, task)
+        yield Evaluation(run, LabelledImages(PREPARED, LABELS), encoder, arm, task, fresh)

@@ -20,8 +20,14 @@ def fewshot(
     with evaluation(arm, f"fewshot-{labels}", SECTIONS["fewshot"], params_file, fresh) as task:
         from lgp.compute.device import choose_device
         from lgp.evaluate.few_labels import evaluate_fewshot
+        from lgp.evaluate.outcome import Outcome
         from lgp.features.of_encoder import encoder_features
 
         params = task.run.params
-        features = encoder_features(task.encoder, task.data, params, choose_device(params.run))
-        task.publish(evaluate_fewshot(features, subsets, params.fewshot))
+
+        def evaluate() -> Outcome:
+            features = encoder_features(task.encoder, task.data, params, choose_device(params.run))
+            return evaluate_fewshot(features, subsets, params.fewshot)
+
+        settings = [section.model_dump(mode="json") for section in (params.features, params.fewshot)]
+        task.publish(task.outcome(labels, settings, evaluate))

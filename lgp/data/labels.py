@@ -25,7 +25,7 @@ from lgp.data.published_lists import check_published
 from lgp.data.sources import DIGITS, Source, open_source
 from lgp.data.splits import check_class_sizes
 from lgp.data.storage import Images
-from lgp.data.subset_files import Subsets, load_subsets, save_subsets
+from lgp.data.subset_files import Subsets, load_subsets, names_of_same_subsets, save_subsets
 from lgp.data.subset_lists import list_file, read_subset_list
 from lgp.data.subsets import few_label_subsets
 from lgp.errors import LgpError
@@ -210,6 +210,10 @@ class LabelledImages(Images):
     def subsets(self, name: str) -> list[np.ndarray]:
         """Return the few-label subsets of one name, each a sorted array of ids; an unknown name raises `LgpError`."""
         return load_subsets(self._labels_folder, name)
+
+    def names_of_same_subsets(self, name: str) -> list[str]:
+        """Return the names whose subsets are those of `name`, in order, itself included; `all` gives none."""
+        return names_of_same_subsets(self._labels_folder, name)
 
     def labelled(self, name: str) -> list[np.ndarray]:
         """Return the subsets `name`. For `all`, return the whole training part as the only subset."""

@@ -34,3 +34,9 @@ def load_subsets(folder: Path, name: str) -> list[np.ndarray]:
             "or labels.lists and run `lgp labels` again"
         )
     return [np.array(ids, dtype=np.int64) for ids in subsets[name]]
+
+
+def names_of_same_subsets(folder: Path, name: str) -> list[str]:
+    """Return the names whose subsets are those of `name`, in order, itself included; an unknown name gives none."""
+    subsets = json.loads((folder / SUBSETS).read_text())
+    return [other for other in subsets if name in subsets and subsets[other] == subsets[name]]

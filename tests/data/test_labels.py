@@ -11,7 +11,7 @@ from made_sources import both_from, folder, images_from, labels_from, png, write
 
 from lgp.data.labels import LabelledImages, describe, labels_state, write_labels
 from lgp.data.storage import Images
-from lgp.data.subset_files import load_subsets
+from lgp.data.subset_files import load_subsets, names_of_same_subsets
 from lgp.errors import LgpError
 from lgp.params.file import Params
 from lgp.params.labels import LabelsParams
@@ -266,6 +266,9 @@ def test_description_names_subsets_that_are_the_same_images(prepared: LabelledIm
     metrics = write_labels(params, "digits", Images(prepared.folder), 0, tmp_path)
     of_first, of_shot = load_subsets(tmp_path, "1pct"), load_subsets(tmp_path, "1shot")
     assert all(np.array_equal(a, b) for a, b in zip(of_first, of_shot, strict=True))
+    assert names_of_same_subsets(tmp_path, "1shot") == ["1pct", "1shot"]
+    assert names_of_same_subsets(tmp_path, "10pct") == ["10pct"]
+    assert names_of_same_subsets(tmp_path, "all") == []
     assert [line for line in describe(metrics, params) if "the same" in line] == [
         "1pct and 1shot are the same 10 images: keep one of them, or choose labels.shots"
     ]

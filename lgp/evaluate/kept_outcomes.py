@@ -1,0 +1,52 @@
+"""Outcomes kept for other names of the same labelled images: such a name reads the outcome and computes nothing.
+
+Of few images two shares may be the same, e.g. 1 % and 10 % of 145 labels in ten classes. A kept outcome is a file in
+`.lgp/outcomes`, one for each arm, task and group of names. It is replaced at once, so that evaluations which run at the
+same time read a whole one or none; then both compute.
+"""
+
+import json
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lgp.evaluate.outcome import Outcome
+
+KEPT = Path(".lgp") / "outcomes"
+FORMAT = 1  # version of the file: raise it when it changes
+COMPUTED_WITH = ("torch", "timm", "scikit-learn", "numpy", "scipy")  # their versions change the last digits
+META = b"lgp"
+
+
+class KeptOutcome:
+    """The outcome of an evaluation in a file, with a digest of what decided it."""
+
+    def __init__(self, file: Path, decided_by: Any) -> None:
+        """Use `file`. `decided_by` are plain values: everything that decides the outcome, and no name of labels."""
+        self.file = file
+        versions = [FORMAT, *map(version, COMPUTED_WITH)]
+        self.digest = sha256(json.dumps([versions, decided_by], sort_keys=True).encode()).hexdigest()
+
+    def of_another_name(self, name: str) -> tuple[str, Outcome] | None:
+        """Return the name that computed the outcome, and it. None if that is `name`, or if other things decided it."""
+        try:
+            table = pq.read_table(self.file)
+        except (OSError, pa.ArrowException):
+            return None
+        meta = json.loads(table.schema.metadata[META])
+        if meta["digest"] != self.digest or meta["name"] == name:
+            return None
+        return meta["name"], Outcome(meta["metrics"], table.to_pandas())
+
+    def keep(self, name: str, outcome: Outcome) -> None:
+        """Write the outcome that was computed for `name`."""
+        table = pa.Table.from_pandas(outcome.predictions)
+        meta = {"digest": self.digest, "name": name, "metrics": outcome.metrics}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_name(f".partial.{name}-{self.file.name}")
+        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, META: json.dumps(meta)}), partial)
+        partial.replace(self.file)
