@@ -3,7 +3,7 @@
 import copy
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,6 +16,9 @@ from lgp.models.encoder_folder import save_encoder, save_tensors
 from lgp.models.files import HEADS
 from lgp.models.vit import build_encoder
 from lgp.params.file import Params
+
+if TYPE_CHECKING:
+    from arrivals import Coloured
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,6 +94,14 @@ def encoder_folder(prepared: LabelledImages, tmp_path_factory: pytest.TempPathFa
     save_encoder(folder, build_encoder(small.model, small.data), small.model, small.data, prepared, {"metrics": {}})
     save_tensors({}, folder.parent / HEADS)
     return folder
+
+
+@pytest.fixture(scope="session")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> "Coloured":
+    """Coloured images with labels, some without, and two encoders to start from."""
+    from arrivals import prepared_in_colour  # which imports this module
+
+    return prepared_in_colour(tmp_path_factory.mktemp("coloured"))
 
 
 @pytest.fixture(autouse=True)

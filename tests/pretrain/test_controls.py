@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from arrivals import saved_encoder
 from conftest import Silent, merged
-from test_graft import changed, saved
+from test_graft import changed
 
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch
@@ -52,7 +53,7 @@ def test_joint_sums_both_losses_on_one_encoder(session: Session, monkeypatch: py
 def test_reverse_continues_from_the_contrastive_encoder(
     tmp_path: Path, session: Session, prepared: LabelledImages, values: Any
 ) -> None:
-    start = saved(tmp_path / "cl" / "encoder", session.params, prepared, 2)
+    start = saved_encoder(tmp_path / "cl" / "encoder", session.params, prepared, 2)
     params = Params.model_validate(merged(values, {"reverse": {"base_lrs": [0.0, 0.0, 8e-3]}}))
     result = pretrain_reverse(Session(prepared, params, session.store, session.observer), start)
     assert changed(result.model.encoder, start) == {"blocks.2", "norm"}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from arrivals import saved_encoder
 from conftest import Silent, merged
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
-from lgp.models.encoder_folder import load_encoder, save_encoder
+from lgp.models.encoder_folder import load_encoder
 from lgp.models.moco import MoCo
-from lgp.models.vit import build_encoder, init_encoder_as_mae
+from lgp.models.vit import build_encoder
 from lgp.params.file import Params
 from lgp.pretrain.arm import Pretrained, Session
 from lgp.pretrain.graft import build_graft, decayed_rates, graft_rates, l1_penalty, pretrain_graft, stage_rates
@@ -70,24 +71,14 @@ def test_policies_give_the_rates_they_name(params: Params, values: Any) -> None:
     assert graft_rates(model, decayed.graft, 3) == pytest.approx(decayed_rates(roles, 3, 1e-3 * peak, 0.5))
 
 
-def saved(folder: Path, params: Params, prepared: LabelledImages, seed: int) -> Path:
-    torch.manual_seed(seed)
-    encoder = build_encoder(params.model, params.data)
-    init_encoder_as_mae(encoder)
-    with torch.no_grad():
-        encoder.norm.weight.normal_()
-    save_encoder(folder, encoder, params.model, params.data, prepared, {"metrics": {}})
-    return folder
-
-
 @pytest.fixture
 def mim_encoder(tmp_path: Path, params: Params, prepared: LabelledImages) -> Path:
-    return saved(tmp_path / "mim" / "encoder", params, prepared, 1)
+    return saved_encoder(tmp_path / "mim" / "encoder", params, prepared, 1)
 
 
 @pytest.fixture
 def cl_encoder(tmp_path: Path, params: Params, prepared: LabelledImages) -> Path:
-    return saved(tmp_path / "cl" / "encoder", params, prepared, 2)
+    return saved_encoder(tmp_path / "cl" / "encoder", params, prepared, 2)
 
 
 def grafted(
