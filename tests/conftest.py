@@ -1,7 +1,9 @@
 """A small parameter set and prepared digits that the tests share."""
 
 import copy
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from lgp.models.vit import build_encoder
 from lgp.params.file import Params
 
 if TYPE_CHECKING:
-    from arrivals import Coloured
+    from arrivals import Arrivals, Coloured
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,6 +40,11 @@ SMALL = {
     "finetune": {"10pct": {"epochs": 2, "warmup_epochs": 1}},
     "run": {"device": "cpu", "print_every_s": 1000},
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that writes tests/pretrain/golden_losses.json."""
+    parser.addoption("--write-golden", action="store_true", help="write the golden losses instead of comparing them")
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +109,21 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> "Coloured":
     from arrivals import prepared_in_colour  # which imports this module
 
     return prepared_in_colour(tmp_path_factory.mktemp("coloured"))
+
+
+@pytest.fixture(scope="session")
+def recorded(coloured: "Coloured", tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Arrivals]":
+    """Whole trainings by their name in `arrivals.ARMS`, each recorded once."""
+    from arrivals import arriving
+
+    @functools.cache
+    def of(name: str) -> "Arrivals":
+        with arriving() as trainings:
+            coloured.train(name, tmp_path_factory.mktemp(name))
+        (arrivals,) = trainings
+        return arrivals
+
+    return of
 
 
 @pytest.fixture(autouse=True)

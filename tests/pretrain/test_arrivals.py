@@ -1,6 +1,5 @@
 """What arrives in each arm's training: images, weights, rates, masks, momentum, and what the loss is made of."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,20 +20,6 @@ CONTRASTIVE = [name for name in ARMS if name.startswith(("cl", "graft", "joint")
 WITH_MOMENTUM = [name for name in CONTRASTIVE if name not in ("cl_simclr", "cl_vicreg")]
 MASKED = ["mim", "reverse", "joint"]
 DEPTH, PATCHES = 3, 16
-
-
-@pytest.fixture(scope="module")
-def recorded(coloured: Coloured, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
-    """A whole training by its name, recorded once."""
-
-    @functools.cache
-    def of(name: str) -> Arrivals:
-        with arriving() as trainings:
-            coloured.train(name, tmp_path_factory.mktemp(name))
-        (arrivals,) = trainings
-        return arrivals
-
-    return of
 
 
 def first_step(coloured: Coloured, folder: Any, name: str, **changes: Any) -> Arrivals:
