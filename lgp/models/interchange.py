@@ -9,7 +9,7 @@ import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -30,7 +30,16 @@ Tensors = Mapping[str, Tensor]
 ENCODER, PROJECTOR = "encoder", "projector"
 PROJECTOR_FIRST_FC = f"{PROJECTOR}.0.weight"
 DECODER = re.compile(r"(decoder_|mask_token)")
-CLASSIFIER = re.compile(r"(head|head_dist|fc)\.(weight|bias)$")
+# LGP's classifier for 10 % of labels has two layers; MAE's linear probe has a BatchNorm before its layer
+CLASSIFIER = re.compile(r"(head|head_dist|fc|head\.0|head\.1)\.\w+$")
+
+# The command line in MAE's checkpoints is a Namespace. Its multi-node command puts paths into it: they are read as pure
+# paths, which touch no disk and exist on every system. Python 3.13 pickles them under another name.
+PLAIN_OBJECTS: list[Any] = [
+    argparse.Namespace,
+    *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+    *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
+]
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,7 @@ def _plain_left_out(name: str) -> str | None:
 
 LAYOUTS = (
     Layout("MoCo v3 / LGP", "state_dict", "module.base_encoder.", "module.base_encoder.head.", _moco_left_out),
+    Layout("LGP (linear probe)", "backbone_state_dict", "", None, _plain_left_out),
     Layout("MAE", "model", "", None, _plain_left_out),
     Layout("timm (in a training checkpoint)", "state_dict", "", None, _plain_left_out),
     Layout("timm or lgp", None, "", None, _plain_left_out),
@@ -99,7 +109,7 @@ class Imported:
 def import_checkpoint(path: Path, model: ModelParams, data: DataParams, partial: bool = False) -> Imported:
     """Read an encoder from a checkpoint of MAE, MoCo v3, LGP, timm or lgp.
 
-    Position embeddings for another number of patches are interpolated.
+    Position embeddings for another number of patches are interpolated, as in MAE's fine-tuning.
 
     Args:
         path: `.pth`, `.pth.tar`, `.pt` or `.safetensors`.
@@ -173,8 +183,7 @@ def read_tensors(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # MAE's training checkpoints contain their command line, a Namespace of plain values
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(PLAIN_OBJECTS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         found = re.search(r"GLOBAL (\S+)", str(e))
@@ -206,7 +215,8 @@ def _fitted(target: str, tensor: Tensor, wanted: Tensor) -> tuple[Tensor | None,
     same_width = tensor.ndim == 3 and tensor.shape[-1] == wanted.shape[-1]
     if target == "pos_embed" and same_width and _is_square(tensor.shape[1] - 1):
         old, new = round((tensor.shape[1] - 1) ** 0.5), round((wanted.shape[1] - 1) ** 0.5)
-        resampled: Tensor = resample_abs_pos_embed(tensor.float(), [new, new], num_prefix_tokens=1)
+        # bicubic and not antialiased, as MAE's and LGP's code
+        resampled: Tensor = resample_abs_pos_embed(tensor.float(), [new, new], num_prefix_tokens=1, antialias=False)
         return resampled, f"interpolated from {old}×{old} to {new}×{new} patches"
     return None, f"{tuple(tensor.shape)} where {tuple(wanted.shape)} is needed"
 

@@ -1,6 +1,7 @@
 """Checkpoints of other projects, made here from a timm ViT of known weights, in; and out in MAE's layout."""
 
 import argparse
+import pathlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,20 @@ def mae_pretraining(vit: Any, path: Path) -> Path:
     return path / "mae.pth"
 
 
+class WindowsPath:
+    """Pickles as a path of Windows does, on any system."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pathlib.WindowsPath, ("C:\\", "jobs"))
+
+
+def mae_multi_node(vit: Any, path: Path) -> Path:
+    """A file of MAE's `submitit_pretrain.py`, whose command line holds paths."""
+    arguments = argparse.Namespace(output_dir=pathlib.PosixPath("/checkpoint/experiments/7"), other=WindowsPath())
+    torch.save({"model": encoder_of(vit), "epoch": 799, "args": arguments}, path / "checkpoint-799.pth")
+    return path / "checkpoint-799.pth"
+
+
 def mae_released(vit: Any, path: Path) -> Path:
     torch.save({"model": encoder_of(vit)}, path / "mae_pretrain.pth")
     return path / "mae_pretrain.pth"
@@ -57,6 +72,27 @@ def moco(vit: Any, path: Path) -> Path:
     state = {"epoch": 300, "arch": "vit_base", "state_dict": tensors, "optimizer": {"state": {}, "param_groups": []}}
     torch.save(state, path / "vit-b-300ep.pth.tar")
     return path / "vit-b-300ep.pth.tar"
+
+
+def lgp_10_percent(vit: Any, path: Path) -> Path:
+    """A file of LGP's fine-tuning with `tuneFromFirstFC`: two layers of a classifier."""
+    head = {"head.0.weight": torch.ones(32, 16), "head.1.weight": torch.ones(10, 32), "head.1.bias": torch.ones(10)}
+    torch.save({"model": encoder_of(vit) | head, "epoch": 99}, path / "checkpoint-best.pth")
+    return path / "checkpoint-best.pth"
+
+
+def lgp_linear(vit: Any, path: Path) -> Path:
+    """A file of LGP's linear probe: the encoder apart from the classifiers."""
+    heads = {"0.module.linear.weight": torch.ones(10, 16), "0.module.linear.bias": torch.ones(10)}
+    torch.save({"epoch": 90, "backbone_state_dict": encoder_of(vit), "state_dict": heads}, path / "model_best.pth.tar")
+    return path / "model_best.pth.tar"
+
+
+def mae_linear(vit: Any, path: Path) -> Path:
+    """A file of MAE's linear probe: BatchNorm and a layer."""
+    head = {"head.0.running_mean": torch.ones(16), "head.0.num_batches_tracked": torch.tensor(7)}
+    torch.save({"model": encoder_of(vit) | head | {"head.1.bias": torch.ones(10)}}, path / "linear.pth")
+    return path / "linear.pth"
 
 
 def timm_weights(vit: Any, path: Path) -> Path:
@@ -76,7 +112,11 @@ def safetensors(vit: Any, path: Path) -> Path:
 
 LAYOUTS = {
     mae_pretraining: "MAE",
+    mae_multi_node: "MAE",
     mae_released: "MAE",
+    mae_linear: "MAE",
+    lgp_10_percent: "MAE",
+    lgp_linear: "LGP (linear probe)",
     moco: "MoCo v3 / LGP",
     timm_weights: "timm or lgp",
     timm_training: "timm (in a training checkpoint)",
@@ -106,6 +146,8 @@ def test_what_is_left_out_is_said(vit: Any, params: Params, tmp_path: Path) -> N
     assert {uses["mask_token"].how, uses["decoder_pred.weight"].how} == {"decoder"}
     uses = {u.name: u for u in import_checkpoint(timm_weights(vit, tmp_path), params.model, params.data).uses}
     assert uses["head.weight"].how == "classifier"
+    uses = {u.name: u for u in import_checkpoint(lgp_10_percent(vit, tmp_path), params.model, params.data).uses}
+    assert {uses["head.0.weight"].how, uses["head.1.weight"].how} == {"classifier"}
 
 
 def changed(vit: Any, path: Path, change: Callable[[Tensors], None]) -> Path:
@@ -146,16 +188,19 @@ def test_dimensions_of_the_file_are_said(vit: Any, params: Params, values: Any, 
         import_checkpoint(timm_weights(vit, tmp_path), other.model, other.data)
 
 
-def test_positions_of_another_size_are_interpolated(vit: Any, params: Params, values: Any, tmp_path: Path) -> None:
-    larger = Params.model_validate(merged(values, {"data": {"image_size": 16}}))
-    imported = import_checkpoint(timm_weights(vit, tmp_path), larger.model, larger.data)
-    assert next(u for u in imported.uses if u.name == "pos_embed").how == "interpolated from 4×4 to 8×8 patches"
+@pytest.mark.parametrize(("size", "grid"), [(16, 8), (4, 2)])
+def test_positions_of_another_grid_are_interpolated_as_officially(
+    size: int, grid: int, vit: Any, params: Params, values: Any, tmp_path: Path
+) -> None:
+    other = Params.model_validate(merged(values, {"data": {"image_size": size}}))
+    imported = import_checkpoint(timm_weights(vit, tmp_path), other.model, other.data)
+    how = next(u for u in imported.uses if u.name == "pos_embed").how
+    assert how == f"interpolated from 4×4 to {grid}×{grid} patches"
     positions: Tensor = imported.encoder.pos_embed
-    assert positions.shape == (1, 65, 16)
     assert torch.equal(positions[:, 0], vit.pos_embed[:, 0])
-    grid = vit.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
-    resized = torch.nn.functional.interpolate(grid, (8, 8), mode="bicubic", antialias=True, align_corners=False)
-    assert torch.allclose(positions[0, 1:], resized.permute(0, 2, 3, 1).flatten(1, 2)[0], atol=1e-6)
+    before = vit.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    official = torch.nn.functional.interpolate(before, (grid, grid), mode="bicubic", align_corners=False)
+    assert torch.allclose(positions[:, 1:], official.permute(0, 2, 3, 1).flatten(1, 2), atol=1e-6)
 
 
 def test_heads_are_checked_with_the_configuration_beside_the_file(vit: Any, params: Params, tmp_path: Path) -> None:
