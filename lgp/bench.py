@@ -160,7 +160,9 @@ def train_timed(arm: str, params: Params, data: Images, folder: Path) -> list[fl
     clock, before = Clock(), folder / "before" / "encoder"
     session = Session(data, params, StateStore(folder / f"state-{arm}", "bench"), clock)
     if arm == "graft":
-        save_encoder(before, build_encoder(params.model, params.data), params.model, params.data, data, {})
+        save_encoder(
+            before, build_encoder(params.model, params.data), params.model, params.data, data.normalization, {}
+        )
     try:
         if arm == "graft":
             pretrain_graft(session, before, before)

@@ -28,9 +28,6 @@ def finetune(
     with evaluation(arm, f"finetune-{labels}", sections, params_file, fresh, resume) as task:
         from lgp.evaluate.fine_tuning import finetune as fine_tune
         from lgp.evaluate.outcome import Outcome
-        from lgp.models.encoder_folder import check_input_size
-
-        check_input_size(task.encoder, task.data)
 
         def train() -> Outcome:
             return fine_tune(arm_folder(arm), task.data, task.data.labelled(labels), recipe, task.session)

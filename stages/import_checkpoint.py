@@ -11,6 +11,8 @@ from stages.options import DEFAULT_PARAMS, ArmName, Debug, ParamsFile
 from stages.paths import PREPARED, arm_folder
 
 CheckpointFile = Annotated[Path, typer.Argument(metavar="FILE", help=".pth, .pth.tar, .pt or .safetensors.")]
+Mean = Annotated[str | None, typer.Option(metavar="M,M,M", help="Means of the images that it was trained on.")]
+Std = Annotated[str | None, typer.Option(metavar="S,S,S", help="Their standard deviations, of pixels in [0, 1].")]
 Partial = Annotated[bool, typer.Option("--partial", help="Take what fits, where tensors are missing or left over.")]
 
 
@@ -19,9 +21,12 @@ def import_checkpoint(
     arm: ArmName,
     params_file: ParamsFile = DEFAULT_PARAMS,
     partial: Partial = False,
+    mean: Mean = None,
+    std: Std = None,
     debug: Debug = False,
 ) -> None:
     """Turn a checkpoint of MAE, MoCo v3, LGP, timm or lgp into an arm."""
+    from lgp.data.normalization import parse_normalization
     from lgp.workflow.pipeline import SECTIONS
     from lgp.workflow.stage import StageSpec, stage
 
@@ -31,16 +36,20 @@ def import_checkpoint(
         raise LgpError(f"the arm {arm} is a baseline: choose another name")
     if not file.is_file():
         raise LgpError(f"no file {file}: give a checkpoint (.pth, .pth.tar, .pt or .safetensors)")
-    folder = arm_folder(arm)
+    folder, given = arm_folder(arm), parse_normalization(mean, std)
     spec = StageSpec("import_checkpoint", SECTIONS["import_checkpoint"], [PREPARED, file], [folder], arm, "pretrain")
     with stage(spec, params_file) as run:
         from lgp.data.storage import Images
         from lgp.models.interchange import import_checkpoint as read
         from lgp.workflow.publishing import publish_imported
 
-        imported = read(file, run.params.model, run.params.data, partial)
+        imported = read(file, run.params.model, run.params.data, partial, given)
         for use in imported.uses:
             print(f"{use.name:60} {use.target or '–':40} {use.how}")
         print(f"the checkpoint does not say the number of heads: model.heads gives {run.params.model.heads}")
-        publish_imported(run, folder, imported, Images(PREPARED))
+        ours = Images(PREPARED).normalization
+        print(f"its images are normalised by {imported.normalization}, from {imported.normalization_from}")
+        if imported.normalization != ours:
+            print(f"the prepared images have {ours}: to graft on it, set data.mean and data.std to the former")
+        publish_imported(run, folder, imported)
     print(f"{file} ({imported.layout}) is now the arm {arm}: list it in `arms`, or set graft.start to it")

@@ -17,13 +17,12 @@ def linear(
     with evaluation(arm, "linear", SECTIONS["linear"], params_file, fresh, resume) as task:
         from lgp.compute.device import choose_device
         from lgp.evaluate.linear import evaluate_linear, evaluate_linear_augmented
-        from lgp.features.of_encoder import encoder_features, live_features_of
+        from lgp.features.of_encoder import encoder_features
 
         params, device = task.run.params, choose_device(task.run.params.run)
         features = encoder_features(task.encoder, task.data, params, device)
         if params.linear.method == "sweep":
             outcome = evaluate_linear(features, params.linear, params.seed, device, params.run)
         else:
-            encode = live_features_of(task.encoder, params.features, device)
-            outcome = evaluate_linear_augmented(features, encode, task.data, task.session, device)
+            outcome = evaluate_linear_augmented(features, task.encoder, task.data, task.session, device)
         task.publish(outcome)

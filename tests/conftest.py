@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 from lgp.data.labels import LabelledImages, write_labels
+from lgp.data.normalization import Normalization
 from lgp.data.preparation import prepare
 from lgp.data.storage import Images
 from lgp.models.encoder_folder import save_encoder, save_tensors
-from lgp.models.files import HEADS
+from lgp.models.files import CONFIG, HEADS
 from lgp.models.vit import build_encoder
 from lgp.params.file import Params
 
@@ -26,6 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+FOREIGN = Normalization((0.9,), (0.1,))
 
 SMALL = {
     "data": {"max_train_images": 300},
@@ -98,7 +104,8 @@ def encoder_folder(prepared: LabelledImages, tmp_path_factory: pytest.TempPathFa
     small = Params.model_validate(merged(yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text()), SMALL))
     folder = tmp_path_factory.mktemp("arm") / "encoder"
     torch.manual_seed(0)
-    save_encoder(folder, build_encoder(small.model, small.data), small.model, small.data, prepared, {"metrics": {}})
+    encoder = build_encoder(small.model, small.data)
+    save_encoder(folder, encoder, small.model, small.data, prepared.normalization, {"metrics": {}})
     save_tensors({}, folder.parent / HEADS)
     return folder
 
@@ -124,6 +131,21 @@ def recorded(coloured: "Coloured", tmp_path_factory: pytest.TempPathFactory) -> 
         return arrivals
 
     return of
+@pytest.fixture
+def foreign_folder(encoder_folder: Path, tmp_path: Path) -> Path:
+    """The encoder folder of an arm that was trained on images of other statistics, `FOREIGN`."""
+    folder = tmp_path / "foreign" / "encoder"
+    shutil.copytree(encoder_folder.parent, folder.parent)
+    config = json.loads((folder / CONFIG).read_text())
+    config["pretrained_cfg"] |= {"mean": FOREIGN.mean, "std": FOREIGN.std}
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
+def is_foreign(images: Tensor) -> bool:
+    """Whether an encoder's input is prepared images, black to white, that the statistics `FOREIGN` normalise."""
+    pixels = images * FOREIGN.std[0] + FOREIGN.mean[0]
+    return bool((pixels > -1e-3).all() and (pixels < 1 + 1e-3).all() and pixels.min() < 0.2)
 
 
 @pytest.fixture(autouse=True)

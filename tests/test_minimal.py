@@ -102,7 +102,7 @@ def trained(digits: Params, prepared: LabelledImages, tmp_path_factory: pytest.T
         patch.setattr(Trainer, "fit", fit_recorded)
         patch.setattr(LabelledImages, "normalize", lambda data, images: normalize(data, images).double())
         encoder = pretrain_mim(session("mim")).model.encoder.float()
-        save_encoder(folder / "encoder", encoder, digits.model, digits.data, prepared, {"metrics": {}})
+        save_encoder(folder / "encoder", encoder, digits.model, digits.data, prepared.normalization, {"metrics": {}})
         pretrain_graft(session("graft"), folder / "encoder", folder / "encoder")
     return Trained(runs[0], encoder, runs[1])
 

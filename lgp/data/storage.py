@@ -8,13 +8,14 @@
 | `meta.json` | size, channels, mean and standard deviation per channel, a digest of everything |
 """
 
+import copy
 import io
 import json
 import mmap
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
+from lgp.data.normalization import Normalization
 from lgp.errors import LgpError
 from lgp.params.section import Interpolation
 
@@ -145,6 +147,17 @@ class Images:
     def std(self) -> list[float]:
         """Standard deviation per channel, of pixels in [0, 1]."""
         return list(self.meta["std"])
+
+    @property
+    def normalization(self) -> Normalization:
+        """The statistics of `normalize`."""
+        return Normalization.of(self.meta)
+
+    def normalized_by(self, normalization: Normalization) -> Self:
+        """Return the same images, which other statistics normalise."""
+        images = copy.copy(self)
+        images.meta = self.meta | {"mean": list(normalization.mean), "std": list(normalization.std)}
+        return images
 
     @cached_property
     def index(self) -> "pd.DataFrame":

@@ -35,7 +35,7 @@ from lgp.data.storage import MODES
 from lgp.errors import LgpError, check_disk_space
 from lgp.evaluate.outcome import Outcome, Predicted, over_subsets
 from lgp.features.extraction import extract
-from lgp.models.encoder_folder import load_encoder, read_config
+from lgp.models.encoder_folder import images_for, load_encoder, read_config
 from lgp.models.files import ENCODER, WEIGHTS
 from lgp.models.heads_file import load_first_fc
 from lgp.params.evaluate import FineTuneParams
@@ -141,7 +141,7 @@ def finetune(
     Raises:
         LgpError: a batch cannot be divided, the disk is full, or a training fails.
     """
-    run, store = session.params.run, session.store
+    run, store, data = session.params.run, session.store, images_for(arm / ENCODER, data)
     device = choose_device(run)
     # the states of finished trainings stay until all are done
     trainings = len(recipe.base_lrs) * len(subsets)

@@ -1,5 +1,7 @@
 """Evaluation with all labels: the linear probe, k-NN, and k-NN after each block."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,8 +14,9 @@ from lgp.errors import LgpError
 from lgp.evaluate.outcome import Outcome, Predicted, over_subsets, percent
 from lgp.evaluate.probe import LinearHeads, choose_head, head_settings, train_heads
 from lgp.features.cache import Features
-from lgp.features.extraction import Encode
 from lgp.features.knn import knn_predict
+from lgp.features.of_encoder import live_features_of
+from lgp.models.encoder_folder import images_for
 from lgp.params.evaluate import LinearParams
 from lgp.params.pretrain import ViewParams
 from lgp.params.run import RunParams
@@ -35,18 +38,19 @@ def evaluate_linear(
 
 
 def evaluate_linear_augmented(
-    features: Features, encode: Encode, data: LabelledImages, session: Session, device: torch.device
+    features: Features, encoder: Path, data: LabelledImages, session: Session, device: torch.device
 ) -> Outcome:
     """Train all heads on the features of random crops and flips, as in LGP. The rest is as in `evaluate_linear`.
 
     Args:
         features: of whole images, for the choice of the head and for the test.
-        encode: normalised images (B, C, S, S) → features (B, D), the function that made `features`.
+        encoder: folder of the encoder that made `features`.
         data: images and labels.
         session: parameters, resume states, observer.
         device: where to train.
     """
-    linear, run = session.params.linear, session.params.run
+    linear, run, data = session.params.linear, session.params.run, images_for(encoder, data)
+    encode = live_features_of(encoder, session.params.features, device)
     heads = _heads(features, linear, session.params.seed)
     precision = choose_precision(run, device, features.x["train"].shape[1])
     place(heads, device, precision)

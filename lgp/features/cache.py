@@ -74,7 +74,7 @@ class FeatureCache:
         ids = {split: data.ids(split) for split in EVALUATED_SPLITS}
         # the labels decide which image is in which split
         of_ids = [sha256(of_split.tobytes()).hexdigest() for of_split in ids.values()]
-        images = [data.meta["digest"], *of_ids]
+        images = [data.meta["digest"], data.mean, data.std, *of_ids]
         decided_by = [FORMAT, source.digest, *images, self.params.dtype, *map(version, COMPUTED_WITH)]
         entry = self.folder / sha256(json.dumps(decided_by).encode()).hexdigest()[:32]
         self.folder.mkdir(parents=True, exist_ok=True)

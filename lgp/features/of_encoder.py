@@ -10,7 +10,7 @@ import torch
 from lgp.data.labels import LabelledImages
 from lgp.features.cache import FeatureCache, Features, FeatureSource, pixel_source
 from lgp.features.extraction import Encode, by_block_of, pixels
-from lgp.models.encoder_folder import PIXELS, check_input_size, load_encoder, read_config
+from lgp.models.encoder_folder import PIXELS, images_for, load_encoder, read_config
 from lgp.models.files import encoder_digest
 from lgp.params.evaluate import FeatureParams
 from lgp.params.file import Params
@@ -36,8 +36,8 @@ def encoder_source(folder: Path, params: FeatureParams, device: torch.device) ->
 
 def encoder_features(folder: Path, data: LabelledImages, params: Params, device: torch.device) -> Features:
     """Return the features of the encoder in `folder` for train, val and test."""
-    check_input_size(folder, data)
-    return feature_cache(params).features(encoder_source(folder, params.features, device), data)
+    source = encoder_source(folder, params.features, device)
+    return feature_cache(params).features(source, images_for(folder, data))
 
 
 def live_features_of(folder: Path, params: FeatureParams, device: torch.device) -> Encode:

@@ -3,7 +3,7 @@
 import errno
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 from safetensors import SafetensorError
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from lgp.data.normalization import Normalization
 from lgp.data.storage import Images
 from lgp.errors import LgpError
 from lgp.models.files import CONFIG, PROVENANCE, WEIGHTS, no_encoder
@@ -18,11 +19,18 @@ from lgp.models.vit import ARCHITECTURE, model_args
 from lgp.params.data import DataParams
 from lgp.params.model import ModelParams
 
+ImagesT = TypeVar("ImagesT", bound=Images)
+
 PIXELS = "pixels"  # the architecture of a folder without an encoder: raw pixels are the features
 
 
 def save_encoder(
-    folder: Path, encoder: VisionTransformer, model: ModelParams, data: DataParams, prepared: Images, provenance: Any
+    folder: Path,
+    encoder: VisionTransformer,
+    model: ModelParams,
+    data: DataParams,
+    normalization: Normalization,
+    provenance: Any,
 ) -> None:
     """Write an encoder folder: `timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)` loads it.
 
@@ -31,7 +39,7 @@ def save_encoder(
         encoder: the trained encoder; key names are timm's.
         model: its dimensions.
         data: size and channels of its images.
-        prepared: the prepared images of the training. Their mean and standard deviation are written.
+        normalization: of the images that it was trained on.
         provenance: parameters, data digest, code; written beside the weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,8 +55,8 @@ def save_encoder(
             "num_classes": 0,
             "input_size": [data.channels, data.image_size, data.image_size],
             "fixed_input_size": True,
-            "mean": prepared.mean,
-            "std": prepared.std,
+            "mean": normalization.mean,
+            "std": normalization.std,
             "interpolation": "bilinear",
             "crop_pct": data.eval_crop,
             "first_conv": "patch_embed.proj",
@@ -123,8 +131,15 @@ def _check_present(folder: Path) -> None:
         raise LgpError(no_encoder(folder))
 
 
-def check_input_size(folder: Path, data: Images) -> None:
-    """Raise `LgpError` unless the encoder in `folder` takes the channels and size of the prepared images."""
+def images_for(folder: Path, data: ImagesT) -> ImagesT:
+    """Return the prepared images as the encoder in `folder` takes them: normalised as those that it was trained on.
+
+    Whatever feeds prepared images to an encoder folder takes them from here. Only a training that continues the
+    encoder keeps the images' own statistics, and `check_start` demands that both are the same.
+
+    Raises:
+        LgpError: the encoder takes images of another size or number of channels.
+    """
     takes = read_config(folder)["pretrained_cfg"]["input_size"]
     given = [data.channels, data.image_size, data.image_size]
     if takes != given:
@@ -132,6 +147,12 @@ def check_input_size(folder: Path, data: Images) -> None:
             f"the encoder in {folder} takes images of {takes} (channels, height, width), the prepared ones are "
             f"{given}: run `lgp {folder.parent.name}` on them first"
         )
+    return data.normalized_by(normalization_of(folder))
+
+
+def normalization_of(folder: Path) -> Normalization:
+    """Return the statistics of the images that the encoder in `folder` was trained on."""
+    return Normalization.of(read_config(folder)["pretrained_cfg"])
 
 
 def check_encoder_fits(folder: Path, model: ModelParams, data: DataParams) -> None:
@@ -143,4 +164,18 @@ def check_encoder_fits(folder: Path, model: ModelParams, data: DataParams) -> No
     if found != wanted:
         raise LgpError(
             f"the encoder in {folder} was trained with {found}, but the parameters say {wanted}: train it anew"
+        )
+
+
+def check_start(folder: Path, model: ModelParams, data: DataParams, images: Images) -> None:
+    """Raise `LgpError` unless a training on `images` can continue the encoder in `folder`.
+
+    The encoder must have the dimensions of the parameters, and the images the statistics that it was trained with.
+    """
+    check_encoder_fits(folder, model, data)
+    trained, given = normalization_of(folder), images.normalization
+    if trained != given:
+        raise LgpError(
+            f"the encoder in {folder} was trained on images of {trained}, the prepared ones have {given}: set "
+            f"data.mean to {list(trained.mean)} and data.std to {list(trained.std)}, and run `lgp prepare` again"
         )

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lgp.compute.randomness import seeded
+from lgp.data.normalization import Normalization
 from lgp.errors import LgpError
 from lgp.models.files import CONFIG
 from lgp.models.vit import build_encoder, init_encoder_as_moco
@@ -32,6 +34,8 @@ PROJECTOR_FIRST_FC = f"{PROJECTOR}.0.weight"
 DECODER = re.compile(r"(decoder_|mask_token)")
 # LGP's classifier for 10 % of labels has two layers; MAE's linear probe has a BatchNorm before its layer
 CLASSIFIER = re.compile(r"(head|head_dist|fc|head\.0|head\.1)\.\w+$")
+IMAGENET = Normalization(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+PRETRAINED_CFG = "pretrained_cfg"  # timm's name for the record that holds an encoder's mean and std
 
 # The command line in MAE's checkpoints is a Namespace. Its multi-node command puts paths into it: they are read as pure
 # paths, which touch no disk and exist on every system. Python 3.13 pickles them under another name.
@@ -61,6 +65,7 @@ class Layout:
         encoder: prefix of the names of the encoder's tensors.
         projector: prefix of the names of the projector's tensors, None without a projector.
         left_out: returns the reason to leave out a tensor, None if the encoder should have it.
+        normalization: of the project's images, None if its encoders differ in it.
     """
 
     name: str
@@ -68,6 +73,7 @@ class Layout:
     encoder: str
     projector: str | None
     left_out: Callable[[str], str | None]
+    normalization: Normalization | None
 
 
 def _moco_left_out(name: str) -> str | None:
@@ -83,22 +89,35 @@ def _plain_left_out(name: str) -> str | None:
 
 
 LAYOUTS = (
-    Layout("MoCo v3 / LGP", "state_dict", "module.base_encoder.", "module.base_encoder.head.", _moco_left_out),
-    Layout("LGP (linear probe)", "backbone_state_dict", "", None, _plain_left_out),
-    Layout("MAE", "model", "", None, _plain_left_out),
-    Layout("timm (in a training checkpoint)", "state_dict", "", None, _plain_left_out),
-    Layout("timm or lgp", None, "", None, _plain_left_out),
+    Layout(
+        "MoCo v3 / LGP", "state_dict", "module.base_encoder.", "module.base_encoder.head.", _moco_left_out, IMAGENET
+    ),
+    Layout("LGP (linear probe)", "backbone_state_dict", "", None, _plain_left_out, IMAGENET),
+    Layout("MAE", "model", "", None, _plain_left_out, IMAGENET),
+    Layout("timm (in a training checkpoint)", "state_dict", "", None, _plain_left_out, None),
+    Layout("timm or lgp", None, "", None, _plain_left_out, None),
 )
 
 
 @dataclass(frozen=True)
 class Imported:
-    """An encoder from a file, its projector if the file has one, and the use of each tensor."""
+    """An encoder from a file.
+
+    Attributes:
+        layout: name of the project.
+        encoder: the encoder.
+        projector: its projector, empty if the file has none.
+        uses: the use of each tensor of the file.
+        normalization: of the images that the encoder was trained on.
+        normalization_from: where that is from, as text.
+    """
 
     layout: str
     encoder: VisionTransformer
     projector: dict[str, Tensor]
     uses: list[Use]
+    normalization: Normalization
+    normalization_from: str
 
     @property
     def first_fc(self) -> str | None:
@@ -106,7 +125,13 @@ class Imported:
         return PROJECTOR_FIRST_FC if PROJECTOR_FIRST_FC in self.projector else None
 
 
-def import_checkpoint(path: Path, model: ModelParams, data: DataParams, partial: bool = False) -> Imported:
+def import_checkpoint(
+    path: Path,
+    model: ModelParams,
+    data: DataParams,
+    partial: bool = False,
+    normalization: Normalization | None = None,
+) -> Imported:
     """Read an encoder from a checkpoint of MAE, MoCo v3, LGP, timm or lgp.
 
     Position embeddings for another number of patches are interpolated, as in MAE's fine-tuning.
@@ -116,13 +141,17 @@ def import_checkpoint(path: Path, model: ModelParams, data: DataParams, partial:
         model: dimensions that the encoder must have.
         data: size and channels of its images.
         partial: take the tensors that fit and leave out all others. Missing tensors keep their initial values.
+        normalization: of the images that the encoder was trained on. None: that of the file, of a `config.json` beside
+            it, or of its layout.
 
     Raises:
         LgpError: the file cannot be read without running code, has no known layout, or (unless `partial`) has tensors
-            that are missing, misshapen or left over. The message names them.
+            that are missing, misshapen or left over; the message names them. Or the normalization is not known, or of
+            another number of channels.
     """
-    layout, tensors = recognise(read_tensors(path), path)
-    _check_heads(path, model)
+    content, beside = read_tensors(path), _config_beside(path)
+    layout, tensors = recognise(content, path)
+    _check_heads(path, beside, model)
     with seeded(0, "import"):
         encoder = build_encoder(model, data)
         init_encoder_as_moco(encoder)
@@ -162,16 +191,68 @@ def import_checkpoint(path: Path, model: ModelParams, data: DataParams, partial:
     if not taken:
         raise LgpError(f"{path} ({layout.name}): not one tensor fits the encoder of the parameters")
     encoder.load_state_dict(wanted | taken, strict=True)
-    return Imported(layout.name, encoder, projector, uses)
+    known = (normalization, "the command") if normalization else _known_normalization(path, content, beside, layout)
+    _check_channels(*known, data.channels)
+    return Imported(layout.name, encoder, projector, uses, *known)
 
 
-def _check_heads(path: Path, model: ModelParams) -> None:
-    """Check the number of attention heads against a configuration beside the file. No tensor shows this number."""
+def _config_beside(path: Path) -> dict[str, Any]:
+    """Read the `config.json` beside a file, as timm and lgp write it; an empty dict if there is none.
+
+    Raises:
+        LgpError: it is damaged.
+    """
     config = path.with_name(CONFIG)
-    if config.is_file():
-        heads = json.loads(config.read_text()).get("model_args", {}).get("num_heads", model.heads)
-        if heads != model.heads:
-            raise LgpError(f"{config} says {heads} heads, model.heads is {model.heads}: set it to {heads}")
+    if not config.is_file():
+        return {}
+    try:
+        return dict(json.loads(config.read_text()))
+    except (ValueError, TypeError) as e:
+        raise LgpError(
+            f"{config} beside the checkpoint is damaged ({e}): mend it, or move the checkpoint away"
+        ) from None
+
+
+def _check_heads(path: Path, beside: Mapping[str, Any], model: ModelParams) -> None:
+    """Check the number of attention heads against a configuration beside the file. No tensor shows this number."""
+    heads = beside.get("model_args", {}).get("num_heads", model.heads)
+    if heads != model.heads:
+        raise LgpError(f"{path.with_name(CONFIG)} says {heads} heads, model.heads is {model.heads}: set it to {heads}")
+
+
+def _check_channels(normalization: Normalization, source: str, channels: int) -> None:
+    if len(normalization.mean) != channels:
+        raise LgpError(
+            f"{normalization} (from {source}) is of {len(normalization.mean)} channels, data.channels is {channels}: "
+            "give the statistics that the encoder was trained with, one value a channel, with --mean and --std"
+        )
+
+
+def _known_normalization(
+    path: Path, content: Any, beside: Mapping[str, Any], layout: Layout
+) -> tuple[Normalization, str]:
+    """Return the normalization of the images that an encoder was trained on, and where it is from.
+
+    Args:
+        path: of the checkpoint.
+        content: of the checkpoint. `lgp export` puts the normalization there.
+        beside: the configuration beside it. Old ones of timm have no `pretrained_cfg` of their own.
+        layout: of the checkpoint.
+
+    Raises:
+        LgpError: none of these says it.
+    """
+    records = {path: content.get(PRETRAINED_CFG), path.with_name(CONFIG): beside.get(PRETRAINED_CFG, beside)}
+    for source, record in records.items():
+        if isinstance(record, Mapping) and record.get("mean") and record.get("std"):
+            return Normalization.of(record), str(source)
+    if layout.normalization is not None:
+        return layout.normalization, f"the code of {layout.name}"
+    raise LgpError(
+        f"neither {path} ({layout.name}) nor a {CONFIG} beside it says by which mean and standard deviation its images "
+        "were normalised: give one value a channel, e.g. --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 "
+        "(many ViTs of timm have 0.5,0.5,0.5 for both)"
+    )
 
 
 def read_tensors(path: Path) -> Any:
@@ -236,12 +317,16 @@ def _dimensions(layout: Layout, tensors: Tensors) -> str:
     )
 
 
-def export_checkpoint(encoder: Tensors, heads: Tensors, path: Path) -> int:
+def export_checkpoint(encoder: Tensors, heads: Tensors, normalization: Normalization, path: Path) -> int:
     """Write a checkpoint in MAE's layout, `{"model": tensors}`. Return the number of tensors.
+
+    The normalization is written beside the tensors, as `pretrained_cfg`: MAE's readers pass over it, and
+    `import_checkpoint` takes it in place of ImageNet's.
 
     Args:
         encoder: tensors of an encoder folder; timm's names are MAE's.
         heads: tensors of an arm's heads. An MAE decoder among them is written. All others are left out.
+        normalization: of the images that the encoder was trained on.
         path: of the file, which must not exist yet.
 
     Raises:
@@ -252,5 +337,6 @@ def export_checkpoint(encoder: Tensors, heads: Tensors, path: Path) -> int:
     decoder = {name.removeprefix("mae."): tensor for name, tensor in heads.items()}
     tensors = dict(encoder) | {name: tensor for name, tensor in decoder.items() if DECODER.match(name)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": tensors}, path)
+    cfg = {"mean": list(normalization.mean), "std": list(normalization.std)}
+    torch.save({"model": tensors, PRETRAINED_CFG: cfg}, path)
     return len(tensors)

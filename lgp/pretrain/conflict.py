@@ -7,7 +7,7 @@ gradients of both losses are computed on the same images and weights, and compar
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from lgp.errors import LgpError
 from lgp.features.extraction import extract
 from lgp.features.knn import knn_predict
 from lgp.models.contrastive import build_contrastive
-from lgp.models.encoder_folder import check_encoder_fits, check_input_size, load_encoder
+from lgp.models.encoder_folder import check_encoder_fits, images_for, load_encoder
 from lgp.models.files import encoder_digest
 from lgp.models.joint import Joint
 from lgp.models.roles import Role, encoder_roles
@@ -54,6 +54,7 @@ def measure_conflict(session: Session, start: Path) -> pd.DataFrame:
     """
     params, settings = session.params, session.params.conflict
     check_encoder_fits(start, params.model, params.data)
+    session = replace(session, data=images_for(start, session.data))
     with seeded(params.seed, "conflict/init"):
         encoder = load_encoder(start)
         contrastive = build_contrastive(encoder, params.contrastive)
@@ -102,7 +103,7 @@ def _gradients(loss: Tensor, weights: dict[str, nn.Parameter], roles: Mapping[st
 
 def knn_by_block(folder: Path, data: LabelledImages, params: Params) -> list[float]:
     """Return k-NN accuracy on val, in percent, of the mean token after each block of the encoder in `folder`."""
-    check_input_size(folder, data)
+    data = images_for(folder, data)
     device = choose_device(params.run)
     encoder = load_encoder(folder).to(device).eval()
 

@@ -8,7 +8,7 @@ from lgp.compute.randomness import Stream, seeded
 from lgp.data.loading import Batch, CropDataset
 from lgp.errors import LgpError
 from lgp.models.contrastive import build_contrastive
-from lgp.models.encoder_folder import check_encoder_fits, load_encoder
+from lgp.models.encoder_folder import check_start, load_encoder
 from lgp.models.joint import Joint
 from lgp.models.vit import build_encoder, init_encoder_as_moco
 from lgp.pretrain.arm import Objective, Pretrained, Session, fit_arm
@@ -51,7 +51,7 @@ def pretrain_reverse(session: Session, start: Path) -> Pretrained:
     params, reverse = session.params, session.params.reverse
     if reverse is None:
         raise LgpError("there is no section reverse in the parameters: add it (the preset digits has one)")
-    check_encoder_fits(start, params.model, params.data)
+    check_start(start, params.model, params.data, session.data)
     with seeded(params.seed, "reverse/init"):
         mae = build_mae(load_encoder(start), params.mim)
     crops = CropDataset(session.data, params.mim.views, 1, reverse.batch_size, Stream(params.seed, "reverse"))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lgp.compute.randomness import seeded
 from lgp.models.contrastive import Contrastive, build_contrastive
-from lgp.models.encoder_folder import check_encoder_fits, load_encoder
+from lgp.models.encoder_folder import check_start, load_encoder
 from lgp.models.roles import Role, encoder_roles
 from lgp.models.vit import build_encoder, init_encoder_as_moco
 from lgp.params.file import Params
@@ -118,7 +118,7 @@ def pretrain_graft(session: Session, start: Path, end: Path) -> Pretrained:
     """
     params, graft = session.params, session.params.graft
     with seeded(params.seed, "graft/init"):
-        encoder = _stitched(params, start, end)
+        encoder = _stitched(session, start, end)
         model = build_graft(encoder, params)
     rates = graft_rates(model, graft, params.model.depth)
     lower = graft.cut("l1")
@@ -137,9 +137,10 @@ def build_graft(encoder: VisionTransformer, params: Params) -> Contrastive:
     return build_contrastive(encoder, params.contrastive)
 
 
-def _stitched(params: Params, start: Path, end: Path) -> VisionTransformer:
+def _stitched(session: Session, start: Path, end: Path) -> VisionTransformer:
     """Load the encoder to graft on, and replace its upper blocks where the policy says so."""
-    check_encoder_fits(start, params.model, params.data)
+    params = session.params
+    check_start(start, params.model, params.data, session.data)
     encoder = load_encoder(start)
     kept = params.graft.cut("scratch_end")
     if kept is not None:
@@ -148,7 +149,7 @@ def _stitched(params: Params, start: Path, end: Path) -> VisionTransformer:
         replace_upper(encoder, anew, kept)
     kept = params.graft.cut("cl_end")
     if kept is not None:
-        check_encoder_fits(end, params.model, params.data)
+        check_start(end, params.model, params.data, session.data)
         replace_upper(encoder, load_encoder(end), kept)
     return encoder
 

@@ -15,6 +15,7 @@ from lgp.workflow.stage import StageRun
 if TYPE_CHECKING:  # an evaluation does not import what pre-trains
     from timm.models.vision_transformer import VisionTransformer
 
+    from lgp.data.normalization import Normalization
     from lgp.data.storage import Images
     from lgp.evaluate.outcome import Outcome
     from lgp.models.interchange import Imported
@@ -48,22 +49,23 @@ def publish_arm(run: StageRun, folder: Path, result: "Pretrained", data: "Images
         "encoder_parameters": sum(p.numel() for p in model.encoder.parameters()),
     }
     provenance = run.provenance | {"computed": dict(result.computed), "metrics": values}
-    _publish_encoder(run, folder, model.encoder, data, provenance)
+    _publish_encoder(run, folder, model.encoder, data.normalization, provenance)
 
 
-def publish_imported(run: StageRun, folder: Path, imported: "Imported", data: "Images") -> None:
+def publish_imported(run: StageRun, folder: Path, imported: "Imported") -> None:
     """Write an imported encoder as an arm, and log it as a model of the registry.
 
     Args:
         run: the stage.
         folder: of the arm. It gets `encoder/`, `metrics.json`, and the projector, if there is one, as heads.
-        imported: encoder and projector.
-        data: the images that it will be evaluated on. Their mean and standard deviation are saved with it.
+        imported: encoder and projector, and the statistics that the encoder was trained with.
     """
     save_heads(run.out(folder), imported.projector, imported.first_fc)
     values = {"encoder_parameters": sum(p.numel() for p in imported.encoder.parameters())}
-    provenance = run.provenance | {"layout": imported.layout, "metrics": values}
-    _publish_encoder(run, folder, imported.encoder, data, provenance)
+    origin = {"layout": imported.layout, "normalization_from": imported.normalization_from}
+    _publish_encoder(
+        run, folder, imported.encoder, imported.normalization, run.provenance | origin | {"metrics": values}
+    )
 
 
 def publish_baseline(run: StageRun, folder: Path, encoder: "VisionTransformer | None", data: "Images") -> None:
@@ -79,7 +81,7 @@ def publish_baseline(run: StageRun, folder: Path, encoder: "VisionTransformer | 
     save_heads(out, {}, None)
     if encoder is not None:
         values = {"encoder_parameters": sum(p.numel() for p in encoder.parameters())}
-        _publish_encoder(run, folder, encoder, data, run.provenance | {"metrics": values})
+        _publish_encoder(run, folder, encoder, data.normalization, run.provenance | {"metrics": values})
         return
     values = {"encoder_parameters": 0}
     save_pixels(out / ENCODER, data, run.provenance | {"metrics": values})
@@ -87,10 +89,14 @@ def publish_baseline(run: StageRun, folder: Path, encoder: "VisionTransformer | 
 
 
 def _publish_encoder(
-    run: StageRun, folder: Path, encoder: "VisionTransformer", data: "Images", provenance: dict[str, Any]
+    run: StageRun,
+    folder: Path,
+    encoder: "VisionTransformer",
+    normalization: "Normalization",
+    provenance: dict[str, Any],
 ) -> None:
     out = run.out(folder)
-    save_encoder(out / ENCODER, encoder, run.params.model, run.params.data, data, provenance)
+    save_encoder(out / ENCODER, encoder, run.params.model, run.params.data, normalization, provenance)
     run.tracker.will_register(folder / ENCODER, run.spec.arm, encoder_digest(out / ENCODER))
     write_metrics(run, out / ARM_METRICS, provenance["metrics"])
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Silent, merged
+from conftest import ROOT, Silent, is_foreign, merged
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +20,7 @@ from lgp.compute.randomness import Stream
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch
 from lgp.errors import LgpError
+from lgp.evaluate import fine_tuning as module
 from lgp.evaluate.fine_tuning import (
     _LabelledCrops,
     batch_size_for,
@@ -117,6 +118,24 @@ def test_first_layer_is_found_among_an_arms_heads(
     assert outcome.metrics["first_fc"] == 1
     save_heads(arm, heads, None)
     assert load_first_fc(arm) is None
+
+
+def test_encoder_sees_images_with_its_own_statistics_in_training_and_prediction(
+    foreign_folder: Path, params: Params, prepared: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    build = module.build_classifier
+
+    def watched(*about: Any) -> Any:
+        model = build(*about)
+        model.register_forward_pre_hook(lambda model, inputs: seen[model.training].append(inputs[0]))
+        return model
+
+    monkeypatch.setattr(module, "build_classifier", watched)
+    tuned(foreign_folder.parent, prepared, params, tmp_path / "states", subsets=1)
+    for images in seen.values():
+        assert images
+        assert all(map(is_foreign, images))
 
 
 def test_projector_does_not_take_averaged_patches(params: Params) -> None:

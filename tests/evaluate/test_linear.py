@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Silent
+from conftest import Silent, is_foreign
 from sklearn.neighbors import KNeighborsClassifier
 
 from lgp.data.labels import LabelledImages
+from lgp.evaluate import linear as module
 from lgp.evaluate.linear import evaluate_linear, evaluate_linear_augmented
 from lgp.evaluate.outcome import Outcome
 from lgp.features.cache import FeatureCache, Features, pixel_source
-from lgp.features.extraction import pixels
 from lgp.features.of_encoder import encoder_source
+from lgp.models.encoder_folder import save_pixels
 from lgp.params.evaluate import FeatureParams
 from lgp.params.file import Params
 from lgp.pretrain.arm import Session
@@ -68,10 +69,12 @@ def test_augmented_probe_learns_from_live_features_and_resumes_to_the_bit(
     linear = {"method": "augmented", "crop_scale_min": 0.6, "flip_p": 0.0, "epochs": 8, "batch_size": 64}
     params = Params.model_validate(values | {"linear": values["linear"] | linear})
     features = FeatureCache(tmp_path, FeatureParams(), 1.0).features(pixel_source(), prepared)
+    encoder = tmp_path / "pixels" / "encoder"
+    save_pixels(encoder, prepared, {})
 
     def augmented(folder: str) -> Outcome:
         store = StateStore(tmp_path / folder, "code")
-        return evaluate_linear_augmented(features, pixels, prepared, Session(prepared, params, store, Silent()), CPU)
+        return evaluate_linear_augmented(features, encoder, prepared, Session(prepared, params, store, Silent()), CPU)
 
     whole = augmented("a")
     assert whole.metrics["test/top1"] > 50
@@ -91,6 +94,29 @@ def test_augmented_probe_learns_from_live_features_and_resumes_to_the_bit(
     resumed = augmented("b")
     assert resumed.metrics == whole.metrics
     assert resumed.predictions.equals(whole.predictions)
+
+
+def test_augmented_probe_shows_the_encoder_images_with_its_own_statistics(
+    prepared: LabelledImages,
+    features: Features,
+    values: dict[str, Any],
+    foreign_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    linear = {"method": "augmented", "epochs": 1, "batch_size": 64}
+    params = Params.model_validate(values | {"linear": values["linear"] | linear})
+    session, seen = Session(prepared, params, StateStore(tmp_path, "code"), Silent()), []
+    live = module.live_features_of
+
+    def spied(*about: Any) -> Any:
+        encode = live(*about)
+        return lambda images: seen.append(images) or encode(images)  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(module, "live_features_of", spied)
+    evaluate_linear_augmented(features, foreign_folder, prepared, session, CPU)
+    assert seen
+    assert all(is_foreign(images) for images in seen)
 
 
 @pytest.fixture(autouse=True)

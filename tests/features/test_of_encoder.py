@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import FOREIGN
 
 from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
-from lgp.features.cache import pixel_source
-from lgp.features.extraction import by_block_of, pixels
+from lgp.features.cache import FeatureCache, pixel_source
+from lgp.features.extraction import by_block_of, class_token_of, extract, pixels
 from lgp.features.of_encoder import encoder_features, encoder_source, live_features_of
 from lgp.models.encoder_folder import load_encoder, save_encoder, save_pixels
 from lgp.params.evaluate import FeatureParams
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 def random_arm(folder: Path, params: Params, prepared: LabelledImages) -> Path:
     encoder = baseline_encoder("random", params)
     assert encoder is not None
-    save_encoder(folder, encoder, params.model, params.data, prepared, {})
+    save_encoder(folder, encoder, params.model, params.data, prepared.normalization, {})
     return folder
 
 
@@ -79,6 +80,30 @@ def test_encoder_of_images_of_another_size_is_refused(
     monkeypatch.setitem(prepared.meta, "image_size", 16)
     with pytest.raises(LgpError, match=r"takes images of \[1, 8, 8\] .* the prepared ones are \[1, 16, 16\]"):
         encoder_features(folder, prepared, params, CPU)
+
+
+def test_features_are_of_images_with_the_encoders_statistics(
+    prepared: LabelledImages,
+    params: Params,
+    encoder_folder: Path,
+    foreign_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    ids, encode = prepared.ids("val"), class_token_of(load_encoder(encoder_folder), CPU)
+    for folder, data in ((encoder_folder, prepared), (foreign_folder, prepared.normalized_by(FOREIGN))):
+        found = encoder_features(folder, prepared, params, CPU).x["val"]
+        assert np.abs(found - extract(encode, data, ids)).max() < 1e-5
+
+
+def test_same_weights_with_other_statistics_are_other_features(
+    prepared: LabelledImages, params: Params, encoder_folder: Path, tmp_path: Path
+) -> None:
+    source = encoder_source(encoder_folder, params.features, CPU)
+    cache = FeatureCache(tmp_path, params.features, 1.0)
+    kept, anew = (cache.features(source, data).x["val"] for data in (prepared, prepared.normalized_by(FOREIGN)))
+    assert np.abs(kept - anew).max() > 0.01
 
 
 def test_pixels_are_flattened_channel_by_channel() -> None:

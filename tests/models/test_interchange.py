@@ -1,6 +1,7 @@
 """Checkpoints of other projects, made here from a timm ViT of known weights, in; and out in MAE's layout."""
 
 import argparse
+import json
 import pathlib
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import merged
+from conftest import FOREIGN, merged
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lgp.data.normalization import Normalization
 from lgp.errors import LgpError
 from lgp.models.heads import mlp
-from lgp.models.interchange import export_checkpoint, import_checkpoint
+from lgp.models.interchange import IMAGENET, Imported, export_checkpoint, import_checkpoint
 from lgp.models.mae import MAE
 from lgp.models.vit import ARCHITECTURE, model_args
 from lgp.params.file import Params
@@ -31,6 +33,11 @@ def vit(params: Params) -> Any:
         for parameter in model.parameters():
             parameter.normal_(std=0.1)
     return model.eval()
+
+
+def read(path: Path, params: Params, partial: bool = False) -> Imported:
+    """Import a file of grey images, whose statistics no layout has."""
+    return import_checkpoint(path, params.model, params.data, partial, FOREIGN)
 
 
 def encoder_of(vit: Any) -> Tensors:
@@ -128,7 +135,7 @@ LAYOUTS = {
 def test_every_layout_gives_the_same_features(
     write: Callable[[Any, Path], Path], layout: str, vit: Any, params: Params, tmp_path: Path
 ) -> None:
-    imported = import_checkpoint(write(vit, tmp_path), params.model, params.data)
+    imported = read(write(vit, tmp_path), params)
     assert imported.layout == layout
     images = torch.randn(5, 1, 8, 8)
     vit.reset_classifier(0)
@@ -138,15 +145,15 @@ def test_every_layout_gives_the_same_features(
 
 
 def test_what_is_left_out_is_said(vit: Any, params: Params, tmp_path: Path) -> None:
-    uses = {u.name: u for u in import_checkpoint(moco(vit, tmp_path), params.model, params.data).uses}
+    uses = {u.name: u for u in read(moco(vit, tmp_path), params).uses}
     assert uses["module.momentum_encoder.cls_token"].how == "momentum encoder"
     assert uses["module.predictor.0.weight"].how == "predictor"
     assert uses["module.base_encoder.head.0.weight"].target == "projector.0.weight"
-    uses = {u.name: u for u in import_checkpoint(mae_pretraining(vit, tmp_path), params.model, params.data).uses}
+    uses = {u.name: u for u in read(mae_pretraining(vit, tmp_path), params).uses}
     assert {uses["mask_token"].how, uses["decoder_pred.weight"].how} == {"decoder"}
-    uses = {u.name: u for u in import_checkpoint(timm_weights(vit, tmp_path), params.model, params.data).uses}
+    uses = {u.name: u for u in read(timm_weights(vit, tmp_path), params).uses}
     assert uses["head.weight"].how == "classifier"
-    uses = {u.name: u for u in import_checkpoint(lgp_10_percent(vit, tmp_path), params.model, params.data).uses}
+    uses = {u.name: u for u in read(lgp_10_percent(vit, tmp_path), params).uses}
     assert {uses["head.0.weight"].how, uses["head.1.weight"].how} == {"classifier"}
 
 
@@ -177,15 +184,15 @@ def test_tensor_that_does_not_fit_is_refused_by_name_unless_told(
     change, message = FAULTS[fault]
     path = changed(vit, tmp_path, change)
     with pytest.raises(LgpError, match=message):
-        import_checkpoint(path, params.model, params.data)
-    encoder = import_checkpoint(path, params.model, params.data, partial=True).encoder
+        read(path, params)
+    encoder = read(path, params, partial=True).encoder
     assert torch.equal(encoder.cls_token, vit.cls_token)
 
 
 def test_dimensions_of_the_file_are_said(vit: Any, params: Params, values: Any, tmp_path: Path) -> None:
     other = Params.model_validate(merged(values, {"model": {"width": 32}}))
     with pytest.raises(LgpError, match="The file holds a ViT of width 16, depth 3, patch 2, 1 channels"):
-        import_checkpoint(timm_weights(vit, tmp_path), other.model, other.data)
+        read(timm_weights(vit, tmp_path), other)
 
 
 @pytest.mark.parametrize(("size", "grid"), [(16, 8), (4, 2)])
@@ -193,7 +200,7 @@ def test_positions_of_another_grid_are_interpolated_as_officially(
     size: int, grid: int, vit: Any, params: Params, values: Any, tmp_path: Path
 ) -> None:
     other = Params.model_validate(merged(values, {"data": {"image_size": size}}))
-    imported = import_checkpoint(timm_weights(vit, tmp_path), other.model, other.data)
+    imported = read(timm_weights(vit, tmp_path), other)
     how = next(u for u in imported.uses if u.name == "pos_embed").how
     assert how == f"interpolated from 4×4 to {grid}×{grid} patches"
     positions: Tensor = imported.encoder.pos_embed
@@ -203,16 +210,77 @@ def test_positions_of_another_grid_are_interpolated_as_officially(
     assert torch.allclose(positions[:, 1:], official.permute(0, 2, 3, 1).flatten(1, 2), atol=1e-6)
 
 
+TIMM = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.5, 0.5]}
+HALF = Normalization((0.5, 0.5, 0.5), (0.25, 0.5, 0.5))
+
+
+@pytest.fixture
+def colour(values: Any) -> Params:
+    return Params.model_validate(merged(values, {"data": {"channels": 3}}))
+
+
+def colour_vit(colour: Params) -> Any:
+    return timm.create_model(ARCHITECTURE, num_classes=10, **model_args(colour.model, colour.data))
+
+
+@pytest.mark.parametrize("write", [mae_released, lgp_10_percent, moco, lgp_linear])
+def test_normalization_is_imagenets_in_the_layouts_that_have_no_other(
+    write: Callable[[Any, Path], Path], colour: Params, tmp_path: Path
+) -> None:
+    imported = import_checkpoint(write(colour_vit(colour), tmp_path), colour.model, colour.data)
+    assert imported.normalization == IMAGENET == Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert imported.normalization_from == f"the code of {imported.layout}"
+
+
+@pytest.mark.parametrize("config", [{"pretrained_cfg": TIMM}, TIMM])
+@pytest.mark.parametrize("write", [timm_weights, timm_training, mae_released])
+def test_normalization_beside_the_file_goes_before_that_of_the_layout(
+    write: Callable[[Any, Path], Path], config: Any, colour: Params, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    imported = import_checkpoint(write(colour_vit(colour), tmp_path), colour.model, colour.data)
+    assert imported.normalization == HALF
+    assert imported.normalization_from == str(tmp_path / "config.json")
+
+
+def test_normalization_of_the_command_goes_before_all(colour: Params, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": TIMM}))
+    path, given = mae_released(colour_vit(colour), tmp_path), Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    imported = import_checkpoint(path, colour.model, colour.data, normalization=given)
+    assert (imported.normalization, imported.normalization_from) == (given, "the command")
+
+
+@pytest.mark.parametrize("write", [timm_weights, timm_training])
+def test_unknown_normalization_is_asked_for(write: Callable[[Any, Path], Path], colour: Params, tmp_path: Path) -> None:
+    path = write(colour_vit(colour), tmp_path)
+    with pytest.raises(LgpError, match=r"one value a channel, e\.g\. --mean 0\.485,0\.456,0\.406 --std 0\.229"):
+        import_checkpoint(path, colour.model, colour.data)
+
+
+def test_normalization_of_other_channels_is_refused(vit: Any, params: Params, tmp_path: Path) -> None:
+    with pytest.raises(
+        LgpError, match=r"from the code of MAE\) is of 3 channels, data\.channels is 1: .* --mean and --std"
+    ):
+        import_checkpoint(mae_released(vit, tmp_path), params.model, params.data)
+
+
+@pytest.mark.parametrize("text", ["", "[]{", "7"])
+def test_damaged_configuration_beside_the_file_is_one_line(text: str, vit: Any, params: Params, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(LgpError, match=r"config\.json beside the checkpoint is damaged"):
+        read(safetensors(vit, tmp_path), params)
+
+
 def test_heads_are_checked_with_the_configuration_beside_the_file(vit: Any, params: Params, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_args": {"num_heads": 4}}')
     with pytest.raises(LgpError, match=r"says 4 heads, model\.heads is 2: set it to 4"):
-        import_checkpoint(safetensors(vit, tmp_path), params.model, params.data)
+        read(safetensors(vit, tmp_path), params)
 
 
 def test_weights_that_are_not_finite_are_refused(vit: Any, params: Params, tmp_path: Path) -> None:
     path = changed(vit, tmp_path, lambda t: t["norm.bias"].fill_(float("nan")))
     with pytest.raises(LgpError, match=r"norm\.bias holds values that are not finite"):
-        import_checkpoint(path, params.model, params.data)
+        read(path, params)
 
 
 class Malicious:
@@ -227,7 +295,7 @@ def test_pickle_with_code_is_refused_and_not_run(
 ) -> None:
     torch.save({"model": {"cls_token": torch.zeros(1)}, "extra": Malicious()}, tmp_path / "bad.pth")
     with pytest.raises(LgpError, match=r"holds more than tensors .*would run code from the file: refused"):
-        import_checkpoint(tmp_path / "bad.pth", params.model, params.data)
+        read(tmp_path / "bad.pth", params)
     assert "stranger" not in capsys.readouterr().out
 
 
@@ -237,22 +305,23 @@ def test_pickle_with_code_is_refused_and_not_run(
 def test_damaged_file_is_one_line(name: str, content: bytes, params: Params, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(LgpError, match=r"cannot be read as a checkpoint|holds more than tensors"):
-        import_checkpoint(tmp_path / name, params.model, params.data)
+        read(tmp_path / name, params)
 
 
 def test_unknown_layout_lists_the_known(params: Params, tmp_path: Path) -> None:
     torch.save({"backbone.layer1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
     with pytest.raises(LgpError, match=r"its keys begin with backbone\.layer1\.weight\): expected a ViT of MoCo v3"):
-        import_checkpoint(tmp_path / "resnet.pth", params.model, params.data)
+        read(tmp_path / "resnet.pth", params)
 
 
 def test_export_comes_back_the_same_and_brings_the_decoder(vit: Any, params: Params, tmp_path: Path) -> None:
     heads = {n: t for n, t in MAE(vit, 0.75, 16, 1, 2).state_dict().items() if not n.startswith("encoder.")}
     projector = {"projector.0.weight": torch.zeros(1)}
-    export_checkpoint(encoder_of(vit), heads | projector, tmp_path / "out.pth")
+    export_checkpoint(encoder_of(vit), heads | projector, FOREIGN, tmp_path / "out.pth")
     model = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
     assert set(model) == set(encoder_of(vit)) | set(heads)
     imported = import_checkpoint(tmp_path / "out.pth", params.model, params.data)
+    assert (imported.normalization, imported.normalization_from) == (FOREIGN, str(tmp_path / "out.pth"))
     assert all(torch.equal(t, encoder_of(vit)[n]) for n, t in imported.encoder.state_dict().items())
     with pytest.raises(LgpError, match="exists already"):
-        export_checkpoint({}, {}, tmp_path / "out.pth")
+        export_checkpoint({}, {}, FOREIGN, tmp_path / "out.pth")

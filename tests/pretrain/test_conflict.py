@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Silent, merged
+from conftest import FOREIGN, Silent, is_foreign, merged
 from test_graft import saved
 from torch import Tensor
 
@@ -96,6 +96,30 @@ def test_fitting_the_heads_leaves_the_encoder_as_it_was(
     assert all(torch.equal(t, before[n]) for n, t in fitted[0].model.encoder.state_dict().items())
     moved = {name for name, share in fitted[0].checks.items() if name.startswith("moved/") and share}
     assert moved == {"moved/heads", "moved/momentum_projector"}
+
+
+def test_both_losses_are_of_images_with_the_encoders_statistics(
+    session: Session, foreign_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    load = conflict.load_encoder
+
+    def watched(folder: Path) -> Any:
+        encoder = load(folder)
+        encoder.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        return encoder
+
+    monkeypatch.setattr(conflict, "load_encoder", watched)
+    monkeypatch.setattr(conflict, "fit_arm", lambda *_: None)
+    measure_conflict(session, foreign_folder)
+    assert len(seen) >= 3 * 2
+    assert all(map(is_foreign, seen))
+
+
+def test_knn_by_block_is_of_images_with_the_encoders_statistics(session: Session, foreign_folder: Path) -> None:
+    prepared, foreign = session.data, session.data.normalized_by(FOREIGN)
+    found, expected = (knn_by_block(foreign_folder, data, session.params) for data in (prepared, foreign))
+    assert found == expected
 
 
 def test_tokens_of_the_last_block_end_in_the_features(session: Session, start: Path) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from arrivals import saved_encoder
-from conftest import Silent, merged
+from conftest import FOREIGN, Silent, merged
 from test_graft import changed
 
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch
+from lgp.errors import LgpError
 from lgp.models.joint import Joint
 from lgp.params.file import Params
 from lgp.pretrain import controls
@@ -57,3 +58,11 @@ def test_reverse_continues_from_the_contrastive_encoder(
     params = Params.model_validate(merged(values, {"reverse": {"base_lrs": [0.0, 0.0, 8e-3]}}))
     result = pretrain_reverse(Session(prepared, params, session.store, session.observer), start)
     assert changed(result.model.encoder, start) == {"blocks.2", "norm"}
+
+
+def test_reverse_on_an_encoder_of_other_images_is_refused(
+    tmp_path: Path, session: Session, prepared: LabelledImages
+) -> None:
+    start = saved_encoder(tmp_path / "cl" / "encoder", session.params, prepared.normalized_by(FOREIGN), 2)
+    with pytest.raises(LgpError, match=r"was trained on images of mean \[0\.9\], std \[0\.1\]"):
+        pretrain_reverse(session, start)

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from arrivals import saved_encoder
-from conftest import Silent, merged
+from conftest import FOREIGN, Silent, merged
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
@@ -220,3 +220,16 @@ def test_encoder_of_other_dimensions_is_refused(
     session = Session(prepared, params, StateStore(tmp_path / "state", "code"), Silent())
     with pytest.raises(LgpError, match=r"was trained with .*'embed_dim': 16.*train it anew"):
         pretrain_graft(session, mim_encoder, mim_encoder)
+
+
+@pytest.mark.parametrize("foreign", ["start", "end"])
+def test_encoder_of_images_with_other_statistics_is_refused(
+    foreign: str, tmp_path: Path, values: Any, params: Params, prepared: LabelledImages, mim_encoder: Path
+) -> None:
+    other = saved_encoder(tmp_path / "imported" / "encoder", params, prepared.normalized_by(FOREIGN), 1)
+    start, end = (other, mim_encoder) if foreign == "start" else (mim_encoder, other)
+    policy = {"policy": ["stage_lr", "cl_end"], "cl_end": {"lower_blocks": 2}, "end": "cl"}
+    with pytest.raises(LgpError) as error:
+        grafted(tmp_path, values, prepared, start, end, **policy)
+    assert f"trained on images of {FOREIGN}, the prepared ones have {prepared.normalization}" in str(error.value)
+    assert "set data.mean to [0.9] and data.std to [0.1], and run `lgp prepare` again" in str(error.value)

@@ -20,13 +20,17 @@ import typer
 import yaml
 from conftest import ROOT, SMALL, merged
 from safetensors.torch import load_file
+from torchvision import transforms
 from typer.testing import CliRunner
 
 from cli import app
 from lgp.data.labels import LabelledImages
 from lgp.features.extraction import class_token_of, extract
-from lgp.models.encoder_folder import load_encoder
+from lgp.features.of_encoder import encoder_features
+from lgp.models.encoder_folder import load_encoder, normalization_of
 from lgp.models.heads_file import load_first_fc
+from lgp.models.vit import ARCHITECTURE, model_args
+from lgp.params.file import Params
 
 RUNNER = CliRunner()
 
@@ -235,6 +239,7 @@ def test_exported_checkpoint_comes_in_as_an_arm_and_is_grafted_on(
     imported = lgp("import", "mae.pth", "--arm", "mae")
     assert imported.exit_code == 0, imported.output
     assert "decoder_blocks.0.attn.qkv.weight" in imported.output
+    assert normalization_of(Path("models/mae/encoder")) == normalization_of(finished / "models/mim/encoder")
     arms = {"arms": ["mae", "graft"], "finetuned_arms": ["mae", "graft"]}
     write(merged(values, {**arms, "graft": {"start": "mae", "end": "mae"}}))
     tasks = ["linear", "fewshot-1pct", "fewshot-10pct", "finetune-10pct"]
@@ -250,6 +255,47 @@ def test_exported_checkpoint_comes_in_as_an_arm_and_is_grafted_on(
     rows = (project / "reports" / "results.csv").read_text()
     assert "\nmae," in rows
     assert "\ncl," not in rows
+
+
+@pytest.fixture
+def colour(project: Path, values: dict[str, Any]) -> Params:
+    """A project of colour images whose statistics are not ImageNet's, prepared."""
+    write(merged(values, {"data": {"channels": 3}}))
+    assert lgp("prepare").exit_code == 0
+    assert lgp("labels").exit_code == 0
+    return Params.model_validate(merged(values, {"data": {"channels": 3}}))
+
+
+def test_imported_encoder_sees_images_as_its_own_project_shows_them(project: Path, colour: Params) -> None:
+    theirs = timm.create_model(ARCHITECTURE, num_classes=0, **model_args(colour.model, colour.data)).eval()
+    torch.save({"model": theirs.state_dict()}, "mae.pth")
+    imported = lgp("import", "mae.pth", "--arm", "mae")
+    assert (
+        "normalised by mean [0.485, 0.456, 0.406], std [0.229, 0.224, 0.225], from the code of MAE" in imported.output
+    )
+    data = labelled(project)
+    assert f"the prepared images have {data.normalization}: to graft on it, set data.mean" in imported.output
+    found = encoder_features(Path("models/mae/encoder"), data, colour, torch.device("cpu")).x["test"]
+    of_mae = transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    preprocess = transforms.Compose([transforms.ToTensor(), of_mae])
+    with torch.inference_mode():
+        expected = theirs(torch.stack([preprocess(data.open_image(i)) for i in data.ids("test")])).numpy()
+        ours = theirs(data.normalize(data.whole(data.ids("test")))).numpy()
+    assert np.abs(found - expected).max() < 1e-5
+    assert np.abs(found - ours).max() > 0.1
+
+
+def test_statistics_of_an_import_are_given_or_asked_for(colour: Params) -> None:
+    theirs = timm.create_model(ARCHITECTURE, num_classes=0, **model_args(colour.model, colour.data))
+    torch.save(theirs.state_dict(), "timm.pth")
+    assert "one value a channel, e.g. --mean" in error_of(lgp("import", "timm.pth", "--arm", "of_timm"))
+    assert "are no statistics: give both" in error_of(lgp("import", "timm.pth", "--arm", "of_timm", "--mean", "0.5"))
+    given = ["--mean", "0.5,0.5,0.5", "--std", "0.5,0.4,0.3"]
+    assert "from the command" in lgp("import", "timm.pth", "--arm", "of_timm", *given).output
+    normalization = normalization_of(Path("models/of_timm/encoder"))
+    assert (normalization.mean, normalization.std) == ((0.5, 0.5, 0.5), (0.5, 0.4, 0.3))
+    provenance = json.loads(Path("models/of_timm/encoder/provenance.json").read_text())
+    assert provenance["normalization_from"] == "the command"
 
 
 def test_plan_needs_prepared_images_or_their_number(project: Path) -> None:

@@ -23,7 +23,9 @@ from lgp.training.resume_states import StateStore
 def folder(tmp_path: Path, params: Params, prepared: LabelledImages) -> Path:
     encoder = build_encoder(params.model, params.data)
     init_encoder_as_mae(encoder)
-    save_encoder(tmp_path / "mim" / "encoder", encoder, params.model, params.data, prepared, {"commit": "abc"})
+    save_encoder(
+        tmp_path / "mim" / "encoder", encoder, params.model, params.data, prepared.normalization, {"commit": "abc"}
+    )
     return tmp_path / "mim" / "encoder"
 
 
