@@ -67,11 +67,14 @@ class Evaluation:
         return outcome
 
     def publish(self, outcome: "Outcome") -> None:
-        """Write metrics and predictions, and log both."""
+        """Write metrics and predictions, and log both. Warn of a validation part that is too small to choose by."""
+        from lgp.evaluate.validation import small_validation
         from lgp.workflow.publishing import publish_outcome
 
         metrics, predictions = metrics_file(self.arm, self.task), predictions_file(self.arm, self.task)
         publish_outcome(self.run, self.encoder, metrics, predictions, outcome, self.data.classes)
+        if warning := small_validation(len(self.data.ids("val"))):
+            print(f"warning: {warning}", flush=True)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ def labels(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
     with stage(spec, params_file, fresh) as run:
         from lgp.data.labels import describe, write_labels
         from lgp.data.storage import Images
+        from lgp.evaluate.validation import small_validation
         from lgp.workflow.metric_files import write_metrics
 
         params = run.params
@@ -21,3 +22,5 @@ def labels(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
         write_metrics(run, run.out(metrics_path), metrics)
         for line in describe(metrics, params.labels):
             print(f"labels: {line}", flush=True)
+        if warning := small_validation(metrics["images/val"]):
+            print(f"labels: warning: {warning}", flush=True)

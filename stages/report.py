@@ -1,4 +1,4 @@
-"""Stage `report`: all results in one table and one page, and the champion of the registry."""
+"""Stage `report`: all results in one table and one page, the verdict, and the champion of the registry."""
 
 import json
 
@@ -19,22 +19,24 @@ def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
     folders = {arm: arm_folder(arm) for arm in params.arms}
     # an arm's curves and pictures belong to its encoder, whose digest is in its metrics
     reads = [PREPARED, LABELS, *metrics.values(), *predictions.values(), *folders.values()]
-    table, classes, page, html, figures = (
-        REPORTS / name for name in ("results.csv", "per_class.csv", "report.md", "report.html", "figures")
-    )
+    names = ("results.csv", "verdict.txt", "per_class.csv", "report.md", "report.html", "figures")
+    outputs = [REPORTS / name for name in names]
     # unlike the other outputs it is not in git: a fresh clone runs this stage, and its registry gets a champion
     champion = REPORTS / "champion.json"
-    writes = [table, classes, page, html, figures, champion]
+    writes = [*outputs, champion]
     with stage(StageSpec("report", SECTIONS["report"], reads, writes, "all", "report"), params_file, fresh) as run:
         from lgp.data.labels import LabelledImages
         from lgp.models.files import encoder_digest
         from lgp.report.outcomes import Inputs
         from lgp.report.report import Outputs, write_report
 
-        out = Outputs(*(run.out(path) for path in (table, classes, page, html, figures)))
+        out = Outputs(*(run.out(path) for path in outputs))
         best = write_report(run.params, LabelledImages(PREPARED, LABELS), Inputs(metrics, predictions, folders), out)
-        for picture in sorted(run.out(figures).iterdir()):
+        for picture in sorted(out.figures.iterdir()):
             run.tracker.log_figure(picture)
-        digest = encoder_digest(encoder_folder(best))
+        digest = None if best is None else encoder_digest(encoder_folder(best))
         run.out(champion).write_text(json.dumps({"arm": best, "encoder_digest": digest}) + "\n")
-        run.tracker.set_champion(encoder_folder(best), best, digest)
+        if best is None or digest is None:
+            run.tracker.remove_champion()
+        else:
+            run.tracker.set_champion(encoder_folder(best), best, digest)

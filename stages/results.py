@@ -1,4 +1,4 @@
-"""Tool `results`: the table in the terminal."""
+"""Tool `results`: the verdict and the table in the terminal."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +11,13 @@ Table = Annotated[Path, typer.Argument(help="The table.")]
 
 
 def results(path: Table = REPORTS / "results.csv") -> None:
-    """Print the results table, and where to look next."""
-    from lgp.report.table import read_results, wide_rows
+    """Print the verdict, the results table, and where to look next."""
+    from lgp.report.table import read_results, read_verdict, wide_rows
     from lgp.report.terminal import print_table
 
     header, rows = wide_rows(read_results(path))
-    print_table("Top-1 accuracy on test, % (± half the 95 % interval)", header, rows)
+    for line in read_verdict(path.with_name("verdict.txt")):
+        print(line)
+    print_table("Top-1 accuracy on test, % [95 % interval]", header, rows)
     print(f"Report with pictures: {path.with_name('report.md')}. Runs, curves, models: `lgp ui`.")
     print("Encoders for timm: models/ARM/encoder. Change params.yaml and run `dvc repro` again.")

@@ -131,6 +131,8 @@ def recorded(coloured: "Coloured", tmp_path_factory: pytest.TempPathFactory) -> 
         return arrivals
 
     return of
+
+
 @pytest.fixture
 def foreign_folder(encoder_folder: Path, tmp_path: Path) -> Path:
     """The encoder folder of an arm that was trained on images of other statistics, `FOREIGN`."""

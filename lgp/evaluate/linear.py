@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +12,7 @@ from lgp.compute.randomness import Stream, generator
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch, CropDataset
 from lgp.errors import LgpError
-from lgp.evaluate.outcome import Outcome, Predicted, over_subsets, percent
+from lgp.evaluate.outcome import Outcome, Predicted, accuracy_metrics, over_subsets, percent
 from lgp.evaluate.probe import LinearHeads, choose_head, head_settings, train_heads
 from lgp.features.cache import Features
 from lgp.features.knn import knn_predict
@@ -103,16 +104,23 @@ def _outcome(heads: LinearHeads, features: Features, params: LinearParams, devic
     probabilities = {s: F.softmax(heads.logits(features.x[s], chosen.head), dim=1).numpy() for s in held_out}
     predicted = Predicted(probabilities, features.y, features.ids)
     outcome = over_subsets([predicted.scored()], len(features.y["train"]))
-    knn = {f"{split}/knn_top1": _knn(features, split, -1, params, device) for split in ("test", "val")}
+    knn: dict[str, float] = {}
+    for split in ("test", "val"):
+        knn |= accuracy_metrics(f"{split}/knn_top1", _knn(features, split, -1, params, device)[None])
     depth = len(features.by_block["train"])
-    by_depth = {f"test/knn_top1_block{b}": _knn(features, "test", b, params, device) for b in range(depth) if depth > 1}
+    by_depth = {
+        f"test/knn_top1_block{b}": percent(_knn(features, "test", b, params, device)) for b in range(depth) if depth > 1
+    }
     picked = {"base_lr": chosen.base_lr, "weight_decay": chosen.weight_decay}
     return Outcome(outcome.metrics | knn | by_depth | picked, outcome.predictions)
 
 
-def _knn(features: Features, split: str, block: int, params: LinearParams, device: torch.device) -> float:
-    """Return k-NN accuracy in percent of the features after `block`; -1: of the last `features.blocks` together."""
+def _knn(features: Features, split: str, block: int, params: LinearParams, device: torch.device) -> np.ndarray:
+    """Return which images of a part k-NN gets right, (images,) bool.
+
+    It compares the features after `block`; -1: those of the last `features.blocks` together.
+    """
     train, queries = (features.x[s] if block < 0 else features.by_block[s][block] for s in ("train", split))
     k, temperature = params.knn_k, params.knn_temperature
     predicted = knn_predict(train, features.y["train"], queries, features.classes, k, temperature, device)
-    return percent(predicted == features.y[split])
+    return predicted == features.y[split]

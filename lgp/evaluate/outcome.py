@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import top_k_accuracy_score
 
-from lgp.evaluate.statistics import calibration_error, mean_std_ci95
+from lgp.evaluate.statistics import accuracy_interval, calibration_error
 
 Metrics = Mapping[str, float]
 
@@ -24,9 +23,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores of a classifier, and a row per test image (id, label, prediction, confidence)."""
+    """The scores of a classifier in percent, and a row per test image (id, label, prediction, confidence).
+
+    Attributes:
+        scores: all scores by name.
+        correct: for each score that is an accuracy, which images are right, (images,) bool.
+        table: a row per test image.
+    """
 
     scores: Mapping[str, float]
+    correct: Mapping[str, np.ndarray]
     table: pd.DataFrame
 
 
@@ -41,37 +47,48 @@ class Predicted:
     def scored(self) -> Scored:
         """Score top-1 on test and val. Score top-5 (with ten classes or more) and the calibration error on test."""
         test, labels = self.probabilities["test"], self.labels["test"]
-        scores = {f"{s}/top1": percent(self.probabilities[s].argmax(1) == self.labels[s]) for s in ("test", "val")}
-        classes = test.shape[1]
-        if classes >= TOP5_FROM:
-            top5 = top_k_accuracy_score(labels, test, k=5, labels=np.arange(classes))
-            scores["test/top5"] = round(100 * float(top5), 4)
+        correct = {f"{s}/top1": self.probabilities[s].argmax(1) == self.labels[s] for s in ("test", "val")}
+        if test.shape[1] >= TOP5_FROM:
+            five = np.argsort(test, axis=1, kind="stable")[:, -5:]
+            correct["test/top5"] = (five == labels[:, None]).any(axis=1)
+        scores = {name: percent(of_images) for name, of_images in correct.items()}
         scores["test/ece"] = round(calibration_error(test, labels), 4)
         table = {"id": self.ids["test"], "label": labels, "prediction": test.argmax(1).astype(np.int64)}
-        return Scored(scores, pd.DataFrame(table | {"confidence": test.max(1).astype(np.float32)}))
+        return Scored(scores, correct, pd.DataFrame(table | {"confidence": test.max(1).astype(np.float32)}))
 
 
 def over_subsets(of_subset: Sequence[Scored], labels: int) -> Outcome:
-    """Summarise a task over subsets of labels: mean, standard deviation and 95 % interval of every score.
+    """Summarise a task over subsets of labels: mean, standard deviation, and the 95 % interval of every accuracy.
 
     Args:
         of_subset: scores of the classifier of each subset.
         labels: number of labelled images in each subset.
     """
-    scores = [scored.scores for scored in of_subset]
     metrics: dict[str, float] = {}
-    for name in scores[0]:
-        values = [score[name] for score in scores]
-        if len(values) == 1:
-            metrics[name] = values[0]
-            continue
-        mean, std, ci95 = mean_std_ci95(values)
-        metrics |= {name: round(mean, 4), f"{name}_std": round(std, 4), f"{name}_ci95": round(ci95, 4)}
-    if len(scores) > 1:
-        metrics |= {f"test/top1_subset{number}": score["test/top1"] for number, score in enumerate(scores)}
-    metrics |= {"labels": float(labels), "subsets": float(len(scores))}
+    for name in of_subset[0].scores:
+        values = [scored.scores[name] for scored in of_subset]
+        if name in of_subset[0].correct:
+            metrics |= accuracy_metrics(name, np.stack([scored.correct[name] for scored in of_subset]))
+        else:
+            metrics[name] = round(float(np.mean(values)), 4)
+        if len(values) > 1:
+            metrics[f"{name}_std"] = round(float(np.std(values, ddof=1)), 4)
+    if len(of_subset) > 1:
+        metrics |= {f"test/top1_subset{number}": scored.scores["test/top1"] for number, scored in enumerate(of_subset)}
+    metrics |= {"labels": float(labels), "subsets": float(len(of_subset))}
     tables = [scored.table.assign(subset=number) for number, scored in enumerate(of_subset)]
     return Outcome(metrics, pd.concat(tables, ignore_index=True))
+
+
+def accuracy_metrics(name: str, correct: np.ndarray) -> dict[str, float]:
+    """Return an accuracy in percent, and low and high of its 95 % interval as `NAME_low` and `NAME_high`.
+
+    Args:
+        name: of the metric.
+        correct: (subsets, images) bool, which predictions are right.
+    """
+    low, high = accuracy_interval(correct)
+    return {name: percent(correct), f"{name}_low": round(low, 4), f"{name}_high": round(high, 4)}
 
 
 def percent(correct: np.ndarray) -> float:

@@ -1,14 +1,14 @@
-"""Statistics of results: intervals over subsets and images, paired comparison, calibration."""
+"""Statistics of results: intervals over subsets and images together, paired comparison, calibration."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
-RESAMPLES = 10_000
 CONFIDENCE = 0.95
+STEP = 1e-9  # of a difference in accuracy: far below one image
 CALIBRATION_BINS = 15  # Guo et al. 2017
 
 
@@ -16,27 +16,39 @@ def mean_std_ci95(values: Sequence[float]) -> tuple[float, float, float]:
     """Return mean, standard deviation (of n - 1) and half the 95 % interval of the mean (Student's t).
 
     Args:
-        values: two or more independent values, one per subset of labels or per pre-training seed.
+        values: two or more independent values, one per pre-training seed. Subsets of labels are not independent, for
+            they share their test images: `accuracy_interval` takes those.
     """
     std = float(np.std(values, ddof=1))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * std / math.sqrt(len(values))
     return float(np.mean(values)), std, half
 
 
-def accuracy_ci95(accuracy: float, images: int) -> float:
-    """Return half the 95 % interval of an accuracy in percent, measured on `images` images (normal approximation)."""
-    share = accuracy / 100
-    return 100 * float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(share * (1 - share) / images)
+def accuracy_interval(correct: np.ndarray) -> tuple[float, float]:
+    """Return low and high of the 95 % interval of an accuracy, in percent, for other test images and other subsets.
+
+    The interval is Wilson's (1927), which has a width at 100 % too. Several subsets of labels share their test images.
+    They count as the number of independent images that has their variance, with Student's t (`_worth`).
+
+    Args:
+        correct: (subsets, images) bool, which predictions are right.
+    """
+    worth = _worth(correct.astype(np.float64), (0.0, 1.0))
+    share, n, t = float(correct.mean()), worth.images, worth.quantile
+    middle, half = share + t**2 / (2 * n), t * math.sqrt(share * (1 - share) / n + t**2 / (4 * n**2))
+    low, high = ((middle + sign * half) / (1 + t**2 / n) for sign in (-1, 1))
+    return 100 * max(low, 0.0), 100 * min(high, 1.0)
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far one arm is ahead of another, in points of accuracy, with its 95 % interval.
+    """How far one arm is ahead of another, in points of accuracy.
 
     Attributes:
         points: mean difference.
-        low: lower end of the interval.
-        high: its upper end.
+        low: lower end of its 95 % interval.
+        high: upper end.
+        p: p-value of a tie, two-sided; below 0.05 exactly where the interval excludes a tie.
         won: number of subsets in which the first arm is ahead.
         subsets: number of all subsets.
     """
@@ -44,6 +56,7 @@ class Gap:
     points: float
     low: float
     high: float
+    p: float
     won: int
     subsets: int
 
@@ -52,47 +65,119 @@ class Gap:
         """Whether the interval excludes a tie."""
         return self.low > 0 or self.high < 0
 
-    def sentence(self, a: str, b: str) -> str:
-        """Compare arm `a` with the arm `b` behind it: `A beats B by x ± y points`, or that they are undecided."""
-        verb = f"{a} beats {b} by" if self.decided else f"{a} and {b} are undecided: {a} is ahead by"
-        return f"{verb} {self.points:.1f} ± {(self.high - self.low) / 2:.1f} points"
 
-
-def paired_gap(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Gap:
+def paired_gap(a: np.ndarray, b: np.ndarray) -> Gap:
     """Compare two arms on the same subsets and test images.
 
-    The images are drawn with replacement, the same images for both arms (bootstrap). With one subset the interval is
-    the percentiles of the bootstrap.
-
-    Several subsets are too few for a bootstrap. The variance of the mean is the bootstrap variance over images plus a
-    part from the choice of labels: the variance between subsets, minus what images explain of it (two-way random
-    effects). The interval is Student's t with Satterthwaite's degrees of freedom.
+    Interval and p-value are of the score test for paired proportions (Tango 1998; at a tie McNemar's test without
+    correction). Both exist where the arms agree on every image. Several subsets count as the number of independent
+    images that has their variance, with Student's t (`_worth`).
 
     The interval holds for other subsets and other test images. It holds for these two encoders only.
 
     Args:
         a: (subsets, images) bool, whether the first arm is right.
         b: the same for the second arm.
-        seed: of the bootstrap.
     """
-    difference = 100 * (a.astype(np.float64) - b.astype(np.float64))
-    subsets, images = difference.shape
-    of_image, of_subset = difference.mean(axis=0), difference.mean(axis=1)
-    points, won = float(difference.mean()), int((of_subset > 0).sum())
-    # an image's mean difference has few possible values, so it suffices to draw how often each value occurs
-    values, counts = np.unique(of_image, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(images, counts / images, RESAMPLES) @ values / images
-    tail = (1 - CONFIDENCE) / 2
+    difference = a.astype(np.float64) - b.astype(np.float64)
+    worth = _worth(difference, (-1.0, 1.0))
+    only_a, only_b = (worth.images * float(np.mean(difference == sign)) for sign in (1, -1))
+    low, high = _tango(only_a, only_b, worth)
+    z = (only_a - only_b) / math.sqrt(only_a + only_b) if only_a + only_b else 0.0
+    p = 2 * float(stats.t.sf(abs(z), worth.freedom))
+    won = int((difference.mean(axis=1) > 0).sum())
+    return Gap(100 * float(difference.mean()), 100 * low, 100 * high, p, won, len(difference))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Adjust the p-values of a family of comparisons (Holm 1979).
+
+    Below 0.05 are those that may all be claimed together: the chance that any one of them is false is at most 5 %.
+    """
+    order = np.argsort(p)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(order), 0, -1)).clip(max=1.0)
+    return [float(value) for value in adjusted]
+
+
+@dataclass(frozen=True)
+class _Worth:
+    """The number of independent images that predictions are worth, and the degrees of freedom of their variance."""
+
+    images: float
+    freedom: float
+
+    @property
+    def quantile(self) -> float:
+        """Student's t of a 95 % interval; the normal quantile where the freedom is infinite."""
+        return float(stats.t.ppf((1 + CONFIDENCE) / 2, self.freedom))
+
+
+def _worth(values: np.ndarray, ends: tuple[float, float]) -> _Worth:
+    """Return what a table of values is worth: the number of independent images whose mean varies as much as its mean.
+
+    One subset is worth its images. Several are worth less where subsets differ, and more where an image that one
+    subset gets wrong is right in others (Korn and Graubard 1998, effective sample size).
+
+    Two images are added for the variance, one with each of `ends` in every subset. A few mistakes, or none, therefore
+    count as mistakes of images that all subsets share (as in Agresti and Min 2005).
+
+    Args:
+        values: (subsets, images).
+        ends: the lowest and the highest value.
+    """
+    subsets, images = values.shape
     if subsets == 1:
-        low, high = np.quantile(draws, [tail, 1 - tail])
-        return Gap(points, float(low), float(high), won, subsets)
-    residual = difference - of_image - of_subset[:, None] + points
+        return _Worth(images, math.inf)
+    padded = np.hstack([values, np.tile(ends, (subsets, 1))])
+    variance, freedom = _two_way(padded)
+    return _Worth(images * float(padded.var()) / (images + 1) / variance, freedom)
+
+
+def _two_way(values: np.ndarray) -> tuple[float, float]:
+    """Return the variance of the mean of a table, and its degrees of freedom (Satterthwaite).
+
+    Both subsets and images are drawn at random (two-way random effects). The variance is that between images, plus
+    that between subsets, minus what both contain of their interaction.
+
+    Args:
+        values: (subsets, images), two or more of each, not all equal.
+    """
+    subsets, images = values.shape
+    of_image, of_subset = values.mean(axis=0), values.mean(axis=1)
+    residual = values - of_image - of_subset[:, None] + values.mean()
     of_residual = (residual**2).sum() / ((subsets - 1) * (images - 1)) / (subsets * images)
-    by_images, by_subsets = draws.var(), of_subset.var(ddof=1) / subsets
+    by_images, by_subsets = of_image.var(ddof=1) / images, of_subset.var(ddof=1) / subsets
     variance = by_images + max(by_subsets - of_residual, 0.0)
-    freedom = variance**2 / (by_images**2 / (images - 1) + by_subsets**2 / (subsets - 1)) if variance else images
-    half = float(stats.t.ppf(1 - tail, max(freedom, subsets - 1))) * math.sqrt(variance)
-    return Gap(points, points - half, points + half, won, subsets)
+    freedom = variance**2 / (by_images**2 / (images - 1) + by_subsets**2 / (subsets - 1))
+    return float(variance), max(float(freedom), subsets - 1)
+
+
+def _tango(only_a: float, only_b: float, worth: _Worth) -> tuple[float, float]:
+    """Return Tango's (1998) interval of the difference of two paired proportions.
+
+    It has the differences d that the score test accepts: those with (only_a - only_b - n d)² ≤ t² n V(d), where V uses
+    the most likely share of `only_b` under d.
+
+    Args:
+        only_a: number of images that only the first arm gets right.
+        only_b: number of images that only the second gets right.
+        worth: number of all images n, and the quantile t.
+    """
+    n, t = worth.images, worth.quantile
+    measured = (only_a - only_b) / n
+
+    def excess(d: float) -> float:
+        b = (2 * n - only_a + only_b) * d - only_a - only_b
+        share = (math.sqrt(max(b**2 + 8 * n * only_b * d * (1 - d), 0.0)) - b) / (4 * n)
+        return (measured - d) ** 2 - t**2 * max(2 * share + d * (1 - d), 0.0) / n
+
+    # at a measured difference of 0 without any disagreement `excess` is 0 too: the search starts beside it
+    low, high = (
+        optimize.brentq(excess, measured + side * STEP, side) if abs(measured - side) > STEP else side
+        for side in (-1.0, 1.0)
+    )
+    return low, high
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:

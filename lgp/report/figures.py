@@ -26,7 +26,7 @@ def plot_label_efficiency(path: Path, table: pd.DataFrame, classes: int) -> None
             axes.errorbar(
                 rows["labels"] / classes,
                 rows["top1_mean"],
-                rows["top1_ci95"],
+                [rows["top1_mean"] - rows["top1_low"], rows["top1_high"] - rows["top1_mean"]],
                 label=f"{arm}, fine-tuned" if tuned else arm,
                 marker="s" if tuned else "o",
                 linestyle=style,

@@ -10,20 +10,33 @@ import pandas as pd
 
 from lgp.errors import LgpError
 from lgp.evaluate.outcome import Outcome
+from lgp.models.files import ARM_METRICS
 from lgp.params.arms import BASELINES
 
 
 @dataclass(frozen=True)
 class ArmOutcomes:
-    """The outcomes of one arm by task: `linear`, `fewshot-1pct`, `finetune-10pct` and the like."""
+    """The outcomes of one arm.
+
+    Attributes:
+        arm: its name.
+        tasks: outcomes by task: `linear`, `fewshot-1pct`, `finetune-10pct` and the like.
+        trained: False for an arm whose checks failed at the end of its training.
+    """
 
     arm: str
     tasks: Mapping[str, Outcome]
+    trained: bool = True
 
     @property
     def is_baseline(self) -> bool:
         """Whether the arm is an untrained baseline."""
         return self.arm in BASELINES
+
+    @property
+    def may_win(self) -> bool:
+        """Whether the arm may be the champion: it is no baseline, and its training passed its checks."""
+        return self.trained and not self.is_baseline
 
 
 @dataclass(frozen=True)
@@ -50,8 +63,9 @@ class Inputs:
                     for (of, task), path in self.metrics.items()
                     if of == arm
                 },
+                bool(json.loads((folder / ARM_METRICS).read_text()).get("trained", True)),
             )
-            for arm in self.arms
+            for arm, folder in self.arms.items()
         ]
 
 
@@ -61,10 +75,13 @@ def fewest_labels(arms: list[ArmOutcomes]) -> str:
     return min(few, key=lambda task: arms[0].tasks[task].metrics["labels"])
 
 
-def champion(arms: list[ArmOutcomes]) -> ArmOutcomes:
-    """Return the trained arm with the best validation accuracy of frozen features at the fewest labels."""
+def leader(arms: list[ArmOutcomes]) -> ArmOutcomes | None:
+    """Return the arm with the best validation accuracy of frozen features at the fewest labels.
+
+    Baselines, and arms whose training failed its checks, do not count. None where no other arm is there.
+    """
     fewest = fewest_labels(arms)
-    return max((a for a in arms if not a.is_baseline), key=lambda a: a.tasks[fewest].metrics["val/top1"])
+    return max((a for a in arms if a.may_win), key=lambda a: a.tasks[fewest].metrics["val/top1"], default=None)
 
 
 def correct_by_subset(a: ArmOutcomes, b: ArmOutcomes, task: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,6 @@
 """The page of the report, as Markdown and as one HTML file that works offline."""
 
 import base64
-import itertools
 import json
 import re
 import textwrap
@@ -13,20 +12,21 @@ from markdown_it import MarkdownIt
 
 from lgp.compute.units import flop_text
 from lgp.data.labels import LabelledImages
-from lgp.evaluate.statistics import Gap, paired_gap
 from lgp.models.files import ARM_METRICS
 from lgp.params.file import Params
-from lgp.report.outcomes import ArmOutcomes, champion, correct_by_subset
+from lgp.report.outcomes import ArmOutcomes, leader
+from lgp.report.pairs import Pair
 from lgp.report.table import task_name, wide_rows
+from lgp.report.verdict import Verdict
 
 TITLE = "Label efficiency"
 # file → what it shows, in the order of the page
 PICTURES = {
     "label_efficiency": "Accuracy over labels per class, with 95 % intervals",
     "accuracy_by_depth": "k-NN accuracy of the features after each block, all labels",
-    "accuracy_per_class": "Accuracy per class at the fewest labels, sorted by the champion's (all: per_class.csv)",
-    "confusion": "Confusion of the champion at the fewest labels, over all subsets",
-    "worst_mistakes": "The champion's most confident mistakes with all labels (linear probe)",
+    "accuracy_per_class": "Accuracy per class at the fewest labels, sorted by the leader's (all: per_class.csv)",
+    "confusion": "Confusion of the leader at the fewest labels, over all subsets",
+    "worst_mistakes": "The leader's most confident mistakes with all labels (linear probe)",
     "curves": "Training losses (the losses of different arms are not comparable)",
     "reconstructions": "Reconstructions of the masked autoencoder",
 }
@@ -44,23 +44,11 @@ code { background: #f3f3f3; padding: 0 .2rem; }
 """
 
 
-def gaps(arms: list[ArmOutcomes]) -> list[tuple[str, str, str, Gap]]:
-    """Compare every two arms in every task on the same subsets and test images: (task, arm ahead, other arm, gap)."""
-    found = []
-    for task in dict.fromkeys(task for a in arms for task in a.tasks):
-        for a, b in itertools.combinations([x for x in reversed(arms) if task in x.tasks], 2):
-            of_a, of_b = correct_by_subset(a, b, task)
-            if of_a.mean() >= of_b.mean():
-                found.append((task, a.arm, b.arm, paired_gap(of_a, of_b)))
-            else:
-                found.append((task, b.arm, a.arm, paired_gap(of_b, of_a)))
-    return found
-
-
 def page_of(
     params: Params,
     data: LabelledImages,
     arms: list[ArmOutcomes],
+    verdict: Verdict,
     results: pd.DataFrame,
     folders: Mapping[str, Path],
     drawn: Sequence[str],
@@ -71,36 +59,51 @@ def page_of(
         params: the parameters that ran.
         data: images and labels.
         arms: outcomes of all arms.
+        verdict: of `judge`; its sentence is the first line.
         results: the table of `results_table`.
         folders: arm → folder of its pre-training.
         drawn: the pictures that were drawn, of `PICTURES`.
     """
     header, rows = wide_rows([{str(k): str(v) for k, v in row.items()} for row in results.to_dict("records")])
-    lines = [f"# {TITLE}", "", *_paragraph(_setting(params, data)), ""]
+    lines = [f"# {TITLE}", "", *_paragraph(f"**{verdict.sentence}**"), ""]
+    lines += [line for note in verdict.notes for line in (*_paragraph(note), "")]
+    lines += [*_paragraph(_setting(params, data)), ""]
     lines += _paragraph(
-        "Top-1 accuracy on test in percent, ± half its 95 % interval. The interval is over the subsets of labels. For "
-        "k-NN, the linear probe and every task with a single subset it is over the test images."
+        "Top-1 accuracy on test in percent, with its 95 % interval. The interval is over test images and subsets of "
+        "labels together. Where there is one subset (k-NN, the linear probe) it is Wilson's. It covers one "
+        "pre-training of each arm."
     )
-    lines += ["", *_table(header, rows), *_comparison(arms), *_more_measures(arms), *_compute(folders)]
-    lines += ["", f"Champion (best validation accuracy at the fewest labels): **{champion(arms).arm}**", ""]
+    lines += ["", *_table(header, rows), *_comparison(verdict.pairs), *_more_measures(arms), *_compute(folders), ""]
+    if leads := leader(arms):
+        lines += [f"The leader of the pictures (best validation accuracy at the fewest labels) is {leads.arm}.", ""]
     for name in drawn:
         lines += [f"**{PICTURES[name]}**", "", f"![{name.replace('_', ' ')}](figures/{name}.png)", ""]
     return "\n".join(lines)
 
 
-def _comparison(arms: list[ArmOutcomes]) -> list[str]:
+def _comparison(pairs: list[Pair]) -> list[str]:
+    if not pairs:
+        return []
     lines = ["", "## Paired comparison", ""]
     lines += _paragraph(
-        "Both arms of a row have the same subsets and test images. The interval (bootstrap over images, Student's t "
-        "over subsets) covers one pre-training of each arm. Another pre-training seed changes these numbers too."
+        "Both arms of a row have the same subsets and test images. The interval is that of one comparison, over test "
+        f"images and subsets together. The table makes {len(pairs)} comparisons, and some of them would seem decided "
+        'by chance. So p is adjusted for all of them (Holm), and "beats" stands only where p is below 0.05: the chance '
+        'that any "beats" of the table is false is at most 5 %. A row may be undecided although its own interval '
+        "excludes a tie. All of this covers one pre-training of each arm. Another pre-training seed changes these "
+        "numbers too."
     )
-    compared = [
-        [g.sentence(a, b), task_name(task), f"[{g.low:+.1f}, {g.high:+.1f}]", f"{g.won} of {g.subsets}"]
-        for task, a, b, g in gaps(arms)
+    rows = [
+        [
+            pair.sentence(pair.beats),
+            task_name(pair.task),
+            pair.interval(),
+            "< 0.001" if pair.p < 0.001 else f"{pair.p:.3f}",
+            f"{pair.gap.won} of {pair.gap.subsets}",
+        ]
+        for pair in pairs
     ]
-    if compared:
-        lines += ["", *_table(["", "labels", "95 % interval", "subsets won"], compared)]
-    return lines
+    return [*lines, "", *_table(["", "labels", "95 % interval", "p (Holm)", "subsets won"], rows)]
 
 
 def _more_measures(arms: list[ArmOutcomes]) -> list[str]:

@@ -16,12 +16,13 @@ from lgp.report.outcomes import (
     Inputs,
     accuracy_by_depth,
     accuracy_per_class,
-    champion,
     fewest_labels,
+    leader,
     worst_mistakes,
 )
 from lgp.report.page import PICTURES, TITLE, page_of, to_html
 from lgp.report.table import per_class_table, results_table, task_name
+from lgp.report.verdict import judge
 
 MISTAKES = 24
 
@@ -32,6 +33,7 @@ class Outputs:
 
     Attributes:
         table: results.csv.
+        verdict: verdict.txt, a line each: the verdict, then its notes.
         classes: per_class.csv: arm, task, class, top-1 in percent.
         page: report.md, which names the pictures as `figures/…`.
         html: report.html, with the pictures in it.
@@ -39,31 +41,31 @@ class Outputs:
     """
 
     table: Path
+    verdict: Path
     classes: Path
     page: Path
     html: Path
     figures: Path
 
 
-def write_report(params: Params, data: LabelledImages, inputs: Inputs, out: Outputs) -> str:
-    """Write the tables, the page twice and the pictures; return the champion's name."""
+def write_report(params: Params, data: LabelledImages, inputs: Inputs, out: Outputs) -> str | None:
+    """Write the tables, the verdict, the page twice and the pictures; return the champion, None where nobody is."""
     arms = inputs.read()
-    best, results = champion(arms), results_table(arms)
+    results, verdict = results_table(arms), judge(arms, data)
     results.to_csv(out.table, index=False)
+    out.verdict.write_text("".join(f"{line}\n" for line in (verdict.sentence, *verdict.notes)))
     per_class_table(arms, data.classes).to_csv(out.classes, index=False)
-    _draw_results(out.figures, arms, best, results, data)
+    _draw_results(out.figures, arms, results, data)
     _draw_trainings(out.figures, inputs.arms)
     drawn = [name for name in PICTURES if (out.figures / f"{name}.png").exists()]
-    text = page_of(params, data, arms, results, inputs.arms, drawn)
+    text = page_of(params, data, arms, verdict, results, inputs.arms, drawn)
     out.page.write_text(text)
     # the pictures are still in the place where a stage writes them first
     out.html.write_text(to_html(text.replace("](figures/", f"]({out.figures.name}/"), TITLE, out.figures.parent))
-    return best.arm
+    return verdict.champion
 
 
-def _draw_results(
-    folder: Path, arms: list[ArmOutcomes], best: ArmOutcomes, results: pd.DataFrame, data: LabelledImages
-) -> None:
+def _draw_results(folder: Path, arms: list[ArmOutcomes], results: pd.DataFrame, data: LabelledImages) -> None:
     classes, fewest = data.classes, fewest_labels(arms)
     figures.plot_label_efficiency(folder / "label_efficiency.png", results, len(classes))
     by_depth = {a.arm: accuracy_by_depth(a.tasks["linear"]) for a in arms}
@@ -71,6 +73,9 @@ def _draw_results(
         figures.plot_depth(
             folder / "accuracy_by_depth.png", {arm: values for arm, values in by_depth.items() if values}
         )
+    best = leader(arms)
+    if best is None:
+        return
     per_class = {
         a.arm: accuracy_per_class(a.tasks[fewest].predictions, len(classes)) for a in arms if not a.is_baseline
     }

@@ -1,4 +1,4 @@
-"""The tables: results.csv, per_class.csv, and results.csv for reading. It imports little, for the command line."""
+"""The tables: results.csv, per_class.csv; results.csv and verdict.txt for reading, with few imports (`lgp results`)."""
 
 import csv
 import re
@@ -13,31 +13,33 @@ if TYPE_CHECKING:
 
     from lgp.report.outcomes import ArmOutcomes
 
-COLUMNS = ["arm", "task", "labels", "top1_mean", "top1_std", "subsets", "top1_ci95"]
+COLUMNS = ["arm", "task", "labels", "top1_mean", "top1_std", "subsets", "top1_low", "top1_high"]
 
 
 def results_table(arms: "list[ArmOutcomes]") -> "pd.DataFrame":
     """Build the table of `COLUMNS`, accuracies in percent.
 
-    `top1_ci95` is half the 95 % interval. It is over the subsets where there are several, else over the test images.
+    `top1_low` and `top1_high` are the 95 % interval, over test images and subsets of labels together.
+
+    Raises:
+        LgpError: a metric file has no intervals.
     """
     import pandas as pd
 
-    from lgp.evaluate.statistics import accuracy_ci95
-
     rows: list[list[Any]] = []
     for a in arms:
-        images = len(a.tasks["linear"].predictions)
         for task, outcome in a.tasks.items():
-            m, labels = outcome.metrics, int(outcome.metrics["labels"])
-            if task == "linear":
-                knn = m["test/knn_top1"]
-                rows.append([a.arm, "knn", labels, knn, 0.0, 1, accuracy_ci95(knn, images)])
-            top1 = m["test/top1"]
-            ci95 = m.get("test/top1_ci95", accuracy_ci95(top1, images))
-            rows.append([a.arm, task, labels, top1, m.get("test/top1_std", 0.0), int(m["subsets"]), ci95])
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.round({"top1_mean": 4, "top1_std": 4, "top1_ci95": 4})
+            m = outcome.metrics
+            for shown, name in ((("knn", "test/knn_top1"),) if task == "linear" else ()) + ((task, "test/top1"),):
+                if f"{name}_low" not in m:
+                    raise LgpError(
+                        f"metrics/{a.arm}-{task}.json is of an older version, without {name}_low: run "
+                        f"{task.partition('-')[0]} of every arm again (or `dvc repro`)"
+                    )
+                interval = (m[f"{name}_low"], m[f"{name}_high"])
+                std, subsets = m.get(f"{name}_std", 0.0), int(m["subsets"])
+                rows.append([a.arm, shown, int(m["labels"]), m[name], std, subsets, *interval])
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def per_class_table(arms: "list[ArmOutcomes]", classes: list[str]) -> "pd.DataFrame":
@@ -61,9 +63,17 @@ def read_results(path: Path) -> list[dict[str, str]]:
         raise LgpError(f"no results in {path}: run `dvc repro` (or `make repro`) first")
     with path.open(newline="") as file:
         results = list(csv.DictReader(file))
-    if results and "top1_ci95" not in results[0]:
-        raise LgpError(f"{path} is of an older version, without intervals: run `lgp report` (or `dvc repro`) again")
+    missing = [column for column in COLUMNS if results and column not in results[0]]
+    if missing:
+        raise LgpError(f"{path} is of an older version, without {', '.join(missing)}: run `dvc repro` again")
     return results
+
+
+def read_verdict(path: Path) -> list[str]:
+    """Read verdict.txt: the verdict, then its notes; raise `LgpError` where there is none."""
+    if not path.exists():
+        raise LgpError(f"no verdict in {path}, which belongs to the table: run `lgp report` (or `dvc repro`) again")
+    return path.read_text().splitlines()
 
 
 def wide_rows(results: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
@@ -90,4 +100,5 @@ def _heading(task: str, labels: str) -> str:
 
 
 def _cell(row: Mapping[str, str]) -> str:
-    return f"{float(row['top1_mean']):.1f} ± {float(row['top1_ci95']):.1f}"
+    mean, low, high = (float(row[column]) for column in ("top1_mean", "top1_low", "top1_high"))
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"

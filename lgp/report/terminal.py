@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+WIDTH = 160  # of a table that goes to a file or a pipe: seven tasks with intervals
+
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table. The first column is aligned to the left, the others to the right."""
@@ -14,4 +16,4 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)

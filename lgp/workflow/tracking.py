@@ -321,6 +321,16 @@ class Tracker:
 
         self.attempt(point, {"champion": arm, "encoder_digest": digest})
 
+    def remove_champion(self) -> None:
+        """Take the alias `champion` away, where an earlier report has set it: nobody is crowned now."""
+
+        def remove(m: _Mlflow) -> None:
+            found = m.client.search_registered_models(f"name='{REGISTRY}'")
+            if any(CHAMPION in model.aliases for model in found):
+                m.client.delete_registered_model_alias(REGISTRY, CHAMPION)
+
+        self.attempt(remove, {"champion": None})
+
     def end(self, status: str) -> None:
         """Close the run as FINISHED, FAILED or KILLED. A run that failed before anything was logged is not opened."""
         if not self._opened and not self._epochs and status != "FINISHED":

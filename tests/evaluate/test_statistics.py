@@ -1,12 +1,14 @@
 """Intervals, paired comparison and calibration against slow references."""
 
+import itertools
+
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 from sklearn.metrics import top_k_accuracy_score
 
 from lgp.evaluate.outcome import Predicted, over_subsets
-from lgp.evaluate.statistics import Gap, accuracy_ci95, calibration_error, mean_std_ci95, paired_gap
+from lgp.evaluate.statistics import accuracy_interval, calibration_error, holm, mean_std_ci95, paired_gap
 
 RNG = np.random.default_rng(0)
 
@@ -19,22 +21,86 @@ def test_interval_of_a_mean_is_students() -> None:
     assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
 
 
-def test_interval_of_an_accuracy_covers_95_percent() -> None:
-    measured = 100 * RNG.binomial(400, 0.8, 4000) / 400
-    covered = np.mean([abs(m - 80) <= accuracy_ci95(m, 400) for m in measured])
-    assert 0.93 < covered < 0.97
+@pytest.mark.parametrize(("right", "images"), [(0, 359), (1, 20), (299, 359), (358, 359), (359, 359)])
+def test_interval_of_one_subset_is_scipys_wilson(right: int, images: int) -> None:
+    reference = stats.binomtest(right, images).proportion_ci(method="wilson")
+    found = accuracy_interval((np.arange(images) < right)[None])
+    assert found == pytest.approx((100 * reference.low, 100 * reference.high), abs=1e-9)
 
 
-def test_gap_of_one_subset_equals_a_bootstrap_written_out() -> None:
-    a, b = RNG.random((1, 60)) < 0.8, RNG.random((1, 60)) < 0.6
-    slow = []
-    for _ in range(4000):
-        images = RNG.integers(0, 60, 60)
-        slow.append(100 * (a[0, images].mean() - b[0, images].mean()))
-    gap = paired_gap(a, b)
-    assert gap.points == pytest.approx(100 * (a.mean() - b.mean()))
-    assert [gap.low, gap.high] == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.9)
-    assert (gap.won, gap.subsets) == (1, 1)
+def test_equal_subsets_are_worth_no_more_than_one() -> None:
+    one = RNG.random((1, 359)) < 0.9
+    assert accuracy_interval(np.repeat(one, 5, axis=0)) == pytest.approx(accuracy_interval(one), abs=0.05)
+
+
+def test_all_right_in_every_subset_has_a_width() -> None:
+    for subsets in (1, 5):
+        low, high = accuracy_interval(np.ones((subsets, 359), dtype=bool))
+        assert (low, high) == (pytest.approx(98.94, abs=0.01), pytest.approx(100))
+
+
+def test_interval_of_several_subsets_equals_an_analysis_of_variance_written_out() -> None:
+    correct = (RNG.normal(size=40) + RNG.normal(0, 0.3, (4, 1)) + RNG.normal(size=(4, 40)) > -1).astype(float)
+    table = np.column_stack([correct, np.ones(4), np.zeros(4)])  # with one image always right, and one always wrong
+    subsets, images = table.shape
+    mean, rows, columns = table.mean(), table.mean(1), table.mean(0)
+    of_images = subsets * sum((c - mean) ** 2 for c in columns) / (images - 1)
+    of_subsets = images * sum((r - mean) ** 2 for r in rows) / (subsets - 1)
+    rest = sum((table[s, i] - rows[s] - columns[i] + mean) ** 2 for s in range(subsets) for i in range(images))
+    of_rest = rest / (subsets - 1) / (images - 1)
+    variance = (of_images + max(of_subsets - of_rest, 0)) / (subsets * images)
+    parts = of_images**2 / (images - 1) + of_subsets**2 / (subsets - 1)
+    t = stats.t.ppf(0.975, max((variance * subsets * images) ** 2 / parts, subsets - 1))
+    worth, share = 40 * mean * (1 - mean) / (images - 1) / variance, correct.mean()
+    ends = [  # Wilson's: where the measured share is t standard errors off
+        optimize.brentq(lambda p: (p - share) ** 2 - t**2 * p * (1 - p) / worth, *span)
+        for span in ((0, share), (share, 1))
+    ]
+    assert accuracy_interval(correct.astype(bool)) == pytest.approx([100 * end for end in ends])
+
+
+def pairs_of(only_a: int, only_b: int, images: int) -> tuple[np.ndarray, np.ndarray]:
+    order = np.arange(images)[None]
+    return order < only_a, (order >= only_a) & (order < only_a + only_b)
+
+
+def test_gap_of_one_subset_is_tangos_published_one() -> None:
+    # airway reactivity of 21 children before and after a transplantation (Fagerland et al. 2014, table 8)
+    gap = paired_gap(*pairs_of(1, 7, 21))
+    assert (gap.low, gap.high) == (pytest.approx(-51.7, abs=0.05), pytest.approx(-2.6, abs=0.05))
+    assert gap.points == pytest.approx(-100 * 6 / 21)
+
+
+def test_p_value_of_one_subset_is_mcnemars() -> None:
+    for only_a, only_b in ((12, 3), (5, 5), (1, 0)):
+        expected = stats.chi2.sf((only_a - only_b) ** 2 / (only_a + only_b), 1)
+        assert paired_gap(*pairs_of(only_a, only_b, 50)).p == pytest.approx(expected)
+
+
+def test_ends_of_the_gap_are_where_the_score_test_is_at_its_quantile() -> None:
+    only_a, only_b, images = 9, 4, 60
+
+    def score(d: float) -> float:
+        """The score test of a difference d, by numeric maximum likelihood."""
+
+        def surprise(share: float) -> float:
+            return -(only_a * np.log(share + d) + only_b * np.log(share) + 47 * np.log(max(1 - 2 * share - d, 1e-300)))
+
+        bounds = (max(-d, 0) + 1e-12, (1 - d) / 2 - 1e-12)
+        share = optimize.minimize_scalar(surprise, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
+        return (only_a - only_b - images * d) / (images * (2 * share + d - d**2)) ** 0.5
+
+    gap = paired_gap(*pairs_of(only_a, only_b, images))
+    assert [score(gap.low / 100), score(gap.high / 100)] == pytest.approx([1.96, -1.96], abs=1e-3)
+
+
+@pytest.mark.parametrize("subsets", [1, 5])
+def test_arms_that_agree_everywhere_are_undecided_with_a_width(subsets: int) -> None:
+    right = RNG.random((subsets, 359)) < 0.9
+    gap = paired_gap(right, right)
+    assert (gap.points, gap.p, gap.won) == (0, 1, 0)
+    assert gap.high == pytest.approx(-gap.low)
+    assert gap.high == pytest.approx(1.06, abs=0.02)
 
 
 def test_gap_counts_the_subsets_won() -> None:
@@ -44,38 +110,100 @@ def test_gap_counts_the_subsets_won() -> None:
     assert (gap.won, gap.subsets) == ((a.mean(axis=1) > b.mean(axis=1)).sum(), 5)
 
 
-def test_gap_is_antisymmetric_and_nothing_between_equals() -> None:
-    a, b = RNG.random((3, 40)) < 0.8, RNG.random((3, 40)) < 0.6
-    there, back = paired_gap(a, b), paired_gap(b, a)
-    assert (there.points, there.low, there.high) == pytest.approx((-back.points, -back.high, -back.low), abs=0.3)
-    same = paired_gap(a, a)
-    assert (same.points, same.low, same.high, same.decided) == (0, 0, 0, False)
+def test_gap_is_antisymmetric() -> None:
+    for subsets in (1, 3):
+        a, b = RNG.random((subsets, 40)) < 0.8, RNG.random((subsets, 40)) < 0.6
+        there, back = paired_gap(a, b), paired_gap(b, a)
+        assert (there.points, there.low, there.high) == pytest.approx((-back.points, -back.high, -back.low))
+        assert there.p == pytest.approx(back.p)
 
 
-@pytest.mark.parametrize(("subsets", "subset_effect"), [(1, 0.0), (5, 0.0), (5, 0.03), (5, 0.1)])
-def test_interval_of_the_gap_covers_the_truth_in_95_percent(subsets: int, subset_effect: float) -> None:
-    """Drawn anew: test images of unequal difficulty, and subsets of labels that are lucky for one arm or the other."""
-    rng, inside, trials = np.random.default_rng(3), 0, 600
-    for _ in range(trials):
-        difficulty = rng.normal(0.6, 0.15, 300)
-        lucky = rng.normal(0, subset_effect, subsets)[:, None]
-        a = rng.random((subsets, 300)) < difficulty + 0.05 + lucky
-        b = rng.random((subsets, 300)) < difficulty
-        gap = paired_gap(a, b)
-        inside += gap.low <= 5.0 <= gap.high
-    # never less; a little more where subsets make no difference, for a variance is at least 0
-    assert 0.93 < inside / trials < 0.99
+def test_p_value_is_below_5_percent_exactly_where_the_interval_excludes_a_tie() -> None:
+    decided = set()
+    for subsets, shift, _ in itertools.product((1, 2, 5), (0.0, 0.3, 0.6), range(10)):
+        easy = RNG.normal(size=60)
+        gap = paired_gap(*(easy + move + RNG.normal(size=(subsets, 60)) > 0 for move in (shift, 0)))
+        assert (gap.p < 0.05) == (gap.low > 0 or gap.high < 0)
+        decided.add(gap.p < 0.05)
+    assert decided == {True, False}
+
+
+def test_holm_adjusts_as_published() -> None:
+    # the smallest of four times four, the next times three, …; never below an earlier one (Holm 1979)
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1, 1]
+    assert holm([]) == []
+
+
+def test_holm_keeps_false_claims_of_a_whole_table_below_5_percent() -> None:
+    p = np.random.default_rng(0).random((4000, 20))  # twenty ties, compared
+    assert np.mean([min(holm(row)) < 0.05 for row in p]) == pytest.approx(0.05, abs=0.01)
+    assert np.mean(p.min(axis=1) < 0.05) > 0.6  # without a correction
+
+
+Draws = np.random.Generator
+
+
+def drawn_correct(rng: Draws, share: float, easy: np.ndarray, own: float, subset: float, subsets: int) -> np.ndarray:
+    """Draw which predictions of one arm are right: a probit model, whose expected accuracy is exactly `share`.
+
+    Args:
+        rng: of the draw.
+        share: accuracy over all images and subsets.
+        easy: (images,) how easy each image is for every arm.
+        own: deviation of how easy an image is for this arm alone.
+        subset: deviation of how lucky a subset is for this arm.
+        subsets: their number.
+    """
+    spread = (1 + EASE**2 + own**2 + subset**2) ** 0.5
+    lucky, noise = rng.normal(0, subset, (subsets, 1)), rng.normal(size=(subsets, len(easy)))
+    return stats.norm.ppf(share) * spread + easy + rng.normal(0, own, len(easy)) + lucky + noise > 0
+
+
+EASE, TRIALS = 2.0, 1500  # deviation of how easy an image is; number of simulated test sets
 
 
 @pytest.mark.parametrize(
-    ("gap", "sentence"),
-    [
-        (Gap(5.0, 2.0, 8.0, 5, 5), "a beats b by 5.0 ± 3.0 points"),
-        (Gap(1.0, -2.0, 4.0, 3, 5), "a and b are undecided: a is ahead by 1.0 ± 3.0 points"),
-    ],
+    ("subsets", "share", "subset"),
+    [(1, 0.6, 0.0), (1, 0.97, 0.0), (5, 0.6, 0.1), (5, 0.85, 0.3), (5, 0.7, 0.6), (5, 0.95, 0.3)],
 )
-def test_gap_says_who_beats_whom(gap: Gap, sentence: str) -> None:
-    assert gap.sentence("a", "b") == sentence
+def test_interval_of_an_accuracy_covers_the_truth_in_95_percent(subsets: int, share: float, subset: float) -> None:
+    rng = np.random.default_rng(1)
+    inside = 0
+    for _ in range(TRIALS):
+        low, high = accuracy_interval(drawn_correct(rng, share, rng.normal(0, EASE, 359), 0, subset, subsets))
+        inside += low <= 100 * share <= high
+    assert 0.93 < inside / TRIALS < 0.97
+
+
+@pytest.mark.parametrize(
+    ("subsets", "a", "b", "subset"),
+    [(1, 0.7, 0.7, 0.0), (1, 0.97, 0.95, 0.0), (5, 0.6, 0.6, 0.2), (5, 0.9, 0.85, 0.3)],
+)
+def test_interval_of_a_gap_covers_the_truth_in_95_percent(subsets: int, a: float, b: float, subset: float) -> None:
+    rng = np.random.default_rng(2)
+    inside = decided = 0
+    for _ in range(TRIALS):
+        easy = rng.normal(0, EASE, 359)
+        gap = paired_gap(*(drawn_correct(rng, share, easy, 1.0, subset, subsets) for share in (a, b)))
+        inside += gap.low <= 100 * (a - b) <= gap.high
+        decided += gap.p < 0.05
+    assert 0.93 < inside / TRIALS < 0.97
+    assert a != b or decided == TRIALS - inside
+
+
+@pytest.mark.parametrize("subsets", [1, 5])
+def test_intervals_of_few_images_near_100_percent_err_on_the_safe_side(subsets: int) -> None:
+    """Student's t without the two added images covers the truth in half of these cases."""
+    rng = np.random.default_rng(3)
+    inside = np.zeros(2)
+    for _ in range(TRIALS):
+        easy = rng.normal(0, EASE, 60)
+        a, b = (drawn_correct(rng, 0.985, easy, 1.0, 0.1, subsets) for _ in range(2))
+        low, high = accuracy_interval(a)
+        gap = paired_gap(a, b)
+        inside += low <= 98.5 <= high, gap.low <= 0 <= gap.high
+    assert (inside / TRIALS > 0.93).all()
 
 
 def test_calibration_error_equals_the_definition() -> None:
@@ -115,10 +243,20 @@ def test_subsets_are_summed_up_and_predictions_give_the_metric_back() -> None:
     each = [p.scored().scores["test/top1"] for p in several]
     assert outcome.metrics["test/top1"] == pytest.approx(np.mean(each), abs=1e-3)
     assert outcome.metrics["test/top1_std"] == pytest.approx(np.std(each, ddof=1), abs=1e-3)
-    assert outcome.metrics["test/top1_ci95"] == pytest.approx(mean_std_ci95(each)[2], abs=1e-3)
     assert [outcome.metrics[f"test/top1_subset{i}"] for i in range(5)] == each
     assert next(iter(outcome.metrics)) == "test/top1"
     table = outcome.predictions
     accuracy = (table["label"] == table["prediction"]).groupby(table["subset"]).mean() * 100
     assert accuracy.tolist() == pytest.approx(each, abs=1e-3)
-    assert not any("std" in name or "ci95" in name for name in over_subsets([several[0].scored()], 30).metrics)
+    assert not any("std" in name for name in over_subsets([several[0].scored()], 30).metrics)
+
+
+def test_every_accuracy_has_the_interval_of_its_images_and_subsets() -> None:
+    several = [predicted(12) for _ in range(3)]
+    metrics = over_subsets([p.scored() for p in several], labels=30).metrics
+    for split, k in (("test", 1), ("val", 1), ("test", 5)):
+        order = [np.argsort(-p.probabilities[split], axis=1)[:, :k] for p in several]
+        correct = [(o == p.labels[split][:, None]).any(axis=1) for o, p in zip(order, several, strict=True)]
+        found = metrics[f"{split}/top{k}_low"], metrics[f"{split}/top{k}_high"]
+        assert found == pytest.approx(accuracy_interval(np.stack(correct)), abs=1e-4)
+    assert not any(name.startswith("test/ece_") and not name.endswith("_std") for name in metrics)

@@ -1,5 +1,6 @@
 """The command line, run as its users do: stages by hand in a folder of their own, and every error as one line."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -89,12 +90,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for command in COMMANDS:
             result = lgp(*command)
             assert result.exit_code == 0, (command, result.output, result.exception)
+            with (folder / "output.txt").open("a") as file:
+                file.write(result.output)
         yield folder
 
 
 def test_stages_by_hand_end_in_a_report(finished: Path) -> None:
     table = (finished / "reports" / "results.csv").read_text().splitlines()
-    assert table[0] == "arm,task,labels,top1_mean,top1_std,subsets,top1_ci95"
+    assert table[0] == "arm,task,labels,top1_mean,top1_std,subsets,top1_low,top1_high"
     assert {line.split(",")[0] for line in table[1:]} == {"pixels", "random", "mim", "cl", "graft"}
     assert len(table) == 1 + 5 * 4 + 3
     page = (finished / "reports" / "report.md").read_text()
@@ -116,6 +119,17 @@ def test_stages_by_hand_end_in_a_report(finished: Path) -> None:
     result = lgp("results", str(finished / "reports" / "results.csv"))
     assert result.exit_code == 0
     assert "graft" in result.output
+    verdict = (finished / "reports" / "verdict.txt").read_text().splitlines()
+    assert result.output.splitlines()[: len(verdict)] == verdict
+    assert "Top-1 accuracy on test, % [95 % interval]" in result.output
+
+
+def test_small_validation_part_is_told_by_labels_evaluations_and_report(finished: Path) -> None:
+    told = f"val has {len(labelled(finished).ids('val'))} images, so an accuracy of 50 % on it has the 95 % interval ["
+    said = (finished / "output.txt").read_text().splitlines()
+    assert sum(line.startswith(f"labels: warning: {told}") for line in said) == 1
+    assert sum(line.startswith(f"warning: {told}") for line in said) == 5 * 3 + 3
+    assert f"Warning: {told}" in (finished / "reports" / "verdict.txt").read_text()
 
 
 def test_nothing_partial_and_no_resume_state_is_left(finished: Path) -> None:
@@ -125,7 +139,15 @@ def test_nothing_partial_and_no_resume_state_is_left(finished: Path) -> None:
 
 def test_metric_files_hold_nothing_that_changes_by_itself(finished: Path) -> None:
     metrics = json.loads((finished / "metrics" / "graft-fewshot-1pct.json").read_text())
-    assert {"test/top1", "test/top1_std", "test/top1_ci95", "val/top1", "labels", "subsets"} <= metrics.keys()
+    assert {
+        "test/top1",
+        "test/top1_std",
+        "test/top1_low",
+        "test/top1_high",
+        "val/top1",
+        "labels",
+        "subsets",
+    } <= metrics.keys()
     assert not any("time" in key or "run" in key for key in metrics)
 
 
@@ -193,23 +215,52 @@ def test_every_stage_has_a_run_with_the_contracts_tags(finished: Path) -> None:
     assert "confusion.png" in pictures
 
 
-def test_registered_champion_turns_images_into_features_without_lgp(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("crowned", ["graft", None])
+def test_crown_of_the_report_is_the_registrys(
+    finished: Path, crowned: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First an arm is crowned, then nobody is: the alias goes."""
+    import mlflow
+
+    from lgp.report import report as module
+
+    judge = module.judge
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr(module, "judge", lambda *given: dataclasses.replace(judge(*given), champion=crowned))
+    assert lgp("report").exit_code == 0
+    client = mlflow.MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
+    aliases = client.get_registered_model("lgp-encoder").aliases
+    written = json.loads((finished / "reports" / "champion.json").read_text())
+    if crowned is None:
+        assert written == {"arm": None, "encoder_digest": None}
+        assert "champion" not in aliases
+    else:
+        tags = client.get_model_version("lgp-encoder", str(aliases["champion"])).tags
+        weights = (finished / "models" / crowned / "encoder" / "model.safetensors").read_bytes()
+        assert written == {"arm": crowned, "encoder_digest": hashlib.sha256(weights).hexdigest()}
+        assert tags == written
+
+
+def test_registered_encoder_turns_images_into_features_without_lgp(finished: Path, tmp_path: Path) -> None:
+    import mlflow
+
     data = labelled(finished)
     ids = data.ids("test")
     np.save(tmp_path / "images.npy", data.whole(ids).permute(0, 2, 3, 1).numpy())
+    store = f"sqlite:///{finished / 'mlflow.db'}"
+    (version_of,) = mlflow.MlflowClient(store).search_model_versions("name='lgp-encoder' and tag.arm='graft'")
     code = f"""
 import sys
 sys.path = [p for p in sys.path if p not in ("", {str(ROOT)!r})]
 sys.modules["lgp"] = None
 import mlflow, numpy as np
-mlflow.set_tracking_uri("sqlite:///{finished / "mlflow.db"}")
-model = mlflow.pyfunc.load_model("models:/lgp-encoder@champion")
+mlflow.set_tracking_uri("{store}")
+model = mlflow.pyfunc.load_model("models:/lgp-encoder/{version_of.version}")
 np.save("theirs.npy", model.predict(np.load("images.npy")))
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    scores = {a: json.loads((finished / f"metrics/{a}-fewshot-1pct.json").read_text()) for a in ("mim", "cl", "graft")}
-    best = max(scores, key=lambda a: scores[a]["val/top1"])
-    ours = extract(class_token_of(load_encoder(finished / "models" / best / "encoder"), torch.device("cpu")), data, ids)
+    encoder = load_encoder(finished / "models" / "graft" / "encoder")
+    ours = extract(class_token_of(encoder, torch.device("cpu")), data, ids)
     assert np.abs(np.load(tmp_path / "theirs.npy") - ours).max() < 1e-5
 
 

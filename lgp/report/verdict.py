@@ -1,0 +1,116 @@
+"""The verdict: who is the champion, or why nobody is."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lgp.data.labels import LabelledImages
+from lgp.evaluate.validation import small_validation
+from lgp.report.outcomes import ArmOutcomes, fewest_labels, leader
+from lgp.report.pairs import Pair, compare
+from lgp.report.table import task_name
+
+FEW = "fewshot-"  # tasks on frozen features with few labels
+KNN, TOP1 = "test/knn_top1", "test/top1"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the results show.
+
+    Attributes:
+        champion: the leader, if it beats every baseline with the fewest labels; None: nobody is crowned.
+        sentence: who is the champion, or why nobody is.
+        notes: what else a reader must know before the numbers.
+        pairs: the comparisons that it rests on.
+    """
+
+    champion: str | None
+    sentence: str
+    notes: list[str]
+    pairs: list[Pair]
+
+
+def judge(arms: list[ArmOutcomes], data: LabelledImages) -> Verdict:
+    """Crown the leader if it is ahead of every baseline on test with the fewest labels, and no interval holds a tie.
+
+    Validation chooses the leader. Test images choose no arm: they may only withhold the crown. The crown needs all of
+    these comparisons to be decided, so it needs no correction for their number (intersection-union test, Berger 1982).
+    """
+    repeats = repeated(arms, data)
+    pairs = compare(arms, repeats)
+    fewest, best = fewest_labels(arms), leader(arms)
+    unbeaten = "" if best is None else _unbeaten_by(best, arms, fewest, pairs)
+    champion = None if best is None or unbeaten else best.arm
+    notes = [note for task in _compared(arms, fewest, repeats) if (note := _note(arms, task, pairs))]
+    notes += [f"{a.arm} is not trained: its checks failed. It is never the champion." for a in arms if not a.trained]
+    notes += [f"{task_name(task)} has the same images as {task_name(of)}." for task, of in repeats.items()]
+    if warning := small_validation(len(data.ids("val"))):
+        notes.append(f"Warning: {warning}.")
+    return Verdict(champion, _sentence(champion, arms, fewest, unbeaten), notes, pairs)
+
+
+def repeated(arms: list[ArmOutcomes], data: LabelledImages) -> dict[str, str]:
+    """Return the tasks on frozen features that repeat another, with that other: their subsets are the same images."""
+    few = [task for task in arms[0].tasks if task.startswith(FEW)]
+    subsets = {task: [ids.tolist() for ids in data.subsets(task.removeprefix(FEW))] for task in few}
+    found: dict[str, str] = {}
+    for first, second in itertools.combinations(few, 2):
+        if first not in found and subsets[first] == subsets[second]:
+            found.setdefault(second, first)
+    return found
+
+
+def _sentence(champion: str | None, arms: list[ArmOutcomes], fewest: str, unbeaten: str) -> str:
+    if unbeaten:
+        return f"Nobody is crowned. With the fewest labels ({task_name(fewest)}), {unbeaten}."
+    if champion is None:
+        return "Nobody is crowned. No arm has a training that passed its checks."
+    chosen = f"{champion} is the champion: it has the best validation accuracy with the fewest labels"
+    baselines = [a.arm for a in arms if a.is_baseline]
+    if not baselines:
+        return f"{chosen}. No baseline is among the arms, so nothing shows what the training is worth."
+    return f"{chosen} ({task_name(fewest)}), and on test it beats {' and '.join(baselines)} there."
+
+
+def _unbeaten_by(arm: ArmOutcomes, arms: list[ArmOutcomes], task: str, pairs: list[Pair]) -> str:
+    """Say that a baseline is ahead of every trained arm in a task, or is not beaten by `arm`; else nothing."""
+    if ahead := _ahead_of_all(arms, {a.arm: a.tasks[task].metrics[TOP1] for a in arms if task in a.tasks}):
+        return ahead
+    baselines = {a.arm for a in arms if a.is_baseline}
+    for pair in pairs:
+        met = pair.task == task and arm.arm in (pair.ahead, pair.behind) and baselines & {pair.ahead, pair.behind}
+        if met and not (pair.gap.decided and pair.ahead == arm.arm):
+            return f"{pair.sentence(pair.gap.decided)} {pair.interval()}"
+    return ""
+
+
+def _ahead_of_all(arms: list[ArmOutcomes], measured: Mapping[str, float]) -> str:
+    """Say that a baseline is ahead of every trained arm, given accuracies by arm; else nothing."""
+    baselines = [a.arm for a in arms if a.is_baseline and a.arm in measured]
+    trained = [a.arm for a in arms if a.may_win and a.arm in measured]
+    if not baselines or not trained:
+        return ""
+    first, second = (max(names, key=lambda arm: measured[arm]) for names in (baselines, trained))
+    if measured[first] <= measured[second]:
+        return ""
+    return f"{first} ({measured[first]:.1f} %) is ahead of every trained arm ({second}: {measured[second]:.1f} %)"
+
+
+def _compared(arms: list[ArmOutcomes], fewest: str, repeats: Mapping[str, str]) -> list[str]:
+    """Return the tasks besides `fewest` that a note may be about: k-NN, and those that a baseline was measured in."""
+    measured = dict.fromkeys(task for a in arms if a.is_baseline for task in a.tasks)
+    return ["knn", *(task for task in measured if task != fewest and task not in repeats)]
+
+
+def _note(arms: list[ArmOutcomes], task: str, pairs: list[Pair]) -> str:
+    """Say of a task what a baseline is not beaten in, or nothing. k-NN is not compared in pairs."""
+    if task == "knn":
+        ahead = _ahead_of_all(arms, {a.arm: a.tasks["linear"].metrics[KNN] for a in arms})
+        return f"{task_name(task)}: {ahead}." if ahead else ""
+    trained = [a for a in arms if a.may_win and task in a.tasks]
+    if not trained:
+        return ""
+    best = max(trained, key=lambda a: a.tasks[task].metrics[TOP1])
+    unbeaten = _unbeaten_by(best, arms, task, pairs)
+    return f"{task_name(task)}: {unbeaten}." if unbeaten else ""

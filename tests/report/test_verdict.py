@@ -1,0 +1,129 @@
+"""Who is crowned, and what a reader is told before the numbers."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from lgp.data.labels import LabelledImages
+from lgp.evaluate.outcome import Outcome, Predicted, over_subsets
+from lgp.report.outcomes import ArmOutcomes
+from lgp.report.verdict import Verdict, judge
+
+TASKS = {"linear": 1, "fewshot-1pct": 5, "fewshot-10pct": 5}  # with their number of subsets
+LABELS = {"linear": 1000, "fewshot-1pct": 10, "fewshot-10pct": 100}
+
+
+class Data:
+    """Prepared images with a validation part of a given size, whose subsets have the given images."""
+
+    def __init__(self, val: int = 500, subsets: Mapping[str, list[int]] | None = None) -> None:
+        self.val, self.of_name = val, subsets or {"1pct": [1], "10pct": [1, 2]}
+
+    def ids(self, part: str) -> range:
+        assert part == "val"
+        return range(self.val)
+
+    def subsets(self, name: str) -> list[np.ndarray]:
+        return [np.array(self.of_name[name])]
+
+
+def arm(name: str, right: Mapping[str, int], val: float = 0.5, knn: float = 50.0, trained: bool = True) -> ArmOutcomes:
+    """An arm that gets the first `right[task]` of 100 test images right in every subset."""
+    tasks = {}
+    for task, subsets in TASKS.items():
+        correct = np.arange(100) < right.get(task, 50)
+        one = Predicted(
+            {"test": np.eye(2)[(~correct).astype(int)], "val": np.eye(2)[(np.arange(100) >= 100 * val).astype(int)]},
+            {"test": np.zeros(100, dtype=int), "val": np.zeros(100, dtype=int)},
+            {"test": np.arange(100), "val": np.arange(100)},
+        ).scored()
+        outcome = over_subsets([one] * subsets, LABELS[task])
+        tasks[task] = Outcome(outcome.metrics | {"test/knn_top1": knn}, outcome.predictions)
+    return ArmOutcomes(name, tasks, trained)
+
+
+def judged(*arms: ArmOutcomes, data: Data | None = None) -> Verdict:
+    return judge(list(arms), data or Data())  # type: ignore[arg-type]
+
+
+WEAK = {"linear": 20, "fewshot-1pct": 20, "fewshot-10pct": 20}
+
+
+def test_leader_that_beats_every_baseline_is_crowned() -> None:
+    found = judged(arm("pixels", WEAK, knn=9), arm("random", WEAK, knn=9), arm("cl", {}), arm("graft", {}, val=0.9))
+    assert (found.champion, found.notes) == ("graft", [])
+    assert found.sentence == (
+        "graft is the champion: it has the best validation accuracy with the fewest labels (1 %), and on test it beats "
+        "pixels and random there."
+    )
+
+
+def test_baseline_ahead_of_every_arm_is_said() -> None:
+    found = judged(arm("random", {**WEAK, "fewshot-1pct": 53}), arm("cl", {}), arm("graft", WEAK, val=0.9))
+    assert found.champion is None
+    assert found.sentence == (
+        "Nobody is crowned. With the fewest labels (1 %), random (53.0 %) is ahead of every trained arm (cl: 50.0 %)."
+    )
+
+
+def test_leader_undecided_against_a_baseline_is_not_crowned() -> None:
+    found = judged(arm("pixels", {**WEAK, "fewshot-1pct": 48}), arm("graft", {}))
+    assert found.champion is None
+    assert found.sentence.startswith(
+        "Nobody is crowned. With the fewest labels (1 %), graft and pixels are undecided: graft is ahead by 2.0 points "
+        "[-"
+    )
+
+
+def test_leader_behind_a_baseline_that_another_arm_beats_is_not_crowned() -> None:
+    found = judged(arm("pixels", WEAK), arm("cl", {}), arm("graft", {**WEAK, "fewshot-1pct": 5}, val=0.9))
+    assert found.champion is None
+    assert "pixels beats graft by 15.0 points [" in found.sentence
+
+
+def test_crown_needs_no_correction_for_the_other_rows_of_the_table() -> None:
+    found = judged(arm("pixels", {**WEAK, "linear": 50, "fewshot-10pct": 50, "fewshot-1pct": 45}), arm("graft", {}))
+    (pair,) = (p for p in found.pairs if p.task == "fewshot-1pct")
+    assert pair.gap.p < 0.05 < pair.p
+    assert not pair.beats
+    assert found.champion == "graft"
+
+
+def test_other_tasks_in_which_a_baseline_is_not_beaten_are_noted() -> None:
+    strong = {"linear": 60, "fewshot-1pct": 20, "fewshot-10pct": 49}
+    found = judged(arm("pixels", strong, knn=98.6), arm("graft", {}, knn=96.9))
+    assert found.champion == "graft"
+    assert found.notes[0] == "k-NN: pixels (98.6 %) is ahead of every trained arm (graft: 96.9 %)."
+    assert found.notes[1] == "linear: pixels (60.0 %) is ahead of every trained arm (graft: 50.0 %)."
+    assert found.notes[2].startswith("10 %: graft and pixels are undecided: graft is ahead by 1.0 points [-")
+    assert len(found.notes) == 3
+
+
+def test_without_baselines_the_champion_is_crowned_and_the_lack_is_said() -> None:
+    found = judged(arm("cl", {}, val=0.9), arm("graft", {}))
+    assert found.champion == "cl"
+    assert found.sentence.endswith("No baseline is among the arms, so nothing shows what the training is worth.")
+
+
+def test_arm_whose_checks_failed_is_marked_and_not_crowned() -> None:
+    found = judged(arm("pixels", WEAK, knn=9), arm("cl", {}), arm("graft", {}, val=0.9, trained=False))
+    assert found.champion == "cl"
+    assert found.notes == ["graft is not trained: its checks failed. It is never the champion."]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_repeated_subsets_are_told_and_compared_once(known: bool) -> None:
+    same = Data(subsets={"1pct": [1, 2], "10pct": [1, 2] if known else [1, 3]})
+    found = judged(arm("pixels", WEAK, knn=9), arm("graft", {}), data=same)
+    assert ("10 % has the same images as 1 %." in found.notes) == known
+    assert [p.task for p in found.pairs] == ["linear", "fewshot-1pct", *([] if known else ["fewshot-10pct"])]
+
+
+def test_small_validation_part_is_a_warning() -> None:
+    found = judged(arm("pixels", WEAK, knn=9), arm("graft", {}), data=Data(val=9))
+    assert found.notes[0].startswith("Warning: val has 9 images, so an accuracy of 50 % on it has the 95 % interval [")
+
+
+def test_verdict_reads_real_subsets(prepared: LabelledImages) -> None:
+    assert judge([arm("pixels", WEAK, knn=9), arm("graft", {})], prepared).champion == "graft"
