@@ -274,7 +274,7 @@ def test_score_is_of_the_test_images(features: Features, coloured: Coloured) -> 
 
 
 def test_augmented_probe_gets_normalised_crops_with_their_labels_at_a_cosines_rate(
-    features: Features, coloured: Coloured, tmp_path: Path
+    features: Features, coloured: Coloured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"method": "augmented", "crop_scale_min": 0.4, "flip_p": 0.5, "epochs": 3, "batch_size": 12}
     session = coloured.session({"linear": changes | {"base_lrs": [0.3], "weight_decays": [0]}}, tmp_path)
@@ -284,8 +284,9 @@ def test_augmented_probe_gets_normalised_crops_with_their_labels_at_a_cosines_ra
         arrived.append(images.clone())
         return encode(images)
 
+    monkeypatch.setattr(linear, "live_features_of", lambda *_about: watched)
     with arriving() as trainings:
-        evaluate_linear_augmented(features, watched, coloured.data, session, CPU)
+        evaluate_linear_augmented(features, coloured.mim, coloured.data, session, CPU)
     steps, batches = trainings[0].steps, slow(coloured, ids_in(coloured, "train"), "linear")
     assert len(arrived) == len(steps) == STEPS
     for number in (0, 1, STEPS - 1):

@@ -16,7 +16,7 @@ from arrivals import ARMS, Arrivals, Coloured, arriving
 from lgp.evaluate.fine_tuning import finetune
 from lgp.evaluate.linear import evaluate_linear_augmented
 from lgp.features.cache import FeatureCache
-from lgp.features.of_encoder import encoder_source, live_features_of
+from lgp.features.of_encoder import encoder_source
 from lgp.params.evaluate import FeatureParams
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -44,8 +44,7 @@ def probe(coloured: Coloured, folder: Path) -> None:
     session = coloured.session({"linear": linear}, folder)
     source = encoder_source(coloured.mim, FeatureParams(), CPU)
     features = FeatureCache(folder / "cache", FeatureParams(), 1.0).features(source, coloured.data)
-    encode = live_features_of(coloured.mim, FeatureParams(), CPU)
-    evaluate_linear_augmented(features, encode, coloured.data, session, CPU)
+    evaluate_linear_augmented(features, coloured.mim, coloured.data, session, CPU)
 
 
 def losses_of(name: str, recorded: Callable[[str], Arrivals], coloured: Coloured, folder: Path) -> list[float]:
