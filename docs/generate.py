@@ -42,6 +42,7 @@ NOTES = {
     "finetune.LABELS.mixup": "timm's mixup alpha; 0: none",
     "finetune.LABELS.pool": "class_token, or average of the patches",
     "finetune.LABELS.random_erasing": "probability",
+    "run.accept": "arms that are taken although the checks of their training fail",
     "run.accumulate": "stage: parts of a batch whose gradients are summed; mim, reverse and finetune only",
     "run.compile": "compile the blocks",
     "run.decoded_gib": "photographs up to that size stay decoded in memory, for each training process",

@@ -38,7 +38,6 @@ from lgp.data.loading import CropDataset
 from lgp.data.preparation import prepare
 from lgp.data.storage import Images
 from lgp.data.views import ColorJitter, color_jitter
-from lgp.errors import LgpError
 from lgp.evaluate.linear import evaluate_linear
 from lgp.evaluate.probe import LinearHeads, train_heads
 from lgp.features.cache import FeatureCache, FeatureSource
@@ -163,15 +162,10 @@ def train_timed(arm: str, params: Params, data: Images, folder: Path) -> list[fl
         save_encoder(
             before, build_encoder(params.model, params.data), params.model, params.data, data.normalization, {}
         )
-    try:
-        if arm == "graft":
-            pretrain_graft(session, before, before)
-        else:
-            {"mim": pretrain_mim, "cl": pretrain_cl}[arm](session)
-    except LgpError:
-        # so short a training may fail the sanity checks
-        if len(clock.ends) < getattr(params, arm).epochs:
-            raise
+    if arm == "graft":
+        pretrain_graft(session, before, before)
+    else:
+        {"mim": pretrain_mim, "cl": pretrain_cl}[arm](session)
     return [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
 
 

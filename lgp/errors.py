@@ -12,6 +12,10 @@ class LgpError(Exception):
     """
 
 
+class NotTrained(LgpError):  # noqa: N818 - it says what is the case
+    """A training that failed its checks. A stage publishes its outputs before it fails with this error."""
+
+
 def is_disk_full(error: OSError) -> bool:
     """Return whether a file-system error means that no space or no quota is left."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,14 +1,18 @@
 """Stage `cl`: contrastive learning from scratch (MoCo v3, Chen et al. 2021), the baseline."""
 
-from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile, Resume
+from stages.options import DEFAULT_PARAMS, Accept, Debug, Fresh, ParamsFile, Resume
 from stages.pretraining import pretraining
 
 
 def cl(
-    params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, resume: Resume = False, debug: Debug = False
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    fresh: Fresh = False,
+    resume: Resume = False,
+    accept: Accept = False,
+    debug: Debug = False,
 ) -> None:
     """Pre-train an encoder by contrastive learning from scratch, without labels."""
-    with pretraining("cl", params_file, fresh, resume) as training:
+    with pretraining("cl", params_file, fresh, resume, accept) as training:
         from lgp.pretrain.cl import pretrain_cl
 
         training.publish(pretrain_cl(training.session))

@@ -1,14 +1,18 @@
 """Stage `mim`: masked image modelling of the encoder (MAE, He et al. 2022)."""
 
-from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile, Resume
+from stages.options import DEFAULT_PARAMS, Accept, Debug, Fresh, ParamsFile, Resume
 from stages.pretraining import pretraining
 
 
 def mim(
-    params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, resume: Resume = False, debug: Debug = False
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    fresh: Fresh = False,
+    resume: Resume = False,
+    accept: Accept = False,
+    debug: Debug = False,
 ) -> None:
     """Pre-train an encoder by masked image modelling, without labels."""
-    with pretraining("mim", params_file, fresh, resume) as training:
+    with pretraining("mim", params_file, fresh, resume, accept) as training:
         from lgp.models.files import RECONSTRUCTIONS
         from lgp.pretrain.mim import pretrain_mim, write_reconstructions
 
@@ -17,5 +21,5 @@ def mim(
         pictures = write_reconstructions(
             run.out(training.folder) / RECONSTRUCTIONS, result, session.data, run.params.seed
         )
-        training.publish(result)
         run.tracker.log_reconstructions(pictures)
+        training.publish(result)

@@ -21,19 +21,23 @@ class Pretraining:
     session: "Session"
     folder: Path
     starts: Sequence[Path]
+    accept: bool
 
     def publish(self, result: "Pretrained") -> None:
-        """Write the arm, and log its encoder."""
+        """Write the arm, and log its encoder. It is the last act: it ends a stage whose checks failed."""
         from lgp.workflow.publishing import publish_arm
 
-        publish_arm(self.run, self.folder, result, self.session.data, self.starts)
+        publish_arm(self.run, self.folder, result, self.session.data, self.starts, self.accept)
 
 
 @contextmanager
 def pretraining(
-    arm: str, params_file: Path, fresh: bool, resume: bool, starts: Sequence[str] = ()
+    arm: str, params_file: Path, fresh: bool, resume: bool, accept: bool, starts: Sequence[str] = ()
 ) -> Iterator[Pretraining]:
-    """Run the block as the pre-training of `arm`. It starts from the encoders of the arms `starts`, if any."""
+    """Run the block as the pre-training of `arm`. It starts from the encoders of the arms `starts`, if any.
+
+    `accept` takes the arm even if the checks of its training fail.
+    """
     from lgp.workflow.pipeline import SECTIONS
     from lgp.workflow.stage import StageSpec, stage
 
@@ -53,4 +57,4 @@ def pretraining(
         if folders:
             run.tag_upstream(folders[0])
         session = Session(data, run.params, run.store, run.tracker, labels_if_any(PREPARED, LABELS))
-        yield Pretraining(run, session, arm_folder(arm), folders)
+        yield Pretraining(run, session, arm_folder(arm), folders, accept)

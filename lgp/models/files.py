@@ -1,8 +1,10 @@
-"""The file names of an arm's folder, and the digest of an encoder. Light: it imports no torch."""
+"""The file names of an arm's folder, the digest of an encoder, and whether it trained. Light: it imports no torch."""
 
+import json
 from pathlib import Path
 
 from lgp.compute.digests import file_digest
+from lgp.errors import LgpError
 from lgp.params.arms import how_to_get
 
 ENCODER = "encoder"  # a folder of the next three files
@@ -20,3 +22,21 @@ def no_encoder(folder: Path) -> str:
     """Return the message that an arm has no encoder folder yet, and how to get one."""
     arm = folder.parent.name
     return f"there is no encoder of arm {arm!r} yet (looked in {folder}): {how_to_get(arm)}"
+
+
+def check_trained(folder: Path) -> str | None:
+    """Return a warning where the checks of an encoder's training failed and the arm was accepted, else None.
+
+    Raises:
+        LgpError: the checks failed, and the arm was not accepted. The message says how to accept it.
+    """
+    provenance = json.loads((folder / PROVENANCE).read_text())
+    if provenance.get("metrics", {}).get("trained", True):  # imported encoders and baselines are not checked
+        return None
+    arm, faults = folder.parent.name, "; ".join(provenance["checks"]["faults"])
+    if not provenance["checks"]["accepted"]:
+        raise LgpError(
+            f"the arm {arm} did not train ({faults}): train it with other parameters, or take it as it is with "
+            f"`lgp {arm} --accept`"
+        )
+    return f"warning: the arm {arm} did not train ({faults}), and was accepted"

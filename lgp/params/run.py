@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from lgp.params.arms import TRAINED
-from lgp.params.section import Count, NonNegative, Positive, Section, Whole
+from lgp.params.section import ArmName, Count, NonNegative, Positive, Section, Whole
 
 
 class OnlineKnnParams(Section):
@@ -33,6 +33,14 @@ class RunParams(Section):
     feature_cache_gib: NonNegative = 20.0
     tracking_uri: str | None = None
     experiment: str = "lgp"
+    accept: list[ArmName] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _accepts_trained_arms_only(self) -> Self:
+        for arm in self.accept:
+            if arm not in TRAINED:
+                raise ValueError(f"accept names {arm}, which is not trained here: choose of {', '.join(TRAINED)}")
+        return self
 
     @model_validator(mode="after")
     def _accumulates_masked_modelling_only(self) -> Self:

@@ -51,6 +51,9 @@ def measure_conflict(session: Session, start: Path) -> pd.DataFrame:
     Returns:
         A row per part (`embed`, `block0` …, `norm`) and batch: the cosine of the two gradients, in [-1, 1], and the
         norm of each.
+
+    Raises:
+        LgpError: the encoder has other dimensions than the parameters, or the heads did not train on it.
     """
     params, settings = session.params, session.params.conflict
     check_encoder_fits(start, params.model, params.data)
@@ -76,7 +79,9 @@ def measure_conflict(session: Session, start: Path) -> pd.DataFrame:
         epochs=settings.head_epochs, batch_size=settings.batch_size, warmup_epochs=0, weight_decay=0
     )
     rates = {name: rate for name, _ in model.named_parameters()}
-    fit_arm(Objective("conflict", model, both, crops), rates, BETAS, training, session)
+    heads = fit_arm(Objective("conflict", model, both, crops), rates, BETAS, training, session)
+    if heads.checks.faults:
+        raise LgpError(f"conflict: the heads did not train on the encoder in {start}: {'; '.join(heads.checks.faults)}")
     for weight in weights.values():
         weight.requires_grad_(True)
     device = choose_device(params.run)

@@ -1,24 +1,53 @@
-"""Sanity checks after a training: every part of the model has moved, and the features have not collapsed."""
+"""Sanity checks of a training: every part of the model has moved, and the features have not collapsed."""
 
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lgp.errors import LgpError
 from lgp.models.roles import PretrainingModel
 
 # smallest distance of a part, relative to a random walk with the same learning rates
 MIN_MOVED = 0.01
-# smallest `features/std`: 1 is a uniform distribution on the unit sphere, 0 are constant features
-MIN_STD = 0.01
+# smallest usual `features/std`: 1 is a uniform distribution on the unit sphere, 0 are constant features
+LOW_STD = 0.01
+# features that deviate less are constant: rounding errors then make a good part of their effective rank
+MIN_STD = 1e-4
 MIN_EFFECTIVE_RANK = 1.5
 
+# what to do about a fault
+GO_FURTHER = "raise the learning rate or the epochs"
+HOLD_LESS = "lower the learning rate or the weight decay"  # weight decay bounds the weights, whatever the rate
+CALM_DOWN = "lower the learning rate, or raise crop_scale_min"
+REPORT = "this is a mistake in the code of the objective, report it"
+
 Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The findings of checks. `|` joins two.
+
+    Attributes:
+        metrics: name → measure.
+        faults: what failed → what to do. A model with a fault counts as not trained.
+        warnings: what is unusual, and why.
+    """
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    faults: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __or__(self, other: "Checked") -> "Checked":
+        """Return the findings of both."""
+        return Checked(
+            {**self.metrics, **other.metrics}, {**self.faults, **other.faults}, self.warnings + other.warnings
+        )
 
 
 def weights_of(model: nn.Module) -> Weights:
@@ -33,7 +62,7 @@ def check_weights(
     steps: int,
     optimizer: Optimizer,
     regularized: frozenset[str] = frozenset(),
-) -> dict[str, float]:
+) -> Checked:
     """Measure how far each part of a model moved, relative to its learning rates.
 
     The measure is the root mean square of (θ - θ_0) / sum of the learning rates. The sum is peak · steps / 2 for a
@@ -41,23 +70,24 @@ def check_weights(
     gives 1, and a random walk about 2 / √steps. Weight decay moves weights too, so a part must also have received a
     gradient. A momentum copy has no learning rate: its measure is the root mean square of θ - θ_0.
 
+    The checks hold at any step after the warm-up. The sum so far is then peak · steps / 2 or more, so the measure is
+    never too small.
+
     Args:
-        model: after the training.
+        model: after `steps` steps.
         initial: its weights before.
         rates: parameter name → peak learning rate.
-        steps: of the training.
-        optimizer: AdamW, after the training.
+        steps: done so far.
+        optimizer: AdamW, after `steps` steps.
         regularized: parameters whose parts may move by any distance above 0.
 
     Returns:
-        `moved/PART` → the measure; 0 for a frozen part.
-
-    Raises:
-        LgpError: a part with a learning rate got no gradient or did not move, a momentum copy did not follow, or a
-            parameter moved that is frozen or has no learning rate. The message names them.
+        `moved/PART` → the measure; 0 for a frozen part. Faults are: a part with a learning rate got no gradient or
+        did not move, a momentum copy did not follow, or a parameter moved that is frozen or has no learning rate.
     """
     squares: dict[str, list[Tensor]] = defaultdict(list)
-    faults, frozen, with_gradient = [], set(), set()
+    faults: dict[str, str] = {}
+    frozen, with_gradient = set(), set()
     roles, parameters = model.roles(), dict(model.named_parameters())
     for name, parameter in parameters.items():
         role, change = roles[name], parameter.detach().cpu().double() - initial[name].double()
@@ -65,7 +95,7 @@ def check_weights(
         if not parameters[learner].requires_grad or not rates[learner]:
             frozen.add(role.part)
             if change.any():
-                faults.append(f"{name} is frozen, but moved")
+                faults[f"{name} is frozen, but moved"] = REPORT
             continue
         squares[role.part].append((change / (1.0 if role.follows else rates[name] * steps / 2)).square().flatten())
         if role.follows or _saw_gradient(optimizer, parameter):
@@ -76,16 +106,14 @@ def check_weights(
     exempt = {roles[name].part for name in regularized} | copies
     for part, share in moved.items():
         if part not in with_gradient:
-            faults.append(f"no gradient reached {part}")
+            faults[f"no gradient reached {part}"] = REPORT
         elif share < least and part not in exempt:
-            faults.append(f"{part} moved by {share:.2g} of its learning rates, expected at least {least:.2g}")
+            faults[f"{part} moved by {share:.2g} of its learning rates, expected at least {least:.2g}"] = HOLD_LESS
         # a momentum copy moves one step later than the encoder, which first moves with a learning rate above 0
         elif not share and (steps > 2 or part not in copies):
-            faults.append(f"{part} did not move")
-    if faults:
-        raise LgpError(f"the model did not train: {'; '.join(faults[:6])}")
+            faults[f"{part} did not move"] = GO_FURTHER
     shares = {f"moved/{part}": float(f"{share:.4g}") for part, share in moved.items()}
-    return shares | {f"moved/{part}": 0.0 for part in frozen - moved.keys()}
+    return Checked(shares | {f"moved/{part}": 0.0 for part in frozen - moved.keys()}, faults)
 
 
 def _saw_gradient(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
@@ -93,24 +121,32 @@ def _saw_gradient(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
     return second_moment is not None and bool(second_moment.any())
 
 
-def check_features(features: np.ndarray) -> dict[str, float]:
-    """Measure the standard deviation and the effective rank of features (N, D). Constant features have collapsed.
+def check_features(features: np.ndarray) -> Checked:
+    """Measure the standard deviation and the effective rank of features (N, D).
 
     `features/std` is the mean standard deviation of the features on the unit sphere, times √D. It is 1 for a uniform
     distribution (Chen and He 2021, section 4.1). `features/effective_rank` is exp of the entropy of the normalised
     singular values of the centred features (Roy and Vetterli 2007).
 
-    Raises:
-        LgpError: the features have collapsed.
+    Returns:
+        Both measures. Features that are constant or lie on one line have collapsed, which is a fault. Features that
+        deviate little in many directions are those of a short training, which is a warning.
     """
+    if not np.isfinite(features).all():
+        return Checked({"features/std": 0.0, "features/effective_rank": 0.0}, {"a feature is not finite": CALM_DOWN})
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     std = float(unit.std(axis=0).mean() * math.sqrt(features.shape[1]))
     singular = np.linalg.svd(features - features.mean(axis=0), compute_uv=False)
     share = singular / max(float(singular.sum()), 1e-12)
     rank = float(np.exp(-(share * np.log(np.maximum(share, 1e-12))).sum()))
-    if not std >= MIN_STD or not rank >= MIN_EFFECTIVE_RANK:
-        raise LgpError(
-            f"the features collapsed: deviation on the unit sphere {std:.3g} (alarm below {MIN_STD}), effective rank "
-            f"{rank:.3g} (alarm below {MIN_EFFECTIVE_RANK}): lower the learning rate, or raise crop_scale_min"
-        )
-    return {"features/std": float(f"{std:.4g}"), "features/effective_rank": float(f"{rank:.4g}")}
+    failed = [f"effective rank {rank:.3g} (alarm below {MIN_EFFECTIVE_RANK})"] if rank < MIN_EFFECTIVE_RANK else []
+    failed += [f"deviation on the unit sphere {std:.3g} (alarm below {MIN_STD})"] if std < MIN_STD else []
+    short = (
+        f"too few epochs or too low a learning rate: the features deviate by {std:.3g} on the unit sphere (usual: "
+        f"{LOW_STD} or more), at an effective rank of {rank:.3g}"
+    )
+    return Checked(
+        {"features/std": float(f"{std:.4g}"), "features/effective_rank": float(f"{rank:.4g}")},
+        {f"the features collapsed: {', '.join(failed)}": CALM_DOWN} if failed else {},
+        (short,) if std < LOW_STD and not failed else (),
+    )

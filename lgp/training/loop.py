@@ -46,7 +46,8 @@ class Progression:
 
     step: int = 0
     loss_sum: float = 0.0  # over the steps of the running epoch
-    train_flops: int = 0  # of the whole training, counted on its first step
+    train_flops: int = 0  # of the whole training, counted on its first step; of the steps done where it ended early
+    ended_early: bool = False
     history: list[Epoch] = field(default_factory=list)
 
 
@@ -80,6 +81,10 @@ def _nothing_more(_epoch: int) -> Epoch:
     return {}
 
 
+def _never_dead(_epoch: int) -> bool:
+    return False
+
+
 @dataclass(kw_only=True)
 class Trainer:
     """A model, its loss, and its training batches.
@@ -100,6 +105,7 @@ class Trainer:
         store: the resume states. `fit` continues from the newest one, if any.
         observer: logs every epoch. After a resume it logs the earlier epochs again.
         after_epoch: called by the first process with an epoch's number, from 1. The observer logs what it measures.
+        is_dead: called by the first process after each epoch but the last, with its number. True ends the training.
     """
 
     name: str
@@ -115,9 +121,12 @@ class Trainer:
     store: StateStore
     observer: Observer
     after_epoch: Callable[[int], Epoch] = _nothing_more
+    is_dead: Callable[[int], bool] = _never_dead
 
     def fit(self) -> Progression:
         """Train to the end, from the newest resume state or from the start.
+
+        A training that is dead ends early in all processes, with its state saved. It is not continued.
 
         Raises:
             LgpError: the loss is not finite. The message says step and rate. The last good state is kept.
@@ -135,7 +144,8 @@ class Trainer:
         per_epoch, total = self.crops.steps_per_epoch, self.epochs * self.crops.steps_per_epoch
         every_s = self.settings.print_every_s if rank() == 0 else None
         progress = Progress(self.name, self.epochs, per_epoch, self.crops.batch_size, self.now.step, every_s)
-        batches = loader(self.crops, self.now.step, total, self.settings.workers, pin=self.device.type == "cuda")
+        last = self.now.step if self.now.ended_early else total
+        batches = loader(self.crops, self.now.step, last, self.settings.workers, pin=self.device.type == "cuda")
         interruption = Interruption()
         self.model.train()
         compiled = _compiled(self.model) if self.settings.compile else nullcontext()
@@ -148,8 +158,11 @@ class Trainer:
                     progress.step(self.now.step, self._check_losses())
                 if epoch_ends:
                     self._end_epoch()
-                if request:
+                    self._end_if_dead(total)
+                if request or self.now.ended_early:
                     self._save()
+                if self.now.ended_early:
+                    break
                 if request == STOP and self.now.step < total:
                     self._stop(interruption)
         return self.now
@@ -225,6 +238,14 @@ class Trainer:
         self.now.loss_sum = 0.0
         self.now.history.append(values)
         self.observer.log_epoch(values)
+
+    def _end_if_dead(self, total: int) -> None:
+        """Decide in the first process whether the training ends here. All processes follow."""
+        dead = rank() == 0 and self.now.step < total and self.is_dead(len(self.now.history))
+        self.model.train()
+        self.now.ended_early = bool(agree(int(dead)))
+        if self.now.ended_early:
+            self.now.train_flops = self.now.train_flops // total * self.now.step
 
     def _save_due(self, epoch_ends: bool, total: int) -> bool:
         """Return whether to save now.

@@ -13,9 +13,9 @@ def write_metrics(run: StageRun, written: Path, metrics: dict[str, Any]) -> None
     Args:
         run: the stage.
         written: the file, at or below an `out` path of the stage.
-        metrics: flat, by name; texts and lists are written and not tracked.
+        metrics: flat, by name; texts and lists are written and not tracked. True is tracked as 1, false as 0.
     """
     written.write_text(json.dumps(metrics, indent=2) + "\n")
     # the loss is tracked epoch by epoch already
-    numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "train/loss"}
+    numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and k != "train/loss"}
     run.tracker.log_metrics(numbers)

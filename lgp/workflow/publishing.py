@@ -2,10 +2,11 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lgp.errors import NotTrained
 from lgp.models.encoder_folder import save_encoder, save_pixels
 from lgp.models.files import ARM_METRICS, CURVES, ENCODER, PROVENANCE, encoder_digest
 from lgp.models.heads_file import save_heads
@@ -24,8 +25,12 @@ if TYPE_CHECKING:  # an evaluation does not import what pre-trains
 CURVE_COLUMNS = ["epoch", "train/loss", "train/lr"]  # without the online k-NN: a key of `run` sets it
 
 
-def publish_arm(run: StageRun, folder: Path, result: "Pretrained", data: "Images", starts: Sequence[Path] = ()) -> None:
+def publish_arm(
+    run: StageRun, folder: Path, result: "Pretrained", data: "Images", starts: Sequence[Path], accept: bool
+) -> None:
     """Write a trained arm, and log its encoder as a model of the registry.
+
+    An arm whose checks failed is written too. Its metric `trained` is false, and its provenance has the faults.
 
     Args:
         run: the stage.
@@ -33,7 +38,13 @@ def publish_arm(run: StageRun, folder: Path, result: "Pretrained", data: "Images
         result: the finished pre-training.
         data: the images that it was trained on.
         starts: encoder folders that it started from. `train/pflop_total` includes their compute.
+        accept: take the arm even if its checks failed. `run.accept` does the same by name.
+
+    Raises:
+        NotTrained: the checks failed, and the arm is not accepted. Everything is written.
     """
+    checks, trained = result.checks, not result.checks.faults
+    accepted = not trained and (accept or run.spec.arm in run.params.run.accept)
     out, model, history = run.out(folder), result.model, result.progression.history
     save_heads(out, model.heads(), model.first_fc())
     with (out / CURVES).open("w", newline="") as file:
@@ -45,11 +56,33 @@ def publish_arm(run: StageRun, folder: Path, result: "Pretrained", data: "Images
         "train/loss": round(history[-1]["train/loss"], 6),
         "train/pflop": round(pflop, 9),
         "train/pflop_total": round(pflop + sum(_pflop_of(start) for start in starts), 9),
-        **result.checks,
+        "train/epochs": len(history),
+        "trained": trained,
+        **checks.metrics,
         "encoder_parameters": sum(p.numel() for p in model.encoder.parameters()),
     }
-    provenance = run.provenance | {"computed": dict(result.computed), "metrics": values}
+    provenance = run.provenance | {
+        "computed": dict(result.computed),
+        "metrics": values,
+        "checks": {"faults": dict(checks.faults), "warnings": checks.warnings, "accepted": accepted},
+    }
     _publish_encoder(run, folder, model.encoder, data.normalization, provenance)
+    run.tracker.tag("trained", str(trained).lower())
+    for warning in checks.warnings:
+        print(f"warning: {run.spec.arm}: {warning}", flush=True)
+    if accepted:
+        print(f"warning: {run.spec.arm} did not train, and is accepted: {'; '.join(checks.faults)}", flush=True)
+    elif not trained:
+        raise NotTrained(_not_trained(run.spec.arm, folder, checks.faults))
+
+
+def _not_trained(arm: str, folder: Path, faults: Mapping[str, str]) -> str:
+    """Return the message that the checks of an arm failed: what failed, and what to do."""
+    named, remedies = list(faults)[:6], list(dict.fromkeys(faults.values()))
+    return (
+        f"{arm} did not train: {'; '.join(named)}: {', or '.join(remedies)}; {folder} has it with `trained: false`, "
+        f"take it as it is with `lgp {arm} --accept`, or with run.accept: [{arm}] for `dvc repro`"
+    )
 
 
 def publish_imported(run: StageRun, folder: Path, imported: "Imported") -> None:

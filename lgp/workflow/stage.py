@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lgp.compute.launch import WorkerDone, launch, launched, launched_rank
-from lgp.errors import LgpError, check_disk_space
-from lgp.models.files import WEIGHTS, encoder_digest, no_encoder
+from lgp.errors import LgpError, NotTrained, check_disk_space
+from lgp.models.files import WEIGHTS, check_trained, encoder_digest, no_encoder
 from lgp.params.file import Params, load_params, restricted, section_values
 from lgp.training.resume_states import StateStore
 from lgp.workflow import tracking
@@ -64,7 +64,7 @@ class StageRun:
     _partial: dict[Path, Path]
 
     def out(self, path: Path) -> Path:
-        """Return where to write the output `path`. The output is moved to `path` when the stage succeeds."""
+        """Return where to write the output `path`. The output is moved to `path` at the end of the stage."""
         return self._partial[path]
 
     def tag_upstream(self, encoder: Path) -> None:
@@ -81,7 +81,11 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
     Inputs, parameters and code are digested at the start and again at the end. DVC records their state at the end of a
     command. A stage therefore fails where one of them changed while it ran, and the error names it.
 
+    A block that raises `NotTrained` has written its outputs. They are published before the stage fails. The resume
+    state is kept, so that the same command with `--accept` does not train again.
+
     Raises:
+        NotTrained: the block raised it.
         LgpError: the parameters or inputs are not valid, another process runs the same stage on the same inputs, or an
             input changed while the stage ran.
     """
@@ -94,12 +98,15 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
     for path in spec.reads:
         if not path.exists():
             raise LgpError(f"{spec.name} needs {path}, which does not exist: {_remedy(path)}, or `dvc repro`")
+    checked = [check_trained(path.parent) for path in spec.reads if path.name == WEIGHTS]
     if spec.trains and params.run.processes > 1 and not launched():
         launch(spec.name, params.run.processes)
     visible = restricted(params, spec.sections)
     if launched_rank() > 0:
         yield from _as_worker(spec, visible, root)
         return
+    for warning in filter(None, checked):
+        print(warning, flush=True)
     check_disk_space(root, RESERVE_BYTES)
     before = _digests(spec, params, root)
     git = git_state(source_root())
@@ -124,10 +131,16 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
             provenance["resumed_from_code"] = store.adopted()
         partial = {path: _start_output(path) for path in spec.writes}
         with tracking.tracked(_description(spec, params, before, git), root, store.run_id_file) as tracker:
-            yield StageRun(spec, visible, provenance, tracker, store, partial)
+            failure = None
+            try:
+                yield StageRun(spec, visible, provenance, tracker, store, partial)
+            except NotTrained as e:
+                failure = e
             _check_unchanged(spec, before, params_file, root)
             for path, written in partial.items():
                 _publish(written, path)
+            if failure is not None:
+                raise failure
             # an encoder is registered only after it is checked and published
             tracker.register()
         succeeded = True

@@ -1,5 +1,6 @@
 """Several processes (gloo) against one process with the whole batch."""
 
+import contextlib
 import json
 import os
 import socket
@@ -24,7 +25,7 @@ from lgp.models.simclr import nt_xent
 from lgp.models.vicreg import vicreg_loss
 from lgp.params.file import Params
 from lgp.params.pretrain import VicregWeights
-from lgp.pretrain.arm import Session
+from lgp.pretrain.arm import Checks, Session
 from lgp.pretrain.batch_checks import check_batch
 from lgp.pretrain.cl import pretrain_cl
 from lgp.pretrain.mim import pretrain_mim
@@ -205,6 +206,36 @@ def test_one_two_and_four_processes_have_the_same_losses(
         together = json.loads((folder / "losses.json").read_text())
         for arm, of_arm in alone.items():
             assert together[arm] == pytest.approx(of_arm, rel=1e-5), (arm, processes)
+
+
+def one_dead_trainer(rank: int, port: int, values: str, prepared: str, folder: str) -> None:
+    """Train until the first process finds the training dead after its first epoch, and write the steps done."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RUN_ID": "test",
+        "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
+    }  # fmt: skip
+    steps: list[int] = []
+    take_step = engine.Trainer._step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checks, "find_dead", lambda _, epoch: rank == 0 and epoch == 1)
+        patch.setattr(
+            engine.Trainer, "_step", lambda self, *rest: (steps.append(self.now.step), take_step(self, *rest))
+        )
+        session = Session(
+            Images(Path(prepared)),
+            Params.model_validate(json.loads(values)),
+            StateStore(Path(folder), "code"),
+            Silent(),
+        )
+        with contextlib.suppress(WorkerDone):
+            pretrain_mim(session)
+    Path(folder, f"{rank}.json").write_text(json.dumps(steps))
+
+
+def test_dead_training_ends_in_all_processes(tmp_path: Path, values: dict[str, Any], prepared: LabelledImages) -> None:
+    given = (free_port(), json.dumps(values), str(prepared.folder), str(tmp_path))
+    mp.spawn(one_dead_trainer, args=given, nprocs=2)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [[0, 1, 2]] * 2
 
 
 def test_accumulated_parts_have_the_losses_of_the_whole_batch(

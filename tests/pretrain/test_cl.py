@@ -35,7 +35,10 @@ def test_every_objective_is_built_and_trains(
     assert isinstance(result.model, model)
     copies = {"momentum_encoder", "momentum_projector"} if objective == "mocov3" else set()
     parts = {"embed", "block0", "block1", "block2", "norm", "heads"} | copies
-    assert result.checks.keys() == {f"moved/{part}" for part in parts} | {"features/std", "features/effective_rank"}
+    assert result.checks.metrics.keys() == {f"moved/{part}" for part in parts} | {
+        "features/std",
+        "features/effective_rank",
+    }
 
 
 def test_vicreg_weighs_its_terms_by_the_parameters(values: Any) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,10 @@ from lgp.models.encoder_folder import load_encoder
 from lgp.models.files import encoder_digest
 from lgp.models.vit import tokens_by_block
 from lgp.params.file import Params
-from lgp.pretrain import conflict
+from lgp.pretrain import conflict, sanity_checks
 from lgp.pretrain.arm import LossOf, Session
 from lgp.pretrain.conflict import advice, knn_by_block, measure_conflict, rates_for, read_conflict, suggest_cut
+from lgp.pretrain.sanity_checks import Checked
 from lgp.training.resume_states import StateStore
 
 Loss = LossOf
@@ -81,7 +83,7 @@ def test_equal_and_opposite_losses_agree_and_disagree_fully(
     losses: list[Loss] = []
     spied(monkeypatch, "masked_loss_of", lambda _, loss_of: losses.append(loss_of) or loss_of)  # type: ignore[func-returns-value]
     spied(monkeypatch, "contrastive_loss_of", lambda _, __: lambda batch: sign * losses[0](batch))
-    monkeypatch.setattr(conflict, "fit_arm", lambda *_: None)
+    monkeypatch.setattr(conflict, "fit_arm", lambda *_: SimpleNamespace(checks=Checked()))
     assert measure_conflict(session, start)["cosine"].to_numpy() == pytest.approx(sign, abs=1e-5)
 
 
@@ -90,11 +92,11 @@ def test_fitting_the_heads_leaves_the_encoder_as_it_was(
 ) -> None:
     fitted: list[Any] = []
     fit = conflict.fit_arm
-    monkeypatch.setattr(conflict, "fit_arm", lambda *args: fitted.append(fit(*args)))
+    monkeypatch.setattr(conflict, "fit_arm", lambda *args: fitted.append(fit(*args)) or fitted[0])  # type: ignore[func-returns-value]
     measure_conflict(session, start)
     before = load_encoder(start).state_dict()
     assert all(torch.equal(t, before[n]) for n, t in fitted[0].model.encoder.state_dict().items())
-    moved = {name for name, share in fitted[0].checks.items() if name.startswith("moved/") and share}
+    moved = {name for name, share in fitted[0].checks.metrics.items() if name.startswith("moved/") and share}
     assert moved == {"moved/heads", "moved/momentum_projector"}
 
 
@@ -120,6 +122,12 @@ def test_knn_by_block_is_of_images_with_the_encoders_statistics(session: Session
     prepared, foreign = session.data, session.data.normalized_by(FOREIGN)
     found, expected = (knn_by_block(foreign_folder, data, session.params) for data in (prepared, foreign))
     assert found == expected
+
+
+def test_heads_that_do_not_train_are_told(session: Session, start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanity_checks, "MIN_EFFECTIVE_RANK", 1e3)
+    with pytest.raises(LgpError, match=r"the heads did not train on the encoder in .*: the features collapsed"):
+        measure_conflict(session, start)
 
 
 def test_tokens_of_the_last_block_end_in_the_features(session: Session, start: Path) -> None:

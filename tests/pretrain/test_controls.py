@@ -48,7 +48,7 @@ def test_joint_sums_both_losses_on_one_encoder(session: Session, monkeypatch: py
         "moved/heads",
         "moved/momentum_encoder",
         "moved/momentum_projector",
-    } <= result.checks.keys()
+    } <= result.checks.metrics.keys()
 
 
 def test_reverse_continues_from_the_contrastive_encoder(

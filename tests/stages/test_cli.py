@@ -488,6 +488,133 @@ def test_interrupted_stage_goes_on_in_the_same_run(project: Path, monkeypatch: p
     assert Path("models/mim/encoder/model.safetensors").read_bytes() == encoder
 
 
+@pytest.fixture
+def collapsed(project: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project in which a training is over and `mim` failed its checks."""
+    shutil.copytree(finished / "data", project / "data")
+    monkeypatch.setattr("lgp.pretrain.sanity_checks.MIN_EFFECTIVE_RANK", 1e3)
+    error = error_of(lgp("mim"))
+    assert error.startswith("error: mim did not train: the features collapsed: effective rank ")
+    assert error.endswith(
+        "(alarm below 1000.0): lower the learning rate, or raise crop_scale_min; models/mim has it with "
+        "`trained: false`, take it as it is with `lgp mim --accept`, or with run.accept: [mim] for `dvc repro`"
+    )
+    return project
+
+
+def checks_of(arm: str) -> dict[str, Any]:
+    provenance = json.loads(Path("models", arm, "encoder", "provenance.json").read_text())
+    metrics = json.loads(Path("models", arm, "metrics.json").read_text())
+    assert provenance["metrics"] == metrics
+    checks: dict[str, Any] = provenance["checks"]
+    return {"trained": metrics["trained"], **checks}
+
+
+def run_of(arm: str, folder: Path) -> Any:
+    """Return the one tracked pre-training of an arm, and how many encoders of it are registered."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("lgp").experiment_id
+    (run,) = client.search_runs([experiment], f"tags.stage = '{arm}'")
+    return run, len(client.search_model_versions(f"tag.arm = '{arm}'"))
+
+
+def test_training_that_fails_its_checks_is_published_as_not_trained(collapsed: Path) -> None:
+    checks = checks_of("mim")
+    assert (checks["trained"], checks["accepted"]) == (False, False)
+    assert [fault.split(":")[0] for fault in checks["faults"]] == ["the features collapsed"]
+    assert {p.name for p in Path("models/mim").iterdir()} >= {"encoder", "curves.csv", "reconstructions.safetensors"}
+    run, registered = run_of("mim", collapsed)
+    assert (run.info.status, run.data.tags["trained"], run.data.metrics["trained"]) == ("FAILED", "false", 0.0)
+    assert not registered
+
+
+def test_stages_refuse_an_arm_that_did_not_train(collapsed: Path) -> None:
+    assert lgp("labels").exit_code == 0
+    refused = [["graft"], ["linear", "mim"], ["fewshot", "mim", "1pct"], ["finetune", "mim", "10pct"]]
+    for command in [*refused, ["conflict", "mim"], ["export", "mim", "mim.pth"]]:
+        error = error_of(lgp(*command))
+        assert error.startswith("error: the arm mim did not train (the features collapsed: "), command
+        assert error.endswith("or take it as it is with `lgp mim --accept`"), command
+    assert not Path("models/graft").exists()
+    assert not Path("mim.pth").exists()
+
+
+@pytest.mark.parametrize("how", ["--accept", "run.accept"])
+def test_finished_training_is_accepted_without_another_step(
+    how: str, collapsed: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lgp.training.loop import Trainer
+
+    encoder = Path("models/mim/encoder/model.safetensors").read_bytes()
+    monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("trained again"))
+    assert "mim did not train" in error_of(lgp("mim"))
+    if how == "run.accept":
+        write(merged(values, {"run": {"accept": ["mim"]}}))
+    accepted = lgp("mim", *([how] if how == "--accept" else []))
+    assert accepted.exit_code == 0, accepted.output
+    assert "warning: mim did not train, and is accepted: the features collapsed" in accepted.output
+    assert Path("models/mim/encoder/model.safetensors").read_bytes() == encoder
+    checks = checks_of("mim")
+    assert (checks["trained"], checks["accepted"]) == (False, True)
+    run, registered = run_of("mim", collapsed)
+    assert (run.info.status, run.data.tags["trained"], registered) == ("FINISHED", "false", 1)
+    assert not list(Path(".lgp/resume").rglob("state*"))
+
+
+def test_accepted_arm_is_used_with_a_warning(collapsed: Path) -> None:
+    assert lgp("mim", "--accept").exit_code == 0
+    assert lgp("labels").exit_code == 0
+    for command in [["linear", "mim"], ["export", "mim", "mim.pth"]]:
+        result = lgp(*command)
+        assert result.exit_code == 0, result.output
+        assert result.output.count("warning: the arm mim did not train (the features collapsed: ") == 1
+
+
+def test_accepting_a_training_that_passes_changes_nothing(finished: Path, project: Path) -> None:
+    shutil.copytree(finished / "data", project / "data")
+    assert lgp("mim", "--accept").exit_code == 0
+    assert checks_of("mim") == {"trained": True, "faults": {}, "warnings": [], "accepted": False}
+
+
+def test_arms_that_trained_say_so(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished)
+    for arm in TRAINED:
+        assert checks_of(arm) == {"trained": True, "faults": {}, "warnings": [], "accepted": False}
+        assert json.loads(Path("models", arm, "metrics.json").read_text())["train/epochs"] == 2
+    run, registered = run_of("mim", finished)
+    assert (run.data.tags["trained"], run.data.metrics["trained"], registered) == ("true", 1.0, 1)
+
+
+def test_short_training_is_a_warning(finished: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(finished / "data", project / "data")
+    monkeypatch.setattr("lgp.pretrain.sanity_checks.LOW_STD", 10.0)
+    result = lgp("mim")
+    assert result.exit_code == 0, result.output
+    assert "warning: mim: too few epochs or too low a learning rate: the features deviate by " in result.output
+    assert checks_of("mim")["trained"]
+    assert [w.split(":")[0] for w in checks_of("mim")["warnings"]] == ["too few epochs or too low a learning rate"]
+
+
+def test_failed_checks_do_not_hide_an_edit_of_the_parameters(
+    finished: Path, project: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lgp.pretrain import sanity_checks
+
+    shutil.copytree(finished / "data", project / "data")
+    check_features = sanity_checks.check_features
+
+    def edited_meanwhile(features: Any) -> Any:
+        write(merged(values, {"mim": {"epochs": 3}}))
+        return check_features(features)
+
+    monkeypatch.setattr(sanity_checks, "MIN_EFFECTIVE_RANK", 1e3)
+    monkeypatch.setattr("lgp.pretrain.arm.check_features", edited_meanwhile)
+    assert "mim: parameters changed while it ran" in error_of(lgp("mim"))
+    assert not Path("models/mim").exists()
+
+
 def test_stages_read_only_the_sections_they_list(
     project: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
