@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from arrivals import saved_encoder
 from conftest import FOREIGN, Silent, is_foreign, merged
-from test_graft import saved
 from torch import Tensor
 
 from lgp.data.labels import LabelledImages
@@ -39,7 +39,7 @@ def session(tmp_path: Path, values: Any, prepared: LabelledImages) -> Session:
 
 @pytest.fixture
 def start(tmp_path: Path, session: Session) -> Path:
-    return saved(tmp_path / "mim" / "encoder", session.params, session.data, 1)
+    return saved_encoder(tmp_path / "mim" / "encoder", session.params, session.data, 1)
 
 
 def spied(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Any, Loss], Loss]) -> None:
@@ -112,7 +112,7 @@ def test_both_losses_are_of_images_with_the_encoders_statistics(
         return encoder
 
     monkeypatch.setattr(conflict, "load_encoder", watched)
-    monkeypatch.setattr(conflict, "fit_arm", lambda *_: None)
+    monkeypatch.setattr(conflict, "fit_arm", lambda *_: SimpleNamespace(checks=Checked()))
     measure_conflict(session, foreign_folder)
     assert len(seen) >= 3 * 2
     assert all(map(is_foreign, seen))
@@ -194,7 +194,7 @@ def test_a_table_of_another_encoder_is_refused(session: Session, start: Path, tm
         read_conflict(path, start)
     cosines([0.1, 0.2]).assign(encoder=encoder_digest(start)).to_csv(path, index=False)
     assert read_conflict(path, start)["cosine"].tolist() == cosines([0.1, 0.2])["cosine"].tolist()
-    saved(start, session.params, session.data, 2)
+    saved_encoder(start, session.params, session.data, 2)
     with pytest.raises(LgpError, match=r"was measured on another encoder of mim: run `lgp conflict mim` again"):
         read_conflict(path, start)
 
