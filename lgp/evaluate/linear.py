@@ -111,7 +111,7 @@ def _outcome(heads: LinearHeads, features: Features, params: LinearParams, devic
     by_depth = {
         f"test/knn_top1_block{b}": percent(_knn(features, "test", b, params, device)) for b in range(depth) if depth > 1
     }
-    picked = {"base_lr": chosen.base_lr, "weight_decay": chosen.weight_decay}
+    picked = {"base_lr": chosen.base_lr, "weight_decay": chosen.weight_decay, "knn_k": float(params.knn_k)}
     return Outcome(outcome.metrics | knn | by_depth | picked, outcome.predictions)
 
 

@@ -71,7 +71,7 @@ def page_of(
     lines += _paragraph(
         "Top-1 accuracy on test in percent, with its 95 % interval. The interval is over test images and subsets of "
         "labels together. Where there is one subset (k-NN, the linear probe) it is Wilson's. It covers one "
-        "pre-training of each arm."
+        f"pre-training of each arm. {_knn_variant(arms)}"
     )
     lines += ["", *_table(header, rows), *_comparison(verdict.pairs), *_more_measures(arms), *_compute(folders), ""]
     if leads := leader(arms):
@@ -79,6 +79,14 @@ def page_of(
     for name in drawn:
         lines += [f"**{PICTURES[name]}**", "", f"![{name.replace('_', ' ')}](figures/{name}.png)", ""]
     return "\n".join(lines)
+
+
+def _knn_variant(arms: list[ArmOutcomes]) -> str:
+    """Name the variant of k-NN. Variants of one encoder differ by tens of points."""
+    neighbours = {f"{a.tasks['linear'].metrics['knn_k']:.0f}" for a in arms}
+    return (
+        f"k-NN is of {' or '.join(sorted(neighbours))} neighbours, by the cosine of raw features after the final norm."
+    )
 
 
 def _comparison(pairs: list[Pair]) -> list[str]:

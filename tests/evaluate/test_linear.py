@@ -61,6 +61,7 @@ def test_every_metric_is_there_and_knn_is_of_each_block(features: Features, para
         score = 100 * theirs.fit(train, features.y["train"]).score(test, features.y["test"])
         assert metrics[f"test/knn_top1_block{block}"] == pytest.approx(score, abs=2)  # images at equal votes
     assert metrics["test/knn_top1"] == metrics["test/knn_top1_block2"]
+    assert metrics["knn_k"] == params.linear.knn_k
 
 
 def test_augmented_probe_learns_from_live_features_and_resumes_to_the_bit(

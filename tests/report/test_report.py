@@ -51,7 +51,7 @@ def outcome(subsets: int, labels: int, accuracy: float, val: float, seed: int) -
 
 def arm(name: str, accuracy: float, val: float, seed: int) -> ArmOutcomes:
     linear = outcome(1, 1000, accuracy, val, seed)
-    knn = {"test/knn_top1": 88.0, "test/knn_top1_low": 74.0, "test/knn_top1_high": 95.0}
+    knn = {"knn_k": 20.0, "test/knn_top1": 88.0, "test/knn_top1_low": 74.0, "test/knn_top1_high": 95.0}
     linear = Outcome(linear.metrics | knn, linear.predictions)
     few = {f"fewshot-{n}": outcome(3, labels, accuracy, val, seed) for n, labels in (("1pct", 10), ("10pct", 100))}
     return ArmOutcomes(name, {"linear": linear, **few, "finetune-10pct": outcome(3, 100, accuracy, val, seed + 9)})
@@ -310,6 +310,7 @@ def test_report_is_written_whole(tmp_path: Path, params: Params, prepared: Label
     assert " ".join(page.split()).startswith(f"# Label efficiency **{verdict[0]}** {verdict[1]}")
     assert f"{len(prepared.ids('train'))} train, 0 unlabeled, {len(prepared.ids('val'))} val" in page
     assert "leader of the pictures (best validation accuracy at the fewest labels) is cl" in page
+    assert "k-NN is of 20 neighbours, by the cosine of raw features after the final norm." in " ".join(page.split())
     assert "The table makes 21 comparisons" in " ".join(page.split())
     named = re.findall(r"\]\(figures/(\w+)\.png\)", page)
     assert named == ["label_efficiency", "accuracy_per_class", "confusion", "worst_mistakes"]
