@@ -89,8 +89,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "reverse": {},
 }
 
-# MAE's code resizes bicubically; here every arm resizes bilinearly
-INTERPOLATIONS = defaultdict(lambda: InterpolationMode.BILINEAR)
+# as in the released code
+INTERPOLATIONS = defaultdict(
+    lambda: InterpolationMode.BILINEAR, dict.fromkeys(("mim", "reverse", "finetune"), InterpolationMode.BICUBIC)
+)
 
 
 def saved_encoder(folder: Path, params: Params, data: LabelledImages, seed: int) -> Path:
@@ -291,10 +293,10 @@ class Slow:
         flips = random_flips(len(ids), self.number, self.views.flip_p, rng)
         crops = []
         for row, i in enumerate(ids):
-            image = tvf.pil_to_tensor(self.data.open_image(i)).float()
+            image = tvf.pil_to_tensor(self.data.open_image(i))
             crop = tvf.resized_crop(image, *boxes[row, view].tolist(), [size, size], self.interpolation)
             crops.append(tvf.horizontal_flip(crop) if flips[row, view] else crop)
-        return torch.stack(crops).round().clamp(0, 255) / 255
+        return torch.stack(crops).float() / 255
 
     def coloured(self, step: int, view: int) -> Tensor:
         """Return the crops of one contrastive view with the colours that are drawn for it."""

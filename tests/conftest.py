@@ -34,6 +34,7 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 FOREIGN = Normalization((0.9,), (0.1,))
 
 SMALL = {
+    "seed": 0,
     "data": {"max_train_images": 300},
     "model": {"width": 16, "depth": 3, "heads": 2},
     "contrastive": {"projector_hidden": 32, "projector_dim": 16, "predictor_hidden": 32},

@@ -164,7 +164,8 @@ def test_rand_augment_is_timms_on_each_crop(coloured: Coloured, tmp_path: Path) 
     (arrivals,), _ = tuned(coloured, tmp_path, most=2, rand_augment=description)
     batches = slow(coloured, ids_in(coloured, "train"), "finetune/0")
     colour = tuple(round(255 * mean) for mean in coloured.data.mean)
-    augment = rand_augment_transform(description, {"img_mean": colour, "translate_const": round(0.45 * 8)})
+    about = {"img_mean": colour, "translate_const": round(0.45 * 8), "interpolation": Image.Resampling.BICUBIC}
+    augment = rand_augment_transform(description, about)
     crops = (batches.crops(1, 0) * 255).byte().permute(0, 2, 3, 1).numpy()
     augmented = []
     for row, crop in enumerate(crops):
