@@ -33,13 +33,12 @@ TUNING = ROOT / "benchmarks" / "digits-tuning.csv"
 TUNED_ON = 0
 SEEDS = (5, 6, 7, 8, 9)
 RATES = (4e-3, 8e-3, 1.6e-2)
-STAGES = ("prepare", "labels", "mim", "cl", "graft", "joint", "linear", "fewshot", "finetune")
+STAGES = ("prepare", "labels", "mim", "cl", "graft", "linear", "fewshot", "finetune")
 VARIANTS = {
     "mim": "MAE",
     "cl": "MoCo v3, equal compute",
     "graft": "graft, lower two thirds at 0.1 of the rate",
     "graft_one_rate": "graft, one rate (the preset)",
-    "joint": "both losses summed",
 }
 TASKS = {
     "linear": ["linear"],
