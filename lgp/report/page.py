@@ -98,8 +98,8 @@ def _comparison(pairs: list[Pair]) -> list[str]:
         f"images and subsets together. The table makes {len(pairs)} comparisons, and some of them would seem decided "
         'by chance. So p is adjusted for all of them (Holm), and "beats" stands only where p is below 0.05: the chance '
         'that any "beats" of the table is false is at most 5 %. A row may be undecided although its own interval '
-        "excludes a tie. All of this covers one pre-training of each arm. Another pre-training seed changes these "
-        "numbers too."
+        "excludes a tie. The verdict needs only the leader's own intervals against the baselines, and all of them. All "
+        "of this covers one pre-training of each arm. Another pre-training seed changes these numbers too."
     )
     rows = [
         [

@@ -1,6 +1,5 @@
 """The verdict: who is the champion, or why nobody is."""
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,12 +52,9 @@ def judge(arms: list[ArmOutcomes], data: LabelledImages) -> Verdict:
 def repeated(arms: list[ArmOutcomes], data: LabelledImages) -> dict[str, str]:
     """Return the tasks on frozen features that repeat another, with that other: their subsets are the same images."""
     few = [task for task in arms[0].tasks if task.startswith(FEW)]
-    subsets = {task: [ids.tolist() for ids in data.subsets(task.removeprefix(FEW))] for task in few}
-    found: dict[str, str] = {}
-    for first, second in itertools.combinations(few, 2):
-        if first not in found and subsets[first] == subsets[second]:
-            found.setdefault(second, first)
-    return found
+    same = {task: [FEW + name for name in data.names_of_same_subsets(task.removeprefix(FEW))] for task in few}
+    first = {task: next(other for other in few if other in same[task]) for task in few}
+    return {task: other for task, other in first.items() if other != task}
 
 
 def _sentence(champion: str | None, arms: list[ArmOutcomes], fewest: str, unbeaten: str) -> str:

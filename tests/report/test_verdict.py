@@ -24,8 +24,8 @@ class Data:
         assert part == "val"
         return range(self.val)
 
-    def subsets(self, name: str) -> list[np.ndarray]:
-        return [np.array(self.of_name[name])]
+    def names_of_same_subsets(self, name: str) -> list[str]:
+        return [other for other, ids in self.of_name.items() if ids == self.of_name[name]]
 
 
 def arm(name: str, right: Mapping[str, int], val: float = 0.5, knn: float = 50.0, trained: bool = True) -> ArmOutcomes:
