@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-.PHONY: repro test check docs format lock
+.PHONY: repro test check docs format lock mutants
 .DELETE_ON_ERROR:
 
 repro: $(READY)
@@ -40,6 +40,11 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# hours; MODULES="lgp.training.optimizer …" for some. The extra is in no lock: it is for this alone.
+mutants: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[mutants]'
+	@$(BIN)/python benchmarks/mutants.py $(MODULES)
 
 # pin anew what pyproject.toml allows: in a fresh environment, never the one in use. torch itself pins its CUDA
 # packages to the digit, and has others on each platform, so they are left to it.

@@ -1,5 +1,6 @@
 """Batches as a function of the step."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from conftest import merged
 from made_sources import folder
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
 from lgp.compute.randomness import Stream, generator
@@ -16,7 +18,7 @@ from lgp.data import writing
 from lgp.data.loading import Batch, CropDataset, loader
 from lgp.data.preparation import prepare
 from lgp.data.storage import ARRAY, Images
-from lgp.data.views import random_boxes
+from lgp.data.views import random_boxes, random_flips
 from lgp.params.data import DataParams
 from lgp.params.pretrain import ViewParams
 
@@ -164,3 +166,46 @@ def test_small_data_is_decoded_once_and_shared_by_workers(photographs: Images, m
     assert all(torch.equal(a, b) for a, b in zip(anew, loader(batches, 0, total, 2, pin=False), strict=True))
     list(loader(batches, 0, total, workers=0, pin=False))
     assert not decoded  # here: the workers have filled the memory that is shared with them
+
+
+def test_order_of_an_epoch_does_not_depend_on_what_was_read_before(prepared: Images) -> None:
+    whole, per_epoch = crops(prepared), crops(prepared).steps_per_epoch
+    in_a_row = [whole.ids_of(step).tolist() for step in range(3 * per_epoch)]
+    for step in (2 * per_epoch, per_epoch, 1, per_epoch + 1):
+        assert crops(prepared).ids_of(step).tolist() == in_a_row[step]
+        assert whole.ids_of(step).tolist() == in_a_row[step]
+
+
+class AskedOfSignals(CropDataset):
+    def __getitem__(self, step: int) -> Tensor:
+        return torch.tensor([signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGINT, signal.SIGTERM)])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_workers_leave_signals_to_the_training_process(prepared: Images) -> None:
+    asked = AskedOfSignals(prepared, VIEWS, 1, 8, Stream(0, "cl"))
+    (answer,) = loader(asked, 0, 1, workers=1, pin=False)
+    assert answer.tolist() == [True, True]
+
+
+def test_whole_batch_has_all_rows_and_a_shard_its_own(prepared: Images) -> None:
+    batches = crops(prepared)
+    batch = Batch.whole(batches[2], 2)
+    assert (batch.step, batch.rows, batch.size) == (2, slice(0, 64), 64)
+    batches.shard(1, 4)
+    shard = batches.batch(2, batches[2])
+    assert (shard.step, shard.rows, shard.size) == (2, slice(16, 32), 64)
+    assert torch.equal(shard.crops, batch.crops[16:32])
+
+
+def test_flips_mirror_the_views_that_are_drawn_and_no_others(prepared: Images) -> None:
+    def with_flips(flip_p: float) -> Tensor:
+        views = VIEWS.model_copy(update={"flip_p": flip_p})
+        return CropDataset(prepared, views, 2, 64, Stream(0, "cl"))[1]
+
+    straight, half = with_flips(0.0), with_flips(0.5)
+    rng = Stream(0, "cl").generator("crops", 1)
+    random_boxes(torch.ones(64, 2).long(), 2, 0.4, rng)  # drawn before
+    flipped = random_flips(64, 2, 0.5, rng)
+    assert torch.equal(half[flipped], straight[flipped].flip(-1))
+    assert torch.equal(half[~flipped], straight[~flipped])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lgp.data.splits import cap, hold_out
+from lgp.data.splits import cap, check_class_sizes, hold_out
 from lgp.data.subsets import few_label_subsets
 from lgp.errors import LgpError
 
@@ -71,3 +71,46 @@ def test_cap_counts_unlabelled_images_as_one_more_class_and_chooses_the_same_lab
 def test_cap_below_the_number_of_classes_is_refused() -> None:
     with pytest.raises(LgpError, match=r"data\.max_test_images 4 is below the number of classes, 5: .* raise it"):
         cap(LABELS, 4, 0, "test")
+
+
+@pytest.mark.parametrize(
+    ("counts", "needed", "message"),
+    [
+        ([3, 0, 4, 0], 1, "no readable training image in class b, d: add some"),
+        ([5], 1, "the only class is 'a': evaluation needs two or more"),
+        ([3, 2, 4, 1], 3, "fewer than 3 readable training images in class b (2), d (1): one each"),
+        ([3, 2, 4, 2], 2, None),
+        ([1, 1], 1, None),
+    ],
+)
+def test_classes_that_are_too_small_are_named(counts: list[int], needed: int, message: str | None) -> None:
+    labels = np.append(np.repeat(np.arange(len(counts)), counts), [-1, -1])
+    if message is None:
+        check_class_sizes(labels, CLASSES[: len(counts)], needed)
+        return
+    with pytest.raises(LgpError) as error:
+        check_class_sizes(labels, CLASSES[: len(counts)], needed)
+    assert message in str(error.value)
+
+
+def test_shot_may_be_all_that_a_class_has() -> None:
+    for subset in few_label_subsets(LABELS, {}, [7], 2, 0, CLASSES)["7shot"]:
+        assert np.bincount(LABELS[subset]).tolist() == [7] * 5
+        assert set(np.flatnonzero(LABELS == 3)) <= set(subset)
+
+
+def test_shot_of_a_class_without_images_names_it() -> None:
+    with pytest.raises(LgpError, match=r"fewer are in .* of f \(0\): lower it"):
+        few_label_subsets(LABELS, {}, [2], 2, 0, [*CLASSES, "f"])
+
+
+def test_draws_of_a_seed_stay_what_they_are() -> None:
+    """Else subsets and parts of the same parameters change. The numbers were written down on 2026-11-25."""
+    labels = np.repeat(np.arange(3), 8)
+    assert np.flatnonzero(hold_out(labels, 0.25, 1, "val")).tolist() == [1, 5, 10, 13, 20, 21]
+    mixed = np.append(labels, np.full(8, -1))
+    assert np.flatnonzero(cap(mixed, 8, 1, "train")).tolist() == [0, 6, 13, 14, 22, 23, 24, 27]
+    assert few_label_subsets(labels, {"10pct": 0.25}, [1], 2, 1, list("abc")) == {
+        "10pct": [[0, 3, 8, 15, 17, 20], [6, 7, 10, 11, 18, 23]],
+        "1shot": [[3, 8, 20], [7, 11, 23]],
+    }

@@ -1,5 +1,7 @@
 """Views equal torchvision's, operation by operation, on the same parameters."""
 
+import functools
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -63,6 +65,8 @@ def test_boxes_have_torchvisions_distribution() -> None:
 def test_too_narrow_image_gets_the_largest_centred_box() -> None:
     boxes = random_boxes(torch.tensor([[4, 400]]), 1, 1.0, generator(0, "x"))
     assert boxes.tolist() == [[[0, 197, 4, 5]]]  # width 5 is 4 × 4/3, rounded
+    boxes = random_boxes(torch.tensor([[400, 4]]), 1, 1.0, generator(0, "x"))
+    assert boxes.tolist() == [[[197, 0, 5, 4]]]
 
 
 def test_flips_take_their_share() -> None:
@@ -211,3 +215,29 @@ def test_views_are_a_function_of_the_generator_alone() -> None:
     assert torch.equal(first, again)
     other = color_jitter(batch, ColorJitter.draw(len(batch), 0, params, generator(0, "x", 6)), params)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("size", [4, 6, 7, 8])
+def test_blur_of_a_small_image_reaches_no_further_than_the_image(size: int) -> None:
+    batch, kernel = images(8, 3, size), 2 * min(6, size - 1) + 1
+    jitter, ours = drawn(batch, params_with(jitter_p=0, blur_p=(1, 0)))
+    blur = functools.partial(tvf.gaussian_blur, kernel_size=[kernel, kernel])
+    theirs = one_by_one(lambda image, sigma: blur(image, sigma=[sigma, sigma]), batch, jitter.sigma)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_draws_of_a_seed_stay_what_they_are() -> None:
+    """Else encoders of the same parameters change. The numbers were written down on 2026-11-25."""
+    rng = generator(0, "x")
+    boxes = random_boxes(torch.tensor([[90, 120], [60, 50]]), 2, 0.2, rng)
+    assert boxes.tolist() == [[[4, 5, 68, 75], [5, 33, 73, 73]], [[11, 8, 29, 36], [10, 0, 46, 46]]]
+    assert random_flips(2, 4, 0.5, rng).int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    jitter = ColorJitter.draw(3, 1, params_with(**MOCO | {"blur_p": (1.0, 0.5)}), rng)
+    sums = [getattr(jitter, field.name).double().sum().item() for field in fields(jitter)]
+    assert sums == pytest.approx([2, 18, 10.140401, 0.051975, 0, 1, 2.871875, 0], abs=1e-5)
+
+
+def test_mixed_channels_of_a_grey_batch_are_left_out() -> None:
+    batch = images(4, 1, 8)
+    _, ours = drawn(batch, params_with(saturation=0.4, hue=0.2, grayscale_p=1))
+    assert torch.equal(ours, batch)

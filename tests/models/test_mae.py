@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lgp.models.mae import MAE, normalize_patches, patchify, random_masking, unpatchify
 from lgp.models.vit import build_encoder, init_encoder_as_mae, sincos_positions
@@ -97,10 +97,15 @@ def test_decoder_has_fixed_positions_of_its_own_and_the_papers_initialisation(pa
     mae = MAE(build_encoder(params.model, params.data), 0.75, decoder_width=16, decoder_depth=1, decoder_heads=2)
     assert torch.equal(mae.decoder_pos_embed, sincos_positions(16, 4))
     assert not mae.decoder_pos_embed.requires_grad
-    weight = mae.decoder_pred.weight
-    bound = (6 / (weight.shape[0] + weight.shape[1])) ** 0.5  # Xavier uniform
-    assert 0.9 * bound < weight.abs().max() <= bound
-    assert not mae.decoder_pred.bias.any()
+    layers = [mae.decoder_embed, *mae.decoder_blocks.modules(), mae.decoder_pred]
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            bound = (6 / sum(layer.weight.shape)) ** 0.5  # Xavier uniform
+            assert 0.9 * bound < layer.weight.abs().max() <= bound
+            assert not layer.bias.any()
+    assert mae.decoder_blocks[0].attn.qkv.bias is not None
+    norms = [layer for layer in mae.modules() if isinstance(layer, nn.LayerNorm)]
+    assert {layer.eps for layer in norms} == {1e-6}
     assert 0.01 < mae.mask_token.std() < 0.03
 
 
@@ -116,3 +121,23 @@ def test_reconstruction_keeps_what_was_seen(mae: MAE) -> None:
     kept = random_masking(noise, 0.75)[2] == 0
     assert torch.allclose(patchify(painted, 2)[kept], patchify(images, 2)[kept])
     assert (patchify(masked, 2)[~kept] == 0).all()
+
+
+def test_target_of_a_patch_of_one_colour_is_zero_and_of_a_faint_one_small() -> None:
+    flat = torch.full((1, 1, 12), 0.3).double()
+    assert torch.allclose(normalize_patches(flat), torch.zeros(()).double(), atol=1e-9)
+    faint = flat + 1e-3 * torch.linspace(-1, 1, 12)
+    assert normalize_patches(faint).var().item() == pytest.approx(faint.var().item() / (faint.var().item() + 1e-6))
+
+
+def test_masked_input_shows_the_visible_patches_and_the_reconstruction_has_the_hidden_ones_in_their_colours(
+    mae: MAE,
+) -> None:
+    images, noise = torch.randn(2, 1, 8, 8).double() * 3 + 1, torch.rand(2, 16)
+    painted, masked = mae.reconstruct(images, noise)
+    latent, mask, ids_restore = mae.encode(images, noise)
+    patches, hidden = patchify(images, 2), mask.bool()
+    mean, std = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    expected = mae.decode(latent, ids_restore) * std + mean
+    assert torch.allclose(patchify(painted, 2)[hidden], expected[hidden])
+    assert torch.equal(patchify(masked, 2)[~hidden], patches[~hidden])

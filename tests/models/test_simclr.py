@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lgp.models.simclr import SimCLR, nt_xent
 from lgp.models.vit import View, build_encoder
@@ -38,3 +38,14 @@ def test_forward_is_symmetric_and_trains_both_views(params: Params) -> None:
     assert model(view1, view2, 0.0).item() == pytest.approx(model(view2, view1, 1.0).item(), rel=1e-9)
     model.train()(view1, view2, 0.0).backward()
     assert {n for n, p in model.named_parameters() if p.grad is None} == {"encoder.pos_embed"}
+
+
+def test_projector_has_two_layers_and_the_loss_is_of_its_outputs(params: Params) -> None:
+    model = SimCLR(build_encoder(params.model, params.data), 32, 12, 0.3)
+    linears = [(m.in_features, m.out_features) for m in model.projector if isinstance(m, nn.Linear)]
+    assert linears == [(16, 32), (32, 12)]
+    model = model.eval().double()
+    images = torch.randn(2, 4, 1, 8, 8).double()
+    z1, z2 = (model.projector(model.encoder(view)) for view in images)
+    expected = slow_nt_xent(z1, z2, 0.3)
+    assert model(View(images[0]), View(images[1]), 0.0).item() == pytest.approx(expected, rel=1e-6)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lgp.models.vicreg import VICReg, covariance_term, variance_term, vicreg_loss
-from lgp.models.vit import build_encoder
+from lgp.models.vit import View, build_encoder
 from lgp.params.file import Params
 from lgp.params.pretrain import VicregWeights
 
@@ -44,3 +44,15 @@ def test_expander_ends_without_norm(params: Params) -> None:
     model = VICReg(build_encoder(params.model, params.data), 32, 64, VicregWeights())
     assert isinstance(model.projector[-1], nn.Linear)
     assert model.projector[-1].out_features == 64
+
+
+def test_expander_has_three_layers_and_the_loss_is_of_its_outputs(params: Params) -> None:
+    weights = VicregWeights(invariance=3.0, variance=5.0, covariance=7.0)
+    model = VICReg(build_encoder(params.model, params.data), 32, 12, weights).eval().double()
+    linears = [(m.in_features, m.out_features) for m in model.projector if isinstance(m, nn.Linear)]
+    assert linears == [(16, 32), (32, 32), (32, 12)]
+    images = torch.randn(2, 6, 1, 8, 8).double()
+    z1, z2 = (model.projector(model.encoder(view)) for view in images)
+    (v1, c1), (v2, c2) = slow_terms(z1), slow_terms(z2)
+    expected = 3 * (z1 - z2).square().mean().item() + 5 * (v1 + v2) + 7 * (c1 + c2)
+    assert model(View(images[0]), View(images[1]), 0.0).item() == pytest.approx(expected, rel=1e-6)

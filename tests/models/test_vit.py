@@ -1,6 +1,7 @@
 """The encoder: positions and initialisation as the papers give them."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from lgp.models.vit import (
     init_encoder_as_mae,
     init_encoder_as_moco,
     sincos_positions,
+    tokens_by_block,
 )
 from lgp.params.file import Params, load_params
 
@@ -26,9 +28,9 @@ def encoder(params: Params) -> VisionTransformer:
 
 
 def test_positions_equal_a_slow_reference() -> None:
-    width, grid = 16, 3
+    width, grid = 16, 14
     positions = sincos_positions(width, grid)
-    assert positions.shape == (1, 10, 16)
+    assert positions.shape == (1, 197, 16)
     assert (positions[0, 0] == 0).all()
     for row in range(grid):
         for column in range(grid):
@@ -36,7 +38,7 @@ def test_positions_equal_a_slow_reference() -> None:
             for place in (column, row):
                 angles = [place / 10000 ** (k / (width // 4)) for k in range(width // 4)]
                 expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-            assert positions[0, 1 + row * grid + column].tolist() == pytest.approx(expected, abs=1e-6)
+            assert positions[0, 1 + row * grid + column].tolist() == pytest.approx(expected, abs=1e-7)
 
 
 def test_positions_are_fixed(encoder: VisionTransformer) -> None:
@@ -88,3 +90,27 @@ def test_our_encoder_has_the_papers_shapes(preset: str, parameters: int, plain: 
     assert {n: t.shape for n, t in ours.state_dict().items()} == {n: t.shape for n, t in timms.state_dict().items()}
     assert ours.blocks[0].attn.num_heads == timms.blocks[0].attn.num_heads
     assert sincos_positions(params.model.width, 14).shape == ours.pos_embed.shape
+
+
+@pytest.mark.parametrize(("init", "token_std"), [(init_encoder_as_mae, 0.02), (init_encoder_as_moco, 1e-6)])
+def test_initialisation_leaves_nothing_of_earlier_weights(
+    encoder: VisionTransformer, init: Callable[[VisionTransformer], None], token_std: float
+) -> None:
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.fill_(7.0)
+    init(encoder)
+    assert not any((p == 7).any() for p in encoder.parameters() if p is not encoder.pos_embed)
+    for name, parameter in encoder.named_parameters():
+        if parameter.ndim == 1:
+            assert (parameter == (1 if "norm" in name and name.endswith("weight") else 0)).all(), name
+    assert 0.5 * token_std < encoder.cls_token.std() < 1.5 * token_std
+
+
+def test_tokens_of_each_block_are_those_of_an_encoder_that_ends_there(encoder: VisionTransformer) -> None:
+    images = torch.randn(3, 1, 8, 8)
+    after = tokens_by_block(encoder.eval(), images)
+    for depth in (3, 2, 1):
+        encoder.blocks = encoder.blocks[:depth]
+        assert torch.allclose(after[depth - 1], encoder.forward_features(images), atol=1e-6)
+    assert len(after) == 3

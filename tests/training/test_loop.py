@@ -6,17 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from lgp.compute.device import choose_device
+from lgp.compute.interruption import Interrupted, Interruption
+from lgp.compute.randomness import Stream
 from lgp.data.labels import LabelledImages
-from lgp.data.loading import Batch
+from lgp.data.loading import Batch, CropDataset
 from lgp.errors import LgpError
 from lgp.params.file import Params
+from lgp.params.pretrain import ViewParams
 from lgp.params.run import RunParams
 from lgp.pretrain.arm import Pretrained, Session
 from lgp.pretrain.cl import pretrain_cl
 from lgp.pretrain.mim import pretrain_mim
-from lgp.training.loop import Trainer
+from lgp.training.loop import Progression, Trainer
+from lgp.training.optimizer import adamw, warmup_cosine
 from lgp.training.resume_states import StateStore
 
 PRETRAIN = {"mim": pretrain_mim, "cl": pretrain_cl}
@@ -159,3 +164,236 @@ def test_absent_cuda_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device(RunParams()).type == "cpu"
     with pytest.raises(LgpError, match=r"run\.device is cuda, but torch finds no CUDA device"):
         choose_device(RunParams(device="cuda"))
+
+
+class Tiny(nn.Linear):
+    """One layer on the pixels. It keeps the loss of every step, and whether it was in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 1)
+        self.losses: list[float] = []
+        self.modes: list[bool] = []
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        loss = (self(batch.crops.flatten(1).float() / 255) - 1).square().mean()
+        self.losses.append(loss.item())
+        self.modes.append(self.training)
+        return loss
+
+
+PER_EPOCH, EPOCHS, BATCH = 4, 3, 60  # of about 250 images
+
+
+def tiny(tmp_path: Path, prepared: LabelledImages, **changes: Any) -> Trainer:
+    """A training of milliseconds: a layer of 64 weights, a rate of 0.1 that falls to 0."""
+    torch.manual_seed(0)
+    model = Tiny()
+    crops = CropDataset(prepared, ViewParams(crop_scale_min=1.0, flip_p=0.0), 1, BATCH, Stream(0, "tiny"))
+    assert crops.steps_per_epoch == PER_EPOCH
+    optimizer = adamw([{"params": [p], "lr": lr} for p, lr in ((model.weight, 0.1), (model.bias, 0.01))], (0.9, 0.95))
+    settings = {
+        "name": "tiny",
+        "model": model,
+        "loss_of": model.loss_of,
+        "crops": crops,
+        "optimizer": optimizer,
+        "schedule": warmup_cosine(optimizer, EPOCHS * PER_EPOCH, 0),
+        "epochs": EPOCHS,
+        "device": torch.device("cpu"),
+        "precision": torch.float32,
+        "settings": RunParams(device="cpu", print_every_s=1000),
+        "store": StateStore(tmp_path, "code"),
+        "observer": Notes(),
+    }
+    return Trainer(**settings | changes)
+
+
+def test_history_has_the_mean_loss_of_each_epoch_and_the_highest_rate_of_its_last_step(
+    tmp_path: Path, prepared: LabelledImages
+) -> None:
+    trainer = tiny(tmp_path, prepared)
+    history = trainer.fit().history
+    losses = torch.tensor(trainer.model.losses).view(EPOCHS, PER_EPOCH).mean(1).tolist()
+    rates = [0.1 * (1 + math.cos(math.pi * (e * PER_EPOCH - 1) / (EPOCHS * PER_EPOCH))) / 2 for e in (1, 2, 3)]
+    assert [values["train/loss"] for values in history] == pytest.approx(losses)
+    assert [values["train/lr"] for values in history] == pytest.approx(rates)
+    assert trainer.observer.epochs == history
+    assert losses[-1] < losses[0] / 2
+
+
+def test_measure_after_an_epoch_joins_its_values_and_training_goes_on_in_training_mode(
+    tmp_path: Path, prepared: LabelledImages
+) -> None:
+    def measure(epoch: int) -> dict[str, float]:
+        trainer.model.eval()
+        return {"double": 2.0 * epoch}
+
+    trainer = tiny(tmp_path, prepared, after_epoch=measure)
+    trainer.model.eval()
+    assert [(v["epoch"], v["double"]) for v in trainer.fit().history] == [(1, 2), (2, 4), (3, 6)]
+    assert trainer.model.modes == [True] * EPOCHS * PER_EPOCH
+
+
+def test_flops_are_those_of_a_step_times_all_steps(tmp_path: Path, prepared: LabelledImages) -> None:
+    product = 2 * BATCH * 64  # forward; the gradient of the weights takes as many
+    assert tiny(tmp_path, prepared).fit().train_flops == EPOCHS * PER_EPOCH * 2 * product
+
+
+@pytest.mark.parametrize("name", ["mim", "cl"])
+def test_accumulated_parts_train_as_the_whole_batch_does(tmp_path: Path, prepared: LabelledImages, name: str) -> None:
+    parts = RunParams(device="cpu", print_every_s=1000, accumulate={"mim": 3})
+    whole, cut = tiny(tmp_path / "a", prepared), tiny(tmp_path / "b", prepared, settings=parts, name=name)
+    losses = [[values["train/loss"] for values in trainer.fit().history] for trainer in (whole, cut)]
+    assert len(cut.model.losses) == EPOCHS * PER_EPOCH * (3 if name == "mim" else 1)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert torch.allclose(whole.model.weight, cut.model.weight, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("step", "epoch_ends", "took", "every_s", "due"),
+    [
+        (5, False, 0.0, 60.0, False),
+        (5, False, 0.0, 50.0, True),  # that long ago
+        (5, True, 1.0, 60.0, True),  # saving takes 2 % of the time
+        (5, True, 1.01, 60.0, False),  # more
+        (5, False, 1.01, 10.0, False),
+        (12, False, 9.0, 60.0, True),  # the last step
+    ],
+)
+def test_state_is_due_at_the_end_of_an_epoch_and_after_a_while_where_saving_is_quick(
+    tmp_path: Path,
+    prepared: LabelledImages,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    epoch_ends: bool,
+    took: float,
+    every_s: float,
+    due: bool,
+) -> None:
+    trainer = tiny(tmp_path, prepared, settings=RunParams(device="cpu", save_every_s=every_s))
+    trainer.now, trainer._saved_at, trainer._save_took = Progression(step=step), 100.0, took
+    monkeypatch.setattr("time.monotonic", lambda: 150.0)
+    assert trainer._save_due(epoch_ends, total=12) is due
+
+
+def test_time_that_saving_takes_is_measured(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny(tmp_path, prepared)
+    trainer.now, trainer._disk_full = Progression(step=1), False
+    times = iter((10.0, 13.0))
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    trainer._save()
+    assert (trainer._saved_at, trainer._save_took) == (13.0, 3.0)
+
+
+def test_losses_are_checked_every_twenty_steps_and_the_first_bad_one_is_named(
+    tmp_path: Path, prepared: LabelledImages
+) -> None:
+    trainer = tiny(tmp_path, prepared, epochs=10)
+    trainer.schedule = warmup_cosine(trainer.optimizer, 100, 0)
+    crops = CropDataset(prepared, ViewParams(crop_scale_min=1.0, flip_p=0.0), 1, 5, Stream(0, "tiny"))
+    loss_of = trainer.model.loss_of
+    trainer.crops, trainer.loss_of = crops, lambda batch: loss_of(batch) * (math.inf if batch.step == 17 else 1)
+    rate = 0.1 * (1 + math.cos(math.pi * 17 / 100)) / 2
+    with pytest.raises(LgpError) as error:
+        trainer.fit()
+    assert str(error.value) == (
+        f"tiny: the loss is inf at step 17, learning rate {rate:.3g}: lower the learning rate of tiny or lengthen its "
+        "warm-up"
+    )
+    assert len(trainer.model.losses) == 20
+
+
+def test_earlier_epochs_are_logged_again_and_another_precision_is_told(
+    tmp_path: Path, prepared: LabelledImages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tiny(tmp_path, prepared)
+    history = whole.fit().history
+    again = tiny(tmp_path, prepared)
+    assert again.fit().history == again.observer.epochs == history
+    assert not again.model.losses
+    assert torch.equal(again.model.weight, whole.model.weight)
+    assert again.optimizer.state_dict()["state"][0]["step"] == EPOCHS * PER_EPOCH
+    assert capsys.readouterr().out == "tiny: going on from step 12\n"
+    tiny(tmp_path, prepared, precision=torch.bfloat16).fit()
+    assert "warning: tiny ran in torch.float32, it now runs in torch.bfloat16" in capsys.readouterr().out
+
+
+def test_mixed_precision_is_of_the_loss_alone(tmp_path: Path, prepared: LabelledImages) -> None:
+    seen = []
+    trainer = tiny(tmp_path, prepared, precision=torch.bfloat16, epochs=1)
+    trainer.model.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    trainer.fit()
+    assert set(seen) == {torch.bfloat16}
+    assert trainer.model.weight.dtype == torch.float32
+
+
+def test_full_disk_is_told_once_until_there_is_room_again(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = tiny(tmp_path, prepared)
+    trainer.now, trainer._disk_full = Progression(), False
+    failures: list[OSError | None] = [OSError(28, "full"), OSError(28, "full"), None, OSError(28, "full")]
+
+    def save(_: Any) -> None:
+        if (failure := failures.pop(0)) is not None:
+            raise failure
+
+    monkeypatch.setattr(trainer.store, "save", save)
+    full = []
+    for _ in range(4):
+        trainer._write()
+        full.append(trainer._disk_full)
+    assert full == [True, True, False, True]
+    assert capsys.readouterr().out.count("tiny: disk full") == 2
+    failures.append(PermissionError(13, "no"))
+    with pytest.raises(PermissionError):
+        trainer._write()
+
+
+@pytest.mark.parametrize(
+    ("reason", "full", "expected"),
+    [
+        ("SIGINT", False, "tiny: stopped at step 3 (SIGINT), its state is saved: run the same command again to go on"),
+        (
+            "",
+            True,
+            "tiny: stopped at step 3 (another process), the disk is full, its last state is older: run the same "
+            "command again to go on",
+        ),
+    ],
+)
+def test_stop_says_why_and_whether_the_state_is_saved(
+    tmp_path: Path, prepared: LabelledImages, reason: str, full: bool, expected: str
+) -> None:
+    trainer, interruption = tiny(tmp_path, prepared), Interruption()
+    trainer.now, trainer._disk_full, interruption.reason = Progression(step=3), full, reason
+    with pytest.raises(Interrupted) as error:
+        trainer._stop(interruption)
+    assert str(error.value) == expected
+    assert error.value.exit_code == 128 + 15
+
+
+def test_training_that_is_asked_to_stop_saves_and_goes_on_to_the_same_weights(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny(tmp_path / "whole", prepared)
+    whole.fit()
+    stopped = tiny(tmp_path / "state", prepared)
+    with monkeypatch.context() as patch:
+        patch.setattr(Interruption, "asked", lambda _: stopped.now.step == 5)
+        with pytest.raises(Interrupted, match="tiny: stopped at step 5"):
+            stopped.fit()
+    resumed = tiny(tmp_path / "state", prepared)
+    assert resumed.fit().history == whole.now.history
+    assert len(resumed.model.losses) == EPOCHS * PER_EPOCH - 5
+    assert torch.equal(resumed.model.weight, whole.model.weight)
+
+
+def test_stop_at_the_last_step_is_the_end(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny(tmp_path, prepared)
+    monkeypatch.setattr(Interruption, "asked", lambda _: trainer.now.step == EPOCHS * PER_EPOCH)
+    assert trainer.fit().step == EPOCHS * PER_EPOCH

@@ -59,3 +59,9 @@ def test_schedule_needs_no_state() -> None:
 @pytest.mark.parametrize(("epochs", "of_an_epoch", "expected"), [(0, 20, 0), (2.5, 3, 8), (1.4, 3, 4), (10, 5, 24)])
 def test_warm_up_is_of_whole_steps_and_leaves_one_after_it(epochs: float, of_an_epoch: int, expected: int) -> None:
     assert whole_warmup_steps(epochs, of_an_epoch, 25) == expected
+
+
+def test_optimizer_has_the_betas_and_is_fused() -> None:
+    optimizer = adamw([{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}], (0.8, 0.95))
+    assert optimizer.defaults["betas"] == (0.8, 0.95)
+    assert optimizer.defaults["fused"]
