@@ -7,7 +7,7 @@ import pytest
 from scipy import optimize, stats
 from sklearn.metrics import top_k_accuracy_score
 
-from lgp.evaluate.outcome import Predicted, over_subsets
+from lgp.evaluate.outcome import Predicted, over_subsets, percent
 from lgp.evaluate.statistics import accuracy_interval, calibration_error, holm, mean_std_ci95, paired_gap
 
 RNG = np.random.default_rng(0)
@@ -260,3 +260,28 @@ def test_every_accuracy_has_the_interval_of_its_images_and_subsets() -> None:
         found = metrics[f"{split}/top{k}_low"], metrics[f"{split}/top{k}_high"]
         assert found == pytest.approx(accuracy_interval(np.stack(correct)), abs=1e-4)
     assert not any(name.startswith("test/ece_") and not name.endswith("_std") for name in metrics)
+
+
+def test_predictions_have_a_row_for_each_test_image_and_subset() -> None:
+    several = [predicted(3, images=4) for _ in range(2)]
+    table = over_subsets([p.scored() for p in several], labels=30).predictions
+    assert table.index.tolist() == list(range(8))
+    assert table["subset"].tolist() == [0] * 4 + [1] * 4
+    assert table["id"].tolist() == [0, 1, 2, 3] * 2
+    assert table["label"].tolist() == [label for p in several for label in p.labels["test"]]
+    probabilities = np.concatenate([p.probabilities["test"] for p in several])
+    assert np.array_equal(table["prediction"], probabilities.argmax(1))
+    assert np.array_equal(table["confidence"], probabilities.max(1).astype(np.float32))
+    assert table.dtypes[["prediction", "confidence"]].tolist() == [np.int64, np.float32]
+
+
+def test_numbers_have_four_digits_and_those_of_the_task_stand_beside_them() -> None:
+    assert percent(np.array([True, False, False])) == 33.3333
+    several = [predicted(3, images=7) for _ in range(3)]
+    metrics = over_subsets([p.scored() for p in several], labels=30).metrics
+    assert all(value == round(value, 4) for value in metrics.values())
+    assert any(value != round(value, 3) for value in metrics.values())
+    assert (metrics["labels"], metrics["subsets"]) == (30, 3)
+    errors = [calibration_error(p.probabilities["test"], p.labels["test"]) for p in several]
+    assert metrics["test/ece"] == pytest.approx(np.mean(errors), abs=1e-4)
+    assert metrics["test/ece_std"] == pytest.approx(np.std(errors, ddof=1), abs=1e-4)
