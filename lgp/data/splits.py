@@ -80,8 +80,7 @@ def cap(labels: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
         LgpError: `most` is below the number of classes.
     """
     unlabelled = np.random.default_rng(counted_seed(seed, "cap", name, "unlabeled"))
-    groups = shuffled_by_class(labels, seed, "cap", name) if (labels >= 0).any() else []
-    groups = [*groups, unlabelled.permutation(np.flatnonzero(labels < 0))]
+    groups = [*shuffled_by_class(labels, seed, "cap", name), unlabelled.permutation(np.flatnonzero(labels < 0))]
     sizes = np.array([len(group) for group in groups])
     least = (sizes > 0).astype(np.int64)
     least[-1] = 0

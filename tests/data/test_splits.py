@@ -13,6 +13,7 @@ CLASSES = list("abcde")
 
 def test_held_out_part_is_stratified_and_seeded() -> None:
     held = hold_out(LABELS, 0.2, 0, "test")
+    assert held.dtype == bool
     shares = [held[c == LABELS].mean() for c in range(5)]
     assert shares == pytest.approx([0.2, 0.2, 0.2, 1 / 7, 0.2])
     assert np.array_equal(held, hold_out(LABELS, 0.2, 0, "test"))
@@ -114,3 +115,16 @@ def test_draws_of_a_seed_stay_what_they_are() -> None:
         "10pct": [[0, 3, 8, 15, 17, 20], [6, 7, 10, 11, 18, 23]],
         "1shot": [[3, 8, 20], [7, 11, 23]],
     }
+
+
+def test_cap_passes_over_a_class_without_images_and_keeps_the_only_one_of_another() -> None:
+    labels = np.repeat([0, 2, 3], [60, 60, 1])
+    for most in (3, 4, 10):
+        kept = cap(labels, most, 0, "train")
+        assert kept.dtype == bool
+        assert kept.sum() == most
+        assert kept[labels == 3].all()
+
+
+def test_cap_of_unlabelled_images_alone_keeps_its_number() -> None:
+    assert cap(np.full(20, -1), 7, 0, "train").sum() == 7
