@@ -15,16 +15,19 @@ refused. A seed takes about 15 minutes on one CPU core. Both commands write besi
 import argparse
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
+from scipy import stats
 
-from lgp.evaluate.statistics import mean_std_ci95
 from lgp.workflow.code_digest import code_digests
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +35,7 @@ OUT = ROOT / "benchmarks" / "digits-seeds.csv"
 TUNING = ROOT / "benchmarks" / "digits-tuning.csv"
 TUNED_ON = 0
 SEEDS = (5, 6, 7, 8, 9)
-RATES = (4e-3, 8e-3, 1.6e-2)
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 STAGES = ("prepare", "labels", "mim", "cl", "graft", "linear", "fewshot", "finetune")
 VARIANTS = {
     "mim": "MAE",
@@ -69,15 +72,29 @@ def changes_of(variant: str, rate: float) -> dict[str, Any]:
     return {"graft": {"stage_lr": {"base_lrs": [lower, lower, rate]}}}
 
 
-def check_code(root: Path) -> None:
-    """Refuse a folder with results of other code."""
+def version_of_code() -> str:
+    """Return a digest of the code of all stages that a result comes from."""
     digests = code_digests(ROOT)
-    now = json.dumps({stage: digests[stage] for stage in STAGES}, indent=2)
-    file = root / "code.json"
-    if file.exists() and file.read_text() != now:
+    return sha256(json.dumps([digests[stage] for stage in STAGES]).encode()).hexdigest()[:16]
+
+
+def check_code(root: Path, version: str) -> None:
+    """Refuse a folder with results of other code, or with anything that says no version."""
+    file = root / "code.txt"
+    if root.is_dir() and any(root.iterdir()) and (not file.exists() or file.read_text() != version):
         raise SystemExit(f"{root} holds results of another version of the code: remove it, or give another folder")
     root.mkdir(parents=True, exist_ok=True)
-    file.write_text(now)
+    file.write_text(version)
+
+
+def tuned_rates(version: str) -> dict[str, float]:
+    """Return the chosen rate of each variant. Refuse rates that other code chose."""
+    if not TUNING.exists():
+        raise SystemExit(f"no {TUNING}: run with --tune first")
+    tuning = pd.read_csv(TUNING)
+    if set(tuning["code"]) != {version}:
+        raise SystemExit(f"{TUNING} is of another version of the code: run with --tune again")
+    return dict(tuning.loc[tuning["chosen"], ["variant", "rate"]].itertuples(index=False))
 
 
 def run(folder: Path, *command: str) -> None:
@@ -152,6 +169,12 @@ def of_seed(root: Path, seed: int, rates: dict[str, float]) -> list[dict[str, An
     return rows
 
 
+def mean_and_half_interval(values: list[float]) -> tuple[float, float]:
+    """Return the mean of independent values, one per seed, and half its 95 % interval (Student's t)."""
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return float(np.mean(values)), half
+
+
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
     """Return the lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
@@ -168,9 +191,9 @@ def page(rows: pd.DataFrame) -> str:
     ]
 
     def cell(values: pd.Series, sign: str = "") -> str:
-        mean, _, ci95 = mean_std_ci95(values.tolist())
-        text = f"{mean:{sign}.1f} ± {ci95:.1f}"
-        return f"**{text}**" if sign and abs(mean) > ci95 else text
+        mean, half = mean_and_half_interval(values.tolist())
+        text = f"{mean:{sign}.1f} ± {half:.1f}"
+        return f"**{text}**" if sign and abs(mean) > half else text
 
     by = {variant: of.set_index("seed") for variant, of in rows.groupby("variant")}
     of_variant = [[f"`{v}`", what, *(cell(by[v][m]) for m in MEASURES)] for v, what in VARIANTS.items()]
@@ -189,9 +212,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="two or more, for an interval")
     given = parser.parse_args()
     root = given.folder.resolve()
-    check_code(root)
+    version = version_of_code()
+    check_code(root, version)
     if given.tune:
-        tuning = tune(root)
+        tuning = tune(root).assign(code=version)
         tuning.to_csv(TUNING, index=False)
         print(tuning.to_string(index=False))
         return
@@ -199,9 +223,8 @@ def main() -> None:
         parser.error(f"seed {TUNED_ON} chose the rates: give others")
     if len(given.seeds) < 2:
         parser.error("--seeds: two or more, for an interval")
-    tuning = pd.read_csv(TUNING)
-    rates = dict(tuning.loc[tuning["chosen"], ["variant", "rate"]].itertuples(index=False))
-    rows = pd.DataFrame([row for seed in given.seeds for row in of_seed(root, seed, rates)])
+    rates = tuned_rates(version)
+    rows = pd.DataFrame([row for seed in given.seeds for row in of_seed(root, seed, rates)]).assign(code=version)
     rows.to_csv(OUT, index=False)
     OUT.with_suffix(".md").write_text(page(rows))
     print(OUT.with_suffix(".md").read_text())

@@ -77,6 +77,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "mim": {},
     "cl": {},
     "cl_masked": {"contrastive": {"mask_ratio": 0.5, "freeze_patch_embed": False}},
+    "cl_masked_keys": {"contrastive": {"mask_ratio": 0.5, "masked": "queries_and_keys"}},
+    "cl_one_sided": {"contrastive": {"mask_ratio": 0.5, "masked": "one_sided"}},
     "cl_simclr": {"contrastive": {"objective": "simclr"}},
     "cl_vicreg": {"contrastive": {"objective": "vicreg"}},
     "graft_stage_lr": {"graft": {"policy": ["stage_lr"]}},
@@ -102,7 +104,7 @@ def saved_encoder(folder: Path, params: Params, data: LabelledImages, seed: int)
     init_encoder_as_mae(encoder)
     with torch.no_grad():
         encoder.norm.weight.normal_()
-    save_encoder(folder, encoder, params.model, params.data, data, {"metrics": {}})
+    save_encoder(folder, encoder, params.model, params.data, data.normalization, {"metrics": {}})
     return folder
 
 

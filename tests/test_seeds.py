@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
+from scipy import stats
 
 from lgp.params.file import Params
 
@@ -22,16 +24,42 @@ def seeds() -> ModuleType:
     return module
 
 
-def test_results_of_another_version_of_the_code_are_refused(
+def test_results_of_another_version_of_the_code_are_refused(seeds: ModuleType, tmp_path: Path) -> None:
+    seeds.check_code(tmp_path / "results", "one")
+    seeds.check_code(tmp_path / "results", "one")
+    (tmp_path / "unknown" / "seed5-mim").mkdir(parents=True)
+    for folder, version in (("results", "another"), ("unknown", "one")):
+        with pytest.raises(SystemExit, match="another version of the code: remove it"):
+            seeds.check_code(tmp_path / folder, version)
+
+
+def test_rates_that_other_code_chose_are_refused(
     seeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(seeds, "TUNING", tmp_path / "tuning.csv")
+    with pytest.raises(SystemExit, match="run with --tune first"):
+        seeds.tuned_rates("one")
+    rows = {"variant": ["cl", "cl"], "rate": [0.1, 0.2], "chosen": [False, True], "code": ["one", "one"]}
+    pd.DataFrame(rows).to_csv(seeds.TUNING, index=False)
+    assert seeds.tuned_rates("one") == {"cl": 0.2}
+    with pytest.raises(SystemExit, match="of another version of the code: run with --tune again"):
+        seeds.tuned_rates("another")
+
+
+def test_version_is_of_every_stage(seeds: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     digests = dict.fromkeys(seeds.STAGES, "one")
-    monkeypatch.setattr(seeds, "code_digests", lambda _root: digests)
-    seeds.check_code(tmp_path / "results")
-    seeds.check_code(tmp_path / "results")
-    monkeypatch.setattr(seeds, "code_digests", lambda _root: digests | {"cl": "another"})
-    with pytest.raises(SystemExit, match="another version of the code: remove it"):
-        seeds.check_code(tmp_path / "results")
+    versions = set()
+    for stage in (None, *seeds.STAGES):
+        monkeypatch.setattr(seeds, "code_digests", lambda _root, stage=stage: digests | {stage: "another"})
+        versions.add(seeds.version_of_code())
+    assert len(versions) == len(seeds.STAGES) + 1
+
+
+def test_interval_over_seeds_is_students(seeds: ModuleType) -> None:
+    values = [70.0, 72.0, 75.0, 71.0, 73.0]
+    mean, half = seeds.mean_and_half_interval(values)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((low, high))
 
 
 def test_every_stage_of_the_comparison_has_a_code_digest(seeds: ModuleType) -> None:

@@ -12,18 +12,6 @@ STEP = 1e-9  # of a difference in accuracy: far below one image
 CALIBRATION_BINS = 15  # Guo et al. 2017
 
 
-def mean_std_ci95(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return mean, standard deviation (of n - 1) and half the 95 % interval of the mean (Student's t).
-
-    Args:
-        values: two or more independent values, one per pre-training seed. Subsets of labels are not independent, for
-            they share their test images: `accuracy_interval` takes those.
-    """
-    std = float(np.std(values, ddof=1))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * std / math.sqrt(len(values))
-    return float(np.mean(values)), std, half
-
-
 def accuracy_interval(correct: np.ndarray) -> tuple[float, float]:
     """Return low and high of the 95 % interval of an accuracy, in percent, for other test images and other subsets.
 

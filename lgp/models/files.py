@@ -30,8 +30,9 @@ def check_trained(folder: Path) -> str | None:
     Raises:
         LgpError: the checks failed, and the arm was not accepted. The message says how to accept it.
     """
-    provenance = json.loads((folder / PROVENANCE).read_text())
-    if provenance.get("metrics", {}).get("trained", True):  # imported encoders and baselines are not checked
+    file = folder / PROVENANCE
+    provenance = json.loads(file.read_text()) if file.exists() else {}
+    if provenance.get("metrics", {}).get("trained", True):  # encoders from elsewhere and baselines are not checked
         return None
     arm, faults = folder.parent.name, "; ".join(provenance["checks"]["faults"])
     if not provenance["checks"]["accepted"]:

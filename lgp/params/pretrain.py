@@ -49,11 +49,10 @@ class ContrastiveParams(Section):
     """Objective, heads and views of contrastive learning. The CL baseline and the graft share them.
 
     mocov3 and simclr read `temperature`. mocov3 reads `predictor_hidden`, `momentum` and `masked`. vicreg reads
-    `vicreg`. `mask_ratio` of the patches is hidden from the inputs that `masked` names:
-
-    - `queries`: the trained encoder sees masked views, the momentum encoder whole ones.
-    - `queries_and_keys`: both see the same patches of a view (`mae_aug` in LGP's released code).
-    - `one_sided`: queries are of the masked first view, keys of the whole second one (`cmae` there).
+    `vicreg`. `mask_ratio` of the patches is hidden from the inputs that `masked` names. With `queries` the trained
+    encoder sees masked views, and the momentum encoder sees whole ones. With `queries_and_keys` both see the same
+    patches of a view (`mae_aug` in LGP's released code). With `one_sided` queries are of the masked first view, and
+    keys are of the whole second one (`cmae` there).
     """
 
     objective: Literal["mocov3", "simclr", "vicreg"] = "mocov3"

@@ -85,7 +85,8 @@ def _knn_variant(arms: list[ArmOutcomes]) -> str:
     """Name the variant of k-NN. Variants of one encoder differ by tens of points."""
     neighbours = {f"{a.tasks['linear'].metrics['knn_k']:.0f}" for a in arms}
     return (
-        f"k-NN is of {' or '.join(sorted(neighbours))} neighbours, by the cosine of raw features after the final norm."
+        f"k-NN is of {' or '.join(sorted(neighbours))} neighbours, by the cosine of the features that `features` says: "
+        "after the final norm, not standardised. Those of pixels are normalised pixels."
     )
 
 

@@ -61,12 +61,15 @@ def _sentence(champion: str | None, arms: list[ArmOutcomes], fewest: str, unbeat
     if unbeaten:
         return f"Nobody is crowned. With the fewest labels ({task_name(fewest)}), {unbeaten}."
     if champion is None:
+        if all(a.is_baseline for a in arms):
+            return "Nobody is crowned. Only baselines are among the arms."
         return "Nobody is crowned. No arm has a training that passed its checks."
     chosen = f"{champion} is the champion: it has the best validation accuracy with the fewest labels"
     baselines = [a.arm for a in arms if a.is_baseline]
     if not baselines:
         return f"{chosen}. No baseline is among the arms, so nothing shows what the training is worth."
-    return f"{chosen} ({task_name(fewest)}), and on test it beats {' and '.join(baselines)} there."
+    ahead = f"on test it is ahead of {' and '.join(baselines)} there, and no interval holds a tie"
+    return f"{chosen} ({task_name(fewest)}); {ahead}."
 
 
 def _unbeaten_by(arm: ArmOutcomes, arms: list[ArmOutcomes], task: str, pairs: list[Pair]) -> str:

@@ -8,17 +8,9 @@ from scipy import optimize, stats
 from sklearn.metrics import top_k_accuracy_score
 
 from lgp.evaluate.outcome import Predicted, over_subsets, percent
-from lgp.evaluate.statistics import accuracy_interval, calibration_error, holm, mean_std_ci95, paired_gap
+from lgp.evaluate.statistics import accuracy_interval, calibration_error, holm, paired_gap
 
 RNG = np.random.default_rng(0)
-
-
-def test_interval_of_a_mean_is_students() -> None:
-    values = [61.0, 70.5, 68.2, 66.6, 71.3]
-    mean, std, half = mean_std_ci95(values)
-    low, high = stats.t.interval(0.95, 4, loc=np.mean(values), scale=stats.sem(values))
-    assert (mean, std) == (pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1)))
-    assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
 
 
 @pytest.mark.parametrize(("right", "images"), [(0, 359), (1, 20), (299, 359), (358, 359), (359, 359)])

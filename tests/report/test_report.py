@@ -310,7 +310,7 @@ def test_report_is_written_whole(tmp_path: Path, params: Params, prepared: Label
     assert " ".join(page.split()).startswith(f"# Label efficiency **{verdict[0]}** {verdict[1]}")
     assert f"{len(prepared.ids('train'))} train, 0 unlabeled, {len(prepared.ids('val'))} val" in page
     assert "leader of the pictures (best validation accuracy at the fewest labels) is cl" in page
-    assert "k-NN is of 20 neighbours, by the cosine of raw features after the final norm." in " ".join(page.split())
+    assert "k-NN is of 20 neighbours, by the cosine of the features that" in " ".join(page.split())
     assert "The table makes 21 comparisons" in " ".join(page.split())
     named = re.findall(r"\]\(figures/(\w+)\.png\)", page)
     assert named == ["label_efficiency", "accuracy_per_class", "confusion", "worst_mistakes"]

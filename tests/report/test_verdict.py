@@ -54,8 +54,8 @@ def test_leader_that_beats_every_baseline_is_crowned() -> None:
     found = judged(arm("pixels", WEAK, knn=9), arm("random", WEAK, knn=9), arm("cl", {}), arm("graft", {}, val=0.9))
     assert (found.champion, found.notes) == ("graft", [])
     assert found.sentence == (
-        "graft is the champion: it has the best validation accuracy with the fewest labels (1 %), and on test it beats "
-        "pixels and random there."
+        "graft is the champion: it has the best validation accuracy with the fewest labels (1 %); on test it is ahead "
+        "of pixels and random there, and no interval holds a tie."
     )
 
 
