@@ -128,3 +128,15 @@ def test_cap_passes_over_a_class_without_images_and_keeps_the_only_one_of_anothe
 
 def test_cap_of_unlabelled_images_alone_keeps_its_number() -> None:
     assert cap(np.full(20, -1), 7, 0, "train").sum() == 7
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "counts"),
+    [
+        ([60, 60, 1], 4, [2, 1, 1]),  # 1.98, 1.98 and 0.03: what is left goes to the first of equal remainders
+        ([50, 30, 1, 1, 1], 6, [2, 1, 1, 1, 1]),  # 3.6 and 2.2 give what the classes of one image take
+    ],
+)
+def test_cap_gives_and_takes_where_a_share_is_rounded_most(sizes: list[int], most: int, counts: list[int]) -> None:
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    assert np.bincount(labels[cap(labels, most, 0, "train")]).tolist() == counts
