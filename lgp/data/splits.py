@@ -34,7 +34,8 @@ def check_class_sizes(labels: np.ndarray, classes: list[str], needed: int) -> No
     if scarce:
         raise LgpError(
             f"fewer than {needed} readable training images in class {', '.join(scarce)}: one each is held out for "
-            "validation (and for test, without a test part), add some, remove the class, or raise data.max_train_images"
+            "validation (and for test, without a test part): add some, remove the class, or raise "
+            "data.max_train_images where it is set"
         )
 
 

@@ -157,7 +157,7 @@ EASE, TRIALS = 2.0, 1500  # deviation of how easy an image is; number of simulat
 
 @pytest.mark.parametrize(
     ("subsets", "share", "subset"),
-    [(1, 0.6, 0.0), (1, 0.97, 0.0), (5, 0.6, 0.1), (5, 0.85, 0.3), (5, 0.7, 0.6), (5, 0.95, 0.3)],
+    [(1, 0.6, 0.0), (1, 0.9, 0.0), (1, 0.97, 0.0), (5, 0.6, 0.1), (5, 0.85, 0.3), (5, 0.7, 0.6), (5, 0.95, 0.3)],
 )
 def test_interval_of_an_accuracy_covers_the_truth_in_95_percent(subsets: int, share: float, subset: float) -> None:
     rng = np.random.default_rng(1)
@@ -170,7 +170,14 @@ def test_interval_of_an_accuracy_covers_the_truth_in_95_percent(subsets: int, sh
 
 @pytest.mark.parametrize(
     ("subsets", "a", "b", "subset"),
-    [(1, 0.7, 0.7, 0.0), (1, 0.97, 0.95, 0.0), (5, 0.6, 0.6, 0.2), (5, 0.9, 0.85, 0.3)],
+    [
+        (1, 0.7, 0.7, 0.0),
+        (1, 0.9, 0.85, 0.0),
+        (1, 0.97, 0.95, 0.0),
+        (5, 0.6, 0.6, 0.2),
+        (5, 0.9, 0.85, 0.3),
+        (5, 0.97, 0.95, 0.3),
+    ],
 )
 def test_interval_of_a_gap_covers_the_truth_in_95_percent(subsets: int, a: float, b: float, subset: float) -> None:
     rng = np.random.default_rng(2)
