@@ -57,6 +57,21 @@ def test_heads_have_the_papers_layers() -> None:
     assert [m.affine for m in projector if isinstance(m, nn.BatchNorm1d)] == [True, True, False]
 
 
+def test_model_has_a_projector_of_three_layers_and_a_predictor_of_two(moco: MoCo) -> None:
+    heads = (moco.projector, moco.momentum_projector, moco.predictor)
+    sizes = [[(m.in_features, m.out_features) for m in head if isinstance(m, nn.Linear)] for head in heads]
+    three = [(16, 32), (32, 32), (32, 16)]
+    assert sizes == [three, three, [(16, 32), (32, 16)]]
+
+
+def test_momentum_copies_start_as_what_they_follow_and_are_for_no_optimizer(moco: MoCo) -> None:
+    for follower, learner in moco.momentum_copies():
+        for copied, learnt in zip(follower.parameters(), learner.parameters(), strict=True):
+            assert torch.equal(copied, learnt)
+            assert copied is not learnt
+            assert not copied.requires_grad
+
+
 def test_momentum_goes_from_base_to_one() -> None:
     assert momentum_at(0.0, 0.99) == pytest.approx(0.99)
     assert momentum_at(0.5, 0.99) == pytest.approx(0.995)
