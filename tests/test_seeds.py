@@ -81,11 +81,31 @@ def test_a_trial_changes_the_rate_of_its_arm_alone(seeds: ModuleType) -> None:
             assert getattr(params, variant).base_lr == 0.5
 
 
-def test_the_seed_that_chose_the_rates_is_not_reported(
+def test_seeds_that_chose_the_rates_are_not_reported(
     seeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert seeds.TUNED_ON not in seeds.SEEDS
+    assert not set(seeds.TUNED_ON) & set(seeds.SEEDS)
     monkeypatch.setattr(sys, "argv", ["seeds.py", str(tmp_path), "--seeds", "0", "5"])
     with pytest.raises(SystemExit):
         seeds.main()
-    assert "seed 0 chose the rates" in capsys.readouterr().err
+    assert "seeds 0, 1, 2 chose the rates" in capsys.readouterr().err
+
+
+def test_every_variant_has_the_same_trials_and_the_best_on_val_is_chosen(
+    seeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[str, float, float, int]] = []
+
+    def validated(_root: Path, variant: str, rate: float, best_mim: float, seed: int) -> float:
+        tried.append((variant, rate, best_mim, seed))
+        return seed - 1000 * abs(rate - {"mim": 8e-3, "cl": 3.2e-2}.get(variant, 4e-3))
+
+    monkeypatch.setattr(seeds, "validated", validated)
+    tuning = seeds.tune(tmp_path)
+    chosen = tuning[tuning["chosen"]].set_index("variant")["rate"]
+    assert chosen.to_dict() == {"mim": 8e-3, "cl": 3.2e-2, "graft": 4e-3, "graft_one_rate": 4e-3}
+    for variant in seeds.VARIANTS:
+        assert [(rate, seed) for v, rate, _, seed in tried if v == variant] == [
+            (rate, seed) for rate in seeds.RATES for seed in seeds.TUNED_ON
+        ]
+    assert {best for variant, _, best, _ in tried if variant.startswith("graft")} == {8e-3}
