@@ -44,7 +44,7 @@ SMALL = {
     "joint": {"epochs": 2, "warmup_epochs": 1},
     "reverse": {"epochs": 2, "warmup_epochs": 1},
     "linear": {"epochs": 10},
-    "finetune": {"10pct": {"epochs": 2, "warmup_epochs": 1}},
+    "finetune": {"10pct": {"epochs": 2, "warmup_epochs": 1, "base_lr": 2e-2}},
     "run": {"device": "cpu", "print_every_s": 1000},
 }
 
