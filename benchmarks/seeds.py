@@ -1,7 +1,7 @@
 """Several pre-training seeds of the arms that the paper compares, on digits: a table with intervals.
 
-    python benchmarks/seeds.py FOLDER --tune        # chooses a rate for each arm: digits-tuning.csv
-    python benchmarks/seeds.py FOLDER [--seeds N…]  # trains with these rates: digits-seeds.csv and digits-seeds.md
+    python benchmarks/seeds.py FOLDER --tune [--jobs 2]        # chooses a rate for each arm: digits-tuning.csv
+    python benchmarks/seeds.py FOLDER [--seeds N…] [--jobs 2]  # trains with these: digits-seeds.csv, digits-seeds.md
 
 Each arm has the same number of trials: every rate of `RATES`, on the seeds `TUNED_ON`, which no table reports. The rate
 with the best accuracy of frozen features on val is taken (mean over 1 % and 10 % of labels and the seeds). The rate of
@@ -19,6 +19,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -135,27 +136,42 @@ def metrics_of(folder: Path, arm: str, tasks: tuple[str, ...]) -> dict[str, dict
     return {task: json.loads((folder / "metrics" / f"{arm}-{task}.json").read_text()) for task in tasks}
 
 
-def tune(root: Path) -> pd.DataFrame:
+def tune(root: Path, jobs: int) -> pd.DataFrame:
     """Return a row per variant and rate, with its accuracy on val over the tuning seeds, and whether it was chosen."""
     rows: list[dict[str, Any]] = []
     best_mim = 0.0
+    for seed in TUNED_ON:  # all trials of a seed take images and labels from its first
+        project(trial_folder(root, seed, "mim", RATES[0]), seed, changes_of("mim", RATES[0]), {})
     for variant in VARIANTS:
-        trials = []
-        for rate in RATES:
-            on_val = [validated(root, variant, rate, best_mim, seed) for seed in TUNED_ON]
-            trials.append({"variant": variant, "rate": rate, "val": round(sum(on_val) / len(on_val), 2)})
-        best = max(trials, key=lambda trial: trial["val"])
-        best_mim = best["rate"] if variant == "mim" else best_mim
-        rows += [{**trial, "chosen": trial is best} for trial in trials]
+        pairs = list(itertools.product(RATES, TUNED_ON))
+        with ThreadPoolExecutor(jobs) as pool:
+            found = list(pool.map(lambda pair: validated(root, variant, pair[0], best_mim, pair[1]), pairs))  # noqa: B023 - called before both change
+        on_val = np.reshape(found, (len(RATES), len(TUNED_ON))).mean(axis=1).round(2)
+        chosen = int(on_val.argmax())
+        best_mim = RATES[chosen] if variant == "mim" else best_mim
+        rows += [
+            {"variant": variant, "rate": rate, "val": top1, "chosen": number == chosen}
+            for number, (rate, top1) in enumerate(zip(RATES, on_val, strict=True))
+        ]
     return pd.DataFrame(rows)
 
 
+def trial_folder(root: Path, seed: int, variant: str, rate: float) -> Path:
+    """Return the project folder of a trial."""
+    return root / f"tune{seed}-{variant}-{rate:g}"
+
+
 def validated(root: Path, variant: str, rate: float, best_mim: float, seed: int) -> float:
-    """Return the accuracy on val of one trial. A graft starts from the MAE of the rate `best_mim`."""
-    first, mim = (root / f"tune{seed}-mim-{r:g}" for r in (RATES[0], best_mim))
-    folder = root / f"tune{seed}-{variant}-{rate:g}"
+    """Return the accuracy on val of one trial, 0 where it did not train. A graft starts from the MAE of `best_mim`."""
+    first, mim = (trial_folder(root, seed, "mim", of_mim) for of_mim in (RATES[0], best_mim))
+    folder = trial_folder(root, seed, variant, rate)
     shared = {"data": first if folder != first else None, "models/mim": mim if arm_of(variant) == "graft" else None}
-    found = metrics_of(project(folder, seed, changes_of(variant, rate), shared), arm_of(variant), CHOSEN_BY)
+    project(folder, seed, changes_of(variant, rate), shared)
+    try:
+        found = metrics_of(folder, arm_of(variant), CHOSEN_BY)
+    except subprocess.CalledProcessError:
+        print(f"{folder.name}: did not train, the rate is lost", flush=True)
+        return 0.0
     return sum(found[task]["val/top1"] for task in CHOSEN_BY) / len(CHOSEN_BY)
 
 
@@ -214,12 +230,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tune", action="store_true", help="choose the rates, on the seeds of the tuning")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="two or more, for an interval")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, one CPU core each")
     given = parser.parse_args()
     root = given.folder.resolve()
     version = version_of_code()
     check_code(root, version)
     if given.tune:
-        tuning = tune(root).assign(code=version)
+        tuning = tune(root, given.jobs).assign(code=version)
         tuning.to_csv(TUNING, index=False)
         print(tuning.to_string(index=False))
         return
@@ -228,7 +245,9 @@ def main() -> None:
     if len(given.seeds) < 2:
         parser.error("--seeds: two or more, for an interval")
     rates = tuned_rates(version)
-    rows = pd.DataFrame([row for seed in given.seeds for row in of_seed(root, seed, rates)]).assign(code=version)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        of_seeds = list(pool.map(lambda seed: of_seed(root, seed, rates), given.seeds))
+    rows = pd.DataFrame([row for of_one in of_seeds for row in of_one]).assign(code=version)
     rows.to_csv(OUT, index=False)
     OUT.with_suffix(".md").write_text(page(rows))
     print(OUT.with_suffix(".md").read_text())

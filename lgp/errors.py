@@ -12,6 +12,10 @@ class LgpError(Exception):
     """
 
 
+class Diverged(LgpError):  # noqa: N818 - it says what is the case
+    """A training whose loss or weights are not finite. All processes of a training raise it in the same step."""
+
+
 class NotTrained(LgpError):  # noqa: N818 - it says what is the case
     """A training that failed its checks. A stage publishes its outputs before it fails with this error."""
 

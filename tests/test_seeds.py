@@ -1,6 +1,7 @@
 """The comparison over seeds: equal trials for every arm, and one version of the code."""
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -101,7 +102,8 @@ def test_every_variant_has_the_same_trials_and_the_best_on_val_is_chosen(
         return seed - 1000 * abs(rate - {"mim": 8e-3, "cl": 3.2e-2}.get(variant, 4e-3))
 
     monkeypatch.setattr(seeds, "validated", validated)
-    tuning = seeds.tune(tmp_path)
+    monkeypatch.setattr(seeds, "project", lambda *_: None)
+    tuning = seeds.tune(tmp_path, 1)
     chosen = tuning[tuning["chosen"]].set_index("variant")["rate"]
     assert chosen.to_dict() == {"mim": 8e-3, "cl": 3.2e-2, "graft": 4e-3, "graft_one_rate": 4e-3}
     for variant in seeds.VARIANTS:
@@ -109,3 +111,12 @@ def test_every_variant_has_the_same_trials_and_the_best_on_val_is_chosen(
             (rate, seed) for rate in seeds.RATES for seed in seeds.TUNED_ON
         ]
     assert {best for variant, _, best, _ in tried if variant.startswith("graft")} == {8e-3}
+
+
+def test_trial_that_does_not_train_is_lost(seeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise subprocess.CalledProcessError(1, "lgp cl")
+
+    monkeypatch.setattr(seeds, "project", lambda *_: None)
+    monkeypatch.setattr(seeds, "metrics_of", failing)
+    assert seeds.validated(tmp_path, "cl", 1e3, 8e-3, 0) == 0

@@ -7,12 +7,13 @@ is 0.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
@@ -25,14 +26,14 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from lgp.compute.device import choose_device
-from lgp.compute.distributed import joined, rank, world_size
+from lgp.compute.distributed import agree, joined, rank, world_size
 from lgp.compute.launch import WorkerDone, launched_rank
 from lgp.compute.precision import choose_precision, place
 from lgp.compute.randomness import Stream, seeded
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch, CropDataset
 from lgp.data.storage import MODES
-from lgp.errors import LgpError, check_disk_space
+from lgp.errors import Diverged, LgpError, check_disk_space
 from lgp.evaluate.outcome import Outcome, Predicted, over_subsets
 from lgp.features.extraction import extract
 from lgp.models.encoder_folder import images_for, load_encoder, read_config
@@ -129,7 +130,8 @@ def finetune(
     """Fine-tune an arm's encoder on each subset of labelled images, each time from the arm's weights.
 
     With several rates, every rate trains on every subset. The rate with the best mean accuracy on val is taken, the
-    first of equal ones. Each training has its own resume state, so a finished one is not repeated.
+    first of equal ones. A rate whose training diverges is left out. Each training has its own resume state, so a
+    finished one is not repeated.
 
     Args:
         arm: folder of the arm, with `encoder/`, and with heads for `from_first_fc`.
@@ -140,6 +142,7 @@ def finetune(
 
     Raises:
         LgpError: a batch cannot be divided, the disk is full, or a training fails.
+        Diverged: every rate diverged.
     """
     run, store, data = session.params.run, session.store, images_for(arm / ENCODER, data)
     device = choose_device(run)
@@ -150,33 +153,59 @@ def finetune(
     check_disk_space(store.folder, max(of_states - there, 0))
     data.keep_decoded(run.decoded_gib * 2**30)
     shared = _FineTuning(arm, data, recipe, session, device, _first_fc(arm) if recipe.from_first_fc else None)
-    outcomes, flops = [], 0
+    tried: dict[float, Outcome] = {}
+    diverged, flops = [], 0
     with joined("finetune", device):
         for trial, base_lr in enumerate(recipe.base_lrs):
-            scored = []
-            for number, ids in enumerate(subsets):
-                if rank() == 0:
-                    said = f"rate {base_lr:g}, subset {number + 1} of {len(subsets)}, {len(ids)} labels"
-                    print(f"finetune: {arm.name}, {said}", flush=True)
-                model, of_training = _fit(shared, _Trial(trial * len(subsets) + number, number, base_lr), ids)
-                flops += of_training
-                if rank() == 0:
-                    scored.append(_predict(model, data, recipe, device).scored())
+            try:
+                outcome, of_rate = _try_rate(shared, subsets, trial, base_lr)
+            except Diverged as e:
+                diverged.append(e)
+                continue
+            flops += of_rate
             if rank() == 0:
-                outcomes.append(over_subsets(scored, len(subsets[0])))
+                tried[base_lr] = outcome
+        if len(diverged) == len(recipe.base_lrs):
+            raise diverged[-1]
         if rank() > 0:
             raise WorkerDone
-    chosen, of_choice = _choose_rate(recipe.base_lrs, outcomes)
+    for reason in diverged:
+        print(f"warning: finetune: a rate is left out: {reason}", flush=True)
+    chosen, of_choice = _choose_rate(tried)
     more = {"train/pflop": round(flops / 1e15, 9), "first_fc": float(shared.first_fc is not None)}
-    return Outcome(chosen.metrics | of_choice | more, chosen.predictions)
+    return Outcome(chosen.metrics | of_choice | {"diverged": float(len(diverged))} | more, chosen.predictions)
 
 
-def _choose_rate(base_lrs: Sequence[float], outcomes: Sequence[Outcome]) -> tuple[Outcome, dict[str, float]]:
-    """Return the outcome that is best on val, and metrics of the choice: `base_lr`, and val's accuracy of each rate."""
-    on_val = [outcome.metrics["val/top1"] for outcome in outcomes]
-    best = int(np.argmax(on_val))
-    tried = {f"val/top1_at_{rate:g}": top1 for rate, top1 in zip(base_lrs, on_val, strict=True)}
-    return outcomes[best], {"base_lr": base_lrs[best]} | (tried if len(outcomes) > 1 else {})
+def _try_rate(shared: _FineTuning, subsets: list[np.ndarray], trial: int, base_lr: float) -> tuple[Outcome, int]:
+    """Train at one rate on every subset; return the outcome, which is empty but in the first process, and the FLOPs."""
+    scored, flops = [], 0
+    for number, ids in enumerate(subsets):
+        if rank() == 0:
+            said = f"rate {base_lr:g}, subset {number + 1} of {len(subsets)}, {len(ids)} labels"
+            print(f"finetune: {shared.arm.name}, {said}", flush=True)
+        model, of_training = _fit(shared, _Trial(trial * len(subsets) + number, number, base_lr), ids)
+        flops += of_training
+        predicted = _predict(model, shared.data, shared.recipe, shared.device) if rank() == 0 else None
+        if agree(int(predicted is not None and not predicted.finite)):
+            raise Diverged(
+                f"finetune: the predictions are not finite at the rate {base_lr:g} per 256 images: lower the learning "
+                "rate of finetune"
+            )
+        if predicted is not None:
+            scored.append(predicted.scored())
+    return over_subsets(scored, len(subsets[0])) if scored else Outcome({}, pd.DataFrame()), flops
+
+
+def _choose_rate(tried: Mapping[float, Outcome]) -> tuple[Outcome, dict[str, float]]:
+    """Return the outcome that is best on val, and metrics of the choice: `base_lr`, and val's accuracy of each rate.
+
+    Args:
+        tried: base learning rate → outcome, in the order of the recipe. The first of equal ones is taken.
+    """
+    on_val = {rate: outcome.metrics["val/top1"] for rate, outcome in tried.items()}
+    best = max(on_val, key=lambda rate: on_val[rate])
+    at_rates = {f"val/top1_at_{rate:g}": top1 for rate, top1 in on_val.items()} if len(tried) > 1 else {}
+    return tried[best], {"base_lr": best} | at_rates
 
 
 def _fit(shared: _FineTuning, trial: _Trial, ids: np.ndarray) -> tuple[nn.Module, int]:

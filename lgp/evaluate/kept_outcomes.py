@@ -18,7 +18,15 @@ from lgp.evaluate.outcome import Outcome
 
 KEPT = Path(".lgp") / "outcomes"
 FORMAT = 1  # version of the file: raise it when it changes
-COMPUTED_WITH = ("torch", "timm", "scikit-learn", "numpy", "scipy")  # their versions change the last digits
+COMPUTED_WITH = (
+    "torch",
+    "torchvision",
+    "timm",
+    "pillow",
+    "scikit-learn",
+    "numpy",
+    "scipy",
+)  # their versions change the last digits
 META = b"lgp"
 
 

@@ -44,6 +44,11 @@ class Predicted:
     labels: Mapping[str, np.ndarray]
     ids: Mapping[str, np.ndarray]
 
+    @property
+    def finite(self) -> bool:
+        """Whether all probabilities are numbers."""
+        return all(bool(np.isfinite(of_split).all()) for of_split in self.probabilities.values())
+
     def scored(self) -> Scored:
         """Score top-1 on test and val. Score top-5 (with ten classes or more) and the calibration error on test."""
         test, labels = self.probabilities["test"], self.labels["test"]

@@ -156,6 +156,37 @@ def import_checkpoint(
         encoder = build_encoder(model, data)
         init_encoder_as_moco(encoder)
     wanted = encoder.state_dict()
+    taken, projector, uses, faults = _take(tensors, layout, wanted, path)
+    faults += [f"{name} is missing" for name in wanted if name not in taken]
+    if faults and not partial:
+        few = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+        raise LgpError(
+            f"{path} ({layout.name}) does not fill the encoder: {few}. {_dimensions(layout, tensors)}, the parameters "
+            f"say width {model.width}, depth {model.depth}, patch {model.patch_size}, {data.channels} channels: set "
+            "`model` and `data` to the file's, or add --partial to take what fits"
+        )
+    if not taken:
+        raise LgpError(f"{path} ({layout.name}): not one tensor fits the encoder of the parameters")
+    encoder.load_state_dict(wanted | taken, strict=True)
+    known = (normalization, "the command") if normalization else _known_normalization(path, content, beside, layout)
+    _check_channels(*known, data.channels)
+    return Imported(layout.name, encoder, projector, uses, *known)
+
+
+def _take(
+    tensors: Tensors, layout: Layout, wanted: Tensors, path: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Use], list[str]]:
+    """Return what is taken for the encoder, the projector, the use of each tensor, and the faults.
+
+    Args:
+        tensors: of the checkpoint.
+        layout: of the checkpoint.
+        wanted: the encoder's own tensors, in their shapes.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        LgpError: a tensor of the encoder holds values that are not finite.
+    """
     taken: dict[str, Tensor] = {}
     projector: dict[str, Tensor] = {}
     uses, faults = [], []
@@ -180,20 +211,7 @@ def import_checkpoint(
             uses.append(Use(name, None, reason or "no place in the encoder"))
             if reason is None:
                 faults.append(f"{name} has no place in the encoder")
-    faults += [f"{name} is missing" for name in wanted if name not in taken]
-    if faults and not partial:
-        few = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
-        raise LgpError(
-            f"{path} ({layout.name}) does not fill the encoder: {few}. {_dimensions(layout, tensors)}, the parameters "
-            f"say width {model.width}, depth {model.depth}, patch {model.patch_size}, {data.channels} channels: set "
-            "`model` and `data` to the file's, or add --partial to take what fits"
-        )
-    if not taken:
-        raise LgpError(f"{path} ({layout.name}): not one tensor fits the encoder of the parameters")
-    encoder.load_state_dict(wanted | taken, strict=True)
-    known = (normalization, "the command") if normalization else _known_normalization(path, content, beside, layout)
-    _check_channels(*known, data.channels)
-    return Imported(layout.name, encoder, projector, uses, *known)
+    return taken, projector, uses, faults
 
 
 def _config_beside(path: Path) -> dict[str, Any]:

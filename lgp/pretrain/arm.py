@@ -23,7 +23,7 @@ from lgp.models.roles import PretrainingModel
 from lgp.params.file import Params
 from lgp.params.pretrain import TrainingParams
 from lgp.pretrain.batch_checks import check_batch
-from lgp.pretrain.sanity_checks import Checked, Weights, check_features, check_weights, weights_of
+from lgp.pretrain.sanity_checks import Findings, Weights, check_features, check_weights, weights_of
 from lgp.training.loop import Epoch, Observer, Progression, Trainer
 from lgp.training.optimizer import adamw, parameter_groups, warmup_cosine, whole_warmup_steps
 from lgp.training.resume_states import StateStore
@@ -90,7 +90,7 @@ class Pretrained:
 
     model: PretrainingModel
     progression: Progression
-    checks: Checked
+    checks: Findings
     computed: Mapping[str, Any]
 
 
@@ -130,7 +130,8 @@ def fit_arm(
         initial = weights_of(model)
         place(model, device, precision)
         optimizer = adamw(parameter_groups(model, rates, stage.weight_decay), betas)
-        checks = Checks(objective, initial, rates, optimizer, stage, device)
+        accepted = objective.name in params.run.accept
+        checks = Checks(objective, initial, rates, optimizer, stage, device, accepted)
         warmup_steps = whole_warmup_steps(stage.warmup_epochs, crops.steps_per_epoch, steps)
         progression = Trainer(
             name=objective.name,
@@ -157,8 +158,8 @@ def fit_arm(
         }
         if rank() > 0:
             raise WorkerDone
-    checked = checks.of_all(progression)
-    return Pretrained(model.cpu(), progression, checked, computed)
+    findings = checks.of_all(progression)
+    return Pretrained(model.cpu(), progression, findings, computed)
 
 
 @dataclass(frozen=True)
@@ -171,15 +172,19 @@ class Checks:
     optimizer: Optimizer
     stage: TrainingParams
     device: torch.device
+    accepted: bool
 
     def find_dead(self, epoch: int) -> bool:
-        """Return whether a check fails after an epoch, where one is due. None is due in the warm-up."""
-        every = min(WATCH_EVERY_EPOCHS, self.stage.epochs // WATCHES)
+        """Return whether a check fails after an epoch, where one is due.
+
+        None is due in the warm-up. None is due for an arm in `run.accept`: it is taken as it is, at its end.
+        """
+        every = 0 if self.accepted else min(WATCH_EVERY_EPOCHS, self.stage.epochs // WATCHES)
         if not every or epoch % every or epoch <= self.stage.warmup_epochs:
             return False
         return bool(self._after(epoch * self.objective.crops.steps_per_epoch, WATCHED_IMAGES).faults)
 
-    def of_all(self, progression: Progression) -> Checked:
+    def of_all(self, progression: Progression) -> Findings:
         """Check a training that is over. The faults of one that ended early say when it ended."""
         if not progression.ended_early:
             return self._after(progression.step, CHECKED_IMAGES)
@@ -187,9 +192,9 @@ class Checks:
         found = self._after(progression.step, WATCHED_IMAGES)
         faults = found.faults or {"a check failed": "train it anew"}  # another device may find other measures
         when = f"after {len(progression.history)} of {self.stage.epochs} epochs"
-        return Checked(found.metrics, {f"{what}, {when}": remedy for what, remedy in faults.items()}, found.warnings)
+        return Findings(found.metrics, {f"{what}, {when}": remedy for what, remedy in faults.items()}, found.warnings)
 
-    def _after(self, steps: int, images: int) -> Checked:
+    def _after(self, steps: int, images: int) -> Findings:
         model, crops = self.objective.model, self.objective.crops
         moved = check_weights(model, self.initial, self.rates, steps, self.optimizer, self.objective.regularized)
         # evenly spaced over all images, because sources are sorted by class

@@ -81,9 +81,7 @@ def measure_conflict(session: Session, start: Path) -> pd.DataFrame:
     rates = {name: rate for name, _ in model.named_parameters()}
     heads = fit_arm(Objective("conflict", model, both, crops), rates, BETAS, training, session)
     if heads.checks.faults:
-        faults, remedies = heads.checks.faults, dict.fromkeys(heads.checks.faults.values())
-        said = f"{'; '.join(faults)}: {', or '.join(remedies)}"
-        raise LgpError(f"conflict: the heads did not train on the encoder in {start}: {said}")
+        raise LgpError(f"conflict: the heads did not train on the encoder in {start}: {heads.checks.said}")
     for weight in weights.values():
         weight.requires_grad_(True)
     device = choose_device(params.run)

@@ -30,7 +30,7 @@ Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Checked:
+class Findings:
     """The findings of checks. `|` joins two.
 
     Attributes:
@@ -43,9 +43,14 @@ class Checked:
     faults: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
-    def __or__(self, other: "Checked") -> "Checked":
+    @property
+    def said(self) -> str:
+        """What failed, at most six faults, and what to do, as text."""
+        return f"{'; '.join(list(self.faults)[:6])}: {', or '.join(dict.fromkeys(self.faults.values()))}"
+
+    def __or__(self, other: "Findings") -> "Findings":
         """Return the findings of both."""
-        return Checked(
+        return Findings(
             {**self.metrics, **other.metrics}, {**self.faults, **other.faults}, self.warnings + other.warnings
         )
 
@@ -62,7 +67,7 @@ def check_weights(
     steps: int,
     optimizer: Optimizer,
     regularized: frozenset[str] = frozenset(),
-) -> Checked:
+) -> Findings:
     """Measure how far each part of a model moved, relative to its learning rates.
 
     The measure is the root mean square of (θ - θ_0) / sum of the learning rates. The sum is peak · steps / 2 for a
@@ -113,7 +118,7 @@ def check_weights(
         elif not share and (steps > 2 or part not in copies):
             faults[f"{part} did not move"] = GO_FURTHER
     shares = {f"moved/{part}": float(f"{share:.4g}") for part, share in moved.items()}
-    return Checked(shares | {f"moved/{part}": 0.0 for part in frozen - moved.keys()}, faults)
+    return Findings(shares | {f"moved/{part}": 0.0 for part in frozen - moved.keys()}, faults)
 
 
 def _saw_gradient(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
@@ -121,7 +126,7 @@ def _saw_gradient(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
     return second_moment is not None and bool(second_moment.any())
 
 
-def check_features(features: np.ndarray) -> Checked:
+def check_features(features: np.ndarray) -> Findings:
     """Measure the standard deviation and the effective rank of features (N, D).
 
     `features/std` is the mean standard deviation of the features on the unit sphere, times √D. It is 1 for a uniform
@@ -133,7 +138,7 @@ def check_features(features: np.ndarray) -> Checked:
         deviate little in many directions are those of a short training, which is a warning.
     """
     if not np.isfinite(features).all():
-        return Checked({"features/std": 0.0, "features/effective_rank": 0.0}, {"a feature is not finite": CALM_DOWN})
+        return Findings({"features/std": 0.0, "features/effective_rank": 0.0}, {"a feature is not finite": CALM_DOWN})
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     std = float(unit.std(axis=0).mean() * math.sqrt(features.shape[1]))
     singular = np.linalg.svd(features - features.mean(axis=0), compute_uv=False)
@@ -145,7 +150,7 @@ def check_features(features: np.ndarray) -> Checked:
         f"too few epochs or too low a learning rate: the features deviate by {std:.3g} on the unit sphere (usual: "
         f"{LOW_STD} or more), at an effective rank of {rank:.3g}"
     )
-    return Checked(
+    return Findings(
         {"features/std": float(f"{std:.4g}"), "features/effective_rank": float(f"{rank:.4g}")},
         {f"the features collapsed: {', '.join(failed)}": CALM_DOWN} if failed else {},
         (short,) if std < LOW_STD and not failed else (),

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lgp.compute.distributed import agree, average, rank, send_bytes, world_size
 from lgp.compute.interruption import Interrupted, Interruption
 from lgp.data.loading import Batch, CropDataset, loader
-from lgp.errors import LgpError, is_disk_full
+from lgp.errors import Diverged, is_disk_full
 from lgp.params.run import RunParams
 from lgp.training.progress import Progress
 from lgp.training.resume_states import StateStore
@@ -129,7 +129,7 @@ class Trainer:
         A training that is dead ends early in all processes, with its state saved. It is not continued.
 
         Raises:
-            LgpError: the loss is not finite. The message says step and rate. The last good state is kept.
+            Diverged: the loss is not finite. The message says step and rate. The last good state is kept.
             Interrupted: a stop was requested. The state is saved.
         """
         self.now = Progression()
@@ -207,14 +207,14 @@ class Trainer:
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
     def _check_losses(self) -> float | None:
-        """Read the losses since the last check. Return the newest. Raise `LgpError` at the first that is not finite."""
+        """Read the losses since the last check. Return the newest. Raise `Diverged` at the first that is not finite."""
         if not self._unchecked:
             return None
         values = average(torch.stack([loss for loss, _ in self._unchecked])).tolist()
         first = self.now.step - len(values)
         for i, (value, (_, rate)) in enumerate(zip(values, self._unchecked, strict=True)):
             if not math.isfinite(value):
-                raise LgpError(
+                raise Diverged(
                     f"{self.name}: the loss is {value} at step {first + i}, learning rate {rate:.3g}: lower the "
                     f"learning rate of {self.name} or lengthen its warm-up{self._kept()}"
                 )
@@ -234,7 +234,6 @@ class Trainer:
         }
         if rank() == 0:
             values |= self.after_epoch(epoch)
-            self.model.train()
         self.now.loss_sum = 0.0
         self.now.history.append(values)
         self.observer.log_epoch(values)
@@ -260,10 +259,10 @@ class Trainer:
         return self.now.step == total or (worthwhile and (epoch_ends or since >= self.settings.save_every_s))
 
     def _save(self) -> None:
-        """Save a resume state. Raise `LgpError` if a weight is not finite. Report a full disk and continue."""
+        """Save a resume state. Raise `Diverged` if a weight is not finite. Report a full disk and continue."""
         started = time.monotonic()
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            raise LgpError(
+            raise Diverged(
                 f"{self.name}: a weight stopped being finite by step {self.now.step}, learning rate {self._rate:.3g}: "
                 f"lower the learning rate of {self.name}{self._kept()}"
             )

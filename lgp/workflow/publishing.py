@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,15 +73,14 @@ def publish_arm(
     if accepted:
         print(f"warning: {run.spec.arm} did not train, and is accepted: {'; '.join(checks.faults)}", flush=True)
     elif not trained:
-        raise NotTrained(_not_trained(run.spec.arm, folder, checks.faults))
+        raise NotTrained(_not_trained(run.spec.arm, folder, checks.said))
 
 
-def _not_trained(arm: str, folder: Path, faults: Mapping[str, str]) -> str:
-    """Return the message that the checks of an arm failed: what failed, and what to do."""
-    named, remedies = list(faults)[:6], list(dict.fromkeys(faults.values()))
+def _not_trained(arm: str, folder: Path, said: str) -> str:
+    """Return the message that the checks of an arm failed: what `said` of it, and how to take it as it is."""
     return (
-        f"{arm} did not train: {'; '.join(named)}: {', or '.join(remedies)}; {folder} has it with `trained: false`, "
-        f"take it as it is with `lgp {arm} --accept`, or with run.accept: [{arm}] for `dvc repro`"
+        f"{arm} did not train: {said}; {folder} has it with `trained: false`, take it as it is with "
+        f"`lgp {arm} --accept`, or with run.accept: [{arm}] for `dvc repro`"
     )
 
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lgp.compute.randomness import Stream
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch
-from lgp.errors import LgpError
+from lgp.errors import Diverged, LgpError
 from lgp.evaluate import fine_tuning as module
 from lgp.evaluate.fine_tuning import (
     _LabelledCrops,
@@ -311,6 +311,19 @@ def test_validation_chooses_the_rate_that_is_reported(
     flops = sum(of_rate.metrics["train/pflop"] for of_rate in alone.values())
     assert outcome.metrics["train/pflop"] == pytest.approx(flops, abs=2e-9)  # each is rounded
     assert "val/top1_at_0.1" not in alone[0.1].metrics
+
+
+def test_rate_that_diverges_is_left_out(
+    arm: Path, prepared: LabelledImages, params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = tuned(arm, prepared, params, tmp_path / "alone", base_lr=1e-2)
+    grid = tuned(arm, prepared, params, tmp_path / "grid", base_lr=[1e30, 1e-2])
+    assert grid.predictions.equals(alone.predictions)
+    assert (grid.metrics["base_lr"], grid.metrics["diverged"], alone.metrics["diverged"]) == (1e-2, 1, 0)
+    assert "warning: finetune: a rate is left out: finetune: " in capsys.readouterr().out
+    for rates in (1e30, [1e30, 1e35]):
+        with pytest.raises(Diverged, match="lower the learning rate of finetune"):
+            tuned(arm, prepared, params, tmp_path / "none", base_lr=rates)
 
 
 def test_test_images_are_resized_as_the_recipe_says(

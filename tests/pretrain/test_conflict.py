@@ -25,7 +25,7 @@ from lgp.params.file import Params
 from lgp.pretrain import conflict, sanity_checks
 from lgp.pretrain.arm import LossOf, Session
 from lgp.pretrain.conflict import advice, knn_by_block, measure_conflict, rates_for, read_conflict, suggest_cut
-from lgp.pretrain.sanity_checks import Checked
+from lgp.pretrain.sanity_checks import Findings
 from lgp.training.resume_states import StateStore
 
 Loss = LossOf
@@ -83,7 +83,7 @@ def test_equal_and_opposite_losses_agree_and_disagree_fully(
     losses: list[Loss] = []
     spied(monkeypatch, "masked_loss_of", lambda _, loss_of: losses.append(loss_of) or loss_of)  # type: ignore[func-returns-value]
     spied(monkeypatch, "contrastive_loss_of", lambda _, __: lambda batch: sign * losses[0](batch))
-    monkeypatch.setattr(conflict, "fit_arm", lambda *_: SimpleNamespace(checks=Checked()))
+    monkeypatch.setattr(conflict, "fit_arm", lambda *_: SimpleNamespace(checks=Findings()))
     assert measure_conflict(session, start)["cosine"].to_numpy() == pytest.approx(sign, abs=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_both_losses_are_of_images_with_the_encoders_statistics(
         return encoder
 
     monkeypatch.setattr(conflict, "load_encoder", watched)
-    monkeypatch.setattr(conflict, "fit_arm", lambda *_: SimpleNamespace(checks=Checked()))
+    monkeypatch.setattr(conflict, "fit_arm", lambda *_: SimpleNamespace(checks=Findings()))
     measure_conflict(session, foreign_folder)
     assert len(seen) >= 3 * 2
     assert all(map(is_foreign, seen))

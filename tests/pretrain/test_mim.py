@@ -12,7 +12,7 @@ from lgp.models.vit import build_encoder, init_encoder_as_mae
 from lgp.params.file import Params
 from lgp.pretrain.arm import Pretrained
 from lgp.pretrain.mim import build_mae, write_reconstructions
-from lgp.pretrain.sanity_checks import Checked
+from lgp.pretrain.sanity_checks import Findings
 from lgp.training.loop import Progression
 
 
@@ -22,7 +22,7 @@ def test_pictures_show_validation_images_masked_and_painted_in_their_own_colours
     encoder = build_encoder(params.model, params.data)
     init_encoder_as_mae(encoder)
     mae = build_mae(encoder, params.mim)
-    result = Pretrained(mae, Progression(), Checked(), {})
+    result = Pretrained(mae, Progression(), Findings(), {})
     tensors = write_reconstructions(tmp_path / "pictures.safetensors", result, prepared, seed=3)
     images = prepared.whole(prepared.ids("val")[:10])
     assert torch.equal(tensors["original"], images.float() / 255)

@@ -19,7 +19,7 @@ from lgp.pretrain import sanity_checks
 from lgp.pretrain.arm import Checks, Session
 from lgp.pretrain.cl import pretrain_cl
 from lgp.pretrain.mim import pretrain_mim
-from lgp.pretrain.sanity_checks import Checked, check_features, check_weights, weights_of
+from lgp.pretrain.sanity_checks import Findings, check_features, check_weights, weights_of
 from lgp.training.loop import Trainer
 from lgp.training.resume_states import StateStore
 
@@ -45,7 +45,7 @@ class Parts(PretrainingModel):
         return [(self.momentum_encoder, self.encoder)]
 
 
-def moved_by(distances: dict[str, float], model: Parts, reached: tuple[str, ...] = ("norm", "heads")) -> Checked:
+def moved_by(distances: dict[str, float], model: Parts, reached: tuple[str, ...] = ("norm", "heads")) -> Findings:
     """Check parts that moved by a distance, with an optimizer that saw the gradients of the parts `reached`."""
     initial, optimizer, roles = weights_of(model), AdamW(model.parameters()), model.roles()
     with torch.no_grad():
@@ -175,8 +175,8 @@ def test_features_that_are_not_finite_are_a_fault() -> None:
 
 
 def test_findings_of_two_checks_are_joined() -> None:
-    both = Checked({"a": 1.0}, {"x": "do"}, ("w",)) | Checked({"b": 2.0}, {"y": "do"}, ("v",))
-    assert both == Checked({"a": 1.0, "b": 2.0}, {"x": "do", "y": "do"}, ("w", "v"))
+    both = Findings({"a": 1.0}, {"x": "do"}, ("w",)) | Findings({"b": 2.0}, {"y": "do"}, ("v",))
+    assert both == Findings({"a": 1.0, "b": 2.0}, {"x": "do", "y": "do"}, ("w", "v"))
 
 
 def long_mim(params: Params, epochs: int, warmup_epochs: int = 1) -> Params:
@@ -200,12 +200,25 @@ def test_dead_training_ends_at_the_first_check_after_its_warm_up(
     assert fault.endswith("(alarm below 1000.0), after 6 of 20 epochs")
 
 
-def test_checks_are_at_most_ten_epochs_apart(
+@pytest.mark.parametrize(("epochs", "ended"), [(500, 10), (9, 9)])
+def test_checks_are_at_most_ten_epochs_apart_and_at_the_end_of_a_few(
+    epochs: int, ended: int, tmp_path: Path, params: Params, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sanity_checks, "MIN_EFFECTIVE_RANK", 1e3)
+    dead = pretrain_mim(started(long_mim(params, epochs), prepared, tmp_path))
+    assert len(dead.progression.history) == ended
+    assert dead.checks.faults
+
+
+def test_accepted_arm_is_not_ended_early(
     tmp_path: Path, params: Params, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sanity_checks, "MIN_EFFECTIVE_RANK", 1e3)
-    dead = pretrain_mim(started(long_mim(params, 500), prepared, tmp_path))
-    assert len(dead.progression.history) == 10
+    long = long_mim(params, 20)
+    accepted = long.model_copy(update={"run": long.run.model_copy(update={"accept": ["mim"]})})
+    whole = pretrain_mim(started(accepted, prepared, tmp_path))
+    assert len(whole.progression.history) == 20
+    assert whole.checks.faults
 
 
 def test_training_that_ended_early_is_checked_again_and_not_continued(
@@ -219,15 +232,6 @@ def test_training_that_ended_early_is_checked_again_and_not_continued(
     assert list(pretrain_mim(started(long_mim(params, 20), prepared, tmp_path)).checks.faults) == [
         "a check failed, after 2 of 20 epochs"
     ]
-
-
-def test_training_of_few_epochs_is_checked_at_its_end_only(
-    tmp_path: Path, params: Params, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sanity_checks, "MIN_EFFECTIVE_RANK", 1e3)
-    short = pretrain_mim(started(long_mim(params, 9), prepared, tmp_path))
-    assert len(short.progression.history) == 9
-    assert short.checks.faults
 
 
 @pytest.mark.parametrize("arm", ["mim", "cl"])
