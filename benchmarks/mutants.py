@@ -34,7 +34,7 @@ TESTS = {
     "lgp.models.simclr": ["models/test_simclr.py"],
     "lgp.models.vicreg": ["models/test_vicreg.py"],
     "lgp.models.heads": ["models/test_moco.py", "models/test_vicreg.py"],
-    "lgp.models.contrastive": ["models/test_moco.py", "models/test_vicreg.py", "models/test_roles.py"],
+    "lgp.models.contrastive": ["models/test_contrastive.py", "models/test_moco.py", "models/test_roles.py"],
     "lgp.models.joint": ["models/test_roles.py"],
     "lgp.models.roles": ["models/test_roles.py"],
     "lgp.models.mae": ["models/test_mae.py"],

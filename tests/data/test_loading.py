@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from lgp.compute.randomness import Stream, generator
 from lgp.data import writing
-from lgp.data.loading import Batch, CropDataset, loader
+from lgp.data.loading import Batch, CropDataset, _leave_signals, loader
 from lgp.data.preparation import prepare
 from lgp.data.storage import ARRAY, Images
 from lgp.data.views import random_boxes, random_flips
@@ -209,3 +209,25 @@ def test_flips_mirror_the_views_that_are_drawn_and_no_others(prepared: Images) -
     flipped = random_flips(64, 2, 0.5, rng)
     assert torch.equal(half[flipped], straight[flipped].flip(-1))
     assert torch.equal(half[~flipped], straight[~flipped])
+
+
+def test_unshared_rows_are_all_of_the_batch_and_the_order_is_of_the_stream(prepared: Images) -> None:
+    batches = crops(prepared)
+    assert batches.rows == slice(0, 64)
+    order = torch.randperm(len(batches.ids), generator=Stream(0, "cl").generator("order", 1)).numpy()
+    assert batches.ids_of(batches.steps_per_epoch).tolist() == batches.ids[order[:64]].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_loader_forks_its_workers_and_pins_where_asked(prepared: Images) -> None:
+    helped, alone = loader(crops(prepared), 0, 1, 1, pin=True), loader(crops(prepared), 0, 1, 0, pin=False)
+    assert helped.multiprocessing_context.get_start_method() == "fork"  # type: ignore[union-attr]
+    assert alone.multiprocessing_context is None
+    assert (helped.pin_memory, alone.pin_memory) == (True, False)
+
+
+def test_signals_are_ignored_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, object]] = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: asked.append((number, handler)))
+    _leave_signals(0)
+    assert asked == [(signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_IGN)]

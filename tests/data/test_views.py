@@ -1,6 +1,8 @@
 """Views equal torchvision's, operation by operation, on the same parameters."""
 
 import functools
+import itertools
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -14,7 +16,7 @@ from torchvision.transforms.v2 import RandomResizedCrop
 
 from lgp.compute.randomness import generator
 from lgp.data.storage import crop_and_resize
-from lgp.data.views import ColorJitter, color_jitter, random_boxes, random_flips, shift_hue
+from lgp.data.views import TRIES, ColorJitter, color_jitter, random_boxes, random_flips, shift_hue
 from lgp.params.pretrain import ViewParams
 
 
@@ -60,6 +62,34 @@ def test_boxes_have_torchvisions_distribution() -> None:
     error = 4 * (ours.std(0) ** 2 / 4000 + theirs.std(0) ** 2 / 4000).sqrt()
     assert ((ours.mean(0) - theirs.mean(0)).abs() < error).all()
     assert torch.allclose(ours.std(0), theirs.std(0), rtol=0.08)
+
+
+def slow_box(size: tuple[int, int], crop_scale_min: float, draws: Tensor) -> tuple[int, int, int, int]:
+    """Draw one box as torchvision's code does, one try after another. `draws` (4, tries) are uniform in [0, 1]."""
+    height, width = size
+    for area_draw, aspect_draw, top_draw, left_draw in draws.T.tolist():
+        area = height * width * (crop_scale_min + (1 - crop_scale_min) * area_draw)
+        aspect = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * aspect_draw)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(top_draw * (height - h + 1)), int(left_draw * (width - w + 1)), h, w
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width / (3 / 4)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (3, 4), (4, 3), (5, 5), (2, 9), (30, 17)])
+def test_boxes_of_small_images_equal_a_slow_reference(size: tuple[int, int]) -> None:
+    boxes = random_boxes(torch.tensor([size] * 400), 2, 0.1, generator(0, "x"))
+    draws = torch.rand(4, 400, 2, TRIES, generator=generator(0, "x"), dtype=torch.float64)
+    for image, view in itertools.product(range(400), range(2)):
+        assert tuple(boxes[image, view].tolist()) == slow_box(size, 0.1, draws[:, image, view])
+
+
+def test_operations_of_two_batches_are_joined_in_order() -> None:
+    parts = [ColorJitter.draw(n, v, params_with(**MOCO), generator(v, "x")) for v, n in ((0, 3), (1, 2))]
+    joined = ColorJitter.cat(parts)
+    for field in fields(ColorJitter):
+        assert torch.equal(getattr(joined, field.name), torch.cat([getattr(part, field.name) for part in parts]))
 
 
 def test_too_narrow_image_gets_the_largest_centred_box() -> None:

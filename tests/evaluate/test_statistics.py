@@ -233,7 +233,22 @@ def test_top_1_and_top_5_are_scikit_learns() -> None:
         assert scores[f"test/top{k}"] == pytest.approx(expected, abs=1e-3)
     slow = [label in np.argsort(-p)[:5] for label, p in zip(labels, probabilities, strict=True)]
     assert scores["test/top5"] == pytest.approx(100 * np.mean(slow), abs=1e-3)
-    assert "test/top5" not in predicted(5).scored().scores
+    assert "test/top5" in predicted(10).scored().scores
+    assert "test/top5" not in predicted(9).scored().scores
+
+
+def test_equal_probabilities_are_ranked_the_same_everywhere() -> None:
+    """Of twelve equal probabilities the last five classes count as the top five."""
+    probabilities, labels = np.full((12, 12), 1 / 12), np.arange(12)
+    ids = {"val": labels, "test": labels}
+    some = Predicted({"val": probabilities, "test": probabilities}, ids, ids)
+    assert some.scored().correct["test/top5"].tolist() == [label >= 7 for label in labels]
+
+
+def test_metrics_have_four_decimals_and_two_subsets_a_deviation() -> None:
+    metrics = over_subsets([predicted(12).scored() for _ in range(2)], labels=30).metrics
+    assert {"test/top1_std", "test/ece_std"} <= metrics.keys()
+    assert all(value == round(value, 4) for value in metrics.values())
 
 
 def test_subsets_are_summed_up_and_predictions_give_the_metric_back() -> None:

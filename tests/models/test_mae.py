@@ -141,3 +141,12 @@ def test_masked_input_shows_the_visible_patches_and_the_reconstruction_has_the_h
     expected = mae.decode(latent, ids_restore) * std + mean
     assert torch.allclose(patchify(painted, 2)[hidden], expected[hidden])
     assert torch.equal(patchify(masked, 2)[~hidden], patches[~hidden])
+
+
+def test_decoder_paints_whole_patches_and_has_the_norms_of_mae(params: Params) -> None:
+    for patch_size in (1, 2, 4):
+        model = params.model.model_copy(update={"patch_size": patch_size})
+        mae = MAE(build_encoder(model, params.data), 0.5, 16, 1, 4)
+        assert mae.decoder_pred.out_features == patch_size * patch_size
+    norms = [layer for layer in mae.decoder_blocks.modules() if isinstance(layer, nn.LayerNorm)]
+    assert {norm.eps for norm in norms} == {1e-6}

@@ -49,6 +49,7 @@ def test_positions_are_fixed(encoder: VisionTransformer) -> None:
 def test_embedding_and_encoding_make_timms_forward(encoder: VisionTransformer) -> None:
     images = torch.randn(3, 1, 8, 8)
     encoder.eval()
+    nn.init.normal_(encoder.pos_embed)  # learned positions have one for the class token too
     tokens = encode_tokens(encoder, embed(encoder, images))
     assert torch.allclose(tokens[:, 0], encoder(images), atol=1e-6)
     assert torch.allclose(tokens, encoder.forward_features(images), atol=1e-6)
@@ -72,6 +73,9 @@ def test_moco_initialisation(encoder: VisionTransformer) -> None:
     projection = encoder.patch_embed.proj
     assert 0.8 * math.sqrt(6 / 20) < projection.weight.abs().max() <= math.sqrt(6 / 20)
     assert (projection.bias == 0).all()
+    for weight, bound in ((qkv, math.sqrt(6 / 32)), (projection.weight, math.sqrt(6 / 20))):
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)  # uniform
+        assert abs(weight.mean().item()) < bound / 4
     assert encoder.cls_token.abs().max() < 1e-5
 
 

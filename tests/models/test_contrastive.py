@@ -1,0 +1,34 @@
+"""The contrastive models get the parameters of their objective."""
+
+from typing import Any
+
+import pytest
+
+from lgp.models.contrastive import build_contrastive
+from lgp.models.moco import MaskedKeysMoCo, MoCo, OneSidedMoCo
+from lgp.models.simclr import SimCLR
+from lgp.models.vicreg import VICReg
+from lgp.models.vit import build_encoder
+from lgp.params.file import Params
+from lgp.params.pretrain import VicregWeights
+
+
+def built(params: Params, **changes: Any) -> Any:
+    return build_contrastive(build_encoder(params.model, params.data), params.contrastive.model_copy(update=changes))
+
+
+def test_each_objective_gets_its_own_settings(params: Params) -> None:
+    moco = built(params, temperature=0.3, momentum=0.7)
+    assert (type(moco), moco.temperature, moco.momentum) == (MoCo, 0.3, 0.7)
+    simclr = built(params, objective="simclr", temperature=0.4)
+    assert (type(simclr), simclr.temperature) == (SimCLR, 0.4)
+    weights = VicregWeights(invariance=3.0)
+    vicreg = built(params, objective="vicreg", vicreg=weights)
+    assert (type(vicreg), vicreg.weights) == (VICReg, weights)
+
+
+@pytest.mark.parametrize(
+    ("masked", "kind"), [("queries", MoCo), ("queries_and_keys", MaskedKeysMoCo), ("one_sided", OneSidedMoCo)]
+)
+def test_the_mask_variant_chooses_the_model(masked: str, kind: type[MoCo], params: Params) -> None:
+    assert type(built(params, masked=masked)) is kind
