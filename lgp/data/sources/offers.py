@@ -1,0 +1,86 @@
+"""What a source offers: a column per property, an entry per image, and a way to read the images.
+
+Listing decodes nothing and imports little: the stage `inputs` lists the source with every `dvc repro`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+SPLITS = {
+    **dict.fromkeys(("train", "training", "unlabeled", "unlabelled"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+UNLABELED = ("unlabeled", "unlabelled")  # images of training whose folders are no classes
+
+Read = Callable[[], bytes | np.ndarray]
+"""Reads one image: the encoded bytes, or pixels (H, W) or (H, W, C) uint8 or uint16. It can be pickled. It may raise."""
+
+
+class Skipped(NamedTuple):
+    """A file or row that is no image of the data set, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Offers:
+    """The images of one source, as columns of equal length.
+
+    Attributes:
+        paths: the name of each image within its source. All differ.
+        splits: train, val or test. An image of unknown split is of train.
+        labels: class name, None without a label.
+        groups: what an image has in common with others (patient, scene, video), None where nothing is known.
+        states: what changes where the bytes of an image change: size and time of its file, or a digest.
+        classes: class names in order. Names that the source declares come first, also those without an image.
+        reads: `reads(positions)` returns an iterator over a `Read` for each of these positions, which ascend. It reads
+            files from their beginning to their end once.
+        skipped: what else was found, with the reason. Entries and skipped together are all that was found.
+        clutter: as `skipped`, but files of operating systems and viewers (Thumbs.db): nobody meant them as images.
+        declared: whether the order of `classes` is the source's own, so that a number is an index into it.
+    """
+
+    paths: list[str]
+    splits: list[str]
+    labels: list[str | None]
+    groups: list[str | None]
+    states: list[str]
+    classes: list[str]
+    reads: Callable[[Sequence[int]], Iterator[Read]]
+    skipped: list[Skipped] = field(default_factory=list)
+    clutter: list[Skipped] = field(default_factory=list)
+    declared: bool = False
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+class Columns(NamedTuple):
+    """The names of columns in a table. None: the first of the usual names that the table has.
+
+    `label` may hold text or numbers. A missing value, an empty text or -1 means: without a label.
+    """
+
+    image: str | None = None
+    label: str | None = None
+    split: str | None = None
+    group: str | None = None
+
+
+USUAL = {
+    "image": ("image", "img", "path", "file", "file_name", "filename", "image_path", "filepath", "name"),
+    "label": ("label", "labels", "fine_label", "class", "class_name", "target", "y", "category"),
+    "split": ("split", "part", "subset", "set"),
+    "group": ("group", "patient", "patient_id", "scene", "video"),
+}
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Return the different names in order: by number if all are whole numbers, else as text."""
+    found = set(names)
+    return sorted(found, key=int) if all(n.isdecimal() for n in found) else sorted(found)
