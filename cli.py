@@ -16,7 +16,7 @@ from stages.graft import graft
 from stages.import_checkpoint import import_checkpoint
 from stages.init import init
 from stages.joint import joint
-from stages.labels import labels
+from stages.labels import labels_app
 from stages.linear import linear
 from stages.mim import mim
 from stages.options import OneLineErrors, print_version
@@ -33,13 +33,14 @@ TOOLS = "Tools"
 
 app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 PANELS: dict[str, list[Callable[..., None]]] = {
-    "Pipeline": [prepare, labels, mim, cl, graft, baseline, linear, fewshot, finetune, report],
+    "Pipeline": [prepare, mim, cl, graft, baseline, linear, fewshot, finetune, report],
     "Controls of the paper": [joint, reverse],
     TOOLS: [init, results, ui, plan, conflict, suggest, export, bench],
 }
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+app.add_typer(labels_app, name="labels", rich_help_panel="Pipeline")
 app.command("import", rich_help_panel=TOOLS)(import_checkpoint)
 app.add_typer(preset_app, name="preset", rich_help_panel=TOOLS)
 

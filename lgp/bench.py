@@ -118,8 +118,8 @@ def photographs() -> list[Image.Image]:
 def prepared_for(params: Params, images: int, folder: Path) -> Images:
     """Prepare images for these parameters: digits, or random crops of photographs (from 224 pixels on whole ones)."""
     (folder / "prepared").mkdir()
-    if params.data.source == "digits":
-        prepare(params.data, 0, folder / "prepared")
+    if params.data.source == ["digits"]:
+        prepare(params.data, 0, folder / "prepared", folder / "held_out.csv")
         return Images(folder / "prepared")
     source, rng, size = folder / "source", np.random.default_rng(0), params.data.image_size
     (source / "unlabeled").mkdir(parents=True)
@@ -132,9 +132,9 @@ def prepared_for(params: Params, images: int, folder: Path) -> Images:
         part.mkdir(parents=True, exist_ok=True)
         image.save(part / f"{i}.{'jpg' if size >= 224 else 'png'}")
     data = params.data.model_copy(
-        update={"source": str(source), "val_share": 0.2, "test_share": 0.2, "max_train_images": None}
+        update={"source": [str(source)], "val_share": 0.2, "test_share": 0.2, "max_train_images": None}
     )
-    prepare(data, 0, folder / "prepared")
+    prepare(data, 0, folder / "prepared", folder / "held_out.csv")
     shutil.rmtree(source)
     return Images(folder / "prepared")
 
@@ -357,7 +357,7 @@ def bench_linear(device: torch.device) -> dict[str, Any]:
     with _scratch() as folder:
         images, labels = prepared_for(params, 0, folder), folder / "labels"
         labels.mkdir()
-        write_labels(params.labels, params.data.source, images, 0, labels)
+        write_labels(params.labels, params.data, images, 0, labels)
         data = LabelledImages(images.folder, labels)
         started = time.perf_counter()
         encoder = build_encoder(params.model, params.data)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 PREPARED = Path("data/prepared")
 LABELS = Path("data/labels")
+HELD_OUT = Path("held_out.csv")
 METRICS = Path("metrics")
 PREDICTIONS = Path("predictions")
 REPORTS = Path("reports")

@@ -1,7 +1,9 @@
 """Stage `prepare`: decode, split and store the images."""
 
+import shutil
+
 from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile
-from stages.paths import METRICS, PREPARED
+from stages.paths import HELD_OUT, METRICS, PREPARED
 
 
 def prepare(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: Debug = False) -> None:
@@ -10,16 +12,21 @@ def prepare(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debu
     from lgp.workflow.stage import StageSpec, stage
 
     metrics_path = METRICS / "prepare.json"
-    spec = StageSpec("prepare", SECTIONS["prepare"], [], [PREPARED, metrics_path], "data", "prepare")
+    writes = [PREPARED, HELD_OUT, metrics_path]
+    spec = StageSpec("prepare", SECTIONS["prepare"], [], writes, "data", "prepare")
     with stage(spec, params_file, fresh) as run:
+        from lgp.data.preparation import describe
         from lgp.data.preparation import prepare as prepare_data
-        from lgp.data.storage import PARTS
         from lgp.workflow.metric_files import write_metrics
 
-        metrics = prepare_data(run.params.data, run.params.seed, run.out(PREPARED))
+        work = run.store.folder / f"state-{run.provenance['digests']['code'][:16]}"
+        if fresh:
+            shutil.rmtree(work, ignore_errors=True)
+        params, tables = run.params, run.params.labels.files
+        metrics, held_out = prepare_data(params.data, params.seed, run.out(PREPARED), HELD_OUT, tables, work)
+        held_out.write(run.out(HELD_OUT))
         write_metrics(run, run.out(metrics_path), metrics)
+        shutil.rmtree(work, ignore_errors=True)
         run.tracker.tag("data_digest", metrics["digest"])
-        counts = ", ".join(f"{metrics[f'images/{part}']} {part}" for part in PARTS)
-        print(f"prepare: {counts} images", flush=True)
-        for unreadable in metrics["unreadable"]:
-            print(f"prepare: left out {unreadable['path']} ({unreadable['reason']})")
+        for line in describe(metrics):
+            print(f"prepare: {line}", flush=True)

@@ -68,8 +68,8 @@ def prepare_all(params: Params, folder: Path, seed: int = 0) -> LabelledImages:
     images, labels = folder / "prepared", folder / "labels"
     for path in (images, labels):
         path.mkdir(parents=True)
-    prepare(params.data, seed, images)
-    write_labels(params.labels, params.data.source, Images(images), seed, labels)
+    prepare(params.data, seed, images, folder / "held_out.csv")
+    write_labels(params.labels, params.data, Images(images), seed, labels)
     return LabelledImages(images, labels)
 
 

@@ -21,14 +21,16 @@ import numpy as np
 import pandas as pd
 
 from lgp.data.leaks import EXACT, Leak, find_leaks
+from lgp.data.preparation import class_indices, groups_of, identities_of
 from lgp.data.published_lists import check_published
-from lgp.data.sources import DIGITS, Source, open_source
-from lgp.data.splits import check_class_sizes
+from lgp.data.sources.offers import Offers
+from lgp.data.sources.opening import labels_state, open_sources
 from lgp.data.storage import Images
 from lgp.data.subset_files import Subsets, load_subsets, names_of_same_subsets, save_subsets
 from lgp.data.subset_lists import list_file, read_subset_list
 from lgp.data.subsets import few_label_subsets
 from lgp.errors import LgpError
+from lgp.params.data import DataParams
 from lgp.params.labels import ALL_LABELS, LabelsParams, shot_name
 
 TABLE, META, STATE = "labels.parquet", "meta.json", "source_state"
@@ -36,12 +38,12 @@ SPLITS = ("train", "unlabeled", "val", "test", "dropped")
 SHOWN_LEAKS = 100  # listed with names; all leaks are counted
 
 
-def write_labels(params: LabelsParams, source_name: str, images: Images, seed: int, folder: Path) -> dict[str, Any]:
+def write_labels(params: LabelsParams, data: DataParams, images: Images, seed: int, folder: Path) -> dict[str, Any]:
     """Write labels and few-label subsets of prepared images into the existing `folder`. Return their metrics.
 
     Args:
         params: the section `labels`.
-        source_name: `data.source`. Its labels are read again.
+        data: `data.source` and `data.columns`. The labels are read again.
         images: the images prepared from that source.
         seed: the run's seed. It decides the subsets.
         folder: where to write.
@@ -52,25 +54,27 @@ def write_labels(params: LabelsParams, source_name: str, images: Images, seed: i
     Raises:
         LgpError: a prepared image is gone from the source, a list does not fit, or a class has too few images.
     """
-    source = open_source(source_name)
-    labels = _labels_of(images, source)
+    offers = open_sources(data.source, data.columns, params.files)
+    labels, classes = _labels_of(images, offers)
     splits = np.where((images.parts == "train") & (labels < 0), "unlabeled", images.parts).astype(object)
     splits[np.isin(images.parts, ("val", "test")) & (labels < 0)] = "dropped"
-    lists = _read_lists(params, images.paths, labels, splits, source.classes)
+    lists = _read_lists(params, images.paths, labels, splits, classes)
     splits[[i for rows in itertools.chain.from_iterable(lists.values()) for i in rows]] = "train"
     leaks = _find_leaks(images, params.near_duplicate_bits)
     if params.leaks == "drop_test":
         _drop_test(splits, labels, leaks)
     train = np.flatnonzero(splits == "train")
-    check_class_sizes(labels[train], source.classes, needed=1)
-    drawn = few_label_subsets(labels[train], params.shares, params.shots, params.subsets, seed, source.classes)
+    identities, groups = identities_of(images.index), groups_of(images.index)
+    drawn = few_label_subsets(
+        labels[train], [identities[i] for i in train], params, seed, classes, [groups[i] for i in train]
+    )
     subsets = {name: [train[rows].tolist() for rows in subsets] for name, subsets in drawn.items()} | lists
-    digest = _write(folder, pd.DataFrame({"label": labels, "split": splits}), subsets, source.classes, images)
+    digest = _write(folder, pd.DataFrame({"label": labels, "split": splits}), subsets, classes, images)
     lists_read = [file for files in params.lists.values() for file in files]
-    (folder / STATE).write_text(f"{labels_state(source_name, lists_read)}\n")
+    (folder / STATE).write_text(f"{labelling_state(offers, lists_read)}\n")
     return {
         **{f"images/{split}": int((splits == split).sum()) for split in SPLITS},
-        "classes": len(source.classes),
+        "classes": len(classes),
         **{f"labels/{name}": len(of_name[0]) for name, of_name in subsets.items()},
         "leaks/exact": sum(leak.bits == EXACT for leak in leaks),
         "leaks/near": sum(leak.bits != EXACT for leak in leaks),
@@ -79,16 +83,27 @@ def write_labels(params: LabelsParams, source_name: str, images: Images, seed: i
     }
 
 
-def _labels_of(images: Images, source: Source) -> np.ndarray:
-    """Return the label of each prepared image, (N,), as the source has it now."""
-    by_path = {about.path: about.label for about in source.described()}
+def _labels_of(images: Images, offers: Offers) -> tuple[np.ndarray, list[str]]:
+    """Return the label of each prepared image, (N,), as the source has it now, and the classes.
+
+    A class is one that a training image has.
+
+    Raises:
+        LgpError: an image is gone from the source, or there is only one class.
+    """
+    by_path = dict(zip(offers.paths, class_indices(offers).tolist(), strict=True))
     gone = [path for path in images.paths if path not in by_path]
     if gone:
         more = f", nor {len(gone) - 1} other prepared images" if gone[1:] else ""
-        raise LgpError(
-            f"the source has no {gone[0]} any more{more}: prepare its images again (`dvc repro --force prepare`)"
-        )
-    return np.array([by_path[path] for path in images.paths], dtype=np.int64)
+        raise LgpError(f"the source has no {gone[0]} any more{more}: run `lgp prepare`, or `dvc repro`")
+    labels = np.array([by_path[path] for path in images.paths], dtype=np.int64)
+    there = np.unique(labels[(images.parts == "train") & (labels >= 0)])
+    classes = [offers.classes[c] for c in there]
+    if len(classes) == 1:
+        raise LgpError(f"the only class is {classes[0]!r}: evaluation needs two or more, add images of another class")
+    number = np.full(len(offers.classes) + 1, -1, dtype=np.int64)  # the last is for images without a label
+    number[there] = np.arange(len(there))
+    return number[labels], classes
 
 
 def _read_lists(
@@ -161,14 +176,9 @@ def describe(metrics: dict[str, Any], params: LabelsParams) -> list[str]:
     return lines
 
 
-def labels_state(source_name: str, lists: Sequence[str]) -> str:
+def labelling_state(offers: Offers, lists: Sequence[str]) -> str:
     """Return a digest of the current origin of the labels: the label of each image, and the content of the lists."""
-    state = hashlib.sha256(source_name.encode())
-    if source_name != DIGITS:  # digits never changes
-        source = open_source(source_name)
-        state.update(json.dumps(source.classes).encode())
-        for about in source.described():
-            state.update(f"{about}\n".encode())
+    state = hashlib.sha256(labels_state(offers).encode())
     for name in lists:
         file = list_file(Path(name))
         state.update(f"{name}\n".encode() + (file.read_bytes() if file.is_file() else b""))

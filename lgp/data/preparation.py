@@ -1,124 +1,243 @@
-"""From a data source to prepared images: choose, decode once, hold out a test and a validation part, digest.
+"""From data sources to prepared images: choose, decode once, hold out a test and a validation part, digest.
 
-Labels are read for one purpose: the held-out parts are balanced over classes. They are not stored here.
+An image is identified by its pixels. Prepared images stand in the order of their identities, so the same images give
+the same result from a folder, a table, an archive or a data set.
+
+Labels are read for one purpose: parts that are held out are balanced over classes. They are not stored here.
 `lgp.data.labels` reads them again.
 """
 
+import csv
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from lgp.data.held_out import Draw, HeldOut, draw_held_out, read_held_out
 from lgp.data.leaks import find_leaks
-from lgp.data.sources import Described, Source, open_source
-from lgp.data.splits import cap, check_class_sizes, hold_out
+from lgp.data.sources.offers import Offers, Skipped
+from lgp.data.sources.opening import images_state, open_sources, said
+from lgp.data.splits import cap, notes_on_classes
 from lgp.data.storage import INDEX, META, PARTS, Images
-from lgp.data.writing import Stored, decode_to_array, have_one_size, store_encoded
+from lgp.data.writing import Stored, store
 from lgp.errors import LgpError
 from lgp.params.data import DataParams
 
+NOT_MEASURED = {"test": "accuracy is not measured", "val": "nothing can be chosen by validation"}
 STATISTICS_IMAGES = 10_000
+SKIPPED, STATE = "skipped.csv", "source_state"
+SAID = 20  # of these a run prints
+SHOWN = 100  # skipped files that the metrics list; SKIPPED has all
+FEW_FILES = 3  # so many unreadable files are no reason to stop, whatever their share
 
 
-def prepare(params: DataParams, seed: int, folder: Path) -> dict[str, Any]:
-    """Write prepared images into the empty, existing `folder`. Return its metrics.
+def prepare(
+    params: DataParams, seed: int, folder: Path, held_out: Path, tables: Sequence[str] = (), work: Path | None = None
+) -> tuple[dict[str, Any], HeldOut]:
+    """Write prepared images into the empty, existing `folder`. Return its metrics, and which images are held out.
 
     Args:
         params: the section `data`.
         seed: the run's seed. It decides the held-out parts.
         folder: where to write.
+        held_out: the file of the images that are held out. It need not exist.
+        tables: `labels.files`.
+        work: where the work of a killed run is kept. None: nowhere.
 
     Returns:
-        Counts per part, the digest, and the unreadable files with path and reason.
+        Counts per part, the digest, what is to be told, and what was skipped with path and reason.
 
     Raises:
-        LgpError: there is no such source, a class has too few readable images, or too many files are unreadable.
+        LgpError: there is no such source, it holds no image, or too many files are unreadable.
     """
-    source = open_source(params.source)
-    stored = store_encoded(source.records(), _within_caps(source, params, seed), params.channels, folder)
-    _check_readable(stored, params)
-    index = stored.table.drop(columns=["split", "label"]).assign(
-        part=_parts(stored.table, source.classes, params, seed)
-    )
-    if have_one_size(index, params):
-        decode_to_array(folder, len(index), params)
+    offers = open_sources(params.source, params.columns, tables)
+    state = images_state(offers)
+    labels = class_indices(offers)
+    given = _given_parts(offers, labels)
+    _check_classes(offers, labels, given)
+    positions = _within_caps(offers, labels, given, params, seed)
+    stored = store(offers, positions, params, _started(work or folder, state), folder)
+    _check_readable(stored, offers, params)
+    index = _index(stored, offers)
+    order = index.pop("position").to_numpy()
+    kept, notes = _held_out(index, labels[order], given[order], params, seed, held_out)
+    index["part"] = _parts(index, given[order], kept, notes)
+    if params.drop_near_test_bits is not None:
+        _drop_near_test(index, labels[order], params.drop_near_test_bits)
+    counts = {name: int((labels[order] == c).sum()) for c, name in enumerate(offers.classes)}
+    notes += notes_on_classes(counts, bool(kept.images or kept.groups))
     index.to_parquet(folder / INDEX, index=False)
-    digest = _write_meta(folder, index, params)
-    counts = index["part"].value_counts()
+    skipped = [*stored.unreadable, *offers.skipped, *offers.clutter]
+    _write_skipped(folder / SKIPPED, skipped)
+    (folder / STATE).write_text(f"{state}\n")
+    found = index["part"].value_counts()
     return {
-        **{f"images/{part}": int(counts.get(part, 0)) for part in PARTS},
-        "unreadable": stored.unreadable,
+        **{f"images/{part}": int(found.get(part, 0)) for part in PARTS},
+        "unreadable": [skip._asdict() for skip in stored.unreadable[:SHOWN]],
         "unreadable_share": round(len(stored.unreadable) / (len(index) + len(stored.unreadable)), 6),
-        "digest": digest,
-    }
+        "skipped": [skip._asdict() for skip in [*offers.skipped, *offers.clutter][:SHOWN]],
+        "skipped_files": len(skipped),
+        "notes": notes,
+        "digest": _write_meta(folder, index, params),
+    }, kept
 
 
-def _within_caps(source: Source, params: DataParams, seed: int) -> set[int] | None:
-    """Return the positions of the records to keep, None for all.
+def describe(metrics: dict[str, Any]) -> list[str]:
+    """Return what `prepare` found, a line each."""
+    counts = ", ".join(f"{metrics[f'images/{part}']} {part}" for part in PARTS)
+    lines = [f"{counts} images", *metrics["notes"]]
+    listed = [*metrics["unreadable"], *metrics["skipped"]]
+    lines += [f"left out {skip['path']} ({skip['reason']})" for skip in listed[:SAID]]
+    if metrics["skipped_files"] > SAID:
+        lines.append(f"left out {metrics['skipped_files']} files in all: data/prepared/{SKIPPED} lists them")
+    return lines
 
-    Unlabelled images are training images. Images of train or test that lack the label they need are kept: they are
-    listed as unreadable.
+
+def _started(work: Path, state: str) -> Path:
+    """Return where pieces of this state of the source are kept."""
+    pieces = work / f"pieces-{state[:16]}"
+    pieces.mkdir(parents=True, exist_ok=True)
+    return pieces
+
+
+def class_indices(offers: Offers) -> np.ndarray:
+    """Return the class index of each offered image, (N,), -1 without a label."""
+    number = {name: i for i, name in enumerate(offers.classes)}
+    return np.array([-1 if label is None else number[label] for label in offers.labels], dtype=np.int64)
+
+
+def _given_parts(offers: Offers, labels: np.ndarray) -> np.ndarray:
+    """Return the parts that the source gives, (N,): train, val, test or dropped.
+
+    Without a labelled test image, a labelled validation part takes the place of the test part. Test images without
+    labels (ImageNet-1k's, for example) are then dropped. They never serve training.
     """
-    if params.max_train_images is None and params.max_test_images is None:
-        return None
-    described = pd.DataFrame(source.described(), columns=Described._fields)
-    labels, kept = described["label"].to_numpy(), np.ones(len(described), dtype=bool)
-    splits, labelled = described["split"].to_numpy(), labels >= 0
-    candidates = {
-        "train": (splits == "train") & labelled | (splits == "unlabeled"),
-        "test": (splits == "test") & labelled,
-    }
-    for split, most in (("train", params.max_train_images), ("test", params.max_test_images)):
-        positions = np.flatnonzero(candidates[split])
-        if most is not None and len(positions) > most:
-            kept[positions] = cap(labels[positions], most, seed, split)
-    return set(np.flatnonzero(kept).tolist())
-
-
-def _check_readable(stored: Stored, params: DataParams) -> None:
-    unreadable, total = stored.unreadable, len(stored.table) + len(stored.unreadable)
-    share = len(unreadable) / total
-    if len(unreadable) == total or share > params.max_unreadable_share:
-        few = "; ".join(f"{u['path']} ({u['reason']})" for u in unreadable[:3]) + ("; …" if len(unreadable) > 3 else "")
+    splits = np.array(offers.splits, dtype=object)
+    if not len(splits):
+        raise LgpError("the data source holds no image at all")
+    if not ((splits == "test") & (labels >= 0)).any() and ((splits == "val") & (labels >= 0)).any():
+        splits[splits == "test"] = "dropped"
+        splits[splits == "val"] = "test"
+    if not (splits == "train").any():
         raise LgpError(
-            f"{len(unreadable)} of {total} files of {params.source} cannot be read, {share:.1%}, more than "
+            f"the data source has images of {', '.join(sorted(set(splits)))}, none to train on: add a folder `train`"
+        )
+    return splits
+
+
+def _check_classes(offers: Offers, labels: np.ndarray, given: np.ndarray) -> None:
+    """Refuse classes that only test or val has, and groups that several parts have."""
+    train = set(labels[given == "train"])
+    for part in ("test", "val"):
+        of_part = set(labels[(given == part) & (labels >= 0)])
+        unknown = sorted(offers.classes[c] for c in of_part - train)
+        if unknown and train != {-1}:
+            raise LgpError(f"{part} has classes that train lacks: {', '.join(unknown)}; rename or remove them")
+    parts_of: dict[str, set[str]] = {}
+    for group, part in zip(offers.groups, given.tolist(), strict=True):
+        if group is not None:
+            parts_of.setdefault(group, set()).add(part)
+    crossing = sorted(group for group, parts in parts_of.items() if len(parts) > 1)
+    if crossing:
+        parts = ", ".join(sorted(parts_of[crossing[0]]))
+        raise LgpError(
+            f"{len(crossing)} groups have images in several parts, as {crossing[0]} ({parts}): a group is of one part, mend the column of splits or the one of groups"
+        )
+
+
+def _within_caps(offers: Offers, labels: np.ndarray, given: np.ndarray, params: DataParams, seed: int) -> list[int]:
+    """Return the positions of the images to keep. Unlabelled images are training images."""
+    kept = np.ones(len(offers), dtype=bool)
+    for part, most in (("train", params.max_train_images), ("test", params.max_test_images)):
+        rows = np.flatnonzero(given == part)
+        if most is not None and len(rows) > most:
+            kept[rows] = cap(labels[rows], [offers.paths[i] for i in rows], most, seed, part)
+    return np.flatnonzero(kept).tolist()
+
+
+def _check_readable(stored: Stored, offers: Offers, params: DataParams) -> None:
+    unreadable, total = stored.unreadable, len(stored.table) + len(stored.unreadable)
+    if not total:
+        raise LgpError("the data source holds no image at all")
+    share = len(unreadable) / total
+    if len(unreadable) == total or (len(unreadable) > FEW_FILES and share > params.max_unreadable_share):
+        few = "; ".join(f"{skip.path} ({skip.reason})" for skip in unreadable[:3]) + (
+            "; …" if len(unreadable) > 3 else ""
+        )
+        raise LgpError(
+            f"{len(unreadable)} of {total} files of {said(params.source)} cannot be read, {share:.1%}, more than "
             f"data.max_unreadable_share {params.max_unreadable_share:.1%}: {few}; "
             "remove them, or raise that share"
         )
 
 
-def _parts(table: pd.DataFrame, classes: list[str], params: DataParams, seed: int) -> np.ndarray:
-    """Return the part of each image, (N,): train (labelled or not), val, test, or dropped.
+def _index(stored: Stored, offers: Offers) -> pd.DataFrame:
+    """Return a row per image, in the order of the identities. `row` is its place in the store."""
+    order = stored.table["position"].to_numpy()
+    index = stored.table.assign(
+        path=[offers.paths[i] for i in order],
+        group=pd.array([offers.groups[i] for i in order], dtype="string"),
+        row=np.arange(len(order)),
+    )
+    return index.sort_values(["content", "path"], kind="stable", ignore_index=True)
 
-    If the source has no test part, one is held out of the labelled training images. A validation part is held out next.
-    """
-    labels = table["label"].to_numpy()
-    train, test = (table["split"].to_numpy() == split for split in ("train", "test"))
-    check_class_sizes(labels[train], classes, needed=2 if test.any() else 3)
-    parts = np.where(test, "test", "train").astype(object)
-    for part, share in (("test", params.test_share), ("val", params.val_share)):
-        if part == "test" and test.any():
-            continue
-        candidates = np.flatnonzero(train & (parts == "train"))
-        parts[candidates[hold_out(labels[candidates], share, seed, part)]] = part
-    if params.drop_near_test_bits is not None:
-        _drop_near_test(table, parts, params.drop_near_test_bits)
+
+def _held_out(
+    index: pd.DataFrame, labels: np.ndarray, given: np.ndarray, params: DataParams, seed: int, file: Path
+) -> tuple[HeldOut, list[str]]:
+    """Return what is held out, as the file has it, else drawn anew, and what is to be told of it."""
+    draw = Draw(seed, params.test_share, params.val_share)
+    identities, groups = identities_of(index), groups_of(index)
+    before = read_held_out(file, draw)
+    notes = []
+    if before is not None:
+        there = set(identities) | {f"group {group}" for group in groups if group is not None}
+        wanted = set(before.images) | {f"group {group}" for group in before.groups}
+        if wanted & there or (not wanted and not (labels >= 0).any()):
+            if gone := len(wanted - there):
+                notes.append(
+                    f"{gone} of {len(wanted)} images and groups that are held out are not in the source any more"
+                )
+            return before, notes
+        if wanted:
+            notes.append(f"{file} is of other images: test and validation images are drawn anew")
+    return draw_held_out(draw, identities, labels, groups, given), notes
+
+
+def identities_of(index: pd.DataFrame) -> list[str]:
+    """Return the identity of each image, as text: the first half of the digest of its pixels."""
+    return [content[:16].hex() for content in index["content"]]
+
+
+def groups_of(index: pd.DataFrame) -> list[str | None]:
+    """Return the group of each image, None where it has none."""
+    return [None if pd.isna(group) else str(group) for group in index["group"]]
+
+
+def _parts(index: pd.DataFrame, given: np.ndarray, held_out: HeldOut, notes: list[str]) -> np.ndarray:
+    """Return the part of each image, (N,): train (labelled or not), val, test, or dropped."""
+    drawn = held_out.parts(identities_of(index), groups_of(index))
+    parts = np.where(given == "train", drawn, given)
+    for part in ("test", "val"):
+        if not (parts == part).any():
+            notes.append(f"no {part} image: {NOT_MEASURED[part]}")
     return parts
 
 
-def _drop_near_test(table: pd.DataFrame, parts: np.ndarray, bits: int) -> None:
+def _drop_near_test(index: pd.DataFrame, labels: np.ndarray, bits: int) -> None:
     """Drop the images of train and val that also occur in test, exactly or nearly.
 
     Raises:
         LgpError: a class is left without an image in train or val.
     """
-    labels, kept = table["label"].to_numpy(), ("train", "val")
+    parts, kept = index["part"].to_numpy(copy=True), ("train", "val")
     before = {part: set(labels[(parts == part) & (labels >= 0)]) for part in kept}
     is_test = parts == "test"
-    content, hashes = table["content"].to_numpy(), table["hash"].to_numpy(dtype=np.uint64)
+    content, hashes = index["content"].to_numpy(), index["hash"].to_numpy(dtype=np.uint64)
     _, in_test = find_leaks(content, hashes, np.flatnonzero(is_test), np.flatnonzero(~is_test), bits)
     parts[in_test] = "dropped"
     for part in kept:
@@ -127,10 +246,21 @@ def _drop_near_test(table: pd.DataFrame, parts: np.ndarray, bits: int) -> None:
                 f"data.drop_near_test_bits {bits} leaves a class without an image in {part}: lower it, or set it to "
                 "null and look at the leaks in metrics/labels.json"
             )
+    index["part"] = parts
+
+
+def _write_skipped(file: Path, skipped: Sequence[Skipped]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as text:
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(Skipped._fields)
+        writer.writerows(skipped)
 
 
 def _write_meta(folder: Path, index: pd.DataFrame, params: DataParams) -> str:
-    """Write the properties common to all images, and a digest of everything prepared. Return the digest."""
+    """Write the properties common to all images, and a digest of everything prepared. Return the digest.
+
+    The digest is of pixels, parts and statistics. Where the images came from does not change it.
+    """
     meta: dict[str, Any] = {
         "image_size": params.image_size,
         "channels": params.channels,
@@ -143,7 +273,7 @@ def _write_meta(folder: Path, index: pd.DataFrame, params: DataParams) -> str:
         mean, std = _statistics(Images(folder))
         meta |= {"mean": params.mean or mean, "std": params.std or std}
     digest = hashlib.sha256(b"".join(index["content"]))
-    digest.update(index.drop(columns="content").to_csv(index=False).encode())
+    digest.update(index[["height", "width", "part"]].to_csv(index=False).encode())
     digest.update(json.dumps(meta, sort_keys=True).encode())
     meta["digest"] = digest.hexdigest()
     (folder / META).write_text(json.dumps(meta, indent=2))

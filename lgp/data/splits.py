@@ -1,68 +1,95 @@
-"""The parts of the images: test, validation, training.
+"""Which images are held out, and in which order images are drawn.
 
-All choices are seeded and made per class. Classes stay balanced, and no part depends on another's size.
+An image is ordered by a hash of the seed and of its identity. The order of any images is the same wherever they are
+stored, and images that are added later come between them. Choices are made per class. Classes stay balanced.
 """
+
+from collections import Counter
+from collections.abc import Sequence
+from hashlib import sha256
 
 import numpy as np
 
-from lgp.compute.randomness import counted_seed
 from lgp.errors import LgpError
 
-
-def shuffled_by_class(labels: np.ndarray, seed: int, *place: str | int) -> list[np.ndarray]:
-    """Return, for each class, the positions of its images in random order."""
-    classes = range(int(labels.max()) + 1)
-    rng = [np.random.default_rng(counted_seed(seed, *place, c)) for c in classes]
-    return [rng[c].permutation(np.flatnonzero(labels == c)) for c in classes]
+FEW = 5  # labelled images of a class; with fewer, its accuracy says little
 
 
-def check_class_sizes(labels: np.ndarray, classes: list[str], needed: int) -> None:
-    """Raise `LgpError` if there are fewer than two classes, or if one has fewer than `needed` training images.
+def order_keys(identities: Sequence[str], seed: int, *place: str | int) -> np.ndarray:
+    """Return a hash (N,) uint64 for each identity. Sorted by it, images are in random order."""
+    start = "/".join(map(str, (seed, *place)))
+    digests = (
+        sha256(f"{start}/{identity}".encode("utf-8", "backslashreplace")).digest()[:8] for identity in identities
+    )
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
+
+
+def shuffled_by_class(labels: np.ndarray, identities: Sequence[str], seed: int, *place: str | int) -> list[np.ndarray]:
+    """Return, for each class, the positions of its images in random order.
 
     Args:
-        labels: (N,) class indices of the training images, -1 where unlabelled.
-        classes: class names.
-        needed: 3 if test and validation are held out, 2 if only validation is, 1 if nothing is.
+        labels: (N,) class indices, -1 where unlabelled.
+        identities: what each image is ordered by.
+        seed: the run's seed.
+        place: what the order is for. Orders for different places are independent.
     """
-    counts = np.bincount(labels[labels >= 0], minlength=len(classes)).tolist()
-    empty = [name for name, count in zip(classes, counts, strict=True) if not count]
-    if empty:
-        raise LgpError(f"no readable training image in class {', '.join(empty)}: add some, or remove the class")
-    if len(classes) < 2:
-        raise LgpError(f"the only class is {classes[0]!r}: evaluation needs two or more, add another class folder")
-    scarce = [f"{name} ({count})" for name, count in zip(classes, counts, strict=True) if count < needed]
-    if scarce:
-        raise LgpError(
-            f"fewer than {needed} readable training images in class {', '.join(scarce)}: one each is held out for "
-            "validation (and for test, without a test part): add some, remove the class, or raise "
-            "data.max_train_images where it is set"
-        )
+    order = np.argsort(order_keys(identities, seed, *place), kind="stable")
+    return [order[labels[order] == c] for c in range(int(labels.max(initial=-1)) + 1)]
 
 
-def hold_out(labels: np.ndarray, share: float, seed: int, name: str) -> np.ndarray:
-    """Choose a stratified held-out part.
+def hold_out(
+    labels: np.ndarray, identities: Sequence[str], groups: Sequence[str | None], share: float, seed: int, name: str
+) -> np.ndarray:
+    """Choose a stratified held-out part of labelled images. A group is held out as a whole, or not at all.
 
     Args:
-        labels: (N,) class indices, all ≥ 0.
-        share: fraction of each class, rounded. At least one image is held out, and at least one is not.
+        labels: (N,) class indices, -1 where unlabelled.
+        identities: of the images. Images of equal identity stay together.
+        groups: of the images, None where an image is a group of its own.
+        share: fraction of the labelled images of each class, rounded. At least one image of a class is held out,
+            unless the class would then have none left.
         seed: the run's seed.
         name: name of the part. Parts of other names are drawn independently.
 
     Returns:
-        (N,) bool, True where held out.
-
-    Raises:
-        LgpError: a class has too few images.
+        (N,) bool, True where held out. Unlabelled images are held out only with their group.
     """
+    units = [
+        identity if group is None else f"group {group}" for identity, group in zip(identities, groups, strict=True)
+    ]
+    members: dict[str, list[int]] = {}
+    for i, unit in enumerate(units):
+        members.setdefault(unit, []).append(i)
+    names = [unit for unit in members if any(labels[i] >= 0 for i in members[unit])]
+    of_class = [_most_frequent(labels[members[unit]]) for unit in names]
+    sizes = np.array([int((labels[members[unit]] >= 0).sum()) for unit in names], dtype=np.int64)
     held_out = np.zeros(len(labels), dtype=bool)
-    for c, positions in enumerate(shuffled_by_class(labels, seed, "split", name)):
-        if len(positions) < 2:
-            raise LgpError(f"class number {c} has {len(positions)} image(s), too few to hold one out for {name}")
-        held_out[positions[: min(max(1, round(share * len(positions))), len(positions) - 1)]] = True
+    for order in shuffled_by_class(np.array(of_class, dtype=np.int64), names, seed, "hold out", name) if names else []:
+        for unit in _chosen(order, sizes, share):
+            held_out[members[names[unit]]] = True
     return held_out
 
 
-def cap(labels: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
+def _most_frequent(labels: np.ndarray) -> int:
+    counts = Counter(int(label) for label in labels if label >= 0)
+    return min(counts, key=lambda label: (-counts[label], label))
+
+
+def _chosen(order: np.ndarray, sizes: np.ndarray, share: float) -> list[int]:
+    """Return the units of a class that are held out: about `share` of their images, and never the last unit."""
+    quota = max(1, round(share * int(sizes[order].sum())))
+    chosen: list[int] = []
+    taken = 0
+    for unit in order.tolist():
+        if len(chosen) < len(order) - 1 and taken + sizes[unit] <= quota:
+            chosen.append(unit)
+            taken += int(sizes[unit])
+    if not chosen and len(order) > 1:
+        chosen = [int(order[np.argmin(sizes[order])])]
+    return chosen
+
+
+def cap(labels: np.ndarray, identities: Sequence[str], most: int, seed: int, name: str) -> np.ndarray:
     """Choose `most` images in proportion to the classes.
 
     Each class keeps its share rounded down, at least one image. The largest remainders get what is left. Unlabelled
@@ -70,6 +97,7 @@ def cap(labels: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
 
     Args:
         labels: (N,) class indices, -1 where unlabelled. N is at least `most`.
+        identities: what each image is ordered by.
         most: number of images to keep.
         seed: the run's seed.
         name: `train` or `test`. Both are drawn independently.
@@ -80,8 +108,8 @@ def cap(labels: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
     Raises:
         LgpError: `most` is below the number of classes.
     """
-    unlabelled = np.random.default_rng(counted_seed(seed, "cap", name, "unlabeled"))
-    groups = [*shuffled_by_class(labels, seed, "cap", name), unlabelled.permutation(np.flatnonzero(labels < 0))]
+    unlabelled = shuffled_by_class(np.where(labels < 0, 0, -1), identities, seed, "cap", name)
+    groups = [*shuffled_by_class(labels, identities, seed, "cap", name), *(unlabelled or [np.empty(0, dtype=np.int64)])]
     sizes = np.array([len(group) for group in groups])
     least = (sizes > 0).astype(np.int64)
     least[-1] = 0
@@ -100,3 +128,34 @@ def cap(labels: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
     for group, number in zip(groups, taken.tolist(), strict=True):
         kept[group[:number]] = True
     return kept
+
+
+def notes_on_classes(counts: dict[str, int], held_out: bool) -> list[str]:
+    """Return what is to be told of classes with few labelled images, a line each.
+
+    Args:
+        counts: class → number of its labelled images, given and held out together.
+        held_out: whether test or val images were drawn from these.
+    """
+    if not any(counts.values()):
+        return [
+            "no image has a label: encoders can be trained (`dvc repro mim cl graft`), nothing can be evaluated; "
+            "`lgp labels add FILE` adds labels"
+        ]
+    notes = []
+    empty = [name for name, count in counts.items() if not count]
+    if empty:
+        notes.append(f"no labelled image of {_few(empty)}: not evaluated")
+    scarce = [f"{name} ({count})" for name, count in counts.items() if 0 < count < FEW]
+    if scarce:
+        more = (
+            "; one image of a class stays for training, so some of these are in no test or validation part"
+            if held_out
+            else ""
+        )
+        notes.append(f"fewer than {FEW} labelled images of {_few(scarce)}: their accuracy says little{more}")
+    return notes
+
+
+def _few(names: Sequence[str], shown: int = 10) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more classes" if len(names) > shown else "")

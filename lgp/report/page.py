@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 
 from lgp.compute.units import flop_text
 from lgp.data.labels import LabelledImages
+from lgp.data.sources.opening import said
 from lgp.models.files import ARM_METRICS
 from lgp.params.file import Params
 from lgp.report.outcomes import ArmOutcomes, leader
@@ -142,7 +143,7 @@ def _setting(params: Params, data: LabelledImages) -> str:
     model, size = params.model, data.image_size
     counts = ", ".join(f"{len(data.ids(split))} {split}" for split in ("train", "unlabeled", "val", "test"))
     return (
-        f"`{params.data.source}`: {counts} images of {size}×{size}×{data.channels} in {len(data.classes)} classes. "
+        f"`{said(params.data.source)}`: {counts} images of {size}×{size}×{data.channels} in {len(data.classes)} classes. "
         f"ViT of width {model.width}, depth {model.depth}, {model.heads} heads, patch {model.patch_size}; "
         f"seed {params.seed}."
     )

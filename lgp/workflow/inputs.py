@@ -1,6 +1,6 @@
-"""Stage `inputs`: writes digests of each stage's code and of the labels into small files, which DVC compares.
+"""Stage `inputs`: writes digests of each stage's code and of the sources into small files, which DVC compares.
 
-DVC cannot compare the code and the labels by itself. The stage runs with every `dvc repro`, as
+DVC cannot compare the code and the sources by itself. The stage runs with every `dvc repro`, as
 `python -m lgp.workflow.inputs`, so it imports little.
 """
 
@@ -13,56 +13,61 @@ import yaml
 from lgp.errors import LgpError
 from lgp.workflow.code_digest import code_digests
 
-FOLDER, PARAMS_FILE, LABELS = Path("inputs"), Path("params.yaml"), Path("data/labels")
+FOLDER, PARAMS_FILE = Path("inputs"), Path("params.yaml")
+PREPARED, LABELS = Path("data/prepared"), Path("data/labels")
 DIGITS = "digits"  # the built-in images, whose labels never change
 
 
 def write_inputs(folder: Path, params_file: Path, root: Path) -> None:
-    """Write `code/STAGE`, the digest of every stage's code, and `labels`, the state of the labels' source and lists.
+    """Write `code/STAGE`, the digest of every stage's code, and `images` and `labels`, the states of the sources.
 
     Args:
         folder: where to write.
-        params_file: names the source and the lists.
+        params_file: names the sources, tables and lists.
         root: of the project. It contains a cache of the digests.
 
     Raises:
-        LgpError: the parameters are not valid, or the source cannot be read.
+        LgpError: the parameters are not valid.
     """
-    source, lists = _source_and_lists(params_file)
+    images, labels = _states(params_file)
     (folder / "code").mkdir(parents=True, exist_ok=True)
     for stage, digest in code_digests(root).items():
         (folder / "code" / stage).write_text(f"{digest}\n", encoding="utf-8")
-    (folder / "labels").write_text(f"{_labels(source, lists)}\n", encoding="utf-8")
+    for name, state in (("images", images), ("labels", labels)):
+        (folder / name).write_text(f"{state}\n", encoding="utf-8")
 
 
-def _source_and_lists(params_file: Path) -> tuple[str, list[str]]:
-    """Read `data.source` and the files of `labels.lists`. The whole file is checked only where one is missing."""
+def _states(params_file: Path) -> tuple[str, str]:
+    """Return the state of the images, and that of the labels with the lists."""
+    if _is_digits_alone(params_file):
+        return DIGITS, DIGITS
+    from lgp.data.labels import STATE as OF_LABELS
+    from lgp.data.labels import labelling_state
+    from lgp.data.preparation import STATE as OF_IMAGES
+    from lgp.data.sources.opening import images_state, open_sources
+    from lgp.params.file import load_params
+
+    params = load_params(params_file)
+    try:
+        offers = open_sources(params.data.source, params.data.columns, params.labels.files)
+        lists = [file for files in params.labels.lists.values() for file in files]
+        return images_state(offers), labelling_state(offers, lists)
+    except LgpError as e:
+        # a machine that only trains needs prepared data, not the source; the stage `prepare` says what is wrong
+        said = f"unreadable: {' '.join(str(e).split())}"
+        kept = (PREPARED / OF_IMAGES, LABELS / OF_LABELS)
+        states = [file.read_text(encoding="utf-8").strip() if file.exists() else said for file in kept]
+        return states[0], states[1]
+
+
+def _is_digits_alone(params_file: Path) -> bool:
+    """Return whether the built-in images are used, without tables and lists. The whole file is not checked for it."""
     try:
         values = yaml.load(params_file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        given = values["labels"].get("lists") or {}
-        return str(values["data"]["source"]), [f for files in given.values() for f in _several(files)]
+        labels = values["labels"]
+        return values["data"]["source"] == DIGITS and not labels.get("lists") and not labels.get("files")
     except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError):
-        from lgp.params.file import load_params
-
-        params = load_params(params_file)  # raises an error that says what is wrong
-        return params.data.source, [file for files in params.labels.lists.values() for file in files]
-
-
-def _several(files: str | list[str]) -> list[str]:
-    return [files] if isinstance(files, str) else files
-
-
-def _labels(source: str, lists: list[str]) -> str:
-    if source == DIGITS and not lists:
-        return DIGITS
-    from lgp.data.labels import STATE, labels_state
-
-    try:
-        return labels_state(source, lists)
-    except LgpError as e:
-        # a machine that only trains needs prepared data, not the source; the stage `labels` says what is wrong
-        kept = LABELS / STATE
-        return kept.read_text(encoding="utf-8").strip() if kept.exists() else f"unreadable: {' '.join(str(e).split())}"
+        return False
 
 
 def main() -> None:

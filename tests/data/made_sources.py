@@ -52,27 +52,31 @@ def write_parquet(
     pq.write_table(table, path)
 
 
-def data_params(params: Params, source: Path, **changes: Any) -> DataParams:
-    base = {"channels": 3, "max_train_images": None, "max_unreadable_share": 0.2, "source": str(source)}
+def data_params(params: Params, source: Any, **changes: Any) -> DataParams:
+    source = str(source) if isinstance(source, Path) else source
+    base = {"channels": 3, "max_train_images": None, "max_unreadable_share": 0.2, "source": source}
     return DataParams.model_validate(params.data.model_dump() | base | changes)
 
 
-def images_from(source: Path, out: Path, params: Params, **changes: Any) -> tuple[dict[str, Any], Images]:
+def images_from(source: Any, out: Path, params: Params, **changes: Any) -> tuple[dict[str, Any], Images]:
     """Prepare the images of a source into `out`; `changes` are of the section `data`."""
     out.mkdir()
-    return prepare(data_params(params, source, **changes), 0, out), Images(out)
+    held_out = out.parent / "held_out.csv"
+    metrics, kept = prepare(data_params(params, source, **changes), 0, out, held_out)
+    kept.write(held_out)
+    return metrics, Images(out)
 
 
 def labels_from(
-    source: Path, images: Images, out: Path, params: Params, **changes: Any
+    source: Any, images: Images, out: Path, params: Params, **changes: Any
 ) -> tuple[dict[str, Any], LabelledImages]:
     """Write the labels of prepared images into `out`; `changes` are of the section `labels`."""
     out.mkdir()
     settings = LabelsParams.model_validate(params.labels.model_dump() | changes)
-    return write_labels(settings, str(source), images, 0, out), LabelledImages(images.folder, out)
+    return write_labels(settings, data_params(params, source), images, 0, out), LabelledImages(images.folder, out)
 
 
-def both_from(source: Path, tmp_path: Path, params: Params, **of_data: Any) -> tuple[dict[str, Any], LabelledImages]:
+def both_from(source: Any, tmp_path: Path, params: Params, **of_data: Any) -> tuple[dict[str, Any], LabelledImages]:
     """Prepare images and labels of a source below `tmp_path`; return the labels' metrics."""
     _, images = images_from(source, tmp_path / "prepared", params, **of_data)
     return labels_from(source, images, tmp_path / "labels", params)

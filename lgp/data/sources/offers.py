@@ -5,6 +5,7 @@ Listing decodes nothing and imports little: the stage `inputs` lists the source 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ SPLITS = {
 UNLABELED = ("unlabeled", "unlabelled")  # images of training whose folders are no classes
 
 Read = Callable[[], bytes | np.ndarray]
-"""Reads one image: the encoded bytes, or pixels (H, W) or (H, W, C) uint8 or uint16. It can be pickled. It may raise."""
+"""Reads one image: the encoded bytes, or pixels (H, W) or (H, W, C). It can be pickled. It may raise."""
 
 
 class Skipped(NamedTuple):
@@ -84,3 +85,8 @@ def natural_order(names: Iterable[str]) -> list[str]:
     """Return the different names in order: by number if all are whole numbers, else as text."""
     found = set(names)
     return sorted(found, key=int) if all(n.isdecimal() for n in found) else sorted(found)
+
+
+def read_file(path: Path) -> bytes:
+    """Read a whole file. Images that are stored by reference are read by this function too."""
+    return path.read_bytes()

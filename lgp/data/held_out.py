@@ -1,0 +1,114 @@
+"""The images that are held out, drawn once and kept in `held_out.csv`, which belongs into version control.
+
+An image is known by its pixels, so it keeps its part in another folder, file or format. Images and labels that come
+later go to train, except images of a group that is held out. A file of other images, shares or of another seed does not
+count: the parts are then drawn anew.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lgp.data.splits import hold_out
+from lgp.errors import LgpError
+
+PARTS = ("test", "val")
+COLUMNS = ["image", "group", "part"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What the parts were drawn with."""
+
+    seed: int
+    test_share: float
+    val_share: float
+
+    def __str__(self) -> str:
+        return f"# seed {self.seed}, test_share {self.test_share}, val_share {self.val_share}"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Images and groups that are held out.
+
+    Attributes:
+        images: identity → part.
+        groups: group → part.
+    """
+
+    draw: Draw
+    images: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+
+    def parts(self, identities: Sequence[str], groups: Sequence[str | None]) -> np.ndarray:
+        """Return the part of each image, (N,): test, val or train."""
+        pairs = zip(identities, groups, strict=True)
+        found = [self.groups.get(group or "") or self.images.get(identity, "train") for identity, group in pairs]
+        return np.array(found, dtype=object)
+
+    def write(self, file: Path) -> None:
+        """Write the file."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([image, "", part] for image, part in sorted(self.images.items()))
+        writer.writerows(["", group, part] for group, part in sorted(self.groups.items()))
+        file.write_text(f"{self.draw}\n{text.getvalue()}", encoding="utf-8")
+
+
+def read_held_out(file: Path, draw: Draw) -> HeldOut | None:
+    """Read the file. Return None if there is none, or if it was drawn otherwise.
+
+    Raises:
+        LgpError: the file is damaged.
+    """
+    if not file.exists():
+        return None
+    try:
+        first, *lines = file.read_text(encoding="utf-8").splitlines()
+        rows = list(csv.DictReader(lines))
+        if not first.startswith("# seed "):
+            raise ValueError("no file of held-out images")
+        if first != str(draw):
+            return None
+        images = {row["image"]: row["part"] for row in rows if row["image"]}
+        groups = {row["group"]: row["part"] for row in rows if row["group"]}
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        rows, images, groups = [{}], {}, {}
+    if len(images) + len(groups) != len(rows) or not set(images.values()) | set(groups.values()) <= set(PARTS):
+        raise LgpError(
+            f"{file} is damaged: restore it (`git checkout {file}`); or remove it, and test and validation images are "
+            "drawn anew"
+        )
+    return HeldOut(draw, images, groups)
+
+
+def draw_held_out(
+    draw: Draw, identities: Sequence[str], labels: np.ndarray, groups: Sequence[str | None], given: np.ndarray
+) -> HeldOut:
+    """Draw the parts that the source does not give.
+
+    Args:
+        draw: seed and shares. A share of 0 draws nothing.
+        identities: of all images.
+        labels: (N,) class indices, -1 where unlabelled.
+        groups: of all images.
+        given: (N,) train, val or test, as the source has them.
+    """
+    parts = given.copy()
+    for part, share in (("test", draw.test_share), ("val", draw.val_share)):
+        if share and not (parts == part).any():
+            rows = np.flatnonzero(parts == "train")
+            chosen = hold_out(
+                labels[rows], [identities[i] for i in rows], [groups[i] for i in rows], share, draw.seed, part
+            )
+            parts[rows[chosen]] = part
+    drawn = np.flatnonzero(parts != given)
+    images = {identities[i]: str(parts[i]) for i in drawn if groups[i] is None}
+    of_groups = {str(groups[i]): str(parts[i]) for i in drawn if groups[i] is not None}
+    return HeldOut(draw, images, of_groups)

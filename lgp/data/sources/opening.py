@@ -1,0 +1,314 @@
+"""From `data.source` to the images that it offers: find each layout, open it, and join what several sources have."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+
+from lgp.data.sources.folder import folder_source, is_clutter
+from lgp.data.sources.manifest import Table, label_offers, read_table, table_source
+from lgp.data.sources.offers import Columns, Offers, Read, Skipped
+from lgp.errors import LgpError
+from lgp.params.data import TABLES, ColumnsParams, SourceParams
+
+DIGITS = "digits"
+SUFFIXES = {
+    ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet",
+    ".arrow": "arrow", ".tar": "tar", ".tgz": "tar", ".gz": "tar", ".zip": "zip", ".npz": "npz",
+}  # fmt: skip
+LAYOUTS = (
+    "a folder of images, a table of paths (.csv, .tsv, .jsonl), Parquet or Arrow of a Hugging Face data set, .tar or "
+    ".zip archives, .npz, hf:NAME, torchvision:NAME, or digits"
+)
+DOWNLOADS = Path(".lgp") / "downloads"
+
+
+def open_sources(
+    sources: Sequence[str | SourceParams], columns: ColumnsParams | None = None, tables: Sequence[str] = ()
+) -> Offers:
+    """Open all sources as one. A table behind other sources labels their images; its other rows are more images.
+
+    Args:
+        sources: the key `data.source`.
+        columns: the key `data.columns`, for sources without columns of their own.
+        tables: the key `labels.files`: tables that label images and add none.
+
+    Raises:
+        LgpError: a source does not exist, has no known layout, or contradicts itself.
+    """
+    specs = [specified(source) for source in sources]
+    opened: list[Offers] = []
+    names: list[str] = []
+    for number, spec in enumerate(specs):
+        given = Columns(**(spec.columns or columns or ColumnsParams()).model_dump())
+        table = _table_of(spec, given)
+        if table is not None and opened:
+            joined = label_offers(_joined(opened, names), table)
+            more = table_source(_without(table, joined), _root(spec, table))
+            opened, names = [replace(joined, skipped=_not_opened(joined, more)), more], ["", _name(spec)]
+        elif table is not None:
+            opened, names = [table_source(table, _root(spec, table))], [_name(spec)]
+        else:
+            labelled_later = any(other.kind in TABLES for other in specs[number + 1 :])
+            opened.append(_opened(spec, given, labelled_later))
+            names.append(_name(spec))
+    offers = _joined(opened, names)
+    for file in tables:
+        offers = label_offers(offers, read_table(_local(file)), strict=True)
+    return offers
+
+
+def specified(source: str | SourceParams) -> SourceParams:
+    """Return a source with its layout. That of a text is found by its name, and by what it leads to.
+
+    Raises:
+        LgpError: it leads nowhere, or to no known layout.
+    """
+    if isinstance(source, SourceParams):
+        return source
+    if source == DIGITS:
+        if _local(DIGITS).exists():
+            raise LgpError(
+                "data.source digits is the built-in set, and a folder here has the same name: write ./digits for the "
+                "folder, or {builtin: digits}"
+            )
+        return SourceParams(builtin=DIGITS)
+    for prefix in ("hf", "torchvision"):
+        if source.startswith(f"{prefix}:"):
+            return SourceParams.model_validate({prefix: source.removeprefix(f"{prefix}:")})
+    return SourceParams.model_validate({_kind_of(source): source})
+
+
+def _kind_of(source: str) -> str:
+    path = _local(source)
+    if any(mark in source for mark in "*?{[") and not path.exists():
+        from lgp.data.sources.archives import expand
+
+        files = expand(str(path))
+        if not files:
+            raise LgpError(f"data.source {source!r} fits no file: mend the pattern")
+        path = files[0]
+    if not path.exists():
+        raise LgpError(f"data.source {source!r} does not exist (looked at {path.absolute()}): give {LAYOUTS}")
+    if path.is_dir():
+        return _kind_of_folder(path)
+    kind = SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        raise LgpError(f"data.source {source!r} is a file of no known layout: give {LAYOUTS}")
+    return kind
+
+
+def _kind_of_folder(folder: Path) -> str:
+    """Return the layout of a folder: Arrow or Parquet of a data set, archives, else images."""
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        return "arrow"
+    if _image_tables(folder):
+        return "parquet"
+    names = [entry.name for entry in os.scandir(folder) if not is_clutter(entry.name)]
+    kinds = {SUFFIXES.get(Path(name).suffix.lower()) for name in names}
+    for kind in ("tar", "zip", "arrow"):
+        if kinds == {kind}:
+            return kind
+    return "folder"
+
+
+def _image_tables(folder: Path) -> list[Path]:
+    from lgp.data.sources.tables import is_image_table
+
+    files = sorted(folder.rglob("*.parquet"))
+    return [file for file in files if not _is_hidden(file.relative_to(folder)) and is_image_table(file, Columns())]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(is_clutter(part) for part in path.parts)
+
+
+def _local(source: str) -> Path:
+    """Return a path on this machine. A relative one starts at the project, also in a copy of it for an experiment."""
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    if "://" in source:
+        from lgp.data.sources.remote import fetched
+
+        return fetched(source, root / DOWNLOADS)
+    return root / Path(source).expanduser()
+
+
+def _name(spec: SourceParams) -> str:
+    return spec.place.rstrip("/").rpartition("/")[2].partition(".")[0] or spec.kind
+
+
+def _table_of(spec: SourceParams, columns: Columns) -> Table | None:
+    """Return the rows of a table of paths, None for any other source."""
+    if spec.kind in TABLES:
+        return read_table(_existing(spec), columns)
+    if spec.kind == "parquet" and (file := _local(spec.place)).is_file():
+        from lgp.data.sources.tables import is_image_table
+
+        return None if is_image_table(file, columns) else read_table(file, columns)
+    return None
+
+
+def _root(spec: SourceParams, table: Table) -> Path:
+    return _local(spec.root) if spec.root else table.file.parent
+
+
+def _existing(spec: SourceParams) -> Path:
+    path = _local(spec.place)
+    if not path.exists():
+        raise LgpError(
+            f"data.source {spec.kind}: {spec.place} does not exist (looked at {path.absolute()}): mend the path"
+        )
+    return path
+
+
+def _files(spec: SourceParams) -> list[Path]:
+    """Return the files of a pattern, of a folder of such files, or the single file."""
+    from lgp.data.sources.archives import expand
+
+    path = _local(spec.place)
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and SUFFIXES.get(p.suffix.lower()) == spec.kind)
+        return [file for file in found if not _is_hidden(file.relative_to(path))]
+    files = [path] if path.is_file() else expand(str(path))
+    if not files:
+        raise LgpError(
+            f"data.source {spec.kind}: {spec.place} fits no file (looked at {path.absolute()}): mend the path"
+        )
+    return files
+
+
+def _opened(spec: SourceParams, columns: Columns, labelled_later: bool) -> Offers:
+    """Open a source that has images itself."""
+    match spec.kind:
+        case "builtin":
+            from lgp.data.sources.arrays import digits_source
+
+            return digits_source()
+        case "folder":
+            folder = _existing(spec)
+            if not folder.is_dir():
+                raise LgpError(f"data.source folder: {spec.place} is a file: give a folder, or {LAYOUTS}")
+            if spec.class_folders is None and labelled_later:
+                splits = folder_source(folder, class_folders=True)
+                has_splits = len(set(splits.splits)) > 1
+                return splits if has_splits else folder_source(folder, class_folders=False)
+            return folder_source(folder, spec.class_folders is not False)
+        case "parquet":
+            from lgp.data.sources.tables import parquet_source
+
+            path = _existing(spec)
+            offers = parquet_source(path, _image_tables(path) if path.is_dir() else [path], columns)
+            return _and_others(offers, path, ".parquet") if path.is_dir() else offers
+        case "arrow":
+            from lgp.data.sources.tables import arrow_source
+
+            return arrow_source(_existing(spec), columns)
+        case "tar":
+            from lgp.data.sources.archives import tar_source
+
+            return tar_source(_files(spec), columns)
+        case "zip":
+            from lgp.data.sources.archives import zip_source
+
+            return zip_source(_files(spec), columns)
+        case "npz":
+            from lgp.data.sources.arrays import npz_source
+
+            return npz_source(_existing(spec), columns)
+        case "hf":
+            from lgp.data.sources.tables import hub_source
+
+            return hub_source(spec.place, columns)
+        case _:
+            from lgp.data.sources.arrays import torchvision_source
+
+            return torchvision_source(spec.place, _local(spec.root) if spec.root else _local(str(DOWNLOADS)))
+
+
+def _and_others(offers: Offers, folder: Path, suffix: str) -> Offers:
+    """List the files beside the tables of a folder."""
+    beside = folder_source(folder, class_folders=False)
+    others = [
+        Skipped(path, f"no table of images, beside {suffix} files that are")
+        for path in beside.paths
+        if not path.endswith(suffix)
+    ]
+    return replace(offers, clutter=[*offers.clutter, *beside.clutter, *others])
+
+
+def _without(table: Table, offers: Offers) -> Table:
+    """Return the rows of a table that name none of these images."""
+    named = {skipped.path for skipped in offers.skipped}
+    rows = [i for i, (path, place) in enumerate(zip(table.paths, table.places, strict=True))
+            if f"{path or '(no path)'} ({table.file.name}, {place})" in named]  # fmt: skip
+    return Table(table.file, *([column[i] for i in rows] for column in
+                 (table.paths, table.labels, table.splits, table.groups, table.places)))  # fmt: skip
+
+
+def _not_opened(labelled: Offers, more: Offers) -> list[Skipped]:
+    """Return what was skipped, without rows that turned out to be images of their own, or are listed once more."""
+    of_table = {skipped.path for skipped in more.skipped}
+    return [s for s in labelled.skipped if s.reason != "names no image of the source" and s.path not in of_table]
+
+
+def _joined(opened: Sequence[Offers], names: Sequence[str]) -> Offers:
+    """Return several sources as one. Paths get the name of their source where there are several."""
+    if len(opened) == 1:
+        return opened[0]
+    prefixes = [_prefix(names, i) for i in range(len(names))]
+    classes = list(dict.fromkeys(chain.from_iterable(offers.classes for offers in opened)))
+    return Offers(
+        [f"{prefix}{path}" for prefix, offers in zip(prefixes, opened, strict=True) for path in offers.paths],
+        list(chain.from_iterable(offers.splits for offers in opened)),
+        list(chain.from_iterable(offers.labels for offers in opened)),
+        list(chain.from_iterable(offers.groups for offers in opened)),
+        list(chain.from_iterable(offers.states for offers in opened)),
+        classes,
+        partial(_reads_of, opened),
+        [Skipped(f"{p}{s.path}", s.reason) for p, o in zip(prefixes, opened, strict=True) for s in o.skipped],
+        [Skipped(f"{p}{s.path}", s.reason) for p, o in zip(prefixes, opened, strict=True) for s in o.clutter],
+        declared=opened[0].declared,
+    )
+
+
+def _prefix(names: Sequence[str], number: int) -> str:
+    name = names[number]
+    if not name:  # several sources, joined before
+        return ""
+    return f"{name}/" if names.count(name) == 1 else f"{name}-{number + 1}/"
+
+
+def _reads_of(opened: Sequence[Offers], positions: Sequence[int]) -> Iterator[Read]:
+    start = 0
+    for offers in opened:
+        end = start + len(offers)
+        yield from offers.reads([position - start for position in positions if start <= position < end])
+        start = end
+
+
+def images_state(offers: Offers) -> str:
+    """Return a digest of what `prepare` depends on: each image's name, split, group and state, and if any is labelled.
+
+    A label that comes or changes leaves it as it is, except the first of all: then images are held out.
+    """
+    state = sha256(b"labelled" if any(label is not None for label in offers.labels) else b"unlabelled")
+    for row in zip(offers.paths, offers.splits, offers.groups, offers.states, strict=True):
+        state.update(f"{row}\n".encode())
+    return state.hexdigest()
+
+
+def labels_state(offers: Offers) -> str:
+    """Return a digest of what `labels` depends on: the classes, and each image's name, label, split and group."""
+    state = sha256("\n".join(map(repr, offers.classes)).encode())
+    for row in zip(offers.paths, offers.labels, offers.splits, offers.groups, strict=True):
+        state.update(f"{row}\n".encode())
+    return state.hexdigest()
+
+
+def said(sources: Sequence[str | SourceParams]) -> str:
+    """Return sources as text, for messages."""
+    texts = (source if isinstance(source, str) else f"{source.kind}: {source.place}" for source in sources)
+    return ", ".join(texts)

@@ -1,0 +1,68 @@
+"""Editing a parameter file: values change, comments and order stay."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lgp.errors import LgpError
+from lgp.params.file import Params, load_params
+
+KEY = re.compile(r"(?P<indent> *)(?P<key>[A-Za-z_0-9]+):(?P<value>[^#\n]*?)(?P<comment>\s+#.*)?")
+
+
+def write_values(file: Path, values: Mapping[str, Any]) -> Params:
+    """Set keys of a parameter file, as `section.key` or `key`. Return the parameters that it then holds.
+
+    Raises:
+        LgpError: the file is not valid afterwards. It then keeps its old text.
+    """
+    before = file.read_text(encoding="utf-8")
+    text = before
+    for key, value in values.items():
+        text = with_value(text, key, value)
+    file.write_text(text, encoding="utf-8")
+    try:
+        return load_params(file)
+    except LgpError:
+        file.write_text(before, encoding="utf-8")
+        raise
+
+
+def with_value(text: str, key: str, value: Any) -> str:
+    """Return the text of a parameter file with another value. A key that is missing is added to its section."""
+    section, _, name = key.rpartition(".")
+    lines = text.splitlines()
+    start, end = _section(lines, section)
+    indent = "  " if section else ""
+    written = (
+        yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
+    )
+    for number in range(start, end):
+        found = KEY.fullmatch(lines[number])
+        if found and found["indent"] == indent and found["key"] == name:
+            last = _end_of_value(lines, number, end, len(indent))
+            lines[number:last] = [f"{indent}{name}: {written}{found['comment'] or ''}"]
+            return "\n".join([*lines, ""])
+    return "\n".join([*lines[:start], f"{indent}{name}: {written}", *lines[start:], ""])
+
+
+def _section(lines: list[str], section: str) -> tuple[int, int]:
+    """Return the lines of a section, from behind its name."""
+    if not section:
+        return 0, len(lines)
+    start = next((i for i, line in enumerate(lines) if re.match(rf"{re.escape(section)}:(\s|$)", line)), None)
+    if start is None:
+        raise LgpError(f"the parameter file has no section {section}: add it")
+    inside = range(start + 1, len(lines))
+    return start + 1, next((i for i in inside if lines[i][:1] not in ("", " ", "#")), len(lines))
+
+
+def _end_of_value(lines: list[str], start: int, end: int, indent: int) -> int:
+    """Return the line behind a value that may go on over lines that are indented deeper."""
+    last = start + 1
+    while last < end and lines[last].strip() and len(lines[last]) - len(lines[last].lstrip()) > indent:
+        last += 1
+    return last

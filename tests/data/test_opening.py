@@ -1,0 +1,156 @@
+"""From `data.source` to one list of images: layouts, several sources, states."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_sources import folder, png
+
+from lgp.data.sources.offers import Offers
+from lgp.data.sources.opening import images_state, labels_state, open_sources, specified
+from lgp.errors import LgpError
+from lgp.params.data import DataParams, SourceParams
+from lgp.params.file import Params
+
+
+def opened(*sources: Any, tables: tuple[str, ...] = ()) -> Offers:
+    given = [SourceParams.model_validate(s) if isinstance(s, dict) else str(s) for s in sources]
+    return open_sources(given, tables=tables)
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """A folder of images below folders that are no classes."""
+    for name in ("2020/0.png", "2020/1.png", "2021/2.png"):
+        (tmp_path / "raw" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "raw" / name).write_bytes(png())
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> Path:
+    (tmp_path / "labels.csv").write_text("path,label\n2020/0.png,ant\n2.png,bee\n")
+    return tmp_path / "labels.csv"
+
+
+def test_table_behind_a_folder_labels_its_images(raw: Path, labels: Path) -> None:
+    offers = opened({"folder": str(raw)}, {"csv": str(labels)})
+    assert dict(zip(offers.paths, offers.labels, strict=True)) == {
+        "2020/0.png": "ant", "2020/1.png": None, "2021/2.png": "bee",
+    }  # fmt: skip
+    assert offers.classes == ["ant", "bee"]
+    assert offers.skipped == []
+
+
+def test_folders_stay_classes_where_that_is_said_or_given_by_splits(raw: Path, labels: Path) -> None:
+    assert opened({"folder": str(raw), "class_folders": True}, {"csv": str(labels)}).labels[1] == "2020"
+    folder(raw.parent / "split", {"ant": 1})
+    folder(raw.parent / "split", {"ant": 1}, "test")
+    offers = opened({"folder": str(raw.parent / "split")}, {"csv": str(labels)})
+    assert set(offers.labels) == {"ant"}
+    assert [s.reason for s in offers.skipped] == ["no such file"] * 2
+
+
+def test_table_of_labels_labels_and_adds_nothing(raw: Path, labels: Path) -> None:
+    offers = opened({"folder": str(raw), "class_folders": False}, tables=(str(labels),))
+    assert sorted(filter(None, offers.labels)) == ["ant", "bee"]
+    labels.write_text("path,label\nunknown.png,ant\n")
+    with pytest.raises(LgpError, match="1 of 1 rows name no image of data.source"):
+        opened({"folder": str(raw)}, tables=(str(labels),))
+
+
+def test_images_of_a_later_table_that_no_source_has_are_added(raw: Path, labels: Path) -> None:
+    (labels.parent / "more.png").write_bytes(png())
+    labels.write_text("path,label\n2020/0.png,ant\nmore.png,bee\ngone.png,bee\n")
+    offers = opened({"folder": str(raw)}, {"csv": str(labels)})
+    assert len(offers) == 4
+    assert offers.labels[-1] == "bee"
+    assert [s.path for s in offers.skipped] == ["labels/gone.png (labels.csv, row 4)"]
+    files = [read() for read in offers.reads([0, 3])]
+    assert files == [(raw / "2020/0.png").read_bytes(), (labels.parent / "more.png").read_bytes()]
+
+
+def test_several_sources_are_one(tmp_path: Path) -> None:
+    one, other = folder(tmp_path / "one", {"ant": 2}), folder(tmp_path / "two", {"bee": 1, "ant": 1}, "test")
+    offers = opened(one, other)
+    assert offers.paths == ["one/train/ant/0.png", "one/train/ant/1.png", "two/test/ant/0.png", "two/test/bee/0.png"]
+    assert offers.splits == ["train", "train", "test", "test"]
+    assert offers.classes == ["ant", "bee"]
+    assert [read() for read in offers.reads([1, 3])] == [
+        (one / "train/ant/1.png").read_bytes(), (other / "test/bee/0.png").read_bytes(),
+    ]  # fmt: skip
+
+
+def test_two_sources_of_one_name_keep_their_images_apart(tmp_path: Path) -> None:
+    offers = opened(folder(tmp_path / "a/raw", {"ant": 1}), folder(tmp_path / "b/raw", {"ant": 1}))
+    assert offers.paths == ["raw-1/train/ant/0.png", "raw-2/train/ant/0.png"]
+
+
+def test_layout_is_found_by_name_and_content(tmp_path: Path) -> None:
+    for name in ("t.csv", "t.TSV", "t.jsonl", "t.parquet", "t.tar", "t.tar.gz", "t.zip", "t.npz", "t.arrow"):
+        (tmp_path / name).write_text("")
+    kinds = {name: specified(str(tmp_path / name)).kind for name in os.listdir(tmp_path)}
+    assert kinds == {
+        "t.csv": "csv", "t.TSV": "tsv", "t.jsonl": "jsonl", "t.parquet": "parquet", "t.tar": "tar", "t.tar.gz": "tar",
+        "t.zip": "zip", "t.npz": "npz", "t.arrow": "arrow",
+    }  # fmt: skip
+    assert specified("hf:beans").hf == "beans"
+    assert specified("torchvision:CIFAR10").torchvision == "CIFAR10"
+    assert specified("digits").builtin == "digits"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere", "does not exist .*give a folder of images"),
+        ("odd.xyz", "is a file of no known layout"),
+        ("*.tar", "fits no file"),
+    ],
+)
+def test_source_that_leads_nowhere_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd.xyz").write_text("")
+    with pytest.raises(LgpError, match=message):
+        opened(source)
+
+
+def test_folder_named_as_the_built_in_set_is_not_replaced_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "digits", {"7": 1})
+    with pytest.raises(LgpError, match=r"write \./digits for the folder, or \{builtin: digits\}"):
+        opened("digits")
+    assert opened("./digits").classes == ["7"]
+
+
+def test_source_of_two_layouts_or_none_is_refused(params: Params) -> None:
+    for source in ({"folder": "a", "csv": "b"}, {"columns": {"image": "x"}}):
+        with pytest.raises(ValueError, match="a source has one of folder, csv"):
+            DataParams.model_validate(params.data.model_dump() | {"source": [source]})
+
+
+def test_states_change_with_what_they_are_of(raw: Path, labels: Path) -> None:
+    def states() -> tuple[str, str]:
+        offers = opened({"folder": str(raw)}, {"csv": str(labels)})
+        return images_state(offers), labels_state(offers)
+
+    before = states()
+    labels.write_text("path,label\n2020/0.png,ant\n2.png,bee\n1.png,bee\n")
+    more_labels = states()
+    assert more_labels[0] == before[0]
+    assert more_labels[1] != before[1]
+    (raw / "2021" / "9.png").write_bytes(png())
+    more_images = states()
+    assert more_images[0] != before[0]
+    os.utime(raw / "2021" / "9.png", ns=(1, 1))
+    assert states()[0] not in (more_images[0], before[0])
+
+
+def test_first_label_of_all_changes_the_state_of_the_images(raw: Path, labels: Path) -> None:
+    with_labels = images_state(opened({"folder": str(raw)}, {"csv": str(labels)}))
+    labels.write_text("path,label\n2020/0.png,\n")
+    assert images_state(opened({"folder": str(raw)}, {"csv": str(labels)})) != with_labels
