@@ -50,11 +50,16 @@ def pretraining(
         from lgp.params.file import load_params
         from lgp.pretrain.arm import Session
         from lgp.pretrain.batch_checks import check_arms
+        from lgp.pretrain.batch_size import with_fitting_batches
 
         data = Images(PREPARED)
-        check_arms(load_params(params_file), len(data.pretraining_ids))
+        images = len(data.pretraining_ids)
+        check_arms(with_fitting_batches(load_params(params_file), images)[0], images)
+        params, warnings = with_fitting_batches(run.params, images)
+        if arm in warnings:
+            print(f"warning: {warnings[arm]}", flush=True)
         folders = [encoder_folder(start) for start in starts]
         if folders:
             run.tag_upstream(folders[0])
-        session = Session(data, run.params, run.store, run.tracker, labels_if_any(PREPARED, LABELS))
+        session = Session(data, params, run.store, run.tracker, labels_if_any(PREPARED, LABELS))
         yield Pretraining(run, session, arm_folder(arm), folders, accept)
