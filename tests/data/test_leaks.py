@@ -13,8 +13,9 @@ from conftest import Silent
 from made_sources import images_from, labels_from
 from PIL import Image
 
+from lgp.data.conversion import as_image
 from lgp.data.labels import LabelledImages
-from lgp.data.leaks import EXACT, Leak, find_leaks, perceptual_hash
+from lgp.data.leaks import EXACT, Leak, find_leaks, perceptual_hashes
 from lgp.data.storage import Images
 from lgp.errors import LgpError
 from lgp.params.file import Params
@@ -114,26 +115,88 @@ def test_dropping_all_of_a_class_is_an_error(source: Path, tmp_path: Path, param
         images_from(source, tmp_path / "none", params, image_size=16, drop_near_test_bits=32)
 
 
-def test_nearest_is_found_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lgp.data.leaks.QUERIES", 3)
-    monkeypatch.setattr("lgp.data.leaks.CANDIDATES", 4)
-    hashes = RNG.integers(0, 2**63, 40, dtype=np.uint64)
-    hashes[33] = hashes[12] ^ np.uint64(0b101)
-    hashes[20] = hashes[12] ^ np.uint64(0b111)
-    content = np.array([bytes([i]) for i in range(40)], dtype=object)
-    content[38] = content[5]
-    content[6] = content[5]
-    leaks, in_test = find_leaks(content, hashes, np.arange(30, 40), np.arange(30), 4)
-    assert leaks == [Leak(38, 5, EXACT), Leak(33, 20, 1)]
-    assert in_test.tolist() == [5, 6, 12, 20]
+def all_compared(
+    content: np.ndarray, hashes: np.ndarray, test: np.ndarray, learnt: np.ndarray, most_bits: int
+) -> tuple[list[Leak], np.ndarray]:
+    """Find leaks by comparing every test image with every image to learn from."""
+    bits = np.bitwise_count(hashes[test, None] ^ hashes[None, learnt]).astype(int)
+    bits[content[test, None] == content[None, learnt]] = EXACT
+    nearest = bits.argmin(axis=1)
+    rows = zip(test.tolist(), learnt[nearest].tolist(), bits.min(axis=1).tolist(), strict=True)
+    leaks = [Leak(*row) for row in rows]
+    found = [leak for leak in leaks if leak.bits <= most_bits]
+    return sorted(found, key=lambda leak: (leak.bits, leak.test)), learnt[(bits <= most_bits).any(axis=0)]
 
 
-def test_hash_is_the_librarys() -> None:
+@pytest.mark.parametrize("most_bits", [0, 1, 2, 4, 7, 15, 31, 32])
+@pytest.mark.parametrize("pairs", [7, 2**21])
+def test_leaks_are_those_of_comparing_all(monkeypatch: pytest.MonkeyPatch, most_bits: int, pairs: int) -> None:
+    """The leaks are the same with ties, many equal hashes, and any order of the positions."""
+    monkeypatch.setattr("lgp.data.leaks.PAIRS", pairs)
+    rng = np.random.default_rng(most_bits)
+    hashes = rng.integers(0, 2**64, 300, dtype=np.uint64)
+    hashes[100:160] = 0  # black images
+    for i in range(160, 300):
+        flipped = rng.choice(64, rng.integers(0, 10), replace=False).astype(np.uint64)
+        hashes[i] = hashes[rng.integers(0, 160)] ^ np.bitwise_or.reduce(np.uint64(1) << flipped, initial=np.uint64(0))
+    content = rng.integers(0, 250, 300)
+    order = rng.permutation(300)
+    for test, learnt in ((order[:120], order[120:]), (np.arange(120, 300), np.arange(120)), (order[:90], order[200:])):
+        leaks, in_test = find_leaks(content, hashes, test, learnt, most_bits)
+        expected, expected_in_test = all_compared(content, hashes, test, learnt, most_bits)
+        assert leaks == expected
+        assert in_test.tolist() == expected_in_test.tolist()
+
+
+def test_exact_leak_goes_before_the_nearest() -> None:
+    hashes = np.array([0, 0, 1], dtype=np.uint64)
+    content = np.array([b"x", b"y", b"x"], dtype=object)
+    leaks, in_test = find_leaks(content, hashes, np.array([2]), np.array([0, 1]), 4)
+    assert (leaks, in_test.tolist()) == ([Leak(2, 0, EXACT)], [0, 1])
+    leaks, in_test = find_leaks(content, hashes, np.array([2]), np.array([1, 0]), None)
+    assert (leaks, in_test.tolist()) == ([Leak(2, 0, EXACT)], [0])
+    for test, learnt in (([], [0, 1]), ([0], [])):
+        leaks, in_test = find_leaks(content, hashes, np.array(test, dtype=int), np.array(learnt, dtype=int), 4)
+        assert (leaks, in_test.tolist()) == ([], [])
+
+
+def test_black_images_are_not_compared_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    count = np.bitwise_count
+    monkeypatch.setattr("lgp.data.leaks.np.bitwise_count", lambda bits: compared.append(len(bits)) or count(bits))
+    hashes = np.random.default_rng(0).integers(0, 2**64, 60_000, dtype=np.uint64)
+    hashes[5_000:25_000] = 0
+    content = np.arange(60_000)
+    leaks, in_test = find_leaks(content, hashes, np.arange(15_000), np.arange(15_000, 60_000), 4)
+    assert len(leaks) == len(in_test) == 10_000
+    assert {leak.learnt for leak in leaks} == {15_000}
+    assert sum(compared) < 15_000 * 45_000 / 500
+
+
+IMAGES = {
+    "noise": [RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(20)],
+    "photographs": [np.asarray(photograph().resize((90, 70))) for _ in range(20)],
+    "flat": [np.full((9, 8, 3), value, dtype=np.uint8) for value in range(0, 256, 5)],
+    "grey": [RNG.integers(0, 256, (8, 8, 1), dtype=np.uint8) for _ in range(20)],
+    "alpha": [RNG.integers(0, 256, (20, 14, 4), dtype=np.uint8) for _ in range(5)],
+    "sizes": [RNG.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((1, 50), (50, 1), (32, 7), (99, 32))] * 3,
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+@pytest.mark.parametrize("stacked", [1, 2**22])
+def test_hashes_are_the_librarys(monkeypatch: pytest.MonkeyPatch, kind: str, stacked: int) -> None:
     import imagehash
 
-    image = photograph()
-    bits = imagehash.phash(image).hash.flatten()
-    assert perceptual_hash(image) == sum(int(bit) << (63 - i) for i, bit in enumerate(bits))
+    monkeypatch.setattr("lgp.data.leaks.STACKED", stacked)
+    expected = [int(str(imagehash.phash(as_image(pixels))), 16) for pixels in IMAGES[kind]]
+    assert perceptual_hashes(IMAGES[kind]).tolist() == expected
+
+
+def test_hash_of_bands_is_that_of_their_mean() -> None:
+    grey = RNG.integers(0, 256, (16, 16, 1), dtype=np.uint8)
+    assert perceptual_hashes([np.repeat(grey, 7, axis=2)]) == perceptual_hashes([grey])
+    assert perceptual_hashes([]).shape == (0,)
 
 
 def half_unlabelled(prepared: LabelledImages, folder: Path, poison: int) -> LabelledImages:
