@@ -1,0 +1,69 @@
+"""An image in a cell of a table: its bytes, its pixels, or the path of its file."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lgp.data.sources.listing import fail, one_line
+from lgp.data.sources.offers import Read
+
+
+def inside(root: Path, folder: Path, path: str) -> Path | None:
+    """Return the file that a table in `folder` names, None if it lies outside `root`."""
+    file = Path(os.path.normpath(Path(os.path.abspath(folder), path)))
+    return file if file.is_relative_to(os.path.abspath(root)) else None
+
+
+def state_of(file: Path) -> str:
+    """Return what changes where a file changes: its size and time, or that it is missing."""
+    try:
+        stat = file.stat()
+    except (OSError, ValueError):  # a path with a null character is a ValueError
+        return "missing"
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def read_of(value: object, root: Path, folder: Path) -> Read:
+    """Return how to read the image in a cell. An error in its place was met in reading the table.
+
+    Args:
+        value: bytes, numbers, a path, or `datasets`' struct of bytes and path.
+        root: no file outside it is read.
+        folder: where paths start.
+    """
+    if isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, Exception):
+        return partial(fail, f"its part of the table is damaged: {one_line(value)}")
+    if isinstance(value, bytes):
+        return partial(same, value)
+    if isinstance(value, list):
+        return partial(_of_numbers, value)
+    if not isinstance(value, str):
+        return partial(fail, "no image in this row")
+    file = inside(root, folder, value)
+    return partial(_file_bytes, file, value) if file else partial(fail, f"its path {value!r} leads out of the source")
+
+
+def same(data: bytes) -> bytes:
+    """Read an image that was read with its table."""
+    return data
+
+
+def _of_numbers(value: list[Any]) -> bytes | np.ndarray:
+    """Return a list of bytes as encoded bytes, and lists of lists as pixels."""
+    numbers = np.array(value)
+    if numbers.dtype.kind not in "iu" or numbers.min(initial=0) < 0 or numbers.max(initial=0) > 255:
+        raise ValueError("its numbers are not whole ones from 0 to 255")
+    pixels = numbers.astype(np.uint8)
+    return pixels.tobytes() if pixels.ndim == 1 else pixels
+
+
+def _file_bytes(file: Path, named: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"its file {named!r} does not exist") from None
