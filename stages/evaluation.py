@@ -92,4 +92,6 @@ def evaluation(
         from lgp.data.labels import LabelledImages
 
         run.tag_upstream(encoder)
-        yield Evaluation(run, LabelledImages(PREPARED, LABELS), encoder, arm, task, fresh)
+        data = LabelledImages(PREPARED, LABELS)
+        data.check_evaluable()
+        yield Evaluation(run, data, encoder, arm, task, fresh)

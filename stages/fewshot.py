@@ -14,9 +14,11 @@ def fewshot(
 ) -> None:
     """Evaluate an arm's frozen features with few labels, on each of the subsets of that name."""
     from lgp.data.subset_files import load_subsets
+    from lgp.params.labels import ALL_LABELS
     from lgp.workflow.pipeline import SECTIONS
 
-    subsets = load_subsets(LABELS, labels)
+    if labels != ALL_LABELS:
+        load_subsets(LABELS, labels)  # an unknown name is told before any work
     with evaluation(arm, f"fewshot-{labels}", SECTIONS["fewshot"], params_file, fresh) as task:
         from lgp.compute.device import choose_device
         from lgp.evaluate.few_labels import evaluate_fewshot
@@ -27,7 +29,7 @@ def fewshot(
 
         def evaluate() -> Outcome:
             features = encoder_features(task.encoder, task.data, params, choose_device(params.run))
-            return evaluate_fewshot(features, subsets, params.fewshot)
+            return evaluate_fewshot(features, task.data.labelled(labels), params.fewshot)
 
         settings = [section.model_dump(mode="json") for section in (params.features, params.fewshot)]
         task.publish(task.outcome(labels, settings, evaluate))

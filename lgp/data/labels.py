@@ -217,6 +217,20 @@ class LabelledImages(Images):
         """Return the sorted ids of `train` (labelled), `unlabeled`, `val` or `test`."""
         return np.flatnonzero(self._table["split"].to_numpy() == part)
 
+    def check_evaluable(self) -> None:
+        """Raise `LgpError` where nothing can be evaluated: without a label, or without a test or validation image."""
+        if not self.classes:
+            raise LgpError(
+                "no image has a label, so nothing can be evaluated: `dvc repro mim cl graft` trains encoders without, "
+                "`lgp labels add FILE` adds labels"
+            )
+        for split, share in (("test", "data.test_share"), ("val", "data.val_share")):
+            if not len(self.ids(split)):
+                raise LgpError(
+                    f"no {split} image is held out, so nothing can be evaluated; encoders need none "
+                    f"(`dvc repro mim cl graft`): set {share} above 0, or add labels"
+                )
+
     def subsets(self, name: str) -> list[np.ndarray]:
         """Return the few-label subsets of one name, each a sorted array of ids; an unknown name raises `LgpError`."""
         return load_subsets(self._labels_folder, name)

@@ -102,12 +102,12 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _labels_are_there(self) -> Self:
-        valid = self.labels.names
-        for key, names, more in (("few_labels", self.few_labels, []), ("finetuned", self.finetuned, [ALL_LABELS])):
+        valid = [*self.labels.names, ALL_LABELS]
+        for key, names in (("few_labels", self.few_labels), ("finetuned", self.finetuned)):
             for name in names:
-                if name not in [*valid, *more]:
+                if name not in valid:
                     raise ValueError(
-                        f"{key} names {name}, valid are {', '.join([*valid, *more])}: choose of these, or add a share, "
+                        f"{key} names {name}, valid are {', '.join(valid)}: choose of these, or add a share, "
                         "a shot or a list to labels.shares, labels.shots or labels.lists"
                     )
                 if names.count(name) > 1:

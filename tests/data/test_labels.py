@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from made_sources import both_from, folder, images_from, labels_from, png, write_parquet
 
-from lgp.data.labels import LabelledImages, describe, labels_state, write_labels
+from lgp.data.labels import LabelledImages, describe, labelling_state, write_labels
+from lgp.data.sources.opening import open_sources
 from lgp.data.storage import Images
 from lgp.data.subset_files import load_subsets, names_of_same_subsets
 from lgp.errors import LgpError
@@ -17,6 +18,10 @@ from lgp.params.file import Params
 from lgp.params.labels import LabelsParams
 
 SPLITS = ("train", "unlabeled", "val", "test")
+
+
+def state_of(source: Path | str, lists: list[str]) -> str:
+    return labelling_state(open_sources([str(source)]), lists)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -30,7 +35,7 @@ def listed(tmp_path: Path, *names: str) -> dict[str, Any]:
 
 
 def test_splits_and_subsets_are_those_of_the_metrics(prepared: LabelledImages, params: Params, tmp_path: Path) -> None:
-    metrics = write_labels(params.labels, "digits", Images(prepared.folder), params.seed, tmp_path)
+    metrics = write_labels(params.labels, params.data, Images(prepared.folder), params.seed, tmp_path)
     assert [metrics[f"images/{s}"] for s in SPLITS] == [len(prepared.ids(s)) for s in SPLITS]
     assert metrics["images/dropped"] == 0
     assert metrics["classes"] == len(prepared.classes) == 10
@@ -52,13 +57,15 @@ def test_settings_of_labels_change_labels_and_no_byte_of_the_images(tmp_path: Pa
     assert contents(images.folder) == before
 
 
-def test_same_seed_gives_the_same_bytes_and_another_other_subsets(prepared: LabelledImages, tmp_path: Path) -> None:
+def test_same_seed_gives_the_same_bytes_and_another_other_subsets(
+    prepared: LabelledImages, params: Params, tmp_path: Path
+) -> None:
     settings = LabelsParams(shares={"10pct": 0.1}, subsets=5)
     of_seed = []
     for number, seed in enumerate((0, 0, 1)):
         out = tmp_path / str(number)
         out.mkdir()
-        write_labels(settings, "digits", Images(prepared.folder), seed, out)
+        write_labels(settings, params.data, Images(prepared.folder), seed, out)
         of_seed.append(contents(out))
     assert of_seed[0] == of_seed[1]
     assert of_seed[0]["labels.parquet"] == of_seed[2]["labels.parquet"]
@@ -72,12 +79,12 @@ def test_label_changed_in_the_source_changes_labels_alone(tmp_path: Path, params
     hub.mkdir()
     write_parquet(hub / "train.parquet", labels, ["cat", "dog"], images=pictures)
     _, images = images_from(hub, tmp_path / "images", params)
-    before, state = contents(images.folder), labels_state(str(hub), [])
+    before, state = contents(images.folder), state_of(hub, [])
     first, old = labels_from(hub, images, tmp_path / "old", params)
     changed = int(images.paths[images.ids(part)[0]].split("#")[1])
     labels[changed] = 1 - labels[changed]
     write_parquet(hub / "train.parquet", labels, ["cat", "dog"], images=pictures)
-    assert labels_state(str(hub), []) != state
+    assert state_of(hub, []) != state
     second, new = labels_from(hub, images, tmp_path / "new", params)
     assert first["digest"] != second["digest"]
     assert np.flatnonzero(old.labels != new.labels).tolist() == [images.ids(part)[0]]
@@ -223,11 +230,11 @@ def test_shot_that_a_class_cannot_give_is_refused(tmp_path: Path, params: Params
 def test_state_follows_labels_and_lists(tmp_path: Path) -> None:
     source = folder(tmp_path / "source", {"a": 3, "b": 3})
     lists = [str(tmp_path / "list.txt")]
-    states = [labels_state(str(source), lists)]
+    states = [state_of(source, lists)]
 
     def changed() -> bool:
-        states.append(labels_state(str(source), lists))
-        assert states[-1] == labels_state(str(source), lists)
+        states.append(state_of(source, lists))
+        assert states[-1] == state_of(source, lists)
         return states[-1] not in states[:-1]
 
     (tmp_path / "list.txt").write_text("a/0.png\n")
@@ -240,14 +247,14 @@ def test_state_follows_labels_and_lists(tmp_path: Path) -> None:
     assert not changed()  # another picture is no other label
     (source / "train" / "b").rename(source / "train" / "c")
     assert changed()
-    assert labels_state(str(source), []) != states[-1]
+    assert state_of(source, []) != states[-1]
 
 
 def test_state_of_digits_follows_the_lists(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("digits/0\n")
-    states = [labels_state("digits", []), labels_state("digits", [str(tmp_path / "list.txt")])]
+    states = [state_of("digits", []), state_of("digits", [str(tmp_path / "list.txt")])]
     (tmp_path / "list.txt").write_text("digits/1\n")
-    states.append(labels_state("digits", [str(tmp_path / "list.txt")]))
+    states.append(state_of("digits", [str(tmp_path / "list.txt")]))
     assert len(set(states)) == 3
 
 
@@ -261,15 +268,17 @@ def test_description_counts_splits_and_leaks() -> None:
     assert len(describe({**counts, **leaks, "leaks": [], "classes": 2}, params)) == 1
 
 
-def test_description_names_subsets_that_are_the_same_images(prepared: LabelledImages, tmp_path: Path) -> None:
-    params = LabelsParams(shares={"1pct": 0.01, "10pct": 0.1}, shots=[1], subsets=5)
-    metrics = write_labels(params, "digits", Images(prepared.folder), 0, tmp_path)
+def test_description_names_subsets_that_are_the_same_images(
+    prepared: LabelledImages, params: Params, tmp_path: Path
+) -> None:
+    settings = LabelsParams(shares={"1pct": 0.01, "10pct": 0.1}, shots=[1], subsets=5)
+    metrics = write_labels(settings, params.data, Images(prepared.folder), 0, tmp_path)
     of_first, of_shot = load_subsets(tmp_path, "1pct"), load_subsets(tmp_path, "1shot")
     assert all(np.array_equal(a, b) for a, b in zip(of_first, of_shot, strict=True))
     assert names_of_same_subsets(tmp_path, "1shot") == ["1pct", "1shot"]
     assert names_of_same_subsets(tmp_path, "10pct") == ["10pct"]
     assert names_of_same_subsets(tmp_path, "all") == []
-    assert [line for line in describe(metrics, params) if "the same" in line] == [
+    assert [line for line in describe(metrics, settings) if "the same" in line] == [
         "1pct and 1shot are the same 10 images: keep one of them, or choose labels.shots"
     ]
 

@@ -295,7 +295,7 @@ def test_preparing_twice_gives_the_same_digest_and_another_seed_another(tmp_path
     for i, seed in enumerate((0, 0, 1)):
         out = tmp_path / str(i)
         out.mkdir()
-        digests.append(prepare(params.data, seed, out)["digest"])
+        digests.append(prepare(params.data, seed, out, tmp_path / "none.csv")[0]["digest"])
     assert digests[0] == digests[1] != digests[2]
 
 

@@ -11,7 +11,8 @@ import yaml
 from conftest import merged
 
 from lgp.data.labels import STATE
-from lgp.workflow.inputs import LABELS, write_inputs
+from lgp.data.preparation import STATE as OF_IMAGES
+from lgp.workflow.inputs import LABELS, PREPARED, write_inputs
 from lgp.workflow.pipeline import SECTIONS
 
 
@@ -44,6 +45,38 @@ def test_state_of_a_source_that_is_gone_is_the_one_that_the_labels_were_read_fro
     (project / LABELS / STATE).write_text(f"{state}\n")
     shutil.rmtree(project / "images")
     assert labels_after(project) == state
+
+
+def test_state_of_images_that_are_gone_is_the_one_that_they_were_prepared_from(project: Path) -> None:
+    labels_after(project)
+    state = (project / "inputs" / "images").read_text()
+    (project / PREPARED).mkdir(parents=True)
+    (project / PREPARED / OF_IMAGES).write_text(state)
+    shutil.rmtree(project / "images")
+    labels_after(project)
+    assert (project / "inputs" / "images").read_text() == state
+
+
+def test_another_label_changes_the_state_of_labels_and_another_image_both(
+    project: Path, values: dict[str, Any]
+) -> None:
+    (project / "raw").mkdir()
+    for name in ("0.png", "1.png"):
+        (project / "raw" / name).write_bytes(name.encode())
+    changes = {"data": {"source": "raw"}, "labels": {"files": "labels.csv"}}
+    (project / "params.yaml").write_text(yaml.safe_dump(merged(values, changes)))
+
+    def states(labels: str) -> tuple[str, str]:
+        (project / "labels.csv").write_text(f"path,label\n{labels}")
+        return labels_after(project), (project / "inputs" / "images").read_text()
+
+    before, relabelled = states("0.png,a\n1.png,b\n"), states("0.png,b\n1.png,b\n")
+    assert before[0] != relabelled[0]
+    assert before[1] == relabelled[1]
+    (project / "raw" / "1.png").write_bytes(b"other")
+    changed = states("0.png,b\n1.png,b\n")
+    assert changed[0] == relabelled[0]
+    assert changed[1] != relabelled[1]
 
 
 def test_source_that_never_was_stops_no_stage_but_the_labels(project: Path) -> None:
