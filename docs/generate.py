@@ -34,6 +34,11 @@ DEFAULT_PRESET = "digits"
 PRESETS = (DEFAULT_PRESET, "cifar10-cpu", "cifar10", "imagenet-vit-b16", "imagenet-vit-l16")
 # keys that no preset explains
 NOTES = {
+    "data.columns.image": "of paths or images; null: the first of the usual names that the table has, likewise below",
+    "data.columns.label": "of names or numbers",
+    "data.columns.split": "of train, val or test",
+    "data.columns.group": "of what images have in common: patient, scene, video",
+    "data.store_short_side": "larger images are stored with a shorter side of so many pixels; null: as they are",
     "conflict.head_epochs": "of fitting heads to the frozen encoder",
     "conflict.batches": "whose gradients are compared",
     "conflict.base_lr": "per 256 images",
@@ -129,6 +134,8 @@ def type_text(annotation: Any, constraints: tuple[Any, ...] = ()) -> str:
         return f"{len(arguments)} × {type_text(arguments[0])}"
     if origin is dict:
         return f"map, of: {type_text(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "map"
     names = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}
     return f"{names.get(annotation, annotation.__name__)}{range_text(constraints)}"
 

@@ -145,7 +145,8 @@ def _check_classes(offers: Offers, labels: np.ndarray, given: np.ndarray) -> Non
     if crossing:
         parts = ", ".join(sorted(parts_of[crossing[0]]))
         raise LgpError(
-            f"{len(crossing)} groups have images in several parts, as {crossing[0]} ({parts}): a group is of one part, mend the column of splits or the one of groups"
+            f"{len(crossing)} groups have images in several parts, as {crossing[0]} ({parts}): a group is of one part, "
+            "mend the column of splits or the one of groups"
         )
 
 
