@@ -11,6 +11,11 @@ from lgp.errors import LgpError
 
 CLUTTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
 
+IMAGE_ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".tga"),
+)
+
 
 @dataclass
 class Listing:
