@@ -98,7 +98,8 @@ def split_of_cell(value: object, where: str) -> str | None:
     Raises:
         LgpError: the cell holds another word.
     """
-    word = "" if value is None else str(value).strip().lower()
+    text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
+    word = "" if text is None else str(text).strip().lower()
     if word and word not in SPLITS:
         raise LgpError(f"{where} has the split {value!r}: valid are {', '.join(SPLITS)}")
     return word or None
