@@ -164,8 +164,8 @@ def test_a_column_of_splits_goes_before_the_name(tmp_path: Path) -> None:
 def test_other_words_in_a_column_of_splits(tmp_path: Path) -> None:
     parquet(tmp_path / "test.parquet", image_table([0, 1], part=["wing", "tail"]))
     assert opened(tmp_path).splits == ["test", "test"]
-    for columns, name in ((Columns(split="part"), "part"), (ANY, "split")):
-        parquet(tmp_path / "test.parquet", image_table([0, 1], **{name: ["train", "fold3"]}))
+    for columns, given in ((Columns(split="part"), "part"), (ANY, "split")):
+        parquet(tmp_path / "test.parquet", image_table([0, 1]).append_column(given, [["train", "fold3"]]))
         with pytest.raises(LgpError, match=r"row 1 has the split 'fold3': valid are train"):
             opened(tmp_path, columns)
 

@@ -11,6 +11,11 @@ from lgp.errors import LgpError
 
 CLUTTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
 
+IMAGE_ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".tga"),
+)
+
 
 @dataclass
 class Listing:
@@ -93,7 +98,8 @@ def split_of_cell(value: object, where: str) -> str | None:
     Raises:
         LgpError: the cell holds another word.
     """
-    word = "" if value is None else str(value).strip().lower()
+    text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
+    word = "" if text is None else str(text).strip().lower()
     if word and word not in SPLITS:
         raise LgpError(f"{where} has the split {value!r}: valid are {', '.join(SPLITS)}")
     return word or None
