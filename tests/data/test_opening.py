@@ -105,7 +105,7 @@ def test_layout_is_found_by_name_and_content(tmp_path: Path) -> None:
     [
         ("nowhere", "does not exist .*give a folder of images"),
         ("odd.xyz", "is a file of no known layout"),
-        ("*.tar", "fits no file"),
+        ("*.tar", "matches nothing: check the path"),
     ],
 )
 def test_source_that_leads_nowhere_is_explained(

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from lgp.data.sources.offers import SPLITS, UNLABELED, USUAL, Columns, Offers, Read, Skipped, natural_order
 from lgp.errors import LgpError
 
-CLUTTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
+CLUTTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle.bin", "lost+found"}
 
 IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"),

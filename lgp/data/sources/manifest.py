@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lgp.data.sources.folder import readable
+from lgp.data.sources.listing import printable
 from lgp.data.sources.offers import SPLITS, USUAL, Columns, Offers, Read, Skipped, natural_order, read_file
 from lgp.errors import LgpError
 
@@ -174,7 +174,7 @@ def table_source(table: Table, root: Path) -> Offers:
         states.append(state)
     labels = [table.labels[i] for i in kept]
     return Offers(
-        [readable(table.paths[i]) for i in kept],
+        [printable(table.paths[i]) for i in kept],
         [_split(table, i) for i in kept],
         labels,
         [table.groups[i] for i in kept],

@@ -8,7 +8,8 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
-from lgp.data.sources.folder import folder_source, is_clutter
+from lgp.data.sources.folder import folder_source
+from lgp.data.sources.listing import is_clutter
 from lgp.data.sources.manifest import Table, label_offers, read_table, table_source
 from lgp.data.sources.offers import Columns, Offers, Read, Skipped
 from lgp.errors import LgpError
@@ -87,10 +88,7 @@ def _kind_of(source: str) -> str:
     if any(mark in source for mark in "*?{[") and not path.exists():
         from lgp.data.sources.archives import expand
 
-        files = expand(str(path))
-        if not files:
-            raise LgpError(f"data.source {source!r} fits no file: mend the pattern")
-        path = files[0]
+        path = expand(str(path))[0]
     if not path.exists():
         raise LgpError(f"data.source {source!r} does not exist (looked at {path.absolute()}): give {LAYOUTS}")
     if path.is_dir():
@@ -123,7 +121,7 @@ def _image_tables(folder: Path) -> list[Path]:
 
 
 def _is_hidden(path: Path) -> bool:
-    return any(is_clutter(part) for part in path.parts)
+    return is_clutter(str(path))
 
 
 def _local(source: str) -> Path:
@@ -172,12 +170,7 @@ def _files(spec: SourceParams) -> list[Path]:
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file() and SUFFIXES.get(p.suffix.lower()) == spec.kind)
         return [file for file in found if not _is_hidden(file.relative_to(path))]
-    files = [path] if path.is_file() else expand(str(path))
-    if not files:
-        raise LgpError(
-            f"data.source {spec.kind}: {spec.place} fits no file (looked at {path.absolute()}): mend the path"
-        )
-    return files
+    return [path] if path.is_file() else expand(str(path))
 
 
 def _opened(spec: SourceParams, columns: Columns, labelled_later: bool) -> Offers:
