@@ -56,7 +56,7 @@ def test_table_of_labels_labels_and_adds_nothing(raw: Path, labels: Path) -> Non
     offers = opened({"folder": str(raw), "class_folders": False}, tables=(str(labels),))
     assert sorted(filter(None, offers.labels)) == ["ant", "bee"]
     labels.write_text("path,label\nunknown.png,ant\n")
-    with pytest.raises(LgpError, match="1 of 1 rows name no image of data.source"):
+    with pytest.raises(LgpError, match=r"1 of 1 rows name no image of data\.source"):
         opened({"folder": str(raw)}, tables=(str(labels),))
 
 

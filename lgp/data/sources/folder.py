@@ -2,7 +2,7 @@
 
 | layout | read as |
 |---|---|
-| `train/CLASS/…`, `val/CLASS/…`, `test/CLASS/…` | given splits; a class is a folder below one, however deep its files lie |
+| `train/CLASS/…`, `val/CLASS/…`, `test/CLASS/…` | given splits; a class is a folder in one, and all below it |
 | `CLASS/…` | classes without splits |
 | files only | images without labels |
 | `unlabeled/…` beside `train` | images of training without labels, whatever its folders are called |
