@@ -5,13 +5,14 @@ import functools
 import gzip
 import lzma
 import os
+import posixpath
 import stat
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from lgp.data.sources.image_cells import same, state_of
@@ -151,12 +152,11 @@ def _check_end(path: Path, stream: IO[bytes], end: int) -> None:
 
 
 def _path(name: str) -> str:
-    return printable(str(PurePosixPath(name)))
+    return printable(name if ".." in name else posixpath.normpath(name))
 
 
 def _fault_of(name: str, size: int) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or name[1:3] == ":/":
+    if name.startswith("/") or ".." in name.split("/") or name[1:3] == ":/":
         return "its path leads out of the archive"
     if size > LARGEST_BYTES:
         return f"it declares {size / 2**30:.1f} GiB, more than {LARGEST_BYTES // 2**30} GiB"

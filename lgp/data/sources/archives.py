@@ -170,10 +170,9 @@ def _scan(archive: _Archive, columns: Columns, scan: Scan, listing: Listing) -> 
             earlier = archive.members.pop(member.path)  # the later one also takes its place in the order
             listing.skipped.append(Skipped(f"{where}@{earlier.offset}", "a later member has the same name"))
         archive.members[member.path] = member
-        name = PurePosixPath(member.path)
-        if name.name.lower() in MANIFESTS and member.size <= MANIFEST_BYTES:
+        if posixpath.basename(member.path).lower() in MANIFESTS and member.size <= MANIFEST_BYTES:
             archive.lists[member.path] = _content(where, read)
-        elif name.suffix.lower() in SIDECARS and member.size <= SIDECAR_BYTES:
+        elif posixpath.splitext(member.path)[1].lower() in SIDECARS and member.size <= SIDECAR_BYTES:
             archive.sidecars[member.path] = _said_beside(where, read, columns)
 
 
@@ -195,12 +194,12 @@ def _said_beside(where: str, read: Callable[[], bytes], columns: Columns) -> Sai
 def _find_images(archive: _Archive, columns: Columns, listing: Listing) -> None:
     """Tell the images among the members, and join what is said of each. All other members are skipped."""
     listed = _listed(archive, columns, listing)
-    beside = {str(PurePosixPath(path).with_suffix("")): path for path in sorted(archive.sidecars, reverse=True)}
+    beside = {posixpath.splitext(path)[0]: path for path in sorted(archive.sidecars, reverse=True)}
     candidates = [path for path in archive.members if path in listed or _may_be_image(path)]
-    stems = {str(PurePosixPath(path).with_suffix("")) for path in candidates}
+    stems = {posixpath.splitext(path)[0] for path in candidates}
     used = set(archive.lists)
     for path in candidates:
-        stem = str(PurePosixPath(path).with_suffix(""))
+        stem = posixpath.splitext(path)[0]
         key = stem if stem in beside else _sample(path)
         if key != stem and key in beside and key in stems:
             listing.skipped.append(Skipped(archive.prefix + path, f"a further file of the sample {key}"))
@@ -219,14 +218,14 @@ def _find_images(archive: _Archive, columns: Columns, listing: Listing) -> None:
 
 def _may_be_image(path: str) -> bool:
     """Return whether a member is an image by the ending of its name. In a folder, one without an ending may be."""
-    name = PurePosixPath(path)
-    return name.suffix.lower() in IMAGE_ENDINGS or (not name.suffix and len(name.parts) > 1)
+    ending = posixpath.splitext(path)[1].lower()
+    return ending in IMAGE_ENDINGS or (not ending and "/" in path)
 
 
 def _sample(path: str) -> str:
     """Return the name of the sample that a WebDataset's file belongs to: up to the first dot of its name."""
-    name = PurePosixPath(path)
-    return str(name.with_name(name.name.partition(".")[0] or name.name))
+    folder, name = posixpath.split(path)
+    return posixpath.join(folder, name.partition(".")[0])
 
 
 def _listed(archive: _Archive, columns: Columns, listing: Listing) -> dict[str, Said]:

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
 
 from lgp.data.sources.offers import SPLITS, UNLABELED, USUAL, Columns, Offers, Read, Skipped, natural_order
 from lgp.errors import LgpError
@@ -119,8 +118,8 @@ def column_of(present: Sequence[str], columns: Columns, role: str) -> str | None
 
 
 def is_clutter(path: str) -> bool:
-    """Return whether a relative path is of an operating system or viewer, or hidden."""
-    return any(part.startswith(".") or part.lower() in CLUTTER for part in PurePath(path).parts)
+    """Return whether a relative path with `/` is of an operating system or viewer, or hidden."""
+    return any(part.startswith(".") or part.lower() in CLUTTER for part in path.split("/"))
 
 
 def printable(name: str) -> str:

@@ -5,7 +5,6 @@ import io
 import json
 import posixpath
 from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from lgp.data.sources.listing import class_name, column_of, one_line, split_of_cell
@@ -105,7 +104,7 @@ def by_folders(paths: Sequence[str]) -> list[Said]:
     A folder `train` beside other folders that hold images is a class, if no folder holds classes. One folder that holds
     every image is no class.
     """
-    folders = [PurePosixPath(path).parts[:-1] for path in paths]
+    folders = [tuple(path.split("/")[:-1]) for path in paths]
     while folders and _is_above_all(folders):
         folders = [parts[1:] for parts in folders]
     top = {parts[0] for parts in folders if parts}
