@@ -1,7 +1,7 @@
 """How long `lgp prepare` takes, against decoding the same files once with Pillow in two processes.
 
     python benchmarks/preparation.py FOLDER [--size 32] [--storage copy]    # an image folder
-    python benchmarks/preparation.py FOLDER --make 60000 [--size 32]        # writes one first: noisy waves as PNG or JPEG
+    python benchmarks/preparation.py FOLDER --make 60000 [--size 32]        # writes one first, of noisy waves
 
 Both read the same files in turn, after one reading that fills the cache of the disk. Prints a line of JSON: seconds of
 both, their ratio, peak memory of the preparing process and of its largest worker, number and size of the files written.
@@ -28,7 +28,7 @@ PROCESSES = 2
 
 def make(folder: Path, images: int, size: int) -> None:
     """Write an image folder of 10 classes: PNG below 64 pixels, JPEG above."""
-    rng, (y, x) = np.random.default_rng(0), np.mgrid[0:size, 0:size]
+    rng, (_, x) = np.random.default_rng(0), np.mgrid[0:size, 0:size]
     for i in range(images):
         of_class = folder / "train" / str(i % 10)
         if i < 10:
