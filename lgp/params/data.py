@@ -19,6 +19,8 @@ class DataParams(Section):
     drop_near_test_bits: Annotated[Whole, Field(ge=0, le=32)] | None = None
     max_train_images: Count | None = None
     max_test_images: Count | None = None
+    storage: Literal["copy", "reference"] = "copy"
+    store_short_side: Count | None = None
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
     mean: list[Fraction] | None = None
     std: list[Positive] | None = None

@@ -5,6 +5,7 @@ Listing decodes nothing and imports little: the stage `inputs` lists the source 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,12 @@ SPLITS = {
 UNLABELED = ("unlabeled", "unlabelled")  # images of training whose folders are no classes
 
 Read = Callable[[], bytes | np.ndarray]
-"""Reads one image: the encoded bytes, or pixels (H, W) or (H, W, C) uint8 or uint16. It can be pickled. It may raise."""
+"""Reads one image: the encoded bytes, or pixels (H, W) or (H, W, C) of numbers. It can be pickled. It may raise."""
+
+
+def read_file(path: Path) -> bytes:
+    """Read an ordinary file: `functools.partial(read_file, path)` is the `Read` of an image that is such a file."""
+    return path.read_bytes()
 
 
 class Skipped(NamedTuple):
