@@ -4,15 +4,20 @@
 |---|---|
 | `images.npy` | uint8 (N, H, W, C), if all images have the model's size |
 | `images-*.arrow` | otherwise: the encoded bytes |
-| `index.parquet` | a row per image; the row number is the image's id: path, part, height, width, content, hash |
+| `index.parquet` | a row per image, sorted by content; the row number is the image's id |
 | `meta.json` | size, channels, mean and standard deviation per channel, a digest of everything |
+
+Columns of the index: path, part, height, width, content, hash, and row, the image's place in the array or in the
+shards together. With `data.storage: reference` there are neither array nor shards, and the index has file, size and
+mtime_ns of each image.
+
+Worker processes that are forked share what is opened here: memory maps and arrays, with no object per image.
 """
 
 import copy
-import io
 import json
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -20,10 +25,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
+from lgp.data.conversion import as_image, decode
 from lgp.data.normalization import Normalization
 from lgp.errors import LgpError
 from lgp.params.section import Interpolation
@@ -33,8 +39,7 @@ if TYPE_CHECKING:
 
 INDEX, META, ARRAY = "index.parquet", "meta.json", "images.npy"
 PARTS = ("train", "val", "test", "dropped")
-MODES = {1: "L", 3: "RGB"}
-GROUND = "white"  # under transparent pixels, as browsers and viewers show them
+SHARDS, BATCH_ROWS = "images-{:05d}.arrow", 64
 
 
 def shards_in(folder: Path) -> list[Path]:
@@ -42,25 +47,11 @@ def shards_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("images-*.arrow"))
 
 
-def decode(data: bytes, channels: int) -> Image.Image:
-    """Decode one image to 8-bit grey (1 channel) or RGB (3 channels), upright by its EXIF.
+def encoded_batch(images: Sequence[bytes]) -> Any:
+    """Return encoded images as a record batch of a shard."""
+    import pyarrow as pa
 
-    Transparent pixels are laid on `GROUND`. An image without transparency keeps its pixels.
-
-    Raises:
-        ValueError: pixels of 32 bits or floats. Their range is unknown.
-    """
-    with Image.open(io.BytesIO(data)) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16"):
-            # Pillow's own conversion would clip at 255
-            upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
-        if upright.mode in ("I", "F"):
-            raise ValueError(f"pixels of mode {upright.mode}, neither 8 nor 16 bits")
-        if upright.has_transparency_data:
-            ground = Image.new("RGBA", upright.size, GROUND)
-            upright = Image.alpha_composite(ground, upright.convert("RGBA"))
-        return upright.convert(MODES[channels])
+    return pa.record_batch([pa.array(images, pa.large_binary())], names=["image"])
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -91,24 +82,42 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
+def _unchanged(file: Path, size: int, mtime_ns: int) -> bytes:
+    """Read a file that is kept by reference. Raise `LgpError` if it is not as it was."""
+    remedy = "(data.storage is reference): restore it, or run `lgp prepare` again"
+    try:
+        state = file.stat()
+        if (state.st_size, state.st_mtime_ns) == (size, mtime_ns):
+            return file.read_bytes()
+    except OSError as error:
+        raise LgpError(f"{file} of the prepared images cannot be read, {error.strerror} {remedy}") from None
+    raise LgpError(f"{file} has changed since its image was prepared {remedy}")
+
+
+def _as_tensor(image: np.ndarray | Image.Image | Tensor) -> Tensor:
+    """Return an image, (H, W, C) if it is an array, as (C, H, W) uint8."""
+    if isinstance(image, np.ndarray):
+        return torch.from_numpy(image).permute(2, 0, 1)
+    return tvf.pil_to_tensor(image) if isinstance(image, Image.Image) else image
+
+
 class KeptImages:
     """Decoded images in memory, shared with forked worker processes. The first to need an image decodes it."""
 
     def __init__(self, ids: np.ndarray, sizes: np.ndarray, channels: int) -> None:
-        """Reserve memory for the images `ids`. `sizes` (N, 2) are their heights and widths."""
-        self._place = {int(image_id): i for i, image_id in enumerate(ids)}
-        self._shapes = [(int(height), int(width), channels) for height, width in sizes]
-        self._starts = np.cumsum([0, *(int(np.prod(shape)) for shape in self._shapes)])
+        """Reserve memory for the images `ids`, which ascend. `sizes` (N, 2) are their heights and widths."""
+        self._ids, self._sizes, self._channels = ids, sizes, channels
+        self._starts = np.concatenate([[0], np.cumsum(sizes.prod(axis=1) * channels)])
         # anonymous shared memory: unlike a file in /dev/shm it has no limit of its own; it takes memory as it fills
         self._pixels = np.frombuffer(mmap.mmap(-1, max(int(self._starts[-1]), 1)), dtype=np.uint8)
         self._ready = np.frombuffer(mmap.mmap(-1, max(len(ids), 1)), dtype=np.uint8)
 
     def get(self, image_id: int, read: Callable[[int], np.ndarray]) -> np.ndarray:
         """Return an image (H, W, C) uint8. Decode it by `read` if no process has done so."""
-        i = self._place.get(image_id)
-        if i is None:
+        i = int(np.searchsorted(self._ids, image_id))
+        if i == len(self._ids) or self._ids[i] != image_id:
             return read(image_id)
-        kept = self._pixels[self._starts[i] : self._starts[i + 1]].reshape(self._shapes[i])
+        kept = self._pixels[self._starts[i] : self._starts[i + 1]].reshape(*self._sizes[i], self._channels)
         if not self._ready[i]:
             # two workers may do so at once: they write the same bytes
             kept[...] = read(image_id)
@@ -130,7 +139,7 @@ class Images:
 
     @property
     def channels(self) -> int:
-        """1 (grey) or 3 (RGB)."""
+        """C of an image. 1 is grey, 2 grey and alpha, 3 RGB."""
         return int(self.meta["channels"])
 
     @property
@@ -166,20 +175,26 @@ class Images:
 
         return pd.read_parquet(self.folder / INDEX)
 
+    def _column(self, name: str) -> Any:
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self.folder / INDEX, columns=[name])[name]
+
     @cached_property
     def paths(self) -> list[str]:
         """The identity of each image within its source, (N,)."""
-        return list(self.index["path"])
+        return self._column("path").to_pylist()
 
     @cached_property
     def parts(self) -> np.ndarray:
         """The part of each image, (N,): train, val, test or dropped."""
-        return self.index["part"].to_numpy()
+        parts = self._column("part").combine_chunks().dictionary_encode()
+        return np.array(parts.dictionary.to_pylist(), dtype=str)[parts.indices.to_numpy()]
 
     @cached_property
     def sizes(self) -> np.ndarray:
         """(N, 2) height and width of each image as stored, in pixels."""
-        return self.index[["height", "width"]].to_numpy(dtype=np.int64)
+        return np.stack([self._column(name).to_numpy() for name in ("height", "width")], axis=1).astype(np.int64)
 
     def ids(self, part: str) -> np.ndarray:
         """Return the sorted ids of `train`, `val` or `test`."""
@@ -196,20 +211,42 @@ class Images:
         return np.load(path, mmap_mode="r") if path.exists() else None
 
     @cached_property
+    def _rows(self) -> np.ndarray:
+        """(N,) the place of each image in the store."""
+        return self._column("row").to_numpy()
+
+    @cached_property
     def _shards(self) -> tuple[np.ndarray, list[Any]]:
         import pyarrow as pa
 
-        paths = shards_in(self.folder)
-        columns = [pa.ipc.open_file(pa.memory_map(str(p))).read_all()["image"] for p in paths]
+        columns = [pa.ipc.open_file(pa.memory_map(str(p))).read_all()["image"] for p in shards_in(self.folder)]
         return np.cumsum([0, *(len(c) for c in columns)]), columns
 
-    def open_image(self, image_id: int) -> Image.Image:
-        """Return one image as stored."""
-        if self._array is not None:
-            return Image.fromarray(self._array[image_id].squeeze())
+    @cached_property
+    def _files(self) -> tuple[Any, np.ndarray] | None:
+        """By reference: the file of each image, and (N, 2) its size in bytes and time."""
+        import pyarrow.parquet as pq
+
+        if "file" not in pq.read_schema(self.folder / INDEX).names:
+            return None
+        states = np.stack([self._column(name).to_numpy() for name in ("size", "mtime_ns")], axis=1)
+        return self._column("file").combine_chunks(), states
+
+    def _encoded(self, image_id: int) -> bytes:
+        """Return one image as its file or shard holds it."""
+        if self._files is not None:
+            files, states = self._files
+            return _unchanged(Path(files[image_id].as_py()), *states[image_id].tolist())
         starts, columns = self._shards
-        shard = int(np.searchsorted(starts, image_id, side="right")) - 1
-        return decode(columns[shard][int(image_id - starts[shard])].as_py(), self.channels)
+        row = int(self._rows[image_id])
+        shard = int(np.searchsorted(starts, row, side="right")) - 1
+        return columns[shard][row - int(starts[shard])].as_py()
+
+    def open_image(self, image_id: int) -> Image.Image:
+        """Return one image as stored. Raise `LgpError` if it has more than 4 channels."""
+        if self.channels > 4:
+            raise LgpError(f"images of {self.channels} channels (data.channels) cannot be shown: at most 4 can")
+        return as_image(self._decoded(image_id))
 
     def pixels(self, image_id: int) -> np.ndarray:
         """Return one image decoded, (H, W, C) uint8."""
@@ -219,13 +256,19 @@ class Images:
 
     def _decoded(self, image_id: int) -> np.ndarray:
         if self._array is not None:
-            return np.array(self._array[image_id])
-        return np.atleast_3d(np.array(self.open_image(image_id)))
+            return np.array(self._array[self._rows[image_id]])
+        return decode(self._encoded(image_id), self.channels)
 
     def keep_decoded(self, budget_bytes: float) -> None:
-        """Keep each image of pre-training in memory once it is decoded, if all of them fit into a budget."""
+        """Keep each image of pre-training in memory once it is decoded, if all of them fit into a budget.
+
+        It opens all files. Processes that are forked afterwards share them.
+        """
         ids = self.pretraining_ids
-        if self._array is None and int(self.sizes[ids].prod(axis=1).sum()) * self.channels <= budget_bytes:
+        if self._array is not None:
+            return
+        _ = self._files or (self._rows, self._shards)
+        if int(self.sizes[ids].prod(axis=1).sum()) * self.channels <= budget_bytes:
             self._kept = KeptImages(ids, self.sizes[ids], self.channels)
 
     def crops(self, ids: np.ndarray, boxes: Tensor, interpolation: Interpolation = "bilinear") -> Tensor:
@@ -243,7 +286,7 @@ class Images:
         """
         size, views = self.image_size, boxes.shape[1]
         if self._array is not None and interpolation == "bilinear":
-            pixels = torch.from_numpy(self._array[ids]).permute(0, 3, 1, 2).float()
+            pixels = torch.from_numpy(self._array[self._rows[ids]]).permute(0, 3, 1, 2).float()
             cut = crop_and_resize(pixels.repeat_interleave(views, dim=0), boxes.flatten(0, 1), size)
             return cut.round().to(torch.uint8).unflatten(0, (-1, views))
         crops = []
@@ -270,10 +313,12 @@ class Images:
         size = self.image_size
         shorter = round(size / self.meta["eval_crop"])
         if self._array is not None and shorter == size:
-            return torch.from_numpy(self._array[ids]).permute(0, 3, 1, 2).contiguous()
+            return torch.from_numpy(self._array[self._rows[ids]]).permute(0, 3, 1, 2).contiguous()
         mode = tvf.InterpolationMode(interpolation)
-        images = [tvf.resize(self.open_image(i), [shorter], mode, antialias=True) for i in ids.tolist()]
-        return torch.stack([tvf.pil_to_tensor(tvf.center_crop(image, [size, size])) for image in images])
+        # Pillow knows no more than colours, and weighs them by alpha
+        form = as_image if self.channels in (1, 3) else _as_tensor
+        images = [tvf.resize(form(self._decoded(i)), [shorter], mode, antialias=True) for i in ids.tolist()]
+        return torch.stack([_as_tensor(tvf.center_crop(image, [size, size])) for image in images])
 
     def normalize(self, images: Tensor) -> Tensor:
         """Turn images (…, C, H, W), uint8 or floats in [0, 1], into the encoder's input."""

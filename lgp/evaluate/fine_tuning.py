@@ -30,9 +30,9 @@ from lgp.compute.distributed import agree, joined, rank, world_size
 from lgp.compute.launch import WorkerDone, launched_rank
 from lgp.compute.precision import choose_precision, place
 from lgp.compute.randomness import Stream, seeded
+from lgp.data.conversion import MODES
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch, CropDataset
-from lgp.data.storage import MODES
 from lgp.errors import Diverged, LgpError, check_disk_space
 from lgp.evaluate.outcome import Outcome, Predicted, over_subsets
 from lgp.features.extraction import extract

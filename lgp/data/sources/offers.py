@@ -18,7 +18,12 @@ SPLITS = {
 UNLABELED = ("unlabeled", "unlabelled")  # images of training whose folders are no classes
 
 Read = Callable[[], bytes | np.ndarray]
-"""Reads one image: the encoded bytes, or pixels (H, W) or (H, W, C). It can be pickled. It may raise."""
+"""Reads one image: the encoded bytes, or pixels (H, W) or (H, W, C) of numbers. It can be pickled. It may raise."""
+
+
+def read_file(path: Path) -> bytes:
+    """Read an ordinary file: `functools.partial(read_file, path)` is the `Read` of an image that is such a file."""
+    return path.read_bytes()
 
 
 class Skipped(NamedTuple):
@@ -85,8 +90,3 @@ def natural_order(names: Iterable[str]) -> list[str]:
     """Return the different names in order: by number if all are whole numbers, else as text."""
     found = set(names)
     return sorted(found, key=int) if all(n.isdecimal() for n in found) else sorted(found)
-
-
-def read_file(path: Path) -> bytes:
-    """Read a whole file. Images that are stored by reference are read by this function too."""
-    return path.read_bytes()

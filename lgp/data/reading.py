@@ -1,0 +1,244 @@
+"""Reading the images of a source in processes: each is read and decoded once, and they come back in order."""
+
+import functools
+import hashlib
+import io
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lgp.data.conversion import as_image, decode, encode, plain, shrink
+from lgp.data.leaks import perceptual_hashes
+from lgp.data.sources.offers import Read, read_file
+from lgp.errors import LgpError
+
+FEW = 256  # images for which no process is started
+FIRST, MOST = 16, 256  # images of the first chunk, whose size nobody knows yet, and of the largest
+CHUNK_BYTES, IN_FLIGHT_BYTES = 8 * 2**20, 256 * 2**20  # of encoded images: of a chunk, and of all chunks
+HASHED_BYTES = 16 * 2**20  # of pixels whose hashes are taken together
+QUALITY = 95  # of images that are made smaller and become JPEG
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is made of an image.
+
+    Attributes:
+        channels: of its pixels.
+        image_size: of the model. Pixels of images of this size come along.
+        short_side: images whose shorter side is larger are made smaller. None: images stay as they are.
+        pixels: whether those of images of the model's size come along.
+        reference: whether, in place of the image, the path and state of its file come along.
+    """
+
+    channels: int
+    image_size: int
+    short_side: int | None
+    pixels: bool
+    reference: bool
+
+
+class Converted(NamedTuple):
+    """One image, or the reason why it is none. The first values are those of a row of a table.
+
+    Attributes:
+        fault: the reason, None for an image.
+        height: in pixels, as stored.
+        width: in pixels, as stored.
+        content: SHA-256 of shape and pixels, 32 bytes.
+        hash: the perceptual one.
+        file: its absolute path, if it is kept by reference.
+        size: of that file, in bytes.
+        mtime_ns: when that file was last changed.
+        data: the encoded image.
+        pixels: (S, S, C) uint8 as bytes, if they are wanted.
+    """
+
+    fault: str | None = None
+    height: int = 0
+    width: int = 0
+    content: bytes = b""
+    hash: int = 0
+    file: str | None = None
+    size: int = 0
+    mtime_ns: int = 0
+    data: bytes = b""
+    pixels: bytes = b""
+
+
+def converted(reads: Iterable[Read], images: int, wanted: Wanted, workers: int | None = None) -> Generator[Converted]:
+    """Read and convert images, in order.
+
+    Args:
+        reads: one `Read` per image. It is advanced as images are needed.
+        images: how many these are, or more.
+        wanted: what is made of each.
+        workers: processes. None: one per core. With 1, or for few images, this process does the work.
+
+    Raises:
+        LgpError: a process died.
+    """
+    workers = workers or cores()
+    if workers == 1 or images < FEW:
+        yield from _in_chunks(iter(reads), lambda chunk: functools.partial(convert, chunk, wanted), 1)
+        return
+    pool = ProcessPoolExecutor(workers, _context(), initializer=_begin_worker)
+    try:
+        yield from _in_chunks(iter(reads), lambda chunk: pool.submit(convert, chunk, wanted).result, 2 * workers)
+    except BrokenProcessPool:
+        raise LgpError(
+            "a process that decodes images was killed, perhaps as memory ran out: run again, it continues there"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_chunks(
+    reads: Iterator[Read], begin: Callable[[list[Read]], Callable[[], list[Converted]]], most_in_flight: int
+) -> Iterator[Converted]:
+    """Convert chunks of about the same number of bytes. Few of them wait, so memory is bounded.
+
+    Args:
+        reads: one per image.
+        begin: begins to convert a chunk, and returns what waits for the result.
+        most_in_flight: chunks that have begun.
+    """
+    chunk_bytes = min(CHUNK_BYTES, IN_FLIGHT_BYTES // most_in_flight)
+    in_flight: deque[Callable[[], list[Converted]]] = deque()
+    images, their_bytes, size, most = 0, 0, FIRST, 1
+    while True:
+        while len(in_flight) < most and (chunk := list(itertools.islice(reads, size))):
+            in_flight.append(begin(chunk))
+        if not in_flight:
+            return
+        for image in in_flight.popleft()():
+            images += 1
+            their_bytes += len(image.data) + len(image.pixels) + image.size
+            yield image
+        size, most = min(max(chunk_bytes * images // max(their_bytes, 1), 1), MOST), most_in_flight
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    # a forked process need not import anything again
+    return multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+
+
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the main process, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which a broken pool ends its other processes
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def convert(reads: Sequence[Read], wanted: Wanted) -> list[Converted]:
+    """Read and convert some images. One that fails gets the reason."""
+    images: list[Converted] = []
+    group: list[_Decoded] = []
+    pixels = 0
+    for read in reads:
+        group.append(_decoded(read, wanted))
+        pixels += group[-1].pixels.nbytes
+        if pixels > HASHED_BYTES:
+            images += _described(group, wanted)
+            group, pixels = [], 0
+    images += _described(group, wanted)
+    return images
+
+
+class _Decoded(NamedTuple):
+    """An image before its digests. In reference to a file, there is no `data`."""
+
+    data: bytes = b""
+    pixels: np.ndarray = np.empty((0, 0, 1), dtype=np.uint8)
+    fault: str | None = None
+    file: str | None = None
+    size: int = 0
+    mtime_ns: int = 0
+
+
+def _decoded(read: Read, wanted: Wanted) -> _Decoded:
+    try:
+        if not wanted.reference:
+            return _Decoded(*_as_stored(read(), wanted))
+        file = path_of(read)
+        state = file.stat()
+        pixels = decode(read(), wanted.channels)
+        return _Decoded(b"", pixels, None, str(file.absolute()), state.st_size, state.st_mtime_ns)
+    except Exception as error:  # noqa: BLE001 - readers and decoders of damaged files raise any exception
+        return _Decoded(fault=plain(error))
+
+
+def _described(images: list[_Decoded], wanted: Wanted) -> Iterator[Converted]:
+    """Add digests and hashes. Yield images and faults in order."""
+    hashes = iter(perceptual_hashes([image.pixels for image in images if image.fault is None]).tolist())
+    for data, pixels, fault, file, size, mtime_ns in images:
+        if fault is not None:
+            yield Converted(fault)
+            continue
+        height, width, _ = pixels.shape
+        along = pixels.tobytes() if wanted.pixels and height == width == wanted.image_size else b""
+        content = content_of(pixels)
+        yield Converted(None, height, width, content, next(hashes), file, size, mtime_ns, data, along)
+
+
+def _as_stored(data: bytes | np.ndarray, wanted: Wanted) -> tuple[bytes, np.ndarray]:
+    """Return an image encoded as it is stored, and its pixels."""
+    pixels = decode(data, wanted.channels)
+    if wanted.short_side is not None and min(pixels.shape[:2]) > wanted.short_side:
+        data = _encode_photograph(shrink(pixels, wanted.short_side))
+        return data, decode(data, wanted.channels)
+    return (encode(pixels) if isinstance(data, np.ndarray) else data), pixels
+
+
+def _encode_photograph(pixels: np.ndarray) -> bytes:
+    """Encode as JPEG if it knows these channels, else without loss."""
+    if pixels.shape[2] not in (1, 3):
+        return encode(pixels)
+    buffer = io.BytesIO()
+    as_image(pixels).save(buffer, "jpeg", quality=QUALITY)
+    return buffer.getvalue()
+
+
+def content_of(pixels: np.ndarray) -> bytes:
+    """Return the identity of an image: SHA-256 of the shape and the pixels (H, W, C), however they are encoded."""
+    digest = hashlib.sha256(repr(pixels.shape).encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.digest()
+
+
+def path_of(read: Read) -> Path:
+    """Return the file that a `Read` reads.
+
+    Raises:
+        LgpError: it reads no ordinary file.
+    """
+    if isinstance(read, functools.partial) and read.func is read_file:
+        return Path(read.args[0])
+    raise LgpError(
+        "data.storage is reference, but images of this source are no files by themselves (they lie in an archive, a "
+        "table or an array): set data.storage to copy"
+    )
