@@ -2,6 +2,8 @@
 
 import io
 import json
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,21 @@ def reason_of(offers: Offers, position: int) -> str:
     except Exception as e:  # noqa: BLE001 - a `Read` may raise any error
         return f"{type(e).__name__}: {e}"
     raise AssertionError("the image can be read")
+
+
+def tar_archive(path: Path, files: dict[str, bytes], mode: Any = "w") -> Path:
+    """Write a tar archive of files by name."""
+    with tarfile.open(path, mode) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def zip_archive(path: Path, files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    """Write a zip archive of files by name."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path

@@ -66,7 +66,10 @@ def as_parquet(root: Path) -> Any:
 
 def as_saved_data_set(root: Path) -> Any:
     root.mkdir()
-    with pa.OSFile(str(root / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, table().schema) as out:
+    with (
+        pa.OSFile(str(root / "data-00000-of-00001.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, table().schema) as out,
+    ):
         out.write_table(table(), max_chunksize=10)
     (root / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
     (root / "dataset_info.json").write_text("{}")

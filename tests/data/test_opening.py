@@ -56,7 +56,7 @@ def test_table_of_labels_labels_and_adds_nothing(raw: Path, labels: Path) -> Non
     offers = opened({"folder": str(raw), "class_folders": False}, tables=(str(labels),))
     assert sorted(filter(None, offers.labels)) == ["ant", "bee"]
     labels.write_text("path,label\nunknown.png,ant\n")
-    with pytest.raises(LgpError, match="1 of 1 rows name no image of data.source"):
+    with pytest.raises(LgpError, match=r"1 of 1 rows name no image of data\.source"):
         opened({"folder": str(raw)}, tables=(str(labels),))
 
 
@@ -105,7 +105,7 @@ def test_layout_is_found_by_name_and_content(tmp_path: Path) -> None:
     [
         ("nowhere", "does not exist .*give a folder of images"),
         ("odd.xyz", "is a file of no known layout"),
-        ("*.tar", "fits no file"),
+        ("*.tar", "matches nothing: check the path"),
     ],
 )
 def test_source_that_leads_nowhere_is_explained(

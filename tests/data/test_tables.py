@@ -164,8 +164,8 @@ def test_a_column_of_splits_goes_before_the_name(tmp_path: Path) -> None:
 def test_other_words_in_a_column_of_splits(tmp_path: Path) -> None:
     parquet(tmp_path / "test.parquet", image_table([0, 1], part=["wing", "tail"]))
     assert opened(tmp_path).splits == ["test", "test"]
-    for columns, name in ((Columns(split="part"), "part"), (ANY, "split")):
-        parquet(tmp_path / "test.parquet", image_table([0, 1], **{name: ["train", "fold3"]}))
+    for columns, given in ((Columns(split="part"), "part"), (ANY, "split")):
+        parquet(tmp_path / "test.parquet", image_table([0, 1]).append_column(given, [["train", "fold3"]]))
         with pytest.raises(LgpError, match=r"row 1 has the split 'fold3': valid are train"):
             opened(tmp_path, columns)
 
@@ -415,3 +415,15 @@ def test_a_hub_that_cannot_be_reached_is_an_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(LgpError, match=r"hf:mnist cannot be loaded: Couldn't reach mnist; check the name"):
         hub_source("mnist", ANY)
+
+
+def test_the_library_datasets_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    parquet(tmp_path / "hub/data/train-00000-of-00001.parquet", image_table([0, 1], class_names(["cat", "dog"])))
+    parquet(tmp_path / "hub/data/test-00000-of-00001.parquet", image_table([1], class_names(["cat", "dog"]), 5))
+    datasets.load_dataset(str(tmp_path / "hub")).save_to_disk(tmp_path / "saved", num_shards={"train": 2, "test": 1})
+    for offers in (hub_source(str(tmp_path / "hub"), ANY), arrow_source(tmp_path / "saved", ANY)):
+        assert (offers.labels, offers.splits) == (["cat", "dog", "dog"], ["train", "train", "test"])
+        assert (offers.classes, offers.declared, offers.skipped) == (["cat", "dog"], True, [])
+        assert numbers(offers) == [0, 1, 5]

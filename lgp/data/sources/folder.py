@@ -2,7 +2,7 @@
 
 | layout | read as |
 |---|---|
-| `train/CLASS/…`, `val/CLASS/…`, `test/CLASS/…` | given splits; a class is a folder below one, however deep its files lie |
+| `train/CLASS/…`, `val/CLASS/…`, `test/CLASS/…` | given splits; a class is a folder in one, and all below it |
 | `CLASS/…` | classes without splits |
 | files only | images without labels |
 | `unlabeled/…` beside `train` | images of training without labels, whatever its folders are called |
@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from lgp.data.sources.listing import is_clutter, printable
 from lgp.data.sources.offers import SPLITS, UNLABELED, Offers, Read, Skipped, natural_order, read_file
 
-CLUTTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle.bin", "lost+found"}
 NO_IMAGES = {
     *(
         "csv",
@@ -110,14 +110,14 @@ class _Walk:
             with os.scandir(self.root / inside) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as e:
-            self.skipped.append(Skipped(readable(inside), f"a folder that cannot be read: {e.strerror}"))
+            self.skipped.append(Skipped(printable(inside), f"a folder that cannot be read: {e.strerror}"))
             return
         for entry in found:
             self._take(entry, f"{inside}/{entry.name}" if inside else entry.name)
 
     def _take(self, entry: os.DirEntry[str], path: str) -> None:
         if is_clutter(entry.name):
-            self.clutter.append(Skipped(readable(path), "hidden, or of the operating system"))
+            self.clutter.append(Skipped(printable(path), "hidden, or of the operating system"))
         elif entry.is_dir(follow_symlinks=False):
             self.folders.append(path)
             self.enter(path)
@@ -130,7 +130,7 @@ class _Walk:
         """Follow a link to a folder, if no image would then be read twice."""
         real = os.path.realpath(entry.path)
         if any(_overlap(real, other) for other in self.read):
-            self.skipped.append(Skipped(readable(path), SHARED))
+            self.skipped.append(Skipped(printable(path), SHARED))
             return
         self.read.append(real)
         self.folders.append(path)
@@ -141,30 +141,20 @@ class _Walk:
             about = entry.stat()
         except OSError as e:
             reason = "a link to nothing" if entry.is_symlink() else f"cannot be read: {e.strerror}"
-            self.skipped.append(Skipped(readable(path), reason))
+            self.skipped.append(Skipped(printable(path), reason))
             return
         suffix = entry.name.rpartition(".")[2].lower()
         if not stat.S_ISREG(about.st_mode):
-            self.skipped.append(Skipped(readable(path), "neither a file nor a folder: a pipe, a socket or a device"))
+            self.skipped.append(Skipped(printable(path), "neither a file nor a folder: a pipe, a socket or a device"))
         elif suffix in NO_IMAGES and suffix != entry.name.lower():
-            self.clutter.append(Skipped(readable(path), f"no image by its name (.{suffix})"))
+            self.clutter.append(Skipped(printable(path), f"no image by its name (.{suffix})"))
         else:
             self.files.append(_Found(path, f"{about.st_size}:{about.st_mtime_ns}"))
 
 
-def is_clutter(name: str) -> bool:
-    """Return whether a name is hidden, or one that operating systems and viewers leave behind."""
-    return name.startswith(".") or name.lower() in CLUTTER
-
-
-def readable(path: str) -> str:
-    """Return a path as text that can be written. Bytes that are not UTF-8 stand as hexadecimal escapes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
 def class_name(folder: str) -> str:
     """Return the class of a folder. Names that look the same are the same (Unicode's form NFC)."""
-    return unicodedata.normalize("NFC", readable(folder))
+    return unicodedata.normalize("NFC", printable(folder))
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -192,13 +182,13 @@ def folder_source(root: Path, class_folders: bool = True) -> Offers:
         first, _, rest = file.path.partition("/")
         if has_splits and first not in split_of:
             walk.skipped.append(
-                Skipped(readable(file.path), f"beside {', '.join(map(readable, split_of))}: in none of them")
+                Skipped(printable(file.path), f"beside {', '.join(map(printable, split_of))}: in none of them")
             )
             continue
         split, below = (split_of[first], rest) if has_splits else ("train", file.path)
         folder = below.partition("/")[0] if "/" in below else None
         named = class_folders and folder is not None and not (has_splits and first.lower() in UNLABELED)
-        paths.append(readable(file.path))
+        paths.append(printable(file.path))
         places.append(file.path)
         splits.append(split)
         labels.append(class_name(folder) if named and folder is not None else None)

@@ -45,7 +45,7 @@ def read_of(value: object, root: Path, folder: Path) -> Read:
     if not isinstance(value, str):
         return partial(fail, "no image in this row")
     file = inside(root, folder, value)
-    return partial(_file_bytes, file, value) if file else partial(fail, f"its path {value!r} leads out of the source")
+    return partial(file_bytes, file, value) if file else partial(fail, f"its path {value!r} leads out of the source")
 
 
 def same(data: bytes) -> bytes:
@@ -62,7 +62,8 @@ def _of_numbers(value: list[Any]) -> bytes | np.ndarray:
     return pixels.tobytes() if pixels.ndim == 1 else pixels
 
 
-def _file_bytes(file: Path, named: str) -> bytes:
+def file_bytes(file: Path, named: str) -> bytes:
+    """Read an image's file, which the source calls `named`."""
     try:
         return file.read_bytes()
     except FileNotFoundError:

@@ -4,12 +4,16 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
 
 from lgp.data.sources.offers import SPLITS, UNLABELED, USUAL, Columns, Offers, Read, Skipped, natural_order
 from lgp.errors import LgpError
 
-CLUTTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
+CLUTTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle.bin", "lost+found"}
+
+IMAGE_ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".tga"),
+)
 
 
 @dataclass
@@ -93,7 +97,8 @@ def split_of_cell(value: object, where: str) -> str | None:
     Raises:
         LgpError: the cell holds another word.
     """
-    word = "" if value is None else str(value).strip().lower()
+    text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
+    word = "" if text is None else str(text).strip().lower()
     if word and word not in SPLITS:
         raise LgpError(f"{where} has the split {value!r}: valid are {', '.join(SPLITS)}")
     return word or None
@@ -113,8 +118,8 @@ def column_of(present: Sequence[str], columns: Columns, role: str) -> str | None
 
 
 def is_clutter(path: str) -> bool:
-    """Return whether a relative path is of an operating system or viewer, or hidden."""
-    return any(part.startswith(".") or part.lower() in CLUTTER for part in PurePath(path).parts)
+    """Return whether a relative path with `/` is of an operating system or viewer, or hidden."""
+    return any(part.startswith(".") or part.lower() in CLUTTER for part in path.split("/"))
 
 
 def printable(name: str) -> str:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lgp.data.sources.folder import readable
+from lgp.data.sources.listing import printable
 from lgp.data.sources.offers import SPLITS, USUAL, Columns, Offers, Read, Skipped, natural_order, read_file
 from lgp.errors import LgpError
 
@@ -36,6 +36,16 @@ class Table:
     splits: list[str | None]
     groups: list[str | None]
     places: list[str]
+
+    def said(self, row: int) -> str:
+        """Return a row's path and place, for messages and lists."""
+        return f"{self.paths[row] or '(no path)'} ({self.file.name}, {self.places[row]})"
+
+    def rows(self, chosen: Sequence[int]) -> "Table":
+        """Return some of the rows."""
+        paths, places = ([column[i] for i in chosen] for column in (self.paths, self.places))
+        labels, splits, groups = ([column[i] for i in chosen] for column in (self.labels, self.splits, self.groups))
+        return Table(self.file, paths, labels, splits, groups, places)
 
 
 def read_table(file: Path, columns: Columns = Columns()) -> Table:
@@ -116,8 +126,8 @@ def _label(file: Path, value: Any) -> str | None:
     """Return a class name. Whole numbers stand as `3`, also where a table has `3.0`. Negative ones are no label."""
     if isinstance(value, list | dict):
         raise LgpError(
-            f"{file}: a label is {value!r}, several for one image: multi-label images are not supported, give one class "
-            "each"
+            f"{file}: a label is {value!r}, several for one image: multi-label images are not supported, give one "
+            "class each"
         )
     text = _text(value)
     try:
@@ -166,7 +176,7 @@ def table_source(table: Table, root: Path) -> Offers:
             _check_same_label(table, seen[path], i)
             reason = f"named before, in {table.places[seen[path]]}"
         if reason:
-            skipped.append(Skipped(f"{path or '(no path)'} ({table.file.name}, {table.places[i]})", reason))
+            skipped.append(Skipped(table.said(i), reason))
             continue
         seen[path] = i
         kept.append(i)
@@ -174,7 +184,7 @@ def table_source(table: Table, root: Path) -> Offers:
         states.append(state)
     labels = [table.labels[i] for i in kept]
     return Offers(
-        [readable(table.paths[i]) for i in kept],
+        [printable(table.paths[i]) for i in kept],
         [_split(table, i) for i in kept],
         labels,
         [table.groups[i] for i in kept],
@@ -275,11 +285,7 @@ def label_offers(offers: Offers, table: Table, below: str = "", strict: bool = F
                 f"({', '.join(offers.paths[i] for i in found[:SHOWN])}): give more of its path"
             )
         if not found:
-            unknown.append(
-                Skipped(
-                    f"{path or '(no path)'} ({table.file.name}, {table.places[row]})", "names no image of the source"
-                )
-            )
+            unknown.append(Skipped(table.said(row), "names no image of the source"))
             continue
         image = found[0]
         if image in seen:

@@ -8,7 +8,8 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
-from lgp.data.sources.folder import folder_source, is_clutter
+from lgp.data.sources.folder import folder_source
+from lgp.data.sources.listing import is_clutter
 from lgp.data.sources.manifest import Table, label_offers, read_table, table_source
 from lgp.data.sources.offers import Columns, Offers, Read, Skipped
 from lgp.errors import LgpError
@@ -39,11 +40,12 @@ def open_sources(
     Raises:
         LgpError: a source does not exist, has no known layout, or contradicts itself.
     """
-    specs = [specified(source) for source in sources]
+    usual = Columns(**(columns or ColumnsParams()).model_dump())
+    specs = [specified(source, usual) for source in sources]
     opened: list[Offers] = []
     names: list[str] = []
     for number, spec in enumerate(specs):
-        given = Columns(**(spec.columns or columns or ColumnsParams()).model_dump())
+        given = Columns(**spec.columns.model_dump()) if spec.columns else usual
         table = _table_of(spec, given)
         if table is not None and opened:
             joined = label_offers(_joined(opened, names), table)
@@ -61,7 +63,7 @@ def open_sources(
     return offers
 
 
-def specified(source: str | SourceParams) -> SourceParams:
+def specified(source: str | SourceParams, columns: Columns = Columns()) -> SourceParams:
     """Return a source with its layout. That of a text is found by its name, and by what it leads to.
 
     Raises:
@@ -75,37 +77,34 @@ def specified(source: str | SourceParams) -> SourceParams:
                 "data.source digits is the built-in set, and a folder here has the same name: write ./digits for the "
                 "folder, or {builtin: digits}"
             )
-        return SourceParams(builtin=DIGITS)
+        return SourceParams(builtin="digits")
     for prefix in ("hf", "torchvision"):
         if source.startswith(f"{prefix}:"):
             return SourceParams.model_validate({prefix: source.removeprefix(f"{prefix}:")})
-    return SourceParams.model_validate({_kind_of(source): source})
+    return SourceParams.model_validate({_kind_of(source, columns): source})
 
 
-def _kind_of(source: str) -> str:
+def _kind_of(source: str, columns: Columns) -> str:
     path = _local(source)
     if any(mark in source for mark in "*?{[") and not path.exists():
         from lgp.data.sources.archives import expand
 
-        files = expand(str(path))
-        if not files:
-            raise LgpError(f"data.source {source!r} fits no file: mend the pattern")
-        path = files[0]
+        path = expand(str(path))[0]
     if not path.exists():
         raise LgpError(f"data.source {source!r} does not exist (looked at {path.absolute()}): give {LAYOUTS}")
     if path.is_dir():
-        return _kind_of_folder(path)
+        return _kind_of_folder(path, columns)
     kind = SUFFIXES.get(path.suffix.lower())
     if kind is None:
         raise LgpError(f"data.source {source!r} is a file of no known layout: give {LAYOUTS}")
     return kind
 
 
-def _kind_of_folder(folder: Path) -> str:
+def _kind_of_folder(folder: Path, columns: Columns) -> str:
     """Return the layout of a folder: Arrow or Parquet of a data set, archives, else images."""
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return "arrow"
-    if _image_tables(folder):
+    if _image_tables(folder, columns):
         return "parquet"
     names = [entry.name for entry in os.scandir(folder) if not is_clutter(entry.name)]
     kinds = {SUFFIXES.get(Path(name).suffix.lower()) for name in names}
@@ -115,15 +114,15 @@ def _kind_of_folder(folder: Path) -> str:
     return "folder"
 
 
-def _image_tables(folder: Path) -> list[Path]:
+def _image_tables(folder: Path, columns: Columns) -> list[Path]:
     from lgp.data.sources.tables import is_image_table
 
     files = sorted(folder.rglob("*.parquet"))
-    return [file for file in files if not _is_hidden(file.relative_to(folder)) and is_image_table(file, Columns())]
+    return [file for file in files if not _is_hidden(file.relative_to(folder)) and is_image_table(file, columns)]
 
 
 def _is_hidden(path: Path) -> bool:
-    return any(is_clutter(part) for part in path.parts)
+    return is_clutter(str(path))
 
 
 def _local(source: str) -> Path:
@@ -132,7 +131,7 @@ def _local(source: str) -> Path:
     if "://" in source:
         from lgp.data.sources.remote import fetched
 
-        return fetched(source, root / DOWNLOADS)
+        return fetched(source, root / DOWNLOADS / sha256(source.encode()).hexdigest()[:16])
     return root / Path(source).expanduser()
 
 
@@ -172,12 +171,7 @@ def _files(spec: SourceParams) -> list[Path]:
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file() and SUFFIXES.get(p.suffix.lower()) == spec.kind)
         return [file for file in found if not _is_hidden(file.relative_to(path))]
-    files = [path] if path.is_file() else expand(str(path))
-    if not files:
-        raise LgpError(
-            f"data.source {spec.kind}: {spec.place} fits no file (looked at {path.absolute()}): mend the path"
-        )
-    return files
+    return [path] if path.is_file() else expand(str(path))
 
 
 def _opened(spec: SourceParams, columns: Columns, labelled_later: bool) -> Offers:
@@ -200,7 +194,7 @@ def _opened(spec: SourceParams, columns: Columns, labelled_later: bool) -> Offer
             from lgp.data.sources.tables import parquet_source
 
             path = _existing(spec)
-            offers = parquet_source(path, _image_tables(path) if path.is_dir() else [path], columns)
+            offers = parquet_source(path, _image_tables(path, columns) if path.is_dir() else [path], columns)
             return _and_others(offers, path, ".parquet") if path.is_dir() else offers
         case "arrow":
             from lgp.data.sources.tables import arrow_source
@@ -225,7 +219,7 @@ def _opened(spec: SourceParams, columns: Columns, labelled_later: bool) -> Offer
         case _:
             from lgp.data.sources.arrays import torchvision_source
 
-            return torchvision_source(spec.place, _local(spec.root) if spec.root else _local(str(DOWNLOADS)))
+            return torchvision_source(spec.place, _local(spec.root or str(DOWNLOADS / "torchvision")))
 
 
 def _and_others(offers: Offers, folder: Path, suffix: str) -> Offers:
@@ -242,10 +236,7 @@ def _and_others(offers: Offers, folder: Path, suffix: str) -> Offers:
 def _without(table: Table, offers: Offers) -> Table:
     """Return the rows of a table that name none of these images."""
     named = {skipped.path for skipped in offers.skipped}
-    rows = [i for i, (path, place) in enumerate(zip(table.paths, table.places, strict=True))
-            if f"{path or '(no path)'} ({table.file.name}, {place})" in named]  # fmt: skip
-    return Table(table.file, *([column[i] for i in rows] for column in
-                 (table.paths, table.labels, table.splits, table.groups, table.places)))  # fmt: skip
+    return table.rows([i for i in range(len(table.paths)) if table.said(i) in named])
 
 
 def _not_opened(labelled: Offers, more: Offers) -> list[Skipped]:

@@ -12,7 +12,7 @@ from lgp.data.sources.listing import one_line
 from lgp.errors import LgpError
 
 BATCH = 64  # rows of Parquet that are in memory at once
-BUFFER_BYTES = 2**20  # without a buffer, a whole column of a row group is in memory
+BUFFER_BYTES = 2**20  # without a buffer, or with pre_buffer, a whole column of a row group is in memory
 
 
 class TableFile(Protocol):
@@ -100,7 +100,7 @@ class ParquetTable:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(self.path, buffer_size=BUFFER_BYTES) as file:
+        with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
             start = 0
             for group in range(self._metadata.num_row_groups):
                 end = start + self._metadata.row_group(group).num_rows

@@ -166,7 +166,7 @@ def _visible(folder: Path, files: Iterable[Path], listing: Listing) -> list[Path
     """Return the files that are not clutter; note the others."""
     visible = []
     for file in files:
-        if is_clutter(str(file.relative_to(folder))):
+        if is_clutter(file.relative_to(folder).as_posix()):
             listing.clutter.append(Skipped(_name(folder, file), "hidden"))
         else:
             visible.append(file)
