@@ -33,6 +33,18 @@ def write_values(file: Path, values: Mapping[str, Any]) -> Params:
         raise
 
 
+def with_values(params: Params, values: Mapping[str, Any]) -> Params:
+    """Return parameters with other values, given as `section.key`."""
+    changed = params.model_dump(mode="json", exclude_unset=True)
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        place = changed
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return Params.model_validate(changed)
+
+
 def with_value(text: str, key: str, value: Any) -> str:
     """Return the text of a parameter file with another value. A key that is missing is added to its section."""
     section, _, name = key.rpartition(".")

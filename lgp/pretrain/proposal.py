@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lgp.compute.units import time_text
 from lgp.data.advice import (
     DIGIT_SIZE,
     label_values,
@@ -12,13 +13,19 @@ from lgp.data.advice import (
     suggest_settings,
 )
 from lgp.data.inspection import Inspection
+from lgp.params.editing import with_values
 from lgp.params.file import Params
+from lgp.pretrain.expected_time import fine_tuning_minutes
 from lgp.pretrain.speed import images_per_second
 
 ARMS = ("mim", "cl", "graft")
 LEAST_EPOCHS = 5
 MOST_TIMES = 10  # the epochs of the preset
 WARMUP_SHARE = 0.1
+KEPT = {
+    "data": ("source", "columns", "test_share", "val_share", "max_unreadable_share", "storage", "store_short_side"),
+    "labels": ("files",),
+}
 FEW_SHOT_RECIPE = "10pct"  # the recipe of fine-tuning that images per class take over
 
 Speed = Callable[[Params, str], float]
@@ -64,12 +71,12 @@ def propose(
     values = {**_sizes(inspection, params, cuda), **_labels(inspection, params)}
     sized = with_values(params, values)
     speeds = {arm: speed(sized, arm) for arm in ARMS}
-    epochs = fitting_epochs(sized, speeds, images, minutes)
-    for arm, number in epochs.items():
+    values["finetuned"], notes = _affordable(sized, inspection, speeds["cl"], minutes)
+    for arm, number in fitting_epochs(sized, speeds, images, minutes).items():
         values |= {f"{arm}.epochs": number, f"{arm}.warmup_epochs": max(round(WARMUP_SHARE * number), 1)}
     proposed = with_values(params, values)
     expected = {arm: training_minutes(proposed, arm, speeds, images) for arm in ARMS}
-    return Proposal(values, proposed, speeds, expected, _notes(sum(expected.values()), minutes, images))
+    return Proposal(values, proposed, speeds, expected, notes + _notes(sum(expected.values()), minutes, images))
 
 
 def _sizes(inspection: Inspection, params: Params, cuda: bool) -> dict[str, Any]:
@@ -77,8 +84,6 @@ def _sizes(inspection: Inspection, params: Params, cuda: bool) -> dict[str, Any]
     return {
         "data.image_size": good.image_size,
         "data.channels": good.channels,
-        "data.mean": None,
-        "data.std": None,
         "data.max_train_images": None,
         "data.max_test_images": None,
         "model.patch_size": good.patch_size,
@@ -98,16 +103,26 @@ def _labels(inspection: Inspection, params: Params) -> dict[str, Any]:
     return values | {f"finetune.{name}": recipe for name in tuned if name not in params.finetune}
 
 
-def with_values(params: Params, values: Mapping[str, Any]) -> Params:
-    """Return parameters with other values, given as `section.key`."""
-    changed = params.model_dump(mode="json", exclude_unset=True)
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        place = changed
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = value
-    return Params.model_validate(changed)
+def _affordable(params: Params, inspection: Inspection, cl_speed: float, minutes: float) -> tuple[list[str], list[str]]:
+    """Return the labels whose fine-tuning takes no longer than the pre-training, and a note for each other one."""
+    takes = {name: fine_tuning_minutes(params, inspection, name, cl_speed) for name in params.finetuned}
+    notes = [
+        f"fine-tuning with {name} would take about {time_text(expected / 60)}: it is not in `finetuned`"
+        for name, expected in takes.items()
+        if expected > minutes
+    ]
+    return [name for name, expected in takes.items() if expected <= minutes], notes
+
+
+def kept_values(own: Params, preset: Params) -> dict[str, Any]:
+    """Return what stays of a user's own file as `section.key`: where the images and labels are, and how to compute."""
+    kept: dict[str, Any] = {}
+    for section in ("data", "labels", "run"):
+        mine, theirs = (getattr(p, section).model_dump(mode="json", exclude_none=True) for p in (own, preset))
+        keys = KEPT.get(section, mine.keys())
+        kept |= {f"{section}.{key}": mine[key] for key in keys if key in mine and mine[key] != theirs.get(key)}
+    sources = kept.get("data.source", [])
+    return kept | ({"data.source": sources[0]} if len(sources) == 1 else {})
 
 
 def images_an_epoch(params: Params, arm: str, images: int) -> int:
