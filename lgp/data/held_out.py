@@ -103,12 +103,12 @@ def draw_held_out(
     parts = given.copy()
     for part, share in (("test", draw.test_share), ("val", draw.val_share)):
         if share and not (parts == part).any():
-            rows = np.flatnonzero(parts == "train")
+            rows = np.flatnonzero(parts == "train").tolist()
             chosen = hold_out(
                 labels[rows], [identities[i] for i in rows], [groups[i] for i in rows], share, draw.seed, part
             )
-            parts[rows[chosen]] = part
-    drawn = np.flatnonzero(parts != given)
+            parts[np.array(rows, dtype=np.int64)[chosen]] = part
+    drawn = np.flatnonzero(parts != given).tolist()
     images = {identities[i]: str(parts[i]) for i in drawn if groups[i] is None}
     of_groups = {str(groups[i]): str(parts[i]) for i in drawn if groups[i] is not None}
     return HeldOut(draw, images, of_groups)

@@ -65,8 +65,8 @@ def hold_out(
     sizes = np.array([int((labels[members[unit]] >= 0).sum()) for unit in names], dtype=np.int64)
     held_out = np.zeros(len(labels), dtype=bool)
     for order in shuffled_by_class(np.array(of_class, dtype=np.int64), names, seed, "hold out", name) if names else []:
-        for unit in _chosen(order, sizes, share):
-            held_out[members[names[unit]]] = True
+        for chosen in _chosen(order, sizes, share):
+            held_out[members[names[chosen]]] = True
     return held_out
 
 
