@@ -63,6 +63,7 @@ def _advise(found: "Inspection", own: "Params", minutes: float, params_file: Pat
     from lgp.params.file import load_params
     from lgp.pretrain.expected_time import expected_minutes
     from lgp.pretrain.proposal import kept_values, preset_for, propose
+    from lgp.pretrain.speed import images_per_second
     from lgp.report.inspection import expected_line
     from lgp.workflow.presets import FOLDER, adopt
 
@@ -71,7 +72,7 @@ def _advise(found: "Inspection", own: "Params", minutes: float, params_file: Pat
     preset = preset_for(found)
     base = load_params(FOLDER / f"{preset}.yaml")
     kept = kept_values(own, base)
-    proposal = propose(found, minutes, with_values(base, kept), cuda)
+    proposal = propose(found, minutes, with_values(base, kept), cuda, images_per_second)
     warning = small_validation(found.parts["val"]) if found.train_labels else ""
     for line in [*advise(found, proposal.params if write else own, cuda), *filter(None, [warning]), *proposal.notes]:
         print(f"advice: {line}")

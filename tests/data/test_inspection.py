@@ -41,7 +41,10 @@ def refused() -> bytes:
 
 
 def offers_of(
-    images: Sequence[Any], labels: Sequence[str | None] | None = None, splits: str | Sequence[str] = "train", **more: Any
+    images: Sequence[Any],
+    labels: Sequence[str | None] | None = None,
+    splits: str | Sequence[str] = "train",
+    **more: Any,
 ) -> Offers:
     """Offer images that are in memory, or a `Read`."""
 
