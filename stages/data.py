@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lgp.params.file import Params
 
 data_app = typer.Typer(help="Look at images before anything is prepared.", no_args_is_help=True)
-Source = Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="A data source; default: data.source.")]
+Source = Annotated[str | None, typer.Argument(metavar="SOURCE", help="A data source; default: data.source.")]
 Write = Annotated[bool, typer.Option("--write", help="Write fitting parameters; the old file is kept.")]
 Minutes = Annotated[float, typer.Option(min=0.1, help="For the pre-training of mim, cl and graft together.")]
 Sample = Annotated[int, typer.Option(min=1, help="Number of images to decode, evenly spaced.")]

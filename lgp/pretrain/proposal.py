@@ -54,9 +54,7 @@ def preset_for(inspection: Inspection) -> str:
     return "digits" if inspection.sample.short_side.median <= DIGIT_SIZE else "cifar10-cpu"
 
 
-def propose(
-    inspection: Inspection, minutes: float, params: Params, cuda: bool, speed: Speed
-) -> Proposal:
+def propose(inspection: Inspection, minutes: float, params: Params, cuda: bool, speed: Speed) -> Proposal:
     """Choose what suits the images and labels, measure the steps, and give the pre-trainings as many epochs as fit.
 
     Args:
