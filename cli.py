@@ -9,6 +9,7 @@ from stages.baseline import baseline
 from stages.bench import bench
 from stages.cl import cl
 from stages.conflict import conflict
+from stages.data import data_app
 from stages.export import export
 from stages.fewshot import fewshot
 from stages.finetune import finetune
@@ -43,6 +44,7 @@ for panel, commands in PANELS.items():
 app.add_typer(labels_app, name="labels", rich_help_panel="Pipeline")
 app.command("import", rich_help_panel=TOOLS)(import_checkpoint)
 app.add_typer(preset_app, name="preset", rich_help_panel=TOOLS)
+app.add_typer(data_app, name="data", rich_help_panel=TOOLS)
 
 Version = Annotated[
     bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=print_version)

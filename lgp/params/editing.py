@@ -14,7 +14,9 @@ KEY = re.compile(r"(?P<indent> *)(?P<key>[A-Za-z_0-9]+):(?P<value>[^#\n]*?)(?P<c
 
 
 def write_values(file: Path, values: Mapping[str, Any]) -> Params:
-    """Set keys of a parameter file, as `section.key` or `key`. Return the parameters that it then holds.
+    """Set keys of a parameter file, as `key` or `section.key`. Return the parameters that it then holds.
+
+    A section may lie in another, as in `finetune.10pct.epochs`.
 
     Raises:
         LgpError: the file is not valid afterwards. It then keeps its old text.
@@ -31,12 +33,24 @@ def write_values(file: Path, values: Mapping[str, Any]) -> Params:
         raise
 
 
+def with_values(params: Params, values: Mapping[str, Any]) -> Params:
+    """Return parameters with other values, given as `section.key`."""
+    changed = params.model_dump(mode="json", exclude_unset=True)
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        place = changed
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return Params.model_validate(changed)
+
+
 def with_value(text: str, key: str, value: Any) -> str:
     """Return the text of a parameter file with another value. A key that is missing is added to its section."""
     section, _, name = key.rpartition(".")
     lines = text.splitlines()
     start, end = _section(lines, section)
-    indent = "  " if section else ""
+    indent = "  " * (section.count(".") + 1 if section else 0)
     written = (
         yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
     )
@@ -51,18 +65,31 @@ def with_value(text: str, key: str, value: Any) -> str:
 
 def _section(lines: list[str], section: str) -> tuple[int, int]:
     """Return the lines of a section, from behind its name."""
-    if not section:
-        return 0, len(lines)
-    start = next((i for i, line in enumerate(lines) if re.match(rf"{re.escape(section)}:(\s|$)", line)), None)
-    if start is None:
-        raise LgpError(f"the parameter file has no section {section}: add it")
-    inside = range(start + 1, len(lines))
-    return start + 1, next((i for i in inside if lines[i][:1] not in ("", " ", "#")), len(lines))
+    start, end = 0, len(lines)
+    for depth, name in enumerate(section.split(".") if section else []):
+        head = re.compile(rf"{'  ' * depth}{re.escape(name)}:(\s|$)")
+        found = next((i for i in range(start, end) if head.match(lines[i])), None)
+        if found is None:
+            raise LgpError(f"the parameter file has no section {section}: add it")
+        start = found + 1
+        end = next((i for i in range(start, end) if _is_at(lines[i], 2 * depth)), end)
+    return start, end
+
+
+def _is_at(line: str, indent: int) -> bool:
+    """Return whether a line has a key that is indented by `indent` or less."""
+    return bool(line.strip()) and not line.lstrip().startswith("#") and _indent(line) <= indent
 
 
 def _end_of_value(lines: list[str], start: int, end: int, indent: int) -> int:
-    """Return the line behind a value that may go on over lines that are indented deeper."""
+    """Return the line behind a value that may go on over lines that are indented deeper, or close a bracket."""
     last = start + 1
-    while last < end and lines[last].strip() and len(lines[last]) - len(lines[last].lstrip()) > indent:
+    while last < end and (_indent(lines[last]) > indent or lines[last].lstrip()[:1] in ("]", "}")):
         last += 1
+    while lines[last - 1].lstrip().startswith("#"):  # about the value, not of it
+        last -= 1
     return last
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip()) if line.strip() else 0

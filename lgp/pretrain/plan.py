@@ -103,30 +103,46 @@ def measure(build: Callable[[], tuple[nn.Module, Callable[[], Tensor]]]) -> Cost
     return Cost(parameters, trained, counter.get_total_flops() / BATCH, activations / BATCH)
 
 
+def stage_model(stage: str, params: Params) -> tuple[nn.ModuleDict, Callable[[Tensor], Tensor]]:
+    """Build what `mim`, `cl`, `graft`, `joint` or `reverse` trains, with random weights.
+
+    Returns:
+        The modules, and the function from images (B, C, S, S) to the stage's loss. Views and masks are not drawn: both
+        views are the images, and any patches are masked.
+    """
+    encoder, parts, mask_ratio = (
+        build_encoder(params.model, params.data),
+        nn.ModuleDict(),
+        params.contrastive.mask_ratio,
+    )
+    patches = encoder.patch_embed.num_patches
+    if stage in ("cl", "joint"):
+        parts["contrastive"] = build_contrastive(encoder, params.contrastive)
+    if stage == "graft":
+        parts["contrastive"] = build_graft(encoder, params)
+    if stage in ("mim", "reverse", "joint"):
+        parts["mae"] = build_mae(encoder, params.mim)
+
+    def loss_of(images: Tensor) -> Tensor:
+        losses, at = [], images.device
+        if "contrastive" in parts:
+            few = (len(images), int(patches * (1 - mask_ratio)))
+            kept = torch.zeros(few, dtype=torch.int64, device=at) if mask_ratio else None
+            losses.append(parts["contrastive"](View(images, kept), View(images, kept), 0.0))
+        if "mae" in parts:
+            losses.append(parts["mae"](images, torch.rand(len(images), patches, device=at)))
+        return torch.stack(losses).sum()
+
+    return parts, loss_of
+
+
 def stage_cost(stage: str, params: Params) -> Cost:
     """Count a step of `mim`, `cl`, `graft`, `joint` or `reverse`."""
-    size, channels, mask_ratio = params.data.image_size, params.data.channels, params.contrastive.mask_ratio
+    size, channels = params.data.image_size, params.data.channels
 
     def build() -> tuple[nn.Module, Callable[[], Tensor]]:
-        encoder, parts = build_encoder(params.model, params.data), nn.ModuleDict()
-        patches = encoder.patch_embed.num_patches
-        if stage in ("cl", "joint"):
-            parts["contrastive"] = build_contrastive(encoder, params.contrastive)
-        if stage == "graft":
-            parts["contrastive"] = build_graft(encoder, params)
-        if stage in ("mim", "reverse", "joint"):
-            parts["mae"] = build_mae(encoder, params.mim)
-
-        def loss_of() -> Tensor:
-            images, losses = torch.empty(BATCH, channels, size, size), []
-            if "contrastive" in parts:
-                kept = torch.zeros(BATCH, int(patches * (1 - mask_ratio)), dtype=torch.int64) if mask_ratio else None
-                losses.append(parts["contrastive"](View(images, kept), View(images, kept), 0.0))
-            if "mae" in parts:
-                losses.append(parts["mae"](images, torch.empty(BATCH, patches)))
-            return torch.stack(losses).sum()
-
-        return parts, loss_of
+        parts, loss_of = stage_model(stage, params)
+        return parts, lambda: loss_of(torch.empty(BATCH, channels, size, size))
 
     return measure(build)
 

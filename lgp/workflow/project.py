@@ -16,6 +16,7 @@ IGNORED = """# written by the pipeline; DVC keeps what belongs together
 /models/
 /predictions/
 /reports/champion.json
+/reports/inspect.jpg
 /reports/report.html
 .partial.*
 /.lgp/
@@ -64,7 +65,7 @@ def init_project(folder: Path, preset: str, git: bool) -> list[str]:
         lines.append("it is not in git: `dvc repro` works, `dvc exp` needs `lgp init --git`")
     else:
         lines.append("its files are not committed yet: `git add -A && git commit`, which `dvc exp` needs")
-    return [*lines, "next: set data.source in params.yaml to your images, then `dvc repro`"]
+    return [*lines, "next: `lgp data inspect PATH --write` with the path of your images, then `dvc repro`"]
 
 
 def _scm_option(folder: Path) -> list[str]:

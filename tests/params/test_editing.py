@@ -22,6 +22,10 @@ labels:
     3,
   ]
   subsets: 5
+  of:
+    share: 0.1              # inner
+  threads: 1                # each
+                            # of them
 """
 
 
@@ -34,6 +38,9 @@ labels:
         ("labels.base_lrs", [4], "base_lrs: [\n    1, 2,\n    3,\n  ]", "base_lrs: [4]"),
         ("labels.files", ["labels.csv"], "labels:\n", "labels:\n  files: [labels.csv]\n"),
         ("arms", ["mim"], "# title\n", "arms: [mim]\n# title\n"),
+        ("labels.of.share", 0.5, "    share: 0.1              # inner", "    share: 0.5              # inner"),
+        ("labels.of.shot", 5, "  of:\n", "  of:\n    shot: 5\n"),
+        ("labels.threads", 2, "threads: 1", "threads: 2"),
     ],
 )
 def test_one_value_changes_and_nothing_else(key: str, value: object, old: str, new: str) -> None:

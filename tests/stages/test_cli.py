@@ -688,6 +688,7 @@ LISTED = [
     "bench",
     "import",
     "preset",
+    "data",
 ]
 
 
