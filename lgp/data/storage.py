@@ -17,6 +17,7 @@ Worker processes that are forked share what is opened here: memory maps and arra
 import copy
 import json
 import mmap
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -80,6 +81,19 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     x = positions(boxes[:, 1], boxes[:, 3], width)
     grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the limit of open files, where the system lets us: each shard stays open. Often it is 1,024."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * count + 1024
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
 def _unchanged(file: Path, size: int, mtime_ns: int) -> bytes:
@@ -219,7 +233,9 @@ class Images:
     def _shards(self) -> tuple[np.ndarray, list[Any]]:
         import pyarrow as pa
 
-        columns = [pa.ipc.open_file(pa.memory_map(str(p))).read_all()["image"] for p in shards_in(self.folder)]
+        paths = shards_in(self.folder)
+        _allow_open_files(len(paths))
+        columns = [pa.ipc.open_file(pa.memory_map(str(p))).read_all()["image"] for p in paths]
         return np.cumsum([0, *(len(c) for c in columns)]), columns
 
     @cached_property

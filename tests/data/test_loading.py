@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
 from lgp.compute.randomness import Stream, generator
-from lgp.data import writing
+from lgp.data import storage, writing
 from lgp.data.loading import Batch, CropDataset, _leave_signals, loader
 from lgp.data.preparation import prepare
 from lgp.data.storage import ARRAY, Images
@@ -152,9 +152,9 @@ def test_small_data_is_decoded_once_and_shared_by_workers(photographs: Images, m
     total = 2 * batches.steps_per_epoch
     anew = list(loader(batches, 0, total, workers=0, pin=False))
     photographs.keep_decoded(1)  # too little for them
-    decoded: list[int] = []
-    open_image = Images.open_image
-    monkeypatch.setattr(Images, "open_image", lambda self, i: decoded.append(i) or open_image(self, i))
+    decoded: list[bytes] = []
+    decode = storage.decode
+    monkeypatch.setattr(storage, "decode", lambda data, channels: decoded.append(data) or decode(data, channels))
     list(loader(batches, 0, total, workers=0, pin=False))
     assert len(decoded) == 4 * total
     photographs.keep_decoded(1e6)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -167,3 +168,15 @@ def test_kept_images_are_those_that_were_reserved() -> None:
         assert np.array_equal(image, decoded(image_id))
         read.pop()
     assert read == [5, 2, 9, 1, 10, 1]  # those without a place are read each time
+
+
+def test_more_shards_than_files_may_be_open_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "PIECE_IMAGES", 1)
+    pixels = [noise(8, 9, 1) for _ in range(80)]
+    images = prepared(tmp_path, pixels, "shards")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
+    try:
+        assert np.array_equal(images.pixels(79), by_content(pixels)[79])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
