@@ -18,6 +18,7 @@ SHARES = {"1pct": 0.01, "10pct": 0.1}
 SHOTS = (1, 5)
 SPARE = 1.5  # the smallest class has so many times the labels of a shot, as a copy or a damaged image may be lost
 FEW_LABELS = 5
+FEW_FILES = 3  # that may be unreadable in any case, as in `prepare`
 LONG = 2.0  # ratio of the sides from which a centred square misses half of an image
 SHOWN = 5
 
@@ -107,7 +108,7 @@ def advise(inspection: Inspection, params: Params, cuda: bool) -> list[str]:
 def _about_files(inspection: Inspection, params: Params) -> list[str]:
     sample, lines = inspection.sample, []
     share = len(sample.unreadable) / max(sample.images, 1)
-    if share > params.data.max_unreadable_share:
+    if share > params.data.max_unreadable_share and share * inspection.images > FEW_FILES:
         lines.append(
             f"{share:.1%} of the images cannot be read, `lgp prepare` stops above data.max_unreadable_share "
             f"{params.data.max_unreadable_share:.1%}: remove them, or raise it"

@@ -254,6 +254,12 @@ def test_advice_for_images_without_labels(params: Params, data: DataParams) -> N
     assert [line.partition(":")[0] for line in advice if "label" in line] == ["no image has a label"]
 
 
+def test_more_unreadable_images_than_prepare_takes_are_told(params: Params, data: DataParams) -> None:
+    for broken, told in ((3, 0), (4, 1)):
+        found = inspected(data, [b"damaged"] * broken + [noise()] * 20)
+        assert sum("`lgp prepare` stops above" in line for line in advise(found, params, cuda=False)) == told
+
+
 def test_advice_is_silent_about_what_fits(params: Params, data: DataParams) -> None:
     images = [partial(given, encoded(noise()[..., 0])) for _ in range(400)]
     found = inspect(offers_of(images, [*"ab" * 200]), data, sample=10)
