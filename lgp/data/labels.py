@@ -144,7 +144,7 @@ def _drop_test(splits: np.ndarray, labels: np.ndarray, leaks: Sequence[Leak]) ->
 
 
 def _described(leak: Leak, paths: Sequence[str]) -> dict[str, str]:
-    same = "the same file" if leak.bits == EXACT else f"near, {leak.bits} of 64 bits apart"
+    same = "the same pixels" if leak.bits == EXACT else f"near, {leak.bits} of 64 bits apart"
     return {"test": paths[leak.test], "also": paths[leak.learnt], "how": same}
 
 

@@ -10,6 +10,7 @@ Labels are read for one purpose: parts that are held out are balanced over class
 import csv
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def prepare(
         folder: where to write.
         held_out: the file of the images that are held out. It need not exist.
         tables: `labels.files`.
-        work: where the work of a killed run is kept. None: nowhere.
+        work: where the work of a killed run is kept, by default in `folder`.
 
     Returns:
         Counts per part, the digest, what is to be told, and what was skipped with path and reason.
@@ -60,7 +61,9 @@ def prepare(
     given = _given_parts(offers, labels)
     _check_classes(offers, labels, given)
     positions = _within_caps(offers, labels, given, params, seed)
-    stored = store(offers, positions, params, _started(work or folder, state), folder)
+    pieces = _started(work or folder, state)
+    stored = store(offers, positions, params, pieces, folder)
+    shutil.rmtree(pieces)
     _check_readable(stored, offers, params)
     index = _index(stored, offers)
     order = index.pop("position").to_numpy()

@@ -89,7 +89,7 @@ def photographs(tmp_path: Path, values: dict[str, Any]) -> Images:
         Image.fromarray(pixels).save(folder / f"{i}.png")
     data = merged(values["data"], {"source": str(tmp_path / "source"), "channels": 3, "max_train_images": None})
     (tmp_path / "prepared").mkdir()
-    prepare(DataParams.model_validate(data), 0, tmp_path / "prepared")
+    prepare(DataParams.model_validate(data), 0, tmp_path / "prepared", tmp_path / "held_out.csv")
     return Images(tmp_path / "prepared")
 
 
@@ -135,7 +135,7 @@ def test_evaluation_crop_is_torchvisions_however_images_are_stored(
     for name, limit in (("array", 2**30), ("encoded", 0)):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(writing, "ARRAY_BYTES", limit)
-        prepare(data, 0, tmp_path / name)
+        prepare(data, 0, tmp_path / name, tmp_path / "held_out.csv")
         stored.append(Images(tmp_path / name))
     assert [(images.folder / ARRAY).exists() for images in stored] == [True, False]
     ids = stored[0].ids("train")
