@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lgp.data.inspection import Inspection
+from lgp.data.preparation import FEW_FILES
 from lgp.params.file import Params
 from lgp.params.labels import shot_name
 
@@ -18,7 +19,6 @@ SHARES = {"1pct": 0.01, "10pct": 0.1}
 SHOTS = (1, 5)
 SPARE = 1.5  # the smallest class has so many times the labels of a shot, as a copy or a damaged image may be lost
 FEW_LABELS = 5
-FEW_FILES = 3  # that may be unreadable in any case, as in `prepare`
 LONG = 2.0  # ratio of the sides from which a centred square misses half of an image
 SHOWN = 5
 

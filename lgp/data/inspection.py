@@ -20,6 +20,7 @@ from PIL import Image
 
 from lgp.data.conversion import FORMATS, TIFF_STARTS, Undecodable, decode, plain
 from lgp.data.held_out import Draw, draw_held_out
+from lgp.data.preparation import class_indices, given_parts
 from lgp.data.sources.offers import Offers, Read, Skipped
 from lgp.params.data import DataParams
 
@@ -128,8 +129,8 @@ def inspect(offers: Offers, params: DataParams, sample: int = SAMPLE) -> Inspect
         params: the shares that are held out.
         sample: number of images to decode, evenly spaced. All are decoded if there are no more.
     """
-    labels = _class_indices(offers)
-    given = _given_parts(offers, labels)
+    labels = class_indices(offers)
+    given = given_parts(offers, labels)
     parts = _after_holding_out(offers, labels, given, params)
     in_train = labels[(parts == "train") & (labels >= 0)]
     return Inspection(
@@ -152,22 +153,8 @@ def even(images: int, wanted: int) -> list[int]:
     return list(range(images)) if images <= wanted else [i * images // wanted for i in range(wanted)]
 
 
-def _class_indices(offers: Offers) -> np.ndarray:
-    number: dict[str | None, int] = {name: i for i, name in enumerate(offers.classes)}
-    return np.array([number.get(label, -1) for label in offers.labels], dtype=np.int64)
-
-
 def _counts(labels: np.ndarray, classes: Sequence[str]) -> dict[str, int]:
     return dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
-
-
-def _given_parts(offers: Offers, labels: np.ndarray) -> np.ndarray:
-    """Return the part that the source gives each image. A labelled val stands for a test part without labels."""
-    parts = np.array(offers.splits, dtype=object)
-    if not ((parts == "test") & (labels >= 0)).any() and ((parts == "val") & (labels >= 0)).any():
-        parts[parts == "test"] = "dropped"
-        parts[parts == "val"] = "test"
-    return parts
 
 
 def _after_holding_out(offers: Offers, labels: np.ndarray, given: np.ndarray, params: DataParams) -> np.ndarray:

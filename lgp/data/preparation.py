@@ -58,8 +58,8 @@ def prepare(
     offers = open_sources(params.source, params.columns, tables)
     state = images_state(offers)
     labels = class_indices(offers)
-    given = _given_parts(offers, labels)
-    _check_classes(offers, labels, given)
+    given = given_parts(offers, labels)
+    _check_parts(offers, labels, given)
     positions = _within_caps(offers, labels, given, params, seed)
     pieces = _started(work or folder, state)
     stored = store(offers, positions, params, pieces, folder)
@@ -113,27 +113,27 @@ def class_indices(offers: Offers) -> np.ndarray:
     return np.array([-1 if label is None else number[label] for label in offers.labels], dtype=np.int64)
 
 
-def _given_parts(offers: Offers, labels: np.ndarray) -> np.ndarray:
+def given_parts(offers: Offers, labels: np.ndarray) -> np.ndarray:
     """Return the parts that the source gives, (N,): train, val, test or dropped.
 
     Without a labelled test image, a labelled validation part takes the place of the test part. Test images without
     labels (ImageNet-1k's, for example) are then dropped. They never serve training.
     """
     splits = np.array(offers.splits, dtype=object)
-    if not len(splits):
-        raise LgpError("the data source holds no image at all")
     if not ((splits == "test") & (labels >= 0)).any() and ((splits == "val") & (labels >= 0)).any():
         splits[splits == "test"] = "dropped"
         splits[splits == "val"] = "test"
-    if not (splits == "train").any():
-        raise LgpError(
-            f"the data source has images of {', '.join(sorted(set(splits)))}, none to train on: add a folder `train`"
-        )
     return splits
 
 
-def _check_classes(offers: Offers, labels: np.ndarray, given: np.ndarray) -> None:
-    """Refuse classes that only test or val has, and groups that several parts have."""
+def _check_parts(offers: Offers, labels: np.ndarray, given: np.ndarray) -> None:
+    """Refuse a source without training images, classes that only test or val has, and groups of several parts."""
+    if not len(offers):
+        raise LgpError("the data source holds no image at all")
+    if not (given == "train").any():
+        raise LgpError(
+            f"the data source has images of {', '.join(sorted(set(given)))}, none to train on: add a folder `train`"
+        )
     train = set(labels[given == "train"])
     for part in ("test", "val"):
         of_part = set(labels[(given == part) & (labels >= 0)])
