@@ -143,8 +143,8 @@ def _setting(params: Params, data: LabelledImages) -> str:
     model, size = params.model, data.image_size
     counts = ", ".join(f"{len(data.ids(split))} {split}" for split in ("train", "unlabeled", "val", "test"))
     return (
-        f"`{said(params.data.source)}`: {counts} images of {size}×{size}×{data.channels} in {len(data.classes)} classes. "
-        f"ViT of width {model.width}, depth {model.depth}, {model.heads} heads, patch {model.patch_size}; "
+        f"`{said(params.data.source)}`: {counts} images of {size}×{size}×{data.channels} in {len(data.classes)} "
+        f"classes. ViT of width {model.width}, depth {model.depth}, {model.heads} heads, patch {model.patch_size}; "
         f"seed {params.seed}."
     )
 

@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from made_sources import RNG, both_from, data_params, folder, images_from, labels_from, png, write_parquet
+from made_sources import both_from, folder, images_from, labels_from, png, write_parquet
 from PIL import Image
 
 from lgp.data.labels import LabelledImages

@@ -46,7 +46,7 @@ def test_exponent_without_dot_is_a_number(tmp_path: Path, values: dict[str, Any]
         ({"cl": {"base_lr": float("nan")}}, "cl.base_lr: nan is not valid"),
         ({"model": {"patch_size": 3}}, "model.patch_size 3 does not divide data.image_size 8"),
         ({"model": {"patch_size": 1}}, "into patches of two values or more: choose one of [2, 4, 8]"),
-        ({"few_labels": ["5pct"]}, "few_labels names 5pct, valid are 10pct, 1pct, all: choose of these, or add a share"),
+        ({"few_labels": ["5pct"]}, "few_labels names 5pct, valid are 10pct, 1pct, all: choose of these, or"),
         ({"few_labels": ["1pct", "1pct"]}, "few_labels names 1pct twice"),
         ({"finetuned": ["all"]}, "finetuned names all, but there is no recipe finetune.all: add it"),
         ({"labels": {"lists": {"1pct": "list.txt"}}}, "name 1pct twice"),

@@ -393,10 +393,8 @@ def test_mistake_is_one_line(project: Path, values: Any, change: Any, command: l
 
 def test_mistakes_found_with_the_data_at_hand(project: Path, values: dict[str, Any]) -> None:
     assert lgp("prepare").exit_code == 0
-    write(merged(values, {"mim": {"batch_size": 4096}}))
-    assert "mim.batch_size 4096 is larger than the 220 images" in error_of(lgp("mim"))
-    write(merged(values, {"graft": {"batch_size": 4096}}))
-    assert "graft.batch_size 4096 is larger than the 220 images" in error_of(lgp("mim"))
+    write(merged(values, {"run": {"accumulate": {"mim": 48}}}))
+    assert "mim.batch_size 64 cannot be cut into 48 equal parts" in error_of(lgp("mim"))
     write(values)
     assert "linear needs data/labels, which does not exist: run `lgp labels`" in error_of(lgp("linear", "mim"))
     assert lgp("labels").exit_code == 0
@@ -414,6 +412,14 @@ def test_mistakes_found_with_the_data_at_hand(project: Path, values: dict[str, A
     assert not (project / "models" / "mim").exists()
 
 
+def test_batch_of_more_images_than_there_are_is_lowered_and_told(project: Path, values: dict[str, Any]) -> None:
+    write(merged(values, {"mim": {"batch_size": 4096, "epochs": 2}}))
+    assert lgp("prepare").exit_code == 0
+    trained = lgp("mim", "--accept")
+    assert trained.exit_code == 0
+    assert "warning: mim.batch_size 4096 is more than the 220 images of the training part: it is 220" in trained.output
+
+
 def test_full_disk_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lgp("prepare").exit_code == 0
     usage = shutil.disk_usage(project)
@@ -427,7 +433,7 @@ def test_full_disk_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", "images.arrow")
 
-    monkeypatch.setattr("lgp.data.writing._write_shards", full)
+    monkeypatch.setattr("lgp.data.writing._Pieces.end", full)
     assert "disk full while writing images.arrow: free some space and run again" in error_of(lgp("prepare"))
     assert not list(project.rglob(".partial.*"))
 
@@ -782,7 +788,7 @@ def test_usage_error_is_one_line_at_once_and_leaves_no_run(
     ("change", "command", "message"),
     [
         ({"data": {"source": "nowhere"}}, ["prepare"], "data.source 'nowhere' does not exist"),
-        ({"mim": {"batch_size": 4096}}, ["mim"], "mim.batch_size 4096 is larger than the"),
+        ({"run": {"accumulate": {"mim": 48}}}, ["mim"], "mim.batch_size 64 cannot be cut into 48 equal parts"),
         ({"data": {"image_size": 16}}, ["reverse"], "was trained with"),
         ({"labels": {"shots": [500]}}, ["labels"], "labels.shots asks for 500 images of each class"),
         (
