@@ -71,6 +71,8 @@ def hold_out(
 
 
 def _most_frequent(labels: np.ndarray) -> int:
+    if len(labels) == 1:
+        return int(labels[0])
     counts = Counter(int(label) for label in labels if label >= 0)
     return min(counts, key=lambda label: (-counts[label], label))
 

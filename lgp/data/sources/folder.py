@@ -218,7 +218,7 @@ def _class_folders(walk: _Walk, split_of: dict[str, str]) -> set[str]:
 
 
 def _reads(root: Path, places: Sequence[str], positions: Sequence[int]) -> Iterator[Read]:
-    return (partial(read_file, root / places[i]) for i in positions)
+    return (partial(read_file, os.path.join(root, places[i])) for i in positions)
 
 
 def _with_metadata(offers: Offers, root: Path, splits: dict[str, str]) -> Offers:

@@ -235,7 +235,7 @@ def _split(table: Table, row: int) -> str:
 
 
 def _reads(places: Sequence[Path], positions: Sequence[int]) -> Iterator[Read]:
-    return (partial(read_file, places[i]) for i in positions)
+    return (partial(read_file, str(places[i])) for i in positions)
 
 
 class ImagesByName:

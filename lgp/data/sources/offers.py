@@ -5,7 +5,6 @@ Listing decodes nothing and imports little: the stage `inputs` lists the source 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +20,10 @@ Read = Callable[[], bytes | np.ndarray]
 """Reads one image: the encoded bytes, or pixels (H, W) or (H, W, C) of numbers. It can be pickled. It may raise."""
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: str) -> bytes:
     """Read an ordinary file: `functools.partial(read_file, path)` is the `Read` of an image that is such a file."""
-    return path.read_bytes()
+    with open(path, "rb") as file:
+        return file.read()
 
 
 class Skipped(NamedTuple):
