@@ -89,18 +89,19 @@ def read_held_out(file: Path, draw: Draw) -> HeldOut | None:
 
 
 def draw_held_out(
-    draw: Draw, identities: Sequence[str], labels: np.ndarray, groups: Sequence[str | None], given: np.ndarray
+    before: HeldOut, identities: Sequence[str], labels: np.ndarray, groups: Sequence[str | None], given: np.ndarray
 ) -> HeldOut:
-    """Draw the parts that the source does not give.
+    """Draw the parts that neither the source gives nor the file has.
 
     Args:
-        draw: seed and shares. A share of 0 draws nothing.
+        before: what is held out already. A share of 0 draws nothing.
         identities: of all images.
         labels: (N,) class indices, -1 where unlabelled.
         groups: of all images.
-        given: (N,) train, val or test, as the source has them.
+        given: (N,) train, val, test or dropped, as the source has them.
     """
-    parts = given.copy()
+    held_out = np.where(given == "train", before.parts(identities, groups), given)
+    parts, draw = held_out.copy(), before.draw
     for part, share in (("test", draw.test_share), ("val", draw.val_share)):
         if share and not (parts == part).any():
             rows = np.flatnonzero(parts == "train").tolist()
@@ -108,7 +109,7 @@ def draw_held_out(
                 labels[rows], [identities[i] for i in rows], [groups[i] for i in rows], share, draw.seed, part
             )
             parts[np.array(rows, dtype=np.int64)[chosen]] = part
-    drawn = np.flatnonzero(parts != given).tolist()
+    drawn = np.flatnonzero(parts != held_out).tolist()
     images = {identities[i]: str(parts[i]) for i in drawn if groups[i] is None}
     of_groups = {str(groups[i]): str(parts[i]) for i in drawn if groups[i] is not None}
-    return HeldOut(draw, images, of_groups)
+    return HeldOut(draw, before.images | images, before.groups | of_groups)

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from lgp.data.conversion import FORMATS, TIFF_STARTS, Undecodable, decode, plain
-from lgp.data.held_out import Draw, draw_held_out
+from lgp.data.held_out import Draw, HeldOut, draw_held_out
 from lgp.data.preparation import class_indices, given_parts
 from lgp.data.sources.offers import Offers, Read, Skipped
 from lgp.params.data import DataParams
@@ -159,7 +159,9 @@ def _counts(labels: np.ndarray, classes: Sequence[str]) -> dict[str, int]:
 
 def _after_holding_out(offers: Offers, labels: np.ndarray, given: np.ndarray, params: DataParams) -> np.ndarray:
     """Return the part of each image once parts are held out. Which images they are may differ, their number hardly."""
-    drawn = draw_held_out(Draw(0, params.test_share, params.val_share), offers.paths, labels, offers.groups, given)
+    drawn = draw_held_out(
+        HeldOut(Draw(0, params.test_share, params.val_share)), offers.paths, labels, offers.groups, given
+    )
     parts = np.where(given == "train", drawn.parts(offers.paths, offers.groups), given)
     parts[(parts != "train") & (labels < 0)] = "dropped"
     return parts

@@ -72,6 +72,9 @@ def prepare(
     if params.drop_near_test_bits is not None:
         _drop_near_test(index, labels[order], params.drop_near_test_bits)
     counts = {name: int((labels[order] == c).sum()) for c, name in enumerate(offers.classes)}
+    unlabelled = int(((index["part"] == "train") & (labels[order] < 0)).sum())
+    if unlabelled:
+        notes.append(f"{unlabelled} unlabeled images of train serve pre-training only")
     notes += notes_on_classes(counts, bool(kept.images or kept.groups))
     index.to_parquet(folder / INDEX, index=False)
     skipped = [*stored.unreadable, *offers.skipped, *offers.clutter]
@@ -193,23 +196,19 @@ def _index(stored: Stored, offers: Offers) -> pd.DataFrame:
 def _held_out(
     index: pd.DataFrame, labels: np.ndarray, given: np.ndarray, params: DataParams, seed: int, file: Path
 ) -> tuple[HeldOut, list[str]]:
-    """Return what is held out, as the file has it, else drawn anew, and what is to be told of it."""
+    """Return what is held out, as the file has it, the rest drawn, and what is to be told of it."""
     draw = Draw(seed, params.test_share, params.val_share)
     identities, groups = identities_of(index), groups_of(index)
-    before = read_held_out(file, draw)
-    notes = []
-    if before is not None:
-        there = set(identities) | {f"group {group}" for group in groups if group is not None}
-        wanted = set(before.images) | {f"group {group}" for group in before.groups}
-        if wanted & there or (not wanted and not (labels >= 0).any()):
-            if gone := len(wanted - there):
-                notes.append(
-                    f"{gone} of {len(wanted)} images and groups that are held out are not in the source any more"
-                )
-            return before, notes
-        if wanted:
-            notes.append(f"{file} is of other images: test and validation images are drawn anew")
-    return draw_held_out(draw, identities, labels, groups, given), notes
+    before, notes = read_held_out(file, draw) or HeldOut(draw), []
+    wanted = set(before.images) | {f"group {group}" for group in before.groups}
+    there = wanted & (set(identities) | {f"group {group}" for group in groups if group is not None})
+    if wanted and not there:
+        notes.append(f"{file} is of other images: test and validation images are drawn anew")
+        before = HeldOut(draw)
+    elif wanted != there:
+        gone = len(wanted - there)
+        notes.append(f"{gone} of {len(wanted)} images and groups that are held out are not in the source any more")
+    return draw_held_out(before, identities, labels, groups, given), notes
 
 
 def identities_of(index: pd.DataFrame) -> list[str]:

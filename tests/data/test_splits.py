@@ -171,7 +171,7 @@ DRAW = Draw(0, 0.2, 0.1)
 def drawn_parts(labels: np.ndarray, given: np.ndarray | None = None, draw: Draw = DRAW) -> np.ndarray:
     parts = np.full(len(labels), "train", dtype=object) if given is None else given
     nothing: list[Any] = [None] * len(labels)
-    return draw_held_out(draw, names(labels), labels, nothing, parts).parts(names(labels), nothing)
+    return draw_held_out(HeldOut(draw), names(labels), labels, nothing, parts).parts(names(labels), nothing)
 
 
 def test_test_and_val_are_drawn_of_what_is_left() -> None:
@@ -191,13 +191,21 @@ def test_given_parts_and_shares_of_zero_draw_nothing() -> None:
 def test_what_is_held_out_stays_when_images_and_labels_come(tmp_path: Any) -> None:
     file, nothing = tmp_path / "held_out.csv", [None] * len(LABELS)
     given = np.full(len(LABELS), "train", dtype=object)
-    draw_held_out(DRAW, names(LABELS), LABELS, nothing, given).write(file)
+    draw_held_out(HeldOut(DRAW), names(LABELS), LABELS, nothing, given).write(file)
     kept = read_held_out(file, DRAW)
     assert kept is not None
     more = [*names(LABELS)[::-1], "new 1", "new 2"]
     parts = dict(zip(more, kept.parts(more, [None] * len(more)), strict=True))
     assert [parts[name] for name in names(LABELS)] == drawn_parts(LABELS).tolist()
     assert parts["new 1"] == parts["new 2"] == "train"
+
+
+def test_part_that_is_not_held_out_yet_is_drawn_and_the_other_stays() -> None:
+    before, nothing = HeldOut(DRAW, {"image 0": "val", "image 120": "val"}), [None] * len(LABELS)
+    given = np.full(len(LABELS), "train", dtype=object)
+    kept = draw_held_out(before, names(LABELS), LABELS, nothing, given)
+    assert {name for name, part in kept.images.items() if part == "val"} == {"image 0", "image 120"}
+    assert sum(part == "test" for part in kept.images.values()) == 83
 
 
 def test_image_of_a_held_out_group_goes_with_it(tmp_path: Any) -> None:
