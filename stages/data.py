@@ -42,7 +42,7 @@ def data_inspect(
     own = load_params(params_file)
     if source:
         own = with_values(own, {"data.source": source})
-    offers = open_sources(own.data.source, own.data.columns, own.labels.files)
+    offers = open_sources(own.data.source, own.data.columns, own.data.labels)
     found = inspect(offers, own.data, sample)
     print_inspection(found)
     SHEET.parent.mkdir(parents=True, exist_ok=True)

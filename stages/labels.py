@@ -52,12 +52,12 @@ def add(file: File, params_file: ParamsFile = DEFAULT_PARAMS, debug: Debug = Fal
 
     params = load_params(params_file)
     columns = Columns(**params.data.columns.model_dump())
-    offers = open_sources(params.data.source, params.data.columns, params.labels.files)
+    offers = open_sources(params.data.source, params.data.columns, params.data.labels)
     added = added_labels(offers, file, columns)
-    own = params_file.parent / (params.labels.files[-1] if params.labels.files else LABELS_FILE)
+    own = params_file.parent / (params.data.labels[-1] if params.data.labels else LABELS_FILE)
     write_labels_file(own, added.labels, columns)
-    if not params.labels.files:
-        write_values(params_file, {"labels.files": [LABELS_FILE]})
+    if not params.data.labels:
+        write_values(params_file, {"data.labels": [LABELS_FILE]})
     trained = [arm for arm in params.arms if arm not in ("pixels", "random")]
     for line in [*added.said(), f"{own} has them now; `dvc repro`: {rerun(trained, added.first)}"]:
         print(f"labels: {line}")

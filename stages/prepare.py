@@ -22,8 +22,7 @@ def prepare(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debu
         work = run.store.folder / f"state-{run.provenance['digests']['code'][:16]}"
         if fresh:
             shutil.rmtree(work, ignore_errors=True)
-        params, tables = run.params, run.params.labels.files
-        metrics, held_out = prepare_data(params.data, params.seed, run.out(PREPARED), HELD_OUT, tables, work)
+        metrics, held_out = prepare_data(run.params.data, run.params.seed, run.out(PREPARED), HELD_OUT, work)
         held_out.write(run.out(HELD_OUT))
         write_metrics(run, run.out(metrics_path), metrics)
         shutil.rmtree(work, ignore_errors=True)

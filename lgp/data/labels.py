@@ -24,16 +24,17 @@ from lgp.data.leaks import EXACT, Leak, find_leaks
 from lgp.data.preparation import class_indices, groups_of, identities_of
 from lgp.data.published_lists import check_published
 from lgp.data.sources.offers import Offers
-from lgp.data.sources.opening import labels_state, open_sources
+from lgp.data.sources.opening import open_sources
+from lgp.data.sources.states import STATE, labelling_state
 from lgp.data.storage import Images
 from lgp.data.subset_files import Subsets, load_subsets, names_of_same_subsets, save_subsets
-from lgp.data.subset_lists import list_file, read_subset_list
+from lgp.data.subset_lists import read_subset_list
 from lgp.data.subsets import few_label_subsets
 from lgp.errors import LgpError
 from lgp.params.data import DataParams
 from lgp.params.labels import ALL_LABELS, LabelsParams, shot_name
 
-TABLE, META, STATE = "labels.parquet", "meta.json", "source_state"
+TABLE, META = "labels.parquet", "meta.json"
 SPLITS = ("train", "unlabeled", "val", "test", "dropped")
 SHOWN_LEAKS = 100  # listed with names; all leaks are counted
 
@@ -54,7 +55,7 @@ def write_labels(params: LabelsParams, data: DataParams, images: Images, seed: i
     Raises:
         LgpError: a prepared image is gone from the source, a list does not fit, or a class has too few images.
     """
-    offers = open_sources(data.source, data.columns, params.files)
+    offers = open_sources(data.source, data.columns, data.labels)
     labels, classes = _labels_of(images, offers)
     splits = np.where((images.parts == "train") & (labels < 0), "unlabeled", images.parts).astype(object)
     splits[np.isin(images.parts, ("val", "test")) & (labels < 0)] = "dropped"
@@ -174,15 +175,6 @@ def describe(metrics: dict[str, Any], params: LabelsParams) -> list[str]:
             images = metrics[f"labels/{first}"]
             lines.append(f"{first} and {second} are the same {images} images: keep one of them, or choose labels.shots")
     return lines
-
-
-def labelling_state(offers: Offers, lists: Sequence[str]) -> str:
-    """Return a digest of the current origin of the labels: the label of each image, and the content of the lists."""
-    state = hashlib.sha256(labels_state(offers).encode())
-    for name in lists:
-        file = list_file(Path(name))
-        state.update(f"{name}\n".encode() + (file.read_bytes() if file.is_file() else b""))
-    return state.hexdigest()
 
 
 class LabelledImages(Images):

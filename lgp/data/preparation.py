@@ -21,7 +21,8 @@ import pandas as pd
 from lgp.data.held_out import Draw, HeldOut, draw_held_out, read_held_out
 from lgp.data.leaks import find_leaks
 from lgp.data.sources.offers import Offers, Skipped
-from lgp.data.sources.opening import images_state, open_sources, said
+from lgp.data.sources.opening import open_sources, said
+from lgp.data.sources.states import STATE, images_state
 from lgp.data.splits import cap, notes_on_classes
 from lgp.data.storage import INDEX, META, PARTS, Images
 from lgp.data.writing import Stored, store
@@ -30,14 +31,14 @@ from lgp.params.data import DataParams
 
 NOT_MEASURED = {"test": "accuracy is not measured", "val": "nothing can be chosen by validation"}
 STATISTICS_IMAGES = 10_000
-SKIPPED, STATE = "skipped.csv", "source_state"
+SKIPPED = "skipped.csv"
 SAID = 20  # of these a run prints
 SHOWN = 100  # skipped files that the metrics list; SKIPPED has all
 FEW_FILES = 3  # so many unreadable files are no reason to stop, whatever their share
 
 
 def prepare(
-    params: DataParams, seed: int, folder: Path, held_out: Path, tables: Sequence[str] = (), work: Path | None = None
+    params: DataParams, seed: int, folder: Path, held_out: Path, work: Path | None = None
 ) -> tuple[dict[str, Any], HeldOut]:
     """Write prepared images into the empty, existing `folder`. Return its metrics, and which images are held out.
 
@@ -46,7 +47,6 @@ def prepare(
         seed: the run's seed. It decides the held-out parts.
         folder: where to write.
         held_out: the file of the images that are held out. It need not exist.
-        tables: `labels.files`.
         work: where the work of a killed run is kept, by default in `folder`.
 
     Returns:
@@ -55,7 +55,7 @@ def prepare(
     Raises:
         LgpError: there is no such source, it holds no image, or too many files are unreadable.
     """
-    offers = open_sources(params.source, params.columns, tables)
+    offers = open_sources(params.source, params.columns, params.labels)
     state = images_state(offers)
     labels = class_indices(offers)
     given = given_parts(offers, labels)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lgp.params.section import Count, Fraction, Positive, Section, Whole
+from lgp.params.section import Count, Fraction, Positive, Section, Whole, as_list
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 TABLES = ("csv", "tsv", "jsonl")
@@ -70,10 +70,14 @@ Sources = Annotated[list[str | SourceParams], BeforeValidator(_as_sources), Fiel
 
 
 class DataParams(Section):
-    """The images and their split into a training, a validation and a test part."""
+    """The images and their split into a training, a validation and a test part.
+
+    `labels` are tables that label images of `source`. Later ones have the last word.
+    """
 
     source: Sources
     columns: ColumnsParams = Field(default_factory=ColumnsParams)
+    labels: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
     image_size: Count
     channels: Annotated[Whole, Field(ge=1, le=64)]
     test_share: Share

@@ -15,12 +15,8 @@ def shot_name(shot: int) -> str:
 
 
 class LabelsParams(Section):
-    """Few-label subsets by share, by images per class or by published list. Also leaks between train and test.
+    """Few-label subsets by share, by images per class or by published list. Also leaks between train and test."""
 
-    `files` are tables that label images of `data.source`. Later ones have the last word.
-    """
-
-    files: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
     shares: dict[LabelsName, OpenFraction]
     shots: list[Count] = Field(default_factory=list)
     lists: dict[LabelsName, Annotated[tuple[str, ...], BeforeValidator(as_list), Field(min_length=1)]] = Field(

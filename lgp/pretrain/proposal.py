@@ -22,8 +22,10 @@ LEAST_EPOCHS = 5
 MOST_TIMES = 10  # the epochs of the preset
 WARMUP_SHARE = 0.1
 KEPT = {
-    "data": ("source", "columns", "test_share", "val_share", "max_unreadable_share", "storage", "store_short_side"),
-    "labels": ("files",),
+    "data": (
+        *("source", "columns", "labels", "test_share", "val_share", "max_unreadable_share", "storage"),
+        "store_short_side",
+    ),
 }
 FEW_SHOT_RECIPE = "10pct"  # the recipe of fine-tuning that images per class take over
 

@@ -7,6 +7,7 @@ DVC cannot compare the code and the sources by itself. The stage runs with every
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -39,35 +40,46 @@ def write_inputs(folder: Path, params_file: Path, root: Path) -> None:
 
 def _states(params_file: Path) -> tuple[str, str]:
     """Return the state of the images, and that of the labels with the lists."""
-    if _is_digits_alone(params_file):
+    data, lists = _data_and_lists(params_file)
+    if data["source"] == DIGITS and not data.get("labels") and not lists:
         return DIGITS, DIGITS
-    from lgp.data.labels import STATE as OF_LABELS
-    from lgp.data.labels import labelling_state
-    from lgp.data.preparation import STATE as OF_IMAGES
-    from lgp.data.sources.opening import images_state, open_sources
-    from lgp.params.file import load_params
+    from lgp.data.sources.opening import open_sources
+    from lgp.data.sources.states import STATE, images_state, labelling_state
+    from lgp.params.data import DataParams
 
-    params = load_params(params_file)
     try:
-        offers = open_sources(params.data.source, params.data.columns, params.labels.files)
-        lists = [file for files in params.labels.lists.values() for file in files]
+        params = DataParams.model_validate(data)
+    except ValueError:
+        from lgp.params.file import load_params
+
+        params = load_params(params_file).data  # raises an error that says what is wrong
+    try:
+        offers = open_sources(params.source, params.columns, params.labels)
         return images_state(offers), labelling_state(offers, lists)
     except LgpError as e:
         # a machine that only trains needs prepared data, not the source; the stage `prepare` says what is wrong
         said = f"unreadable: {' '.join(str(e).split())}"
-        kept = (PREPARED / OF_IMAGES, LABELS / OF_LABELS)
+        kept = (PREPARED / STATE, LABELS / STATE)
         states = [file.read_text(encoding="utf-8").strip() if file.exists() else said for file in kept]
         return states[0], states[1]
 
 
-def _is_digits_alone(params_file: Path) -> bool:
-    """Return whether the built-in images are used, without tables and lists. The whole file is not checked for it."""
+def _data_and_lists(params_file: Path) -> tuple[dict[str, Any], list[str]]:
+    """Read the section `data`, and the files of `labels.lists`. The whole file is checked only if one is missing."""
     try:
         values = yaml.load(params_file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        labels = values["labels"]
-        return values["data"]["source"] == DIGITS and not labels.get("lists") and not labels.get("files")
+        given = values["labels"].get("lists") or {}
+        return values["data"] | {"source": values["data"]["source"]}, [f for of in given.values() for f in _several(of)]
     except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError):
-        return False
+        from lgp.params.file import load_params
+
+        params = load_params(params_file)  # raises an error that says what is wrong
+        lists = [file for files in params.labels.lists.values() for file in files]
+        return params.data.model_dump(mode="json"), lists
+
+
+def _several(files: str | list[str]) -> list[str]:
+    return [files] if isinstance(files, str) else files
 
 
 def main() -> None:

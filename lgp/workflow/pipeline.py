@@ -1,8 +1,8 @@
 """The stages of the pipeline, and the sections of params.yaml that each reads. `dvc.yaml` lists the same."""
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "prepare": ("seed", "data", "labels.files"),
-    "labels": ("seed", "data.source", "data.columns", "labels"),
+    "prepare": ("seed", "data"),
+    "labels": ("seed", "data.source", "data.columns", "data.labels", "labels"),
     "mim": ("seed", "data.image_size", "data.channels", "data.eval_crop", "model", "mim"),
     "cl": ("seed", "data.image_size", "data.channels", "data.eval_crop", "model", "contrastive", "cl"),
     "graft": ("seed", "data.image_size", "data.channels", "data.eval_crop", "model", "contrastive", "graft"),

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from made_sources import both_from, folder, images_from, labels_from, png, write_parquet
 
-from lgp.data.labels import LabelledImages, describe, labelling_state, write_labels
+from lgp.data.labels import LabelledImages, describe, write_labels
 from lgp.data.sources.opening import open_sources
+from lgp.data.sources.states import labelling_state
 from lgp.data.storage import Images
 from lgp.data.subset_files import load_subsets, names_of_same_subsets
 from lgp.errors import LgpError

@@ -8,7 +8,8 @@ import pytest
 from made_sources import folder, png
 
 from lgp.data.sources.offers import Offers
-from lgp.data.sources.opening import images_state, labels_state, open_sources, specified
+from lgp.data.sources.opening import open_sources, specified
+from lgp.data.sources.states import images_state, labels_state
 from lgp.errors import LgpError
 from lgp.params.data import DataParams, SourceParams
 from lgp.params.file import Params

@@ -36,7 +36,7 @@ labels:
         ("data.channels", 3, "  channels: 1", "  channels: 3"),
         ("data.source", [{"folder": "raw"}, "b.csv"], "source: digits  ", "source: [{folder: raw}, b.csv]  "),
         ("labels.base_lrs", [4], "base_lrs: [\n    1, 2,\n    3,\n  ]", "base_lrs: [4]"),
-        ("labels.files", ["labels.csv"], "labels:\n", "labels:\n  files: [labels.csv]\n"),
+        ("data.labels", ["labels.csv"], "data:\n", "data:\n  labels: [labels.csv]\n"),
         ("arms", ["mim"], "# title\n", "arms: [mim]\n# title\n"),
         ("labels.of.share", 0.5, "    share: 0.1              # inner", "    share: 0.5              # inner"),
         ("labels.of.shot", 5, "  of:\n", "  of:\n    shot: 5\n"),
@@ -66,4 +66,4 @@ def test_file_that_would_not_be_valid_keeps_its_text(tmp_path: Path) -> None:
     assert file.read_text() == text
     with pytest.raises(LgpError, match="no section nothing"):
         write_values(file, {"nothing.at_all": 1})
-    assert write_values(file, {"data.image_size": 16, "labels.files": ["a.csv"]}).labels.files == ("a.csv",)
+    assert write_values(file, {"data.image_size": 16, "data.labels": ["a.csv"]}).data.labels == ("a.csv",)

@@ -130,8 +130,8 @@ def test_every_proposal_can_be_written(tmp_path: Path) -> None:
 
 def test_own_source_and_way_to_compute_stay(values: dict[str, Any], cifar: Params) -> None:
     own = {
-        "data": {"source": [{"folder": "photos"}, "a.csv"], "columns": {"label": "kind"}, "test_share": 0.3},
-        "labels": {"files": ["labels.csv"]},
+        "data": {"source": [{"folder": "photos"}, "a.csv"], "columns": {"label": "kind"}, "test_share": 0.3}
+        | {"labels": ["labels.csv"]},
         "run": {"device": "cpu", "threads": 2, "accept": ["mim"]},
     }
     kept = kept_values(Params.model_validate(merged(values, own)), cifar)
@@ -139,7 +139,7 @@ def test_own_source_and_way_to_compute_stay(values: dict[str, Any], cifar: Param
     assert after.data.model_dump(exclude={"max_train_images"}) == Params.model_validate(
         merged(yaml.safe_load((ROOT / "presets" / "cifar10-cpu.yaml").read_text()), own)
     ).data.model_dump(exclude={"max_train_images"})
-    assert (after.labels.files, after.run.threads, after.run.accept) == (("labels.csv",), 2, ["mim"])
+    assert (after.data.labels, after.run.threads, after.run.accept) == (("labels.csv",), 2, ["mim"])
     assert "run.workers" not in kept
 
 

@@ -86,7 +86,7 @@ def test_flat_folder_gets_its_labels_from_a_table(project: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "(without a label)" in result.output
     params = load_params(Path("params.yaml"))
-    assert params.labels.files == ("labels.csv",)
+    assert params.data.labels == ("labels.csv",)
     assert params.data.source[0].folder == "photos"  # type: ignore[union-attr]
 
 

@@ -10,8 +10,7 @@ import pytest
 import yaml
 from conftest import merged
 
-from lgp.data.labels import STATE
-from lgp.data.preparation import STATE as OF_IMAGES
+from lgp.data.sources.states import STATE
 from lgp.workflow.inputs import LABELS, PREPARED, write_inputs
 from lgp.workflow.pipeline import SECTIONS
 
@@ -51,7 +50,7 @@ def test_state_of_images_that_are_gone_is_the_one_that_they_were_prepared_from(p
     labels_after(project)
     state = (project / "inputs" / "images").read_text()
     (project / PREPARED).mkdir(parents=True)
-    (project / PREPARED / OF_IMAGES).write_text(state)
+    (project / PREPARED / STATE).write_text(state)
     shutil.rmtree(project / "images")
     labels_after(project)
     assert (project / "inputs" / "images").read_text() == state
@@ -63,7 +62,7 @@ def test_another_label_changes_the_state_of_labels_and_another_image_both(
     (project / "raw").mkdir()
     for name in ("0.png", "1.png"):
         (project / "raw" / name).write_bytes(name.encode())
-    changes = {"data": {"source": "raw"}, "labels": {"files": "labels.csv"}}
+    changes = {"data": {"source": "raw", "labels": "labels.csv"}}
     (project / "params.yaml").write_text(yaml.safe_dump(merged(values, changes)))
 
     def states(labels: str) -> tuple[str, str]:

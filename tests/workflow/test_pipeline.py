@@ -127,6 +127,12 @@ def write_inputs(folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "lgp.workflow.inputs"], cwd=folder, check=True)
 
 
+def states(folder: Path) -> dict[str, str]:
+    """Return the states of the sources that `inputs` finds."""
+    write_inputs(folder)
+    return {name: (folder / "inputs" / name).read_text() for name in ("images", "labels")}
+
+
 def _items(stage: dict[str, Any]) -> list[dict[str, str]]:
     items: list[dict[str, str]] = [{}]
     for key, choices in stage.get("matrix", {}).items():
@@ -274,7 +280,7 @@ EDITS = {
         {"prepare", "labels", *TRAINED} | BASELINE | EVALUATIONS,
     ),
     "logistic regression": ("lgp/evaluate/few_labels.py", "TOL = 1e-6", "TOL = 1e-5", FEWSHOT),
-    "the split": ("lgp/data/splits.py", 'seed, "split", name)', 'seed, "part", name)', {"prepare"}),
+    "the split": ("lgp/data/splits.py", 'seed, "hold out", name)', 'seed, "part", name)', {"prepare"}),
     "the draw of subsets": ("lgp/data/subsets.py", 'seed, "few-label", s)', 'seed, "few", s)', {"labels"}),
 }  # fmt: skip
 
@@ -293,12 +299,36 @@ def test_edited_list_runs_the_labels_again(edited: Path) -> None:
     assert changed(edited)[1] == {"labels", "report"} | EVALUATIONS
 
 
-def test_changed_label_runs_the_labels_again(edited: Path) -> None:
+def test_changed_label_in_a_table_runs_the_labels_again(edited: Path) -> None:
+    (edited / "labels.csv").write_text("path,label\ntrain.parquet#0,0\n")
+    write_params(edited, {"data": {"labels": ["labels.csv"]}})
+    before = states(edited)
+    (edited / "labels.csv").write_text("path,label\ntrain.parquet#0,1\n")
+    after = states(edited)
+    assert before["images"] == after["images"]
+    assert before["labels"] != after["labels"]
+
+
+def test_changed_file_of_images_prepares_them_again(edited: Path) -> None:
+    """Labels lie in the same file as images here. What trains depends on the digest of the images, which stays."""
     write_images(edited, (0, 1, 1, 1))
     try:
-        assert changed(edited)[1] == {"labels", "report"} | EVALUATIONS
+        assert changed(edited)[0] == {"prepare", "labels"}
     finally:
         write_images(edited)
+
+
+@pytest.mark.parametrize(
+    "name", ["mim", "cl", "graft", "joint", "reverse", "baseline", "linear", "fewshot", "finetune"]
+)
+def test_training_and_evaluation_depend_on_the_digest_of_the_images(name: str) -> None:
+    """So the same images from another layout, or under other names, train nothing again."""
+    assert [dep for dep in STAGES[name]["deps"] if dep.startswith("data/prepared")] == ["data/prepared/meta.json"]
+
+
+def test_old_images_are_never_taken_from_the_run_cache() -> None:
+    """DVC restores no stage that has an output which persists. `prepare` reads the file that it writes anew."""
+    assert {"held_out.csv": {"cache": False, "persist": True}} in STAGES["prepare"]["outs"]
 
 
 def test_inputs_are_the_same_again(finished: Path) -> None:

@@ -35,7 +35,7 @@ def open_sources(
     Args:
         sources: the key `data.source`.
         columns: the key `data.columns`, for sources without columns of their own.
-        tables: the key `labels.files`: tables that label images and add none.
+        tables: the key `data.labels`: tables that label images and add none.
 
     Raises:
         LgpError: a source does not exist, has no known layout, or contradicts itself.
@@ -278,25 +278,6 @@ def _reads_of(opened: Sequence[Offers], positions: Sequence[int]) -> Iterator[Re
         end = start + len(offers)
         yield from offers.reads([position - start for position in positions if start <= position < end])
         start = end
-
-
-def images_state(offers: Offers) -> str:
-    """Return a digest of what `prepare` depends on: each image's name, split, group and state, and if any is labelled.
-
-    A label that comes or changes leaves it as it is, except the first of all: then images are held out.
-    """
-    state = sha256(b"labelled" if any(label is not None for label in offers.labels) else b"unlabelled")
-    for row in zip(offers.paths, offers.splits, offers.groups, offers.states, strict=True):
-        state.update(f"{row}\n".encode())
-    return state.hexdigest()
-
-
-def labels_state(offers: Offers) -> str:
-    """Return a digest of what `labels` depends on: the classes, and each image's name, label, split and group."""
-    state = sha256("\n".join(map(repr, offers.classes)).encode())
-    for row in zip(offers.paths, offers.labels, offers.splits, offers.groups, strict=True):
-        state.update(f"{row}\n".encode())
-    return state.hexdigest()
 
 
 def said(sources: Sequence[str | SourceParams]) -> str:

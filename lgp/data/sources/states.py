@@ -1,0 +1,41 @@
+"""The state of the sources: what the stages `prepare` and `labels` depend on, as digests that DVC compares.
+
+The stage `inputs` computes them with every `dvc repro`, so this module imports little.
+"""
+
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from lgp.data.sources.offers import Offers
+from lgp.data.subset_lists import list_file
+
+STATE = "source_state"  # the file in the results of a stage that has the state that they were made from
+
+
+def images_state(offers: Offers) -> str:
+    """Return a digest of what `prepare` depends on: each image's name, split, group and state, and if any is labelled.
+
+    A label that comes or changes leaves it as it is, except the first of all: then images are held out.
+    """
+    state = sha256(b"labelled" if any(label is not None for label in offers.labels) else b"unlabelled")
+    for row in zip(offers.paths, offers.splits, offers.groups, offers.states, strict=True):
+        state.update(f"{row}\n".encode())
+    return state.hexdigest()
+
+
+def labels_state(offers: Offers) -> str:
+    """Return a digest of what `labels` depends on: the classes, and each image's name, label, split and group."""
+    state = sha256("\n".join(map(repr, offers.classes)).encode())
+    for row in zip(offers.paths, offers.labels, offers.splits, offers.groups, strict=True):
+        state.update(f"{row}\n".encode())
+    return state.hexdigest()
+
+
+def labelling_state(offers: Offers, lists: Sequence[str]) -> str:
+    """Return a digest of the current origin of the labels: the label of each image, and the content of the lists."""
+    state = sha256(labels_state(offers).encode())
+    for name in lists:
+        file = list_file(Path(name))
+        state.update(f"{name}\n".encode() + (file.read_bytes() if file.is_file() else b""))
+    return state.hexdigest()
