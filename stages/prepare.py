@@ -25,7 +25,7 @@ def prepare(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debu
         metrics, held_out = prepare_data(run.params.data, run.params.seed, run.out(PREPARED), HELD_OUT, work)
         held_out.write(run.out(HELD_OUT))
         write_metrics(run, run.out(metrics_path), metrics)
-        shutil.rmtree(work, ignore_errors=True)
         run.tracker.tag("data_digest", metrics["digest"])
         for line in describe(metrics):
             print(f"prepare: {line}", flush=True)
+    shutil.rmtree(run.store.folder, ignore_errors=True)  # only now: a run that is killed before it goes on from there

@@ -47,7 +47,7 @@ def prepare(
         seed: the run's seed. It decides the held-out parts.
         folder: where to write.
         held_out: the file of the images that are held out. It need not exist.
-        work: where the work of a killed run is kept, by default in `folder`.
+        work: where the work of a killed run is kept. The caller removes it at the end. None: it is not kept.
 
     Returns:
         Counts per part, the digest, what is to be told, and what was skipped with path and reason.
@@ -63,7 +63,8 @@ def prepare(
     positions = _within_caps(offers, labels, given, params, seed)
     pieces = _started(work or folder, state)
     stored = store(offers, positions, params, pieces, folder)
-    shutil.rmtree(pieces)
+    if work is None:
+        shutil.rmtree(pieces)
     _check_readable(stored, offers, params)
     index = _index(stored, offers)
     order = index.pop("position").to_numpy()

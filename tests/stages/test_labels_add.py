@@ -82,3 +82,9 @@ def test_table_with_a_fault_changes_nothing(project: Path, text: str, message: s
     assert message in result.stderr
     assert not (project / "labels.csv").exists()
     assert (project / "params.yaml").read_text() == before
+
+
+def test_work_of_prepare_is_removed_once_its_result_is_published(project: Path) -> None:
+    assert lgp("prepare").exit_code == 0
+    assert not list((project / ".lgp" / "resume").rglob("pieces-*"))
+    assert (project / "held_out.csv").read_text().startswith("# seed ")
