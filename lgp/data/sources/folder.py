@@ -121,7 +121,7 @@ class _Walk:
         elif entry.is_dir(follow_symlinks=False):
             self.folders.append(path)
             self.enter(path)
-        elif os.path.isdir(entry.path):
+        elif entry.is_symlink() and os.path.isdir(entry.path):
             self._follow(entry, path)
         else:
             self._take_file(entry, path)
