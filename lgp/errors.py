@@ -12,6 +12,10 @@ class LgpError(Exception):
     """
 
 
+class NoSource(LgpError):  # noqa: N818 - it says what is the case
+    """A source of images that is not at its place, as on a machine that only trains."""
+
+
 class Diverged(LgpError):  # noqa: N818 - it says what is the case
     """A training whose loss or weights are not finite. All processes of a training raise it in the same step."""
 

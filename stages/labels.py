@@ -54,10 +54,10 @@ def add(file: File, params_file: ParamsFile = DEFAULT_PARAMS, debug: Debug = Fal
     columns = Columns(**params.data.columns.model_dump())
     offers = open_sources(params.data.source, params.data.columns, params.data.labels)
     added = added_labels(offers, file, columns)
-    own = params_file.parent / (params.data.labels[-1] if params.data.labels else LABELS_FILE)
-    write_labels_file(own, added.labels, columns)
-    if not params.data.labels:
-        write_values(params_file, {"data.labels": [LABELS_FILE]})
+    own = params_file.parent / LABELS_FILE
+    write_labels_file(own, added.labels)
+    if LABELS_FILE not in params.data.labels:
+        write_values(params_file, {"data.labels": [*params.data.labels, LABELS_FILE]})
     trained = [arm for arm in params.arms if arm not in ("pixels", "random")]
     for line in [*added.said(), f"{own} has them now; `dvc repro`: {rerun(trained, added.first)}"]:
         print(f"labels: {line}")

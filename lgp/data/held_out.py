@@ -17,6 +17,7 @@ from lgp.data.splits import hold_out
 from lgp.errors import LgpError
 
 PARTS = ("test", "val")
+STRENGTH = (*PARTS, "train")
 COLUMNS = ["image", "group", "part"]
 
 
@@ -46,10 +47,24 @@ class HeldOut:
     groups: dict[str, str] = field(default_factory=dict)
 
     def parts(self, identities: Sequence[str], groups: Sequence[str | None]) -> np.ndarray:
-        """Return the part of each image, (N,): test, val or train."""
-        pairs = zip(identities, groups, strict=True)
-        found = [self.groups.get(group or "") or self.images.get(identity, "train") for identity, group in pairs]
-        return np.array(found, dtype=object)
+        """Return the part of each image, (N,): test, val or train.
+
+        Images of one group, and images of equal pixels, are of one part: test, if one of them is, else val.
+        """
+        images, of_groups = dict(self.images), dict(self.groups)
+        pairs = [(identity, group) for identity, group in zip(identities, groups, strict=True)]
+        changed = True
+        while changed:
+            changed = False
+            for identity, group in pairs:
+                found = [images.get(identity, "train"), of_groups.get(group or "", "train")]
+                part = min(found, key=STRENGTH.index)
+                if part != "train" and found != [part, part]:
+                    changed |= images.get(identity) != part or (group is not None and of_groups.get(group) != part)
+                    images[identity] = part
+                    if group is not None:
+                        of_groups[group] = part
+        return np.array([images.get(identity, "train") for identity in identities], dtype=object)
 
     def write(self, file: Path) -> None:
         """Write the file."""
@@ -110,6 +125,6 @@ def draw_held_out(
             )
             parts[np.array(rows, dtype=np.int64)[chosen]] = part
     drawn = np.flatnonzero(parts != held_out).tolist()
-    images = {identities[i]: str(parts[i]) for i in drawn if groups[i] is None}
+    images = {identities[i]: str(parts[i]) for i in drawn}
     of_groups = {str(groups[i]): str(parts[i]) for i in drawn if groups[i] is not None}
     return HeldOut(draw, before.images | images, before.groups | of_groups)

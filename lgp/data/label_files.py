@@ -11,7 +11,7 @@ from lgp.data.sources.manifest import ImagesByName, label_offers, read_table
 from lgp.data.sources.offers import Columns, Offers
 from lgp.errors import LgpError
 
-LABELS_FILE = "labels.csv"
+LABELS_FILE = "added_labels.csv"  # the project's own: no name that a user's table has
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ def added_labels(offers: Offers, file: Path, columns: Columns) -> Added:
         LgpError: the table cannot be read, a row names no image or several, or no row has a label.
     """
     table = read_table(file, columns)
+    if any(table.splits) or any(table.groups):
+        raise LgpError(
+            f"{file} has splits or groups, which `lgp labels add` does not take: remove these columns, or name the "
+            "table in data.labels and run `lgp prepare`"
+        )
     after = label_offers(offers, table, strict=True)
     images = ImagesByName(offers.paths)
     labelled = [
@@ -74,16 +79,16 @@ def added_labels(offers: Offers, file: Path, columns: Columns) -> Added:
     )
 
 
-def write_labels_file(file: Path, labels: dict[str, str], columns: Columns) -> None:
+def write_labels_file(file: Path, labels: dict[str, str]) -> None:
     """Add labels to the project's own table, which need not exist. A later label of an image replaces an earlier."""
     before: dict[str, str] = {}
     if file.exists():
-        table = read_table(file, columns)
+        table = read_table(file)
         pairs = zip(table.paths, table.labels, strict=True)
         before = {path: label for path, label in pairs if label is not None}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([columns.image or "path", columns.label or "label"])
+    writer.writerow(["path", "label"])
     writer.writerows((before | labels).items())
     file.write_text(text.getvalue(), encoding="utf-8")
 

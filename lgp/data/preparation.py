@@ -24,7 +24,7 @@ from lgp.data.sources.offers import Offers, Skipped
 from lgp.data.sources.opening import open_sources, said
 from lgp.data.sources.states import STATE, images_state
 from lgp.data.splits import cap, notes_on_classes
-from lgp.data.storage import INDEX, META, PARTS, Images
+from lgp.data.storage import ARRAY, INDEX, META, PARTS, Images
 from lgp.data.writing import Stored, store
 from lgp.errors import LgpError
 from lgp.params.data import DataParams
@@ -63,9 +63,13 @@ def prepare(
     positions = _within_caps(offers, labels, given, params, seed)
     pieces = _started(work or folder, state)
     stored = store(offers, positions, params, pieces, folder)
+    try:
+        _check_readable(stored, offers, params)
+    except LgpError:
+        shutil.rmtree(pieces)  # so that files which are mended are read again
+        raise
     if work is None:
         shutil.rmtree(pieces)
-    _check_readable(stored, offers, params)
     index = _index(stored, offers)
     order = index.pop("position").to_numpy()
     kept, notes = _held_out(index, labels[order], given[order], params, seed, held_out)
@@ -76,6 +80,11 @@ def prepare(
     unlabelled = int(((index["part"] == "train") & (labels[order] < 0)).sum())
     if unlabelled:
         notes.append(f"{unlabelled} unlabeled images of train serve pre-training only")
+    dropped = int((given == "dropped").sum())
+    if dropped:
+        notes.append(f"{dropped} images of test or val have no label: they are not used")
+    if len(positions) < len(offers):
+        notes.append(f"{len(offers) - len(positions)} images are left out by data.max_train_images or max_test_images")
     notes += notes_on_classes(counts, bool(kept.images or kept.groups))
     index.to_parquet(folder / INDEX, index=False)
     skipped = [*stored.unreadable, *offers.skipped, *offers.clutter]
@@ -120,12 +129,15 @@ def class_indices(offers: Offers) -> np.ndarray:
 def given_parts(offers: Offers, labels: np.ndarray) -> np.ndarray:
     """Return the parts that the source gives, (N,): train, val, test or dropped.
 
-    Without a labelled test image, a labelled validation part takes the place of the test part. Test images without
-    labels (ImageNet-1k's, for example) are then dropped. They never serve training.
+    Without a labelled test image, a labelled validation part takes the place of the test part. Images of test and val
+    that have no labels (ImageNet-1k's test, for example) are then dropped. They never serve training.
     """
     splits = np.array(offers.splits, dtype=object)
-    if not ((splits == "test") & (labels >= 0)).any() and ((splits == "val") & (labels >= 0)).any():
-        splits[splits == "test"] = "dropped"
+    labelled = {part: bool(((splits == part) & (labels >= 0)).any()) for part in ("test", "val")}
+    for part in ("test", "val"):
+        if not labelled[part]:
+            splits[splits == part] = "dropped"
+    if labelled["val"] and not labelled["test"]:
         splits[splits == "val"] = "test"
     return splits
 
@@ -136,7 +148,8 @@ def _check_parts(offers: Offers, labels: np.ndarray, given: np.ndarray) -> None:
         raise LgpError("the data source holds no image at all")
     if not (given == "train").any():
         raise LgpError(
-            f"the data source has images of {', '.join(sorted(set(given)))}, none to train on: add a folder `train`"
+            f"the data source has images of {', '.join(sorted(set(offers.splits)))}, none to train on: add a folder "
+            "`train`"
         )
     train = set(labels[given == "train"])
     for part in ("test", "val"):
@@ -279,6 +292,8 @@ def _write_meta(folder: Path, index: pd.DataFrame, params: DataParams) -> str:
     digest = hashlib.sha256(b"".join(index["content"]))
     digest.update(index[["height", "width", "part"]].to_csv(index=False).encode())
     digest.update(json.dumps(meta, sort_keys=True).encode())
+    if not (folder / ARRAY).exists():
+        digest.update(b"encoded")  # crops of an array differ by rounding
     meta["digest"] = digest.hexdigest()
     (folder / META).write_text(json.dumps(meta, indent=2))
     return digest.hexdigest()

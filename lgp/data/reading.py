@@ -59,7 +59,7 @@ class Converted(NamedTuple):
         width: in pixels, as stored.
         content: SHA-256 of shape and pixels, 32 bytes.
         hash: the perceptual one.
-        file: its absolute path, if it is kept by reference.
+        file: its absolute path as the system has it, if it is kept by reference.
         size: of that file, in bytes.
         mtime_ns: when that file was last changed.
         data: the encoded image.
@@ -71,7 +71,7 @@ class Converted(NamedTuple):
     width: int = 0
     content: bytes = b""
     hash: int = 0
-    file: str | None = None
+    file: bytes | None = None
     size: int = 0
     mtime_ns: int = 0
     data: bytes = b""
@@ -175,7 +175,7 @@ class _Decoded(NamedTuple):
     data: bytes = b""
     pixels: np.ndarray = np.empty((0, 0, 1), dtype=np.uint8)
     fault: str | None = None
-    file: str | None = None
+    file: bytes | None = None
     size: int = 0
     mtime_ns: int = 0
 
@@ -187,7 +187,7 @@ def _decoded(read: Read, wanted: Wanted) -> _Decoded:
         file = path_of(read)
         state = file.stat()
         pixels = decode(read(), wanted.channels)
-        return _Decoded(b"", pixels, None, str(file.absolute()), state.st_size, state.st_mtime_ns)
+        return _Decoded(b"", pixels, None, os.fsencode(file.absolute()), state.st_size, state.st_mtime_ns)
     except Exception as error:  # noqa: BLE001 - readers and decoders of damaged files raise any exception
         return _Decoded(fault=plain(error))
 

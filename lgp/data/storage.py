@@ -17,6 +17,7 @@ Worker processes that are forked share what is opened here: memory maps and arra
 import copy
 import json
 import mmap
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -252,7 +253,7 @@ class Images:
         """Return one image as its file or shard holds it."""
         if self._files is not None:
             files, states = self._files
-            return _unchanged(Path(files[image_id].as_py()), *states[image_id].tolist())
+            return _unchanged(Path(os.fsdecode(files[image_id].as_py())), *states[image_id].tolist())
         starts, columns = self._shards
         row = int(self._rows[image_id])
         shard = int(np.searchsorted(starts, row, side="right")) - 1

@@ -41,7 +41,7 @@ ARRAY_BYTES = 4 * 2**30  # above this, images stay encoded even if all have the 
 PIECE_BYTES, PIECE_IMAGES = 256 * 2**20, 16_384
 BATCH_BYTES = 16 * 2**20  # a record batch ends earlier where images are large
 PLAN = "plan"
-OF_FILE = [("file", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64())]
+OF_FILE = [("file", pa.binary()), ("size", pa.int64()), ("mtime_ns", pa.int64())]
 ROWS = pa.schema(
     [
         ("position", pa.int64()),

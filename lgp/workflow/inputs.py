@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lgp.errors import LgpError
+from lgp.errors import LgpError, NoSource
 from lgp.workflow.code_digest import code_digests
 
 FOLDER, PARAMS_FILE = Path("inputs"), Path("params.yaml")
@@ -56,12 +56,14 @@ def _states(params_file: Path) -> tuple[str, str]:
     try:
         offers = open_sources(params.source, params.columns, params.labels)
         return images_state(offers), labelling_state(offers, lists)
-    except LgpError as e:
-        # a machine that only trains needs prepared data, not the source; the stage `prepare` says what is wrong
-        said = f"unreadable: {' '.join(str(e).split())}"
+    except NoSource as e:
+        # a machine that only trains needs prepared data, not the source
+        print(f"{' '.join(str(e).split())}: prepared images and labels are taken as they are", flush=True)
         kept = (PREPARED / STATE, LABELS / STATE)
-        states = [file.read_text(encoding="utf-8").strip() if file.exists() else said for file in kept]
+        states = [file.read_text(encoding="utf-8").strip() if file.exists() else _said(e) for file in kept]
         return states[0], states[1]
+    except LgpError as e:
+        return _said(e), _said(e)  # the stages `prepare` and `labels` run, and fail with what is wrong
 
 
 def _data_and_lists(params_file: Path) -> tuple[dict[str, Any], list[str]]:
@@ -76,6 +78,10 @@ def _data_and_lists(params_file: Path) -> tuple[dict[str, Any], list[str]]:
         params = load_params(params_file)  # raises an error that says what is wrong
         lists = [file for files in params.labels.lists.values() for file in files]
         return params.data.model_dump(mode="json"), lists
+
+
+def _said(error: LgpError) -> str:
+    return f"unreadable: {' '.join(str(error).split())}"
 
 
 def _several(files: str | list[str]) -> list[str]:

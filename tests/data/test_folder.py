@@ -65,6 +65,18 @@ def test_classes_that_are_numbers_stand_in_their_order(tmp_path: Path) -> None:
     assert folder_source(folder(tmp_path, {"10": 1, "9": 1})).classes == ["9", "10"]
 
 
+def test_train_among_classes_is_a_class(tmp_path: Path) -> None:
+    offers = folder_source(folder(tmp_path, {"car": 1, "bus": 1, "train": 2}, "."))
+    assert offers.classes == ["bus", "car", "train"]
+    assert len(offers) == 4
+
+
+def test_metadata_without_paths_labels_nothing(tmp_path: Path) -> None:
+    folder(tmp_path, {"ant": 1})
+    (tmp_path / "metadata.csv").write_text("lesion_id,age\nx,7\n")
+    assert folder_source(tmp_path).labels == ["ant"]
+
+
 def test_everything_else_is_listed(tmp_path: Path) -> None:
     folder(tmp_path, {"ant": 2})
     folder(tmp_path, {"more": 2}, "extra")

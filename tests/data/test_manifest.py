@@ -106,6 +106,24 @@ def test_whole_numbers_are_names_and_negative_ones_no_label(raw: Path) -> None:
     assert offers.classes == ["9", "10"]
 
 
+def test_labels_stay_the_text_that_they_are(raw: Path) -> None:
+    offers = opened(table(raw, "path,label\na/0.png,007\na/1.png,900000000000207009\na/2.png,-5\n"))
+    assert offers.labels == ["007", "900000000000207009", "-5"]
+
+
+def test_label_of_a_late_row_and_nan_are_read(raw: Path) -> None:
+    rows = [json.dumps({"path": f"{i}.png"}) for i in range(120)]
+    rows += [json.dumps({"path": "a/0.png", "label": "ant"}), '{"path": "a/1.png", "label": NaN, "group": NaN}']
+    offers = opened(table(raw, "\n".join(rows), "t.jsonl"))
+    assert (offers.labels, offers.groups) == (["ant", None], [None, None])
+
+
+def test_column_of_other_words_is_no_split(raw: Path) -> None:
+    assert opened(table(raw, "path,label,part\na/0.png,ant,hand\na/1.png,bee,foot\n")).splits == ["train", "train"]
+    with pytest.raises(LgpError, match="has the split 'hand'"):
+        opened(table(raw, "path,label,part\na/0.png,ant,hand\n"), Columns(split="part"))
+
+
 def labelled(raw: Path, text: str, **options: bool) -> Offers:
     return label_offers(folder_source(raw, class_folders=False), read_table(table(raw.parent, text)), **options)
 

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from made_sources import folder, png
 
@@ -11,7 +13,7 @@ from lgp.data.sources.offers import Offers
 from lgp.data.sources.opening import open_sources, specified
 from lgp.data.sources.states import images_state, labels_state
 from lgp.errors import LgpError
-from lgp.params.data import DataParams, SourceParams
+from lgp.params.data import ColumnsParams, DataParams, SourceParams
 from lgp.params.file import Params
 
 
@@ -44,21 +46,60 @@ def test_table_behind_a_folder_labels_its_images(raw: Path, labels: Path) -> Non
     assert offers.skipped == []
 
 
-def test_folders_stay_classes_where_that_is_said_or_given_by_splits(raw: Path, labels: Path) -> None:
+def test_folders_are_no_classes_before_a_table_unless_that_is_said(raw: Path, labels: Path) -> None:
     assert opened({"folder": str(raw), "class_folders": True}, {"csv": str(labels)}).labels[1] == "2020"
     folder(raw.parent / "split", {"ant": 1})
     folder(raw.parent / "split", {"ant": 1}, "test")
     offers = opened({"folder": str(raw.parent / "split")}, {"csv": str(labels)})
-    assert set(offers.labels) == {"ant"}
+    assert offers.splits == ["test", "train"]
+    assert set(offers.labels) == {None}
     assert [s.reason for s in offers.skipped] == ["no such file"] * 2
 
 
 def test_table_of_labels_labels_and_adds_nothing(raw: Path, labels: Path) -> None:
     offers = opened({"folder": str(raw), "class_folders": False}, tables=(str(labels),))
     assert sorted(filter(None, offers.labels)) == ["ant", "bee"]
-    labels.write_text("path,label\nunknown.png,ant\n")
-    with pytest.raises(LgpError, match=r"1 of 1 rows name no image of data\.source"):
-        opened({"folder": str(raw)}, tables=(str(labels),))
+    labels.write_text("path,label\ngone.png,ant\n")
+    offers = opened({"folder": str(raw)}, tables=(str(labels),))
+    assert [s.reason for s in offers.skipped] == ["names no image of the source"]
+    assert len(offers) == 3
+
+
+def test_table_of_labels_is_read_by_the_given_columns_if_it_has_them(raw: Path, labels: Path) -> None:
+    (labels.parent / "own.csv").write_text("wherein,kind\n2.png,wasp\n")
+    columns = ColumnsParams(image="wherein", label="kind")
+    tables = [str(labels), str(labels.parent / "own.csv")]
+    offers = open_sources([SourceParams(folder=str(raw), class_folders=False)], columns, tables)
+    assert sorted(filter(None, offers.labels)) == ["ant", "wasp"]
+
+
+def test_table_with_a_root_opens_its_own_images(tmp_path: Path) -> None:
+    sources = []
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(png())
+        (tmp_path / f"{name}.csv").write_text(f"path,label\n0.png,{name}ed\n")
+        sources.append({"csv": str(tmp_path / f"{name}.csv"), "root": str(tmp_path / name)})
+    offers = opened(*sources)
+    assert (offers.splits, offers.labels) == (["train", "test"], ["trained", "tested"])
+    assert [read() for read in offers.reads([0, 1])] == [
+        (tmp_path / name / "0.png").read_bytes() for name in ("train", "test")
+    ]
+
+
+def test_names_of_several_sources_are_their_splits(tmp_path: Path) -> None:
+    for name in ("train", "validation", "test", "unlabeled"):
+        folder(tmp_path / name, {"ant": 1}, ".")
+    offers = opened(*(tmp_path / name for name in ("train", "validation", "test", "unlabeled")))
+    assert offers.splits == ["train", "val", "test", "train"]
+    assert offers.labels == ["ant", "ant", "ant", None]
+
+
+def test_parquet_of_paths_labels_the_images_before_it(raw: Path) -> None:
+    pq.write_table(pa.table({"path": ["2020/0.png", "2.png"], "label": ["x", "y"]}), raw.parent / "labels.parquet")
+    offers = opened({"folder": str(raw)}, {"parquet": str(raw.parent / "labels.parquet")})
+    assert len(offers) == 3
+    assert offers.classes == ["x", "y"]
 
 
 def test_images_of_a_later_table_that_no_source_has_are_added(raw: Path, labels: Path) -> None:

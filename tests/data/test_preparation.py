@@ -1,11 +1,12 @@
 """From every kind of source to prepared images."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from made_sources import both_from, folder, images_from, labels_from, png, write_parquet
+from made_sources import both_from, data_params, folder, images_from, labels_from, png, write_parquet
 from PIL import Image
 
 from lgp.data.labels import LabelledImages
@@ -267,6 +268,41 @@ def test_all_labels_may_be_trained_on(tmp_path: Path, params: Params) -> None:
     _, data = labels_from(source, images, tmp_path / "labels", params)
     with pytest.raises(LgpError, match=r"no test image is held out, .* set data\.test_share above 0"):
         data.check_evaluable()
+
+
+@pytest.mark.parametrize("part", ["test", "val"])
+def test_part_without_labels_is_not_used_and_another_is_drawn(tmp_path: Path, params: Params, part: str) -> None:
+    source = folder(tmp_path / "source", {"ant": 10, "bee": 10})
+    (source / part).mkdir()
+    for i in range(3):
+        (source / part / f"{i}.png").write_bytes(png())
+    metrics, data = both_from(source, tmp_path, params)
+    assert [metrics[f"images/{s}"] for s in ("train", "val", "test", "dropped")] == [14, 2, 4, 3]
+    data.check_evaluable()
+
+
+def test_images_left_out_by_a_cap_are_told(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "source", {"ant": 10, "bee": 10})
+    metrics, _ = images_from(source, tmp_path / "prepared", params, max_train_images=12)
+    assert metrics["notes"] == ["8 images are left out by data.max_train_images or max_test_images"]
+
+
+def test_files_that_are_mended_are_read_again(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "source", {"ant": 10, "bee": 10})
+    sound = {path: path.read_bytes() for path in sorted((source / "train" / "ant").iterdir())[:5]}
+    for path, data in sound.items():
+        path.write_bytes(b"x" * len(data))
+        os.utime(path, ns=(1, 1))
+    settings = data_params(params, source, max_unreadable_share=0.01)
+    for name in ("out", "work"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(LgpError, match="5 of 20 files"):
+        prepare(settings, 0, tmp_path / "out", tmp_path / "none.csv", tmp_path / "work")
+    for path, data in sound.items():
+        path.write_bytes(data)
+        os.utime(path, ns=(1, 1))
+    metrics, _ = prepare(settings, 0, tmp_path / "out", tmp_path / "none.csv", tmp_path / "work")
+    assert metrics["unreadable"] == []
 
 
 def test_group_of_two_given_parts_is_refused(tmp_path: Path, params: Params) -> None:

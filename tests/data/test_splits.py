@@ -215,6 +215,21 @@ def test_image_of_a_held_out_group_goes_with_it(tmp_path: Any) -> None:
     assert kept.parts(["a", "b", "c"], [None, "p", "q"]).tolist() == ["val", "test", "train"]
 
 
+def test_group_and_equal_images_share_a_part_whatever_was_held_out_before() -> None:
+    before = HeldOut(DRAW, {"a": "test", "d": "val"}, {})
+    parts = before.parts(["a", "b", "c", "c", "d", "e"], ["p", "p", "p", None, "q", None])
+    assert parts.tolist() == ["test", "test", "test", "test", "val", "train"]
+
+
+def test_images_of_a_renamed_group_stay_held_out() -> None:
+    labels, given = np.repeat([0, 1], 20), np.full(40, "train", dtype=object)
+    groups = [f"p{i // 4}" for i in range(40)]
+    kept = draw_held_out(HeldOut(DRAW), names(labels), labels, groups, given)
+    renamed = kept.parts(names(labels), [f"new {group}" for group in groups])
+    assert renamed.tolist() == kept.parts(names(labels), groups).tolist()
+    assert set(renamed) == {"train", "val", "test"}
+
+
 def test_file_of_another_draw_does_not_count_and_a_damaged_one_is_refused(tmp_path: Any) -> None:
     file = tmp_path / "held_out.csv"
     HeldOut(DRAW, {"a": "val"}).write(file)

@@ -163,7 +163,7 @@ def test_references_hold_no_pixels(tmp_path: Path) -> None:
     assert not list(out.iterdir())
     assert {path.suffix for path in (tmp_path / "work").iterdir()} == {"", ".parquet"}
     kept = [paths[i] for i in (0, 1, 3)]
-    assert result.table["file"].tolist() == [str(path) for path in kept]
+    assert result.table["file"].tolist() == [os.fsencode(path) for path in kept]
     assert result.table["size"].tolist() == [path.stat().st_size for path in kept]
     assert result.table["mtime_ns"].tolist() == [path.stat().st_mtime_ns for path in kept]
     assert result.unreadable == [Skipped("2.png", "empty")]

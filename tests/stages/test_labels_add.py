@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from cli import app
 from lgp.data.labels import LabelledImages
+from lgp.data.sources.opening import open_sources
 from lgp.params.file import load_params
 
 CLASSES = ("ant", "bee")
@@ -48,8 +49,8 @@ def test_first_labels_hold_images_out_and_later_ones_train(project: Path) -> Non
     said = lgp("labels", "add", "first.csv").output.splitlines()
     assert said[0] == "labels: 40 new labels, 0 changed, 0 as before, 0 rows without a label"
     assert said[1:3] == ["labels: ant: 20 labelled images", "labels: bee: 20 labelled images"]
-    assert "labels.csv has them now; `dvc repro`: these are the first labels" in said[3]
-    assert load_params(project / "params.yaml").data.labels == ("labels.csv",)
+    assert "added_labels.csv has them now; `dvc repro`: these are the first labels" in said[3]
+    assert load_params(project / "params.yaml").data.labels == ("added_labels.csv",)
     before = prepared(project)
     assert [len(before.ids(s)) for s in ("train", "unlabeled", "val", "test")] == [28, 20, 4, 8]
 
@@ -62,7 +63,7 @@ def test_first_labels_hold_images_out_and_later_ones_train(project: Path) -> Non
     after = prepared(project)
     assert after.meta["digest"] == digest
     assert [len(after.ids(s)) for s in ("train", "unlabeled", "val", "test")] == [30, 18, 4, 8]
-    assert (project / "labels.csv").read_text().splitlines()[:3] == ["path,label", "0.png,ant", "1.png,ant"]
+    assert (project / "added_labels.csv").read_text().splitlines()[:3] == ["path,label", "0.png,ant", "1.png,ant"]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,7 @@ def test_first_labels_hold_images_out_and_later_ones_train(project: Path) -> Non
     [
         ("path,label\n99.png,ant\n", "1 of 1 rows name no image of data.source: 99.png (new.csv, row 2)"),
         ("path,label\n1.png,\n", "new.csv labels no image: fill in its column of labels"),
+        ("path,label,group\n1.png,ant,p\n", "has splits or groups, which `lgp labels add` does not take"),
         ("where,label\n1.png,ant\n", "has the columns where, label, none of them of paths"),
         ("path,label\n1.png,ant\n1.png,bee\n", "an image has one class, remove one of the rows"),
     ],
@@ -80,7 +82,7 @@ def test_table_with_a_fault_changes_nothing(project: Path, text: str, message: s
     result = lgp("labels", "add", "new.csv")
     assert result.exit_code == 1
     assert message in result.stderr
-    assert not (project / "labels.csv").exists()
+    assert not (project / "added_labels.csv").exists()
     assert (project / "params.yaml").read_text() == before
 
 
@@ -88,3 +90,19 @@ def test_work_of_prepare_is_removed_once_its_result_is_published(project: Path) 
     assert lgp("prepare").exit_code == 0
     assert not list((project / ".lgp" / "resume").rglob("pieces-*"))
     assert (project / "held_out.csv").read_text().startswith("# seed ")
+
+
+def test_labels_are_added_beside_tables_and_columns_of_the_users_own(project: Path, values: dict[str, Any]) -> None:
+    (project / "labels.csv").write_text("bild,diagnosis,group\n50.png,ant,p\n51.png,bee,q\n")
+    data = {"source": "raw", "labels": "labels.csv", "columns": {"image": "bild", "label": "diagnosis"}}
+    (project / "params.yaml").write_text(yaml.safe_dump(merged(values, {"data": data})))
+    own = (project / "labels.csv").read_text()
+    (project / "new.csv").write_text("bild,diagnosis\n52.png,ant\n53.png,bee\n")
+    result = lgp("labels", "add", "new.csv")
+    assert result.exit_code == 0, result.output
+    assert (project / "labels.csv").read_text() == own
+    data_section = load_params(project / "params.yaml").data
+    assert data_section.labels == ("labels.csv", "added_labels.csv")
+    offers = open_sources(data_section.source, data_section.columns, data_section.labels)
+    assert sum(label is not None for label in offers.labels) == 4
+    assert {group for group in offers.groups if group} == {"p", "q"}

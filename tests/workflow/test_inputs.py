@@ -78,6 +78,16 @@ def test_another_label_changes_the_state_of_labels_and_another_image_both(
     assert changed[1] != relabelled[1]
 
 
+def test_fault_in_a_source_that_is_there_changes_both_states(project: Path) -> None:
+    state = labels_after(project)
+    for folder in (PREPARED, LABELS):
+        (project / folder).mkdir(parents=True)
+        (project / folder / STATE).write_text(f"{state}\n")
+    (project / "images" / "train.parquet").write_bytes(b"damaged")
+    assert labels_after(project).startswith("unreadable: ")
+    assert (project / "inputs" / "images").read_text().startswith("unreadable: ")
+
+
 def test_source_that_never_was_stops_no_stage_but_the_labels(project: Path) -> None:
     shutil.rmtree(project / "images")
     assert labels_after(project).startswith("unreadable: data.source 'images' does not exist")

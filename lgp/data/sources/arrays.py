@@ -102,7 +102,7 @@ def _parts(names: list[str], columns: Columns) -> list[_Part]:
         words = re.split(r"[\W_]+", name.lower())
         role = next((ROLES[word] for word in words if word in ROLES), None)
         split = next((word for word in words if word in SPLITS), None)
-        if role and len(words) == 1 + (split is not None):
+        if role and len(words) == 1 + (split is not None) and name not in parts.get(None, {}).values():
             parts.setdefault(split, {}).setdefault(role, name)
     return [_Part(word, of_part) for word, of_part in parts.items() if "image" in of_part]
 
@@ -163,7 +163,7 @@ def _list_part(path: Path, archive: zipfile.ZipFile, part: _Part, array: _Array,
             f"{images}#{row}",
             split_of_cell(split, where) or part.word,
             class_name(label, where),
-            None if group is None else str(group),
+            group,
             f"{state}-{row}",
         )
 

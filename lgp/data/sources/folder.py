@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from lgp.data.sources.listing import is_clutter, printable
-from lgp.data.sources.offers import SPLITS, UNLABELED, Offers, Read, Skipped, natural_order, read_file
+from lgp.data.sources.offers import SPLITS, UNLABELED, Columns, Offers, Read, Skipped, natural_order, read_file
 
 NO_IMAGES = {
     *(
@@ -161,18 +161,19 @@ def _overlap(one: str, other: str) -> bool:
     return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
 
 
-def folder_source(root: Path, class_folders: bool = True) -> Offers:
+def folder_source(root: Path, class_folders: bool = True, columns: Columns = Columns()) -> Offers:
     """List an image folder.
 
     Args:
         root: of the folder.
         class_folders: whether folders are classes. Without, images of `CLASS/…` have no label.
+        columns: of the metadata files.
     """
     walk = _Walk(root, read=_read_anyway(root))
     walk.enter("")
     top = [path for path in walk.folders if "/" not in path]
     split_of = {name: SPLITS[name.lower()] for name in top if name.lower() in SPLITS}
-    has_splits = "train" in split_of.values() or (bool(split_of) and len(split_of) == len(top))
+    has_splits = _has_splits(walk, split_of, top)
     paths: list[str] = []
     splits: list[str] = []
     labels: list[str | None] = []
@@ -198,13 +199,21 @@ def folder_source(root: Path, class_folders: bool = True) -> Offers:
         paths, splits, labels, [None] * len(paths), states, natural_order(map(class_name, classes)),
         partial(_reads, root, places), walk.skipped, walk.clutter,
     )  # fmt: skip
-    return _with_metadata(offers, root, split_of if has_splits else {})
+    return _with_metadata(offers, root, split_of if has_splits else {}, columns)
 
 
 def _read_anyway(root: Path) -> list[str]:
     """Return the real paths of the folders that are read without a link: those of the splits, else the whole root."""
     of_splits = [entry for entry in root.iterdir() if entry.name.lower() in SPLITS and entry.is_dir()]
     return [os.path.realpath(folder) for folder in of_splits if not folder.is_symlink()] or [os.path.realpath(root)]
+
+
+def _has_splits(walk: _Walk, split_of: dict[str, str], top: list[str]) -> bool:
+    """Return whether the folders at the top are splits. `train` beside other flat folders is a class (of vehicles)."""
+    if not split_of or len(split_of) == len(top):
+        return bool(split_of)
+    flat = all(file.path.count("/") <= 1 for file in walk.files)
+    return "train" in split_of.values() and not flat
 
 
 def _class_folders(walk: _Walk, split_of: dict[str, str]) -> set[str]:
@@ -221,13 +230,13 @@ def _reads(root: Path, places: Sequence[str], positions: Sequence[int]) -> Itera
     return (partial(read_file, os.path.join(root, places[i])) for i in positions)
 
 
-def _with_metadata(offers: Offers, root: Path, splits: dict[str, str]) -> Offers:
-    """Label the images by the metadata files at the top of the folder and of its splits."""
-    from lgp.data.sources.manifest import label_offers, read_table
+def _with_metadata(offers: Offers, root: Path, splits: dict[str, str], columns: Columns) -> Offers:
+    """Label the images by the metadata files at the top of the folder and of its splits, if they have paths."""
+    from lgp.data.sources.manifest import has_paths, label_offers, read_table
 
     for below in ("", *splits):
         for name in METADATA:
             file = root / below / name
-            if file.is_file():
-                offers = label_offers(offers, read_table(file), below)
+            if file.is_file() and has_paths(file, columns):
+                offers = label_offers(offers, read_table(file, columns), below)
     return offers

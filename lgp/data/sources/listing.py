@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -28,12 +29,12 @@ class Listing:
     skipped: list[Skipped] = field(default_factory=list)
     clutter: list[Skipped] = field(default_factory=list)
 
-    def add(self, path: str, word: str | None, label: str | None, group: str | None, state: str) -> None:
+    def add(self, path: str, word: str | None, label: str | None, group: object, state: str) -> None:
         """Add an image. `word` is the word of `SPLITS` that its split has in the source, None for unknown."""
         self.paths.append(path)
         self.splits.append(SPLITS[word or "train"])
         self.labels.append(None if word in UNLABELED else label)
-        self.groups.append(group)
+        self.groups.append(group_name(group))
         self.states.append(state)
 
     def offers(self, reads: Callable[[Sequence[int]], Iterator[Read]], declared: Iterable[str] = ()) -> Offers:
@@ -52,6 +53,13 @@ class Listing:
             self.clutter,
             declared=bool(names),
         )
+
+
+def group_name(value: object) -> str | None:
+    """Return the group that a cell holds, None for a missing value or a blank text."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return unicodedata.normalize("NFC", str(value).strip()) or None
 
 
 def class_name(value: object, where: str) -> str | None:

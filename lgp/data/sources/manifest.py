@@ -9,6 +9,8 @@ never leaves that folder. An empty label means: without a label, as in a selecti
 import csv
 import io
 import json
+import math
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +18,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lgp.data.sources.listing import printable
+from lgp.data.sources.listing import group_name, printable
 from lgp.data.sources.offers import SPLITS, USUAL, Columns, Offers, Read, Skipped, natural_order, read_file
 from lgp.errors import LgpError
 
 SHOWN = 3  # examples in a message
+WHOLE = re.compile(r"-?\d+\.0+")
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,7 @@ def read_table(file: Path, columns: Columns = Columns()) -> Table:
     Raises:
         LgpError: it cannot be read, has no column of paths, or has several labels or measured values for an image.
     """
-    try:
-        rows, first = _rows_of(file)
-    except (OSError, UnicodeError, csv.Error, ValueError) as e:
-        raise LgpError(
-            f"{file} cannot be read as a table ({' '.join(str(e).split())}): give CSV, TSV or JSON lines in UTF-8"
-        ) from None
-    header = list(dict.fromkeys(key for row in rows[:100] for key in row if key is not None))
+    rows, first, header = _read(file)
     named = {key: _column(file, key, getattr(columns, key), header) for key in Columns._fields}
     if named["image"] is None:
         raise LgpError(
@@ -72,12 +69,35 @@ def read_table(file: Path, columns: Columns = Columns()) -> Table:
         file,
         [unicodedata.normalize("NFC", str(value or "").strip().replace("\\", "/")) for value in values["image"]],
         [_label(file, value) for value in values["label"]],
-        [_text(value) for value in values["split"]],
-        [_text(value) for value in values["group"]],
+        _splits(values["split"], named["split"], columns),
+        [group_name(value) for value in values["group"]],
         [f"row {number}" for number in range(first, first + len(rows))],
     )
     _refuse_regression(table)
     return table
+
+
+def known_columns(file: Path, columns: Columns) -> Columns:
+    """Return those of the given names of columns that a table has. The usual names take the place of the others."""
+    header = _read(file)[2] if any(columns) else []
+    return Columns(*(name if name in header else None for name in columns))
+
+
+def has_paths(file: Path, columns: Columns) -> bool:
+    """Return whether a table has a column of paths. Raise `LgpError` if it cannot be read."""
+    header = _read(file)[2]
+    return columns.image in header if columns.image else _column(file, "image", None, header) is not None
+
+
+def _read(file: Path) -> tuple[list[dict[Any, Any]], int, list[Any]]:
+    """Return the rows, the number of the first, and the names of the columns."""
+    try:
+        rows, first = _rows_of(file)
+    except (OSError, UnicodeError, csv.Error, ValueError) as e:
+        raise LgpError(
+            f"{file} cannot be read as a table ({' '.join(str(e).split())}): give CSV, TSV or JSON lines in UTF-8"
+        ) from None
+    return rows, first, list(dict.fromkeys(key for row in rows for key in row if key is not None))
 
 
 def _rows_of(file: Path) -> tuple[list[dict[Any, Any]], int]:
@@ -122,19 +142,28 @@ def _text(value: Any) -> str | None:
     return text or None
 
 
+def _splits(values: list[Any], name: str | None, columns: Columns) -> list[str | None]:
+    """Return the words of splits. A column such as `part` or `set` that has other words says nothing."""
+    words = [_text(value) for value in values]
+    by_chance = columns.split is None and name is not None and name.strip().lower() != "split"
+    if by_chance and any(word is not None and word.lower() not in SPLITS for word in words):
+        return [None] * len(words)
+    return words
+
+
 def _label(file: Path, value: Any) -> str | None:
-    """Return a class name. Whole numbers stand as `3`, also where a table has `3.0`. Negative ones are no label."""
+    """Return a class name. Whole numbers stand as `3`, also where a table has `3.0`. -1 is no label."""
     if isinstance(value, list | dict):
         raise LgpError(
             f"{file}: a label is {value!r}, several for one image: multi-label images are not supported, give one "
             "class each"
         )
+    if isinstance(value, float) and math.isnan(value):
+        return None
     text = _text(value)
-    try:
-        number = float(text or "")
-    except ValueError:
-        return text
-    return (None if number < 0 else str(int(number))) if number.is_integer() else text
+    if text and WHOLE.fullmatch(text):
+        text = text.partition(".")[0]
+    return None if text == "-1" else text
 
 
 def _refuse_regression(table: Table) -> None:

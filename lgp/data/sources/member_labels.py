@@ -7,7 +7,7 @@ import posixpath
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lgp.data.sources.listing import class_name, column_of, one_line, split_of_cell
+from lgp.data.sources.listing import class_name, column_of, group_name, one_line, split_of_cell
 from lgp.data.sources.offers import SPLITS, Columns
 from lgp.errors import LgpError
 
@@ -93,7 +93,7 @@ def _said(row: dict[str, Any], columns: Columns, where: str) -> Said:
     return Said(
         class_name(row[label], where) if label else None,
         split_of_cell(row[split], where) if split and (split == "split" or columns.split) else None,
-        str(of_group) if of_group not in (None, "") else None,
+        group_name(of_group),
         labels=label is not None,
     )
 

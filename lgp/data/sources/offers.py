@@ -89,4 +89,4 @@ USUAL = {
 def natural_order(names: Iterable[str]) -> list[str]:
     """Return the different names in order: by number if all are whole numbers, else as text."""
     found = set(names)
-    return sorted(found, key=int) if all(n.isdecimal() for n in found) else sorted(found)
+    return sorted(found, key=lambda n: (int(n), n)) if all(n.isdecimal() for n in found) else sorted(found)

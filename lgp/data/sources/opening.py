@@ -9,10 +9,10 @@ from itertools import chain
 from pathlib import Path
 
 from lgp.data.sources.folder import folder_source
-from lgp.data.sources.listing import is_clutter
-from lgp.data.sources.manifest import Table, label_offers, read_table, table_source
-from lgp.data.sources.offers import Columns, Offers, Read, Skipped
-from lgp.errors import LgpError
+from lgp.data.sources.listing import is_clutter, split_word
+from lgp.data.sources.manifest import Table, known_columns, label_offers, read_table, table_source
+from lgp.data.sources.offers import SPLITS, UNLABELED, Columns, Offers, Read, Skipped
+from lgp.errors import LgpError, NoSource
 from lgp.params.data import TABLES, ColumnsParams, SourceParams
 
 DIGITS = "digits"
@@ -46,21 +46,30 @@ def open_sources(
     names: list[str] = []
     for number, spec in enumerate(specs):
         given = Columns(**spec.columns.model_dump()) if spec.columns else usual
-        table = _table_of(spec, given)
-        if table is not None and opened:
+        table = _table_of(spec, given, bool(opened))
+        if table is not None and opened and spec.root is None:
             joined = label_offers(_joined(opened, names), table)
-            more = table_source(_without(table, joined), _root(spec, table))
+            more = _of_its_name(table_source(_without(table, joined), table.file.parent), spec, specs)
             opened, names = [replace(joined, skipped=_not_opened(joined, more)), more], ["", _name(spec)]
-        elif table is not None:
-            opened, names = [table_source(table, _root(spec, table))], [_name(spec)]
-        else:
-            labelled_later = any(other.kind in TABLES for other in specs[number + 1 :])
-            opened.append(_opened(spec, given, labelled_later))
-            names.append(_name(spec))
+            continue
+        labelled_later = any(_may_label(other, usual) for other in specs[number + 1 :])
+        own = table_source(table, _root(spec, table)) if table is not None else _opened(spec, given, labelled_later)
+        opened.append(_of_its_name(own, spec, specs))
+        names.append(_name(spec))
     offers = _joined(opened, names)
     for file in tables:
-        offers = label_offers(offers, read_table(_local(file)), strict=True)
+        path = _local(file)
+        offers = label_offers(offers, read_table(path, known_columns(path, usual)))
     return offers
+
+
+def _of_its_name(offers: Offers, spec: SourceParams, specs: Sequence[SourceParams]) -> Offers:
+    """Return one of several sources with the split that its name says (`test.tar`), if its images say none."""
+    word = split_word(_name(spec)) if len(specs) > 1 else None
+    if word is None or set(offers.splits) != {"train"}:
+        return offers
+    labels = [None if word in UNLABELED else label for label in offers.labels]
+    return replace(offers, splits=[SPLITS[word]] * len(offers), labels=labels)
 
 
 def specified(source: str | SourceParams, columns: Columns = Columns()) -> SourceParams:
@@ -91,7 +100,7 @@ def _kind_of(source: str, columns: Columns) -> str:
 
         path = expand(str(path))[0]
     if not path.exists():
-        raise LgpError(f"data.source {source!r} does not exist (looked at {path.absolute()}): give {LAYOUTS}")
+        raise NoSource(f"data.source {source!r} does not exist (looked at {path.absolute()}): give {LAYOUTS}")
     if path.is_dir():
         return _kind_of_folder(path, columns)
     kind = SUFFIXES.get(path.suffix.lower())
@@ -131,7 +140,10 @@ def _local(source: str) -> Path:
     if "://" in source:
         from lgp.data.sources.remote import fetched
 
-        return fetched(source, root / DOWNLOADS / sha256(source.encode()).hexdigest()[:16])
+        try:
+            return fetched(source, root / DOWNLOADS / sha256(source.encode()).hexdigest()[:16])
+        except LgpError as e:
+            raise NoSource(str(e)) from None
     return root / Path(source).expanduser()
 
 
@@ -139,15 +151,28 @@ def _name(spec: SourceParams) -> str:
     return spec.place.rstrip("/").rpartition("/")[2].partition(".")[0] or spec.kind
 
 
-def _table_of(spec: SourceParams, columns: Columns) -> Table | None:
-    """Return the rows of a table of paths, None for any other source."""
+def _table_of(spec: SourceParams, columns: Columns, behind: bool) -> Table | None:
+    """Return the rows of a table of paths, None for any other source. `behind`: other sources stand before it."""
     if spec.kind in TABLES:
         return read_table(_existing(spec), columns)
-    if spec.kind == "parquet" and (file := _local(spec.place)).is_file():
-        from lgp.data.sources.tables import is_image_table
-
-        return None if is_image_table(file, columns) else read_table(file, columns)
+    if spec.kind == "parquet" and _is_parquet_of_paths(spec, columns, behind or spec.root is not None):
+        return read_table(_local(spec.place), columns)
     return None
+
+
+def _may_label(spec: SourceParams, columns: Columns) -> bool:
+    """Return whether a source behind others labels their images."""
+    return spec.root is None and (spec.kind in TABLES or _is_parquet_of_paths(spec, columns, True))
+
+
+def _is_parquet_of_paths(spec: SourceParams, columns: Columns, behind: bool) -> bool:
+    """Return whether a Parquet file holds paths. One that stands alone may be read as a data set, by its own rules."""
+    file = _local(spec.place)
+    if spec.kind != "parquet" or not file.is_file():
+        return False
+    from lgp.data.sources.tables import holds_paths, is_image_table
+
+    return holds_paths(file, columns) if behind else not is_image_table(file, columns)
 
 
 def _root(spec: SourceParams, table: Table) -> Path:
@@ -157,7 +182,7 @@ def _root(spec: SourceParams, table: Table) -> Path:
 def _existing(spec: SourceParams) -> Path:
     path = _local(spec.place)
     if not path.exists():
-        raise LgpError(
+        raise NoSource(
             f"data.source {spec.kind}: {spec.place} does not exist (looked at {path.absolute()}): mend the path"
         )
     return path
@@ -185,17 +210,16 @@ def _opened(spec: SourceParams, columns: Columns, labelled_later: bool) -> Offer
             folder = _existing(spec)
             if not folder.is_dir():
                 raise LgpError(f"data.source folder: {spec.place} is a file: give a folder, or {LAYOUTS}")
-            if spec.class_folders is None and labelled_later:
-                splits = folder_source(folder, class_folders=True)
-                has_splits = len(set(splits.splits)) > 1
-                return splits if has_splits else folder_source(folder, class_folders=False)
-            return folder_source(folder, spec.class_folders is not False)
+            class_folders = spec.class_folders if spec.class_folders is not None else not labelled_later
+            return folder_source(folder, class_folders, columns)
         case "parquet":
             from lgp.data.sources.tables import parquet_source
 
             path = _existing(spec)
-            offers = parquet_source(path, _image_tables(path, columns) if path.is_dir() else [path], columns)
-            return _and_others(offers, path, ".parquet") if path.is_dir() else offers
+            if path.is_file():
+                return parquet_source(path, [path], columns)
+            files = _image_tables(path, columns)
+            return _and_others(parquet_source(path, files, columns), path, files)
         case "arrow":
             from lgp.data.sources.tables import arrow_source
 
@@ -222,15 +246,14 @@ def _opened(spec: SourceParams, columns: Columns, labelled_later: bool) -> Offer
             return torchvision_source(spec.place, _local(spec.root or str(DOWNLOADS / "torchvision")))
 
 
-def _and_others(offers: Offers, folder: Path, suffix: str) -> Offers:
-    """List the files beside the tables of a folder."""
+def _and_others(offers: Offers, folder: Path, tables: Sequence[Path]) -> Offers:
+    """List what stands beside the tables of a folder."""
     beside = folder_source(folder, class_folders=False)
-    others = [
-        Skipped(path, f"no table of images, beside {suffix} files that are")
-        for path in beside.paths
-        if not path.endswith(suffix)
-    ]
-    return replace(offers, clutter=[*offers.clutter, *beside.clutter, *others])
+    read = {str(table.relative_to(folder)) for table in tables}
+    listed = {skip.path for skip in [*offers.skipped, *offers.clutter]}
+    others = [Skipped(path, "no table of images, beside tables that are") for path in beside.paths if path not in read]
+    found = [skip for skip in [*beside.skipped, *beside.clutter, *others] if skip.path not in listed]
+    return replace(offers, clutter=[*offers.clutter, *found])
 
 
 def _without(table: Table, offers: Offers) -> Table:

@@ -16,9 +16,10 @@ STATE = "source_state"  # the file in the results of a stage that has the state 
 def images_state(offers: Offers) -> str:
     """Return a digest of what `prepare` depends on: each image's name, split, group and state, and if any is labelled.
 
-    A label that comes or changes leaves it as it is, except the first of all: then images are held out.
+    A label that comes or changes leaves it as it is, except the first of a split: then other images are held out.
     """
-    state = sha256(b"labelled" if any(label is not None for label in offers.labels) else b"unlabelled")
+    pairs = zip(offers.splits, offers.labels, strict=True)
+    state = sha256(f"labelled: {sorted({split for split, label in pairs if label is not None})}".encode())
     for row in zip(offers.paths, offers.splits, offers.groups, offers.states, strict=True):
         state.update(f"{row}\n".encode())
     return state.hexdigest()

@@ -162,6 +162,13 @@ def is_image_table(path: Path, columns: Columns) -> bool:
     return bool(values) and (path.parent / values[0]).is_file()
 
 
+def holds_paths(path: Path, columns: Columns) -> bool:
+    """Return whether the images of a table are text, which names them. Raise `LgpError` if it cannot be read."""
+    file = open_table(path)
+    image = _found_columns(file, columns).image
+    return image is not None and _is_text(file.schema.field(image).type)
+
+
 def _visible(folder: Path, files: Iterable[Path], listing: Listing) -> list[Path]:
     """Return the files that are not clutter; note the others."""
     visible = []
@@ -351,7 +358,7 @@ def _list_rows(root: Path, table: _Table, names: list[str], columns: Columns, li
                 listing.skipped.append(Skipped(path, f"its path {cells['path'][row]!r} leads out of the source"))
                 continue
             of_row = state_of(file)
-        listing.add(path, word, label, None if group is None else str(group), of_row)
+        listing.add(path, word, label, group, of_row)
         kept.append(row)
     return np.array(kept, dtype=np.int64)
 
