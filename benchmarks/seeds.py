@@ -36,7 +36,7 @@ OUT = ROOT / "benchmarks" / "digits-seeds.csv"
 TUNING = ROOT / "benchmarks" / "digits-tuning.csv"
 TUNED_ON = (0, 1, 2)  # one seed of 143 validation images cannot tell rates apart that differ by a point
 SEEDS = (5, 6, 7, 8, 9)
-RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
+RATES = (4e-3, 8e-3, 1.6e-2)  # MIM loses 20 points at 3.2e-2, on each of three seeds
 STAGES = ("prepare", "labels", "mim", "cl", "graft", "linear", "fewshot", "finetune")
 VARIANTS = {
     "mim": "MAE",
