@@ -304,12 +304,12 @@ def _statistics(images: Images) -> tuple[list[float], list[float]]:
     ids = images.pretraining_ids
     ids = ids[:: max(1, len(ids) // STATISTICS_IMAGES)]
     count, total, squares = 0, np.zeros(images.channels), np.zeros(images.channels)
-    for start in range(0, len(ids), 256):
-        pixels = images.whole(ids[start : start + 256]).numpy() / 255.0
+    for start in range(0, len(ids), 64):
+        pixels = images.whole(ids[start : start + 64]).numpy()
         count += pixels[:, 0].size
-        total += pixels.sum(axis=(0, 2, 3))
-        squares += (pixels**2).sum(axis=(0, 2, 3))
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+        total += pixels.sum(axis=(0, 2, 3), dtype=np.int64)
+        squares += (pixels.astype(np.uint16) ** 2).sum(axis=(0, 2, 3), dtype=np.int64)
+    mean = total / count / 255
+    std = np.sqrt(np.maximum(squares / count / 255**2 - mean**2, 0))
     # constant images (one flat colour) must not cause a division by zero
     return [round(float(m), 6) for m in mean], [round(max(float(s), 1e-3), 6) for s in std]
