@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lgp.data.held_out import Draw, HeldOut, draw_held_out, read_held_out
-from lgp.data.splits import cap, hold_out, notes_on_classes, order_keys
-from lgp.data.subsets import few_label_subsets
+from lgp.data.splits import _chosen, _most_frequent, cap, hold_out, notes_on_classes, order_keys
+from lgp.data.subsets import _to_the_end, few_label_subsets
 from lgp.errors import LgpError
 from lgp.params.labels import LabelsParams
 
@@ -289,3 +289,47 @@ def test_cap_of_unlabelled_images_alone_keeps_its_number() -> None:
 def test_cap_gives_and_takes_where_a_share_is_rounded_most(sizes: list[int], most: int, counts: list[int]) -> None:
     labels = np.repeat(np.arange(len(sizes)), sizes)
     assert np.bincount(labels[capped(labels, most, 0, "train")]).tolist() == counts
+
+
+def test_names_that_are_no_text_have_an_order() -> None:
+    assert len(set(order_keys(["\udcff", "\udcfe"], 0, "x").tolist())) == 2
+
+
+@pytest.mark.parametrize(("labels", "expected"), [([-1, 1, 1, 0], 1), ([1, 0], 0), ([2], 2), ([-1, 3], 3)])
+def test_class_of_a_group_is_its_most_frequent(labels: list[int], expected: int) -> None:
+    assert _most_frequent(np.array(labels)) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "share", "chosen"),
+    [
+        ([2, 1], 0.7, [0]),  # as many as the quota
+        ([1, 1], 0.9, [0]),  # never the last one
+        ([3, 2], 0.1, [1]),  # none fits: the smallest
+        ([3, 2, 4], 0.1, [1]),
+        ([5], 0.9, []),
+    ],
+)
+def test_units_of_a_class_are_chosen_up_to_its_quota(sizes: list[int], share: float, chosen: list[int]) -> None:
+    assert _chosen(np.arange(len(sizes)), np.array(sizes), share) == chosen
+
+
+@pytest.mark.parametrize(
+    ("units", "number", "expected"),
+    [("aab", 1, 2), ("aab", 0, 0), ("aab", 2, 2), ("aab", 3, 3), ("ab", 1, 1), ("aaab", 1, 3), ("aba", 2, 2)],
+)
+def test_number_of_images_goes_to_the_end_of_a_group(units: str, number: int, expected: int) -> None:
+    assert _to_the_end(np.array(list(units), dtype=object), number) == expected
+
+
+def test_groups_change_no_subset_unless_whole_ones_are_asked_for() -> None:
+    params = LabelsParams.model_construct(shares={}, shots=[3], subsets=2, whole_groups=False)
+    groups = [f"p{i // 5}" for i in range(len(LABELS))]
+    grouped = few_label_subsets(LABELS, names(LABELS), params, 0, CLASSES, groups)
+    assert grouped == few_label_subsets(LABELS, names(LABELS), params, 0, CLASSES, [None] * len(LABELS))
+
+
+def test_many_classes_without_labels_are_counted() -> None:
+    empty = {f"c{i:02}": 0 for i in range(12)} | {"full": 9}
+    assert notes_on_classes(empty, False)[0].endswith("c09 and 2 more classes: not evaluated")
+    assert "more" not in notes_on_classes({f"c{i:02}": 0 for i in range(10)} | {"full": 9}, False)[0]
