@@ -116,7 +116,7 @@ def _affordable(params: Params, inspection: Inspection, cl_speed: float, minutes
 def kept_values(own: Params, preset: Params) -> dict[str, Any]:
     """Return what stays of a user's own file as `section.key`: where the images and labels are, and how to compute."""
     kept: dict[str, Any] = {}
-    for section in ("data", "labels", "run"):
+    for section in ("data", "run"):
         mine, theirs = (getattr(p, section).model_dump(mode="json", exclude_none=True) for p in (own, preset))
         keys = KEPT.get(section, mine.keys())
         kept |= {f"{section}.{key}": mine[key] for key in keys if key in mine and mine[key] != theirs.get(key)}

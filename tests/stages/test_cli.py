@@ -441,7 +441,7 @@ def test_full_disk_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_debug_shows_the_traceback(project: Path, values: dict[str, Any]) -> None:
     write(merged(values, {"data": {"source": "nowhere"}}))
     result = lgp("prepare", "--debug")
-    assert type(result.exception).__name__ == "LgpError"
+    assert type(result.exception).__name__ == "NoSource"
 
 
 def test_parameters_edited_while_a_stage_runs_fail_it(

@@ -81,7 +81,7 @@ def test_flat_folder_gets_its_labels_from_a_table(project: Path) -> None:
     rows = "".join(f"photos/{i}.png,{'ant' if i % 2 else 'bee'}\n" for i in range(14))
     Path("labels.csv").write_text(f"path,label\n{rows}")
     text = Path("params.yaml").read_text().replace("source: digits", "source: [{folder: photos, class_folders: false}]")
-    Path("params.yaml").write_text(text.replace("files: [] ", "files: [labels.csv] "))
+    Path("params.yaml").write_text(text.replace("labels: [] ", "labels: [labels.csv] "))
     result = lgp("data", "inspect", "--write")
     assert result.exit_code == 0, result.output
     assert "(without a label)" in result.output
