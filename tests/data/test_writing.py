@@ -313,7 +313,7 @@ def test_run_that_is_killed_leaves_no_process_and_goes_on(tmp_path: Path, monkey
     assert len(workers) == 2
     run.send_signal(signal.SIGKILL)
     run.wait()
-    _, alive = psutil.wait_procs(workers, timeout=5)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
     assert not list(out.iterdir())
     asked: list[int] = []
