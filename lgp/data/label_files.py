@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lgp.data.sources.manifest import ImagesByName, label_offers, read_table
 from lgp.data.sources.offers import Columns, Offers
+from lgp.data.sources.states import can_hold_out
 from lgp.errors import LgpError
 
 LABELS_FILE = "added_labels.csv"  # the project's own: no name that a user's table has
@@ -24,7 +25,7 @@ class Added:
         same: number of images that had this label.
         empty: number of rows without a label.
         counts: class → number of its labelled images afterwards.
-        first: whether no image had a label before.
+        first: whether images can be held out only now.
         labels: path → label of the images that the table labels.
     """
 
@@ -74,7 +75,7 @@ def added_labels(offers: Offers, file: Path, columns: Columns) -> Added:
         same=same,
         empty=len(table.paths) - len(labelled),
         counts={name: counts[name] for name in after.classes if counts[name]},
-        first=not any(label is not None for label in offers.labels),
+        first=can_hold_out(after) and not can_hold_out(offers),
         labels={offers.paths[i]: label for i, label in now.items()},
     )
 

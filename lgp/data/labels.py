@@ -168,7 +168,7 @@ def describe(metrics: dict[str, Any], params: LabelsParams) -> list[str]:
         kept = {"report": "which stay", "drop_test": "dropped from test"}[params.leaks]
         exact, near = metrics["leaks/exact"], metrics["leaks/near"]
         lines.append(f"{exact} test images also stand elsewhere, {near} nearly, {kept}: listed in metrics/labels.json")
-    drawn = [*params.shares, *map(shot_name, params.shots)]
+    drawn = [name for name in (*params.shares, *map(shot_name, params.shots)) if f"labels/{name}" in metrics]
     for first, second in itertools.combinations(drawn, 2):
         # nested and balanced: as many images are the same images
         if metrics[f"labels/{first}"] == metrics[f"labels/{second}"]:

@@ -11,6 +11,8 @@ MOST_POINTS = 10.0
 
 def small_validation(images: int) -> str:
     """Warn of a validation part that is too small to choose by; return nothing where it is large enough."""
+    if not images:
+        return "val has no image, so nothing can be chosen on it (rates, strengths, the leader): raise data.val_share"
     low, high = accuracy_interval((np.arange(images) % 2 == 0)[None])
     if (high - low) / 2 <= MOST_POINTS:
         return ""

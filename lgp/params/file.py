@@ -242,5 +242,12 @@ def _section_at(loc: tuple[str | int, ...]) -> type[Section]:
         if str(part) not in section.model_fields:  # a name that the user chose, e.g. of a recipe
             continue
         annotation = section.model_fields[str(part)].annotation
-        section = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, Section))
+        section = _section_in(annotation) or section
     return section
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """Return the section in an annotation, however deep it stands in lists and unions."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)

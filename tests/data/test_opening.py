@@ -181,7 +181,7 @@ def test_states_change_with_what_they_are_of(raw: Path, labels: Path) -> None:
         return images_state(offers), labels_state(offers)
 
     before = states()
-    labels.write_text("path,label\n2020/0.png,ant\n2.png,bee\n1.png,bee\n")
+    labels.write_text("path,label\n2020/0.png,ant\n2.png,bee\n1.png,wasp\n")
     more_labels = states()
     assert more_labels[0] == before[0]
     assert more_labels[1] != before[1]
@@ -196,3 +196,14 @@ def test_first_label_of_all_changes_the_state_of_the_images(raw: Path, labels: P
     with_labels = images_state(opened({"folder": str(raw)}, {"csv": str(labels)}))
     labels.write_text("path,label\n2020/0.png,\n")
     assert images_state(opened({"folder": str(raw)}, {"csv": str(labels)})) != with_labels
+
+
+def test_second_label_of_a_class_changes_the_state_of_the_images(raw: Path, labels: Path) -> None:
+    def state(text: str) -> str:
+        labels.write_text(f"path,label\n{text}")
+        return images_state(opened({"folder": str(raw)}, {"csv": str(labels)}))
+
+    one = state("0.png,ant\n")
+    assert state("0.png,ant\n1.png,bee\n") == one
+    assert state("0.png,ant\n1.png,ant\n") != one
+    assert state("0.png,ant\n1.png,ant\n2.png,ant\n") == state("0.png,ant\n1.png,ant\n")

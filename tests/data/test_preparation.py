@@ -9,7 +9,7 @@ import pytest
 from made_sources import both_from, data_params, folder, images_from, labels_from, png, write_parquet
 from PIL import Image
 
-from lgp.data.labels import LabelledImages
+from lgp.data.labels import LabelledImages, describe
 from lgp.data.preparation import prepare
 from lgp.errors import LgpError
 from lgp.params.file import Params
@@ -253,6 +253,7 @@ def test_images_without_labels_train_and_nothing_is_evaluated(tmp_path: Path, pa
     assert metrics["notes"][-1].startswith("no image has a label: encoders can be trained")
     of_labels, data = labels_from(tmp_path / "source", images, tmp_path / "labels", params)
     assert (of_labels["classes"], of_labels["images/unlabeled"]) == (0, 12)
+    assert describe(of_labels, params.labels) == ["0 train, 12 unlabeled, 0 val, 0 test images in 0 classes"]
     with pytest.raises(LgpError, match="no image has a label, so nothing can be evaluated"):
         data.check_evaluable()
 

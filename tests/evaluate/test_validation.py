@@ -19,3 +19,7 @@ def test_warning_says_how_wide_a_choice_is() -> None:
 @pytest.mark.parametrize("images", [93, 94, 143, 50_000])
 def test_larger_validation_part_is_not_warned_of(images: int) -> None:
     assert small_validation(images) == ""
+
+
+def test_validation_part_without_an_image_is_told() -> None:
+    assert small_validation(0).startswith("val has no image, so nothing can be chosen on it")

@@ -48,6 +48,7 @@ def test_exponent_without_dot_is_a_number(tmp_path: Path, values: dict[str, Any]
         ({"model": {"patch_size": 1}}, "into patches of two values or more: choose one of [2, 4, 8]"),
         ({"few_labels": ["5pct"]}, "few_labels names 5pct, valid are 10pct, 1pct, all: choose of these, or"),
         ({"few_labels": ["1pct", "1pct"]}, "few_labels names 1pct twice"),
+        ({"data": {"source": {"foldr": "x"}}}, "foldr': did you mean 'folder'?"),
         ({"finetuned": ["all"]}, "finetuned names all, but there is no recipe finetune.all: add it"),
         ({"labels": {"lists": {"1pct": "list.txt"}}}, "name 1pct twice"),
         ({"labels": {"shots": [5, 5]}}, "name 5shot twice"),

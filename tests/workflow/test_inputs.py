@@ -69,11 +69,11 @@ def test_another_label_changes_the_state_of_labels_and_another_image_both(
         (project / "labels.csv").write_text(f"path,label\n{labels}")
         return labels_after(project), (project / "inputs" / "images").read_text()
 
-    before, relabelled = states("0.png,a\n1.png,b\n"), states("0.png,b\n1.png,b\n")
+    before, relabelled = states("0.png,a\n1.png,b\n"), states("0.png,c\n1.png,b\n")
     assert before[0] != relabelled[0]
     assert before[1] == relabelled[1]
     (project / "raw" / "1.png").write_bytes(b"other")
-    changed = states("0.png,b\n1.png,b\n")
+    changed = states("0.png,c\n1.png,b\n")
     assert changed[0] == relabelled[0]
     assert changed[1] != relabelled[1]
 

@@ -3,6 +3,7 @@
 The stage `inputs` computes them with every `dvc repro`, so this module imports little.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -13,13 +14,22 @@ from lgp.data.subset_lists import list_file
 STATE = "source_state"  # the file in the results of a stage that has the state that they were made from
 
 
+def can_hold_out(offers: Offers) -> bool:
+    """Return whether some class has two labelled images of train, so that one can be held out."""
+    pairs = zip(offers.splits, offers.labels, strict=True)
+    counts = Counter(label for split, label in pairs if split == "train" and label is not None)
+    return any(count > 1 for count in counts.values())
+
+
 def images_state(offers: Offers) -> str:
     """Return a digest of what `prepare` depends on: each image's name, split, group and state, and if any is labelled.
 
-    A label that comes or changes leaves it as it is, except the first of a split: then other images are held out.
+    A label that comes or changes leaves it as it is, except the first of a split, and the second of a class, from
+    which on images can be held out.
     """
     pairs = zip(offers.splits, offers.labels, strict=True)
-    state = sha256(f"labelled: {sorted({split for split, label in pairs if label is not None})}".encode())
+    labelled = sorted({split for split, label in pairs if label is not None})
+    state = sha256(f"labelled: {labelled}, can be held out: {can_hold_out(offers)}".encode())
     for row in zip(offers.paths, offers.splits, offers.groups, offers.states, strict=True):
         state.update(f"{row}\n".encode())
     return state.hexdigest()
