@@ -145,7 +145,9 @@ def given_parts(offers: Offers, labels: np.ndarray) -> np.ndarray:
 def _check_parts(offers: Offers, labels: np.ndarray, given: np.ndarray) -> None:
     """Refuse a source without training images, classes that only test or val has, and groups of several parts."""
     if not len(offers):
-        raise LgpError("the data source holds no image at all")
+        few = "; ".join(f"{skip.path} ({skip.reason})" for skip in offers.skipped[:3])
+        hint = f": left out {few}; paths of a table start at its folder, or at `root`" if few else ""
+        raise LgpError(f"the data source holds no image at all{hint}")
     if not (given == "train").any():
         raise LgpError(
             f"the data source has images of {', '.join(sorted(set(offers.splits)))}, none to train on: add a folder "

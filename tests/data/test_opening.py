@@ -207,3 +207,8 @@ def test_second_label_of_a_class_changes_the_state_of_the_images(raw: Path, labe
     assert state("0.png,ant\n1.png,bee\n") == one
     assert state("0.png,ant\n1.png,ant\n") != one
     assert state("0.png,ant\n1.png,ant\n2.png,ant\n") == state("0.png,ant\n1.png,ant\n")
+
+
+def test_root_that_is_no_folder_is_named(raw: Path, labels: Path) -> None:
+    with pytest.raises(LgpError, match=r"data\.source root: nowhere is no folder"):
+        opened({"csv": str(labels), "root": "nowhere"})

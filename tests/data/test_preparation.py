@@ -355,3 +355,11 @@ def test_class_that_only_test_has_is_named(tmp_path: Path, params: Params) -> No
     source = folder(folder(tmp_path / "source", {"a": 5, "b": 5}), {"a": 2, "c": 2}, "test")
     with pytest.raises(LgpError, match="test has classes that train lacks: c"):
         images_from(source, tmp_path / "prepared", params)
+
+
+def test_source_of_which_nothing_can_be_opened_says_why(tmp_path: Path, params: Params) -> None:
+    (tmp_path / "t.csv").write_text("path,label\n0.png,ant\n")
+    with pytest.raises(
+        LgpError, match=r"no image at all: left out 0.png \(t.csv, row 2\) \(no such file\); paths of a"
+    ):
+        images_from(tmp_path / "t.csv", tmp_path / "prepared", params)

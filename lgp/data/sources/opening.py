@@ -176,7 +176,10 @@ def _is_parquet_of_paths(spec: SourceParams, columns: Columns, behind: bool) -> 
 
 
 def _root(spec: SourceParams, table: Table) -> Path:
-    return _local(spec.root) if spec.root else table.file.parent
+    root = _local(spec.root) if spec.root else table.file.parent
+    if not root.is_dir():
+        raise NoSource(f"data.source root: {spec.root} is no folder (looked at {root.absolute()}): mend the path")
+    return root
 
 
 def _existing(spec: SourceParams) -> Path:
