@@ -99,13 +99,13 @@ def test_every_variant_has_the_same_trials_and_the_best_on_val_is_chosen(
 
     def validated(_root: Path, variant: str, rate: float, best_mim: float, seed: int) -> float:
         tried.append((variant, rate, best_mim, seed))
-        return seed - 1000 * abs(rate - {"mim": 8e-3, "cl": 3.2e-2}.get(variant, 4e-3))
+        return seed - 1000 * abs(rate - {"mim": 8e-3, "cl": 1.6e-2}.get(variant, 4e-3))
 
     monkeypatch.setattr(seeds, "validated", validated)
     monkeypatch.setattr(seeds, "project", lambda *_: None)
     tuning = seeds.tune(tmp_path, 1)
     chosen = tuning[tuning["chosen"]].set_index("variant")["rate"]
-    assert chosen.to_dict() == {"mim": 8e-3, "cl": 3.2e-2, "graft": 4e-3, "graft_one_rate": 4e-3}
+    assert chosen.to_dict() == {"mim": 8e-3, "cl": 1.6e-2, "graft": 4e-3, "graft_one_rate": 4e-3}
     for variant in seeds.VARIANTS:
         assert [(rate, seed) for v, rate, _, seed in tried if v == variant] == [
             (rate, seed) for rate in seeds.RATES for seed in seeds.TUNED_ON
