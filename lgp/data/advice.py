@@ -5,6 +5,7 @@ from typing import Any
 
 from lgp.data.inspection import Inspection
 from lgp.data.preparation import FEW_FILES
+from lgp.data.splits import notes_on_classes
 from lgp.params.file import Params
 from lgp.params.labels import shot_name
 
@@ -18,7 +19,6 @@ DIGIT_SIZE = 12  # pixels, up to which a crop must keep most of an image
 SHARES = {"1pct": 0.01, "10pct": 0.1}
 SHOTS = (1, 5)
 SPARE = 1.5  # the smallest class has so many times the labels of a shot, as a copy or a damaged image may be lost
-FEW_LABELS = 5
 LONG = 2.0  # ratio of the sides from which a centred square misses half of an image
 SHOWN = 5
 
@@ -187,19 +187,8 @@ def _about_crops(inspection: Inspection, params: Params) -> list[str]:
 
 
 def _about_labels(inspection: Inspection) -> list[str]:
-    if not inspection.classes or not any(inspection.classes.values()):
-        return [
-            "no image has a label: encoders can be trained (`dvc repro mim cl graft`), nothing can be evaluated; `lgp "
-            "labels add FILE` adds labels"
-        ]
-    lines = []
-    scarce = [f"{name} ({n})" for name, n in inspection.classes.items() if n < FEW_LABELS]
-    if scarce:
-        more = f" and {len(scarce) - SHOWN} more classes" if len(scarce) > SHOWN else ""
-        lines.append(
-            f"fewer than {FEW_LABELS} labelled images of {', '.join(scarce[:SHOWN])}{more}: their accuracy says little"
-        )
-    if not inspection.parts["test"]:
+    lines = notes_on_classes(inspection.classes, held_out=False)
+    if any(inspection.classes.values()) and not inspection.parts["test"]:
         lines.append("no labelled test image: accuracy is not measured; raise data.test_share, or label test images")
     return lines
 

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import islice
 from multiprocessing import get_context
 from typing import NamedTuple
@@ -20,7 +19,8 @@ from PIL import Image
 
 from lgp.data.conversion import FORMATS, TIFF_STARTS, Undecodable, decode, plain
 from lgp.data.held_out import Draw, HeldOut, draw_held_out
-from lgp.data.preparation import class_indices, given_parts
+from lgp.data.preparation import class_indices, faults_of, given_parts
+from lgp.data.reading import content_of
 from lgp.data.sources.offers import Offers, Read, Skipped
 from lgp.params.data import DataParams
 
@@ -169,32 +169,9 @@ def _after_holding_out(offers: Offers, labels: np.ndarray, given: np.ndarray, pa
 
 def _faults(offers: Offers, labels: np.ndarray, given: np.ndarray) -> list[str]:
     """Return what makes `prepare` or `labels` stop, a line each."""
-    faults = []
-    if not (given == "train").any():
-        faults.append("there is no image to train on: add a folder `train`, or mend the column of splits")
-    of_train = set(labels[(given == "train") & (labels >= 0)].tolist())
-    for part in ("test", "val"):
-        unknown = sorted(offers.classes[c] for c in set(labels[given == part].tolist()) - of_train - {-1})
-        if unknown and of_train:
-            faults.append(f"{part} has classes that train lacks: {', '.join(unknown)}: rename or remove them")
-    if len(of_train) == 1:
-        (only,) = of_train
-        faults.append(
-            f"all labels are of one class, {offers.classes[only]!r}: evaluation needs two or more, label images of "
-            "another class"
-        )
-    crossing = len(_crossing_groups(offers, given))
-    if crossing:
-        faults.append(
-            f"{crossing} groups have images in several parts: mend the column of splits, or the one of groups"
-        )
-    return faults
-
-
-def _crossing_groups(offers: Offers, given: np.ndarray) -> set[str]:
-    pairs = {(g, part) for g, part in zip(offers.groups, given.tolist(), strict=True) if g is not None}
-    parts_of = Counter(group for group, _ in pairs)
-    return {group for group, parts in parts_of.items() if parts > 1}
+    of_train = np.unique(labels[(given == "train") & (labels >= 0)]).tolist()
+    only = [f"the only class is {offers.classes[c]!r}: evaluation needs two or more, label others" for c in of_train]
+    return faults_of(offers, labels, given) + (only if len(only) == 1 else [])
 
 
 class _Kind(NamedTuple):
@@ -275,10 +252,9 @@ def _measured(kind: _Kind, pixels: np.ndarray, started: float) -> _Look:
     height, width, channels = pixels.shape
     step = max(min(height, width) // MEASURED_SIDE, 1)
     values = pixels[::step, ::step].reshape(-1, channels) / 255.0
-    digest = sha256(f"{pixels.shape}".encode())
-    digest.update(np.ascontiguousarray(pixels).data)
+    content = content_of(pixels)
     seconds = time.perf_counter() - started
-    return _Look(kind, height, width, channels, digest.digest(), values.mean(0), (values**2).mean(0), seconds)
+    return _Look(kind, height, width, channels, content, values.mean(0), (values**2).mean(0), seconds)
 
 
 def _without_colours(pixels: np.ndarray) -> np.ndarray:

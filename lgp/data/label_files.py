@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lgp.data.sources.manifest import ImagesByName, label_offers, read_table
+from lgp.data.sources.manifest import SHOWN, label_offers, read_table
 from lgp.data.sources.offers import Columns, Offers
 from lgp.data.sources.states import can_hold_out
 from lgp.errors import LgpError
@@ -58,11 +58,14 @@ def added_labels(offers: Offers, file: Path, columns: Columns) -> Added:
             f"{file} has splits or groups, which `lgp labels add` does not take: remove these columns, or name the "
             "table in data.labels and run `lgp prepare`"
         )
-    after = label_offers(offers, table, strict=True)
-    images = ImagesByName(offers.paths)
-    labelled = [
-        images.find(path)[0] for path, label in zip(table.paths, table.labels, strict=True) if label is not None
-    ]
+    after, named = label_offers(offers, table)
+    unknown = [table.said(row) for row, image in enumerate(named) if image is None]
+    if unknown:
+        raise LgpError(
+            f"{file}: {len(unknown)} of {len(named)} rows name no image of data.source: {', '.join(unknown[:SHOWN])}: "
+            "mend the paths, which start at the source's folder"
+        )
+    labelled = [i for i, label in zip(named, table.labels, strict=True) if i is not None and label is not None]
     if not labelled:
         raise LgpError(f"{file} labels no image: fill in its column of labels")
     before = [offers.labels[i] for i in dict.fromkeys(labelled)]

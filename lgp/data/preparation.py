@@ -59,7 +59,8 @@ def prepare(
     state = images_state(offers)
     labels = class_indices(offers)
     given = given_parts(offers, labels)
-    _check_parts(offers, labels, given)
+    if faults := faults_of(offers, labels, given):
+        raise LgpError("; ".join(faults))
     positions = _within_caps(offers, labels, given, params, seed)
     pieces = _started(work or folder, state)
     stored = store(offers, positions, params, pieces, folder)
@@ -142,23 +143,27 @@ def given_parts(offers: Offers, labels: np.ndarray) -> np.ndarray:
     return splits
 
 
-def _check_parts(offers: Offers, labels: np.ndarray, given: np.ndarray) -> None:
-    """Refuse a source without training images, classes that only test or val has, and groups of several parts."""
+def faults_of(offers: Offers, labels: np.ndarray, given: np.ndarray) -> list[str]:
+    """Return why a source cannot be prepared, a line each: no images, classes that train lacks, crossing groups.
+
+    Args:
+        offers: the source.
+        labels: (N,) class indices, -1 where unlabelled.
+        given: (N,) train, val, test or dropped.
+    """
     if not len(offers):
         few = "; ".join(f"{skip.path} ({skip.reason})" for skip in offers.skipped[:3])
         hint = f": left out {few}; paths of a table start at its folder, or at `root`" if few else ""
-        raise LgpError(f"the data source holds no image at all{hint}")
+        return [f"the data source holds no image at all{hint}"]
+    faults = []
     if not (given == "train").any():
-        raise LgpError(
-            f"the data source has images of {', '.join(sorted(set(offers.splits)))}, none to train on: add a folder "
-            "`train`"
-        )
+        there = ", ".join(sorted(set(offers.splits)))
+        faults.append(f"the data source has images of {there}, none to train on: add a folder `train`")
     train = set(labels[given == "train"])
     for part in ("test", "val"):
-        of_part = set(labels[(given == part) & (labels >= 0)])
-        unknown = sorted(offers.classes[c] for c in of_part - train)
-        if unknown and train != {-1}:
-            raise LgpError(f"{part} has classes that train lacks: {', '.join(unknown)}; rename or remove them")
+        unknown = sorted(offers.classes[c] for c in set(labels[(given == part) & (labels >= 0)]) - train)
+        if unknown and train - {-1}:
+            faults.append(f"{part} has classes that train lacks: {', '.join(unknown)}; rename or remove them")
     parts_of: dict[str, set[str]] = {}
     for group, part in zip(offers.groups, given.tolist(), strict=True):
         if group is not None:
@@ -166,10 +171,11 @@ def _check_parts(offers: Offers, labels: np.ndarray, given: np.ndarray) -> None:
     crossing = sorted(group for group, parts in parts_of.items() if len(parts) > 1)
     if crossing:
         parts = ", ".join(sorted(parts_of[crossing[0]]))
-        raise LgpError(
+        faults.append(
             f"{len(crossing)} groups have images in several parts, as {crossing[0]} ({parts}): a group is of one part, "
             "mend the column of splits or the one of groups"
         )
+    return faults
 
 
 def _within_caps(offers: Offers, labels: np.ndarray, given: np.ndarray, params: DataParams, seed: int) -> list[int]:

@@ -184,7 +184,7 @@ def test_a_list_without_labels_leaves_those_of_folders(opened: Opened) -> None:
     ("name", "data", "message"),
     [
         ("labels.csv", b"file,label\na.png,\xff\n", r"labels\.csv cannot be read"),
-        ("metadata.jsonl", b'{"file_name": "a.png"}\n[1]\n', "a line is no object"),
+        ("metadata.jsonl", b'{"file_name": "a.png"}\n[1]\n', "a row is no object"),
         ("labels.csv", b"file,label\na.png,x\na.png,y\n", r"row 1 says something else of a\.png"),
         ("labels.csv", b"file,split\na.png,fold1\n", r"labels\.csv: row 0 has the split 'fold1'"),
     ],

@@ -294,7 +294,7 @@ def test_cut_and_damaged_files_have_a_plain_reason(kind: str) -> None:
 
 
 def test_reason_of_a_file_names_no_place() -> None:
-    assert conversion.plain(FileNotFoundError(2, "No such file or directory", "/home/me/x.png")) == (
+    assert conversion.plain(FileNotFoundError(2, "No such file or directory", "/pictures/x.png")) == (
         "No such file or directory"
     )
     assert conversion.plain(OSError("cannot identify image file <_io.BytesIO object at 0x7f12>")) == (

@@ -71,6 +71,20 @@ def test_train_among_classes_is_a_class(tmp_path: Path) -> None:
     assert len(offers) == 4
 
 
+def test_folders_above_all_say_nothing(tmp_path: Path) -> None:
+    folder(tmp_path / "photos" / "v2", {"ant": 1, "bee": 1})
+    offers = folder_source(tmp_path)
+    assert offers.classes == ["ant", "bee"]
+    assert offers.paths[0] == "photos/v2/train/ant/0.png"
+
+
+def test_images_below_a_list_of_labels_have_no_class_of_their_folder(tmp_path: Path) -> None:
+    folder(tmp_path, {"2020": 2, "2021": 1}, ".")
+    (tmp_path / "labels.csv").write_text("path,label\n2020/0.png,ant\n")
+    offers = folder_source(tmp_path)
+    assert (offers.classes, offers.labels) == (["ant"], ["ant", None, None])
+
+
 def test_metadata_without_paths_labels_nothing(tmp_path: Path) -> None:
     folder(tmp_path, {"ant": 1})
     (tmp_path / "metadata.csv").write_text("lesion_id,age\nx,7\n")
@@ -94,7 +108,7 @@ def test_everything_else_is_listed(tmp_path: Path) -> None:
     reasons = {Path(s.path).name: s.reason for s in offers.skipped}
     assert reasons["gone.png"] == "a link to nothing"
     assert reasons["pipe.png"].startswith("neither a file nor a folder: a pipe")
-    assert reasons["0.png"].startswith("beside train: in none of them")
+    assert reasons["0.png"].startswith("beside folders of splits, and in none of them")
     assert {Path(s.path).name for s in offers.clutter} == {
         "Thumbs.db", ".DS_Store", "._0.png", "notes.txt", "labels.csv", "@eaDir", "__MACOSX", ".cache"
     }  # fmt: skip
@@ -117,13 +131,19 @@ def test_class_names_that_look_the_same_are_the_same(tmp_path: Path) -> None:
     assert folder_source(tmp_path).classes == ["café"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_folder_without_permission_is_listed(tmp_path: Path) -> None:
+def test_folder_without_permission_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder(tmp_path, {"ant": 1, "bee": 1})
-    (tmp_path / "train" / "bee").chmod(0)
+    scan = os.scandir
+
+    def forbidden(path: Path) -> object:
+        if Path(path).name == "bee":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
     offers = folder_source(tmp_path)
-    (tmp_path / "train" / "bee").chmod(0o700)
-    assert [s.path for s in offers.skipped] == ["train/bee"]
+    assert offers.skipped == [("train/bee", "a folder that cannot be read: Permission denied")]
+    assert offers.paths == ["train/ant/0.png"]
 
 
 def test_metadata_labels_the_images_of_its_folder(tmp_path: Path) -> None:

@@ -182,9 +182,9 @@ def test_processes_find_what_one_finds(data: DataParams) -> None:
 @pytest.mark.parametrize(
     ("splits", "labels", "groups", "fault"),
     [
-        ("test", "aabb", None, "no image to train on"),
+        ("test", "aabb", None, "none to train on"),
         (["train", "train", "train", "test"], "aabc", None, "test has classes that train lacks: c"),
-        ("train", "aaaa", None, "all labels are of one class, 'a'"),
+        ("train", "aaaa", None, "the only class is 'a'"),
         (["train", "train", "test", "test"], "abab", ["g", None, "g", None], "1 groups have images in several parts"),
     ],
 )

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from made_sources import both_from, images_from, labels_from, png
 from PIL import Image
 
+from lgp.data.sources.archives import zip_source
 from lgp.data.sources.folder import folder_source
 from lgp.data.sources.manifest import read_table, table_source
+from lgp.data.sources.offers import Columns, Offers
 from lgp.errors import LgpError
 from lgp.params.file import Params
 
@@ -124,6 +126,33 @@ def test_same_images_in_another_layout_are_the_same_data(
         of_expected.ids(s).tolist() for s in ("train", "val", "test")
     ]
     assert [s.tolist() for s in data.subsets("10pct")] == [s.tolist() for s in of_expected.subsets("10pct")]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train/ant/0", "train/bee/0", "test/ant/0", "extra/x/0"],
+        ["ant/0", "bee/0", "stray"],
+        ["train/0", "car/0", "bus/0"],
+        ["outer/train/ant/0", "outer/train/bee/0", "outer/unlabeled/x/0"],
+        ["raw/0", "raw/1"],
+        ["Training/ant/deep/0", "Training/bee/0", "Testing/bee/0"],
+    ],
+)
+def test_folders_say_the_same_in_a_folder_and_in_an_archive(tmp_path: Path, names: list[str]) -> None:
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for name in names:
+            (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "folder" / f"{name}.png").write_bytes(PICTURES[0])
+            archive.writestr(f"{name}.png", PICTURES[0])
+    one, other = folder_source(tmp_path / "folder"), zip_source([tmp_path / "all.zip"], Columns())
+
+    def said(offers: Offers) -> set[tuple[str, str, str | None]]:
+        return set(zip(offers.paths, offers.splits, offers.labels, strict=True))
+
+    assert said(one) == said(other)
+    assert {s.path for s in one.skipped} == {s.path for s in other.skipped}
+    assert one.classes == other.classes
 
 
 def test_images_and_labels_that_come_move_no_image(tmp_path: Path, params: Params) -> None:

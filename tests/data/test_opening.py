@@ -89,10 +89,10 @@ def test_table_with_a_root_opens_its_own_images(tmp_path: Path) -> None:
 
 def test_names_of_several_sources_are_their_splits(tmp_path: Path) -> None:
     for name in ("train", "validation", "test", "unlabeled"):
-        folder(tmp_path / name, {"ant": 1}, ".")
+        folder(tmp_path / name, {"ant": 1, "bee": 1}, ".")
     offers = opened(*(tmp_path / name for name in ("train", "validation", "test", "unlabeled")))
-    assert offers.splits == ["train", "val", "test", "train"]
-    assert offers.labels == ["ant", "ant", "ant", None]
+    assert offers.splits == [split for split in ("train", "val", "test", "train") for _ in range(2)]
+    assert offers.labels == ["ant", "bee"] * 3 + [None, None]
 
 
 def test_parquet_of_paths_labels_the_images_before_it(raw: Path) -> None:

@@ -187,7 +187,7 @@ def test_given_and_usual_columns(tmp_path: Path) -> None:
         pa.array([png(5)], pa.large_binary()),
         pa.array([{"bytes": png(5)}]),
         pa.array([list(png(5))], pa.list_(pa.uint8())),
-        pa.array([{"bytes": png(5), "path": "/home/someone/cat.png"}], IMAGE),
+        pa.array([{"bytes": png(5), "path": "/pictures/cat.png"}], IMAGE),
     ],
 )
 def test_images_of_many_types(tmp_path: Path, column: Any) -> None:
@@ -223,7 +223,7 @@ def test_images_by_path_are_read_and_never_outside_the_source(tmp_path: Path, fo
     assert all("leads out of the source" in s.reason for s in offers.skipped)
     assert offers.labels == ["a", "b", "e", "f", "g"]
     assert [read() for read in offers.reads([0, 1])] == [png(4), png(5)]
-    assert reason_of(offers, 2) == "ValueError: its file 'none.png' does not exist"
+    assert reason_of(offers, 2).startswith("FileNotFoundError: ")
     assert "no image in this row" in reason_of(offers, 3)
     assert "null" in reason_of(offers, 4)
     before = offers.states[0]

@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from lgp.data.sources.cells import one_line, printable
 from lgp.data.sources.image_cells import same, state_of
-from lgp.data.sources.listing import fail, one_line, printable
+from lgp.data.sources.listing import fail
 from lgp.data.sources.offers import Read
 from lgp.errors import LgpError
 

@@ -21,14 +21,19 @@ from lgp.data.sources.archive_files import (
     zip_members,
     zip_reads,
 )
+from lgp.data.sources.cells import is_clutter, one_line, printable, split_word
 from lgp.data.sources.image_cells import state_of
-from lgp.data.sources.listing import IMAGE_ENDINGS, Listing, is_clutter, one_line, printable, split_word
-from lgp.data.sources.member_labels import MANIFESTS, SIDECARS, Said, by_folders, in_manifest, in_sidecar
+from lgp.data.sources.listing import LISTS, Listing, OfFolders, by_folders
+from lgp.data.sources.member_labels import SIDECARS, Said, in_manifest, in_sidecar
 from lgp.data.sources.offers import Columns, Offers, Read, Skipped
 from lgp.errors import LgpError
 
+IMAGE_ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".tga"),
+)
 SIDECAR_BYTES = 2**20  # a larger file does not label one image
-MANIFEST_BYTES = 2**28
+LIST_BYTES = 2**28
 MOST_NAMES = 10**6  # that braces may stand for
 
 
@@ -127,9 +132,8 @@ def _offers(files: Sequence[Path], columns: Columns, scan: Scan, reads: Reads) -
     of_folders = iter(by_folders([path for archive in archives for path in archive.images]))
     kept = []
     for archive in archives:
-        for path, said in archive.images.items():
-            _list_image(archive, archive.members[path], said, next(of_folders), listing)
-        kept.append([archive.members[path] for path in archive.images])
+        images = [(archive.members[path], said, next(of_folders)) for path, said in archive.images.items()]
+        kept.append([member for member, said, of in images if _list_image(archive, member, said, of, listing)])
     return listing.offers(partial(_reads, [archive.file for archive in archives], kept, reads))
 
 
@@ -170,7 +174,7 @@ def _scan(archive: _Archive, columns: Columns, scan: Scan, listing: Listing) -> 
             earlier = archive.members.pop(member.path)  # the later one also takes its place in the order
             listing.skipped.append(Skipped(f"{where}@{earlier.offset}", "a later member has the same name"))
         archive.members[member.path] = member
-        if posixpath.basename(member.path).lower() in MANIFESTS and member.size <= MANIFEST_BYTES:
+        if posixpath.basename(member.path).lower() in LISTS and member.size <= LIST_BYTES:
             archive.lists[member.path] = _content(where, read)
         elif posixpath.splitext(member.path)[1].lower() in SIDECARS and member.size <= SIDECAR_BYTES:
             archive.sidecars[member.path] = _said_beside(where, read, columns)
@@ -260,7 +264,13 @@ def _joined(first: Said, second: Said) -> Said:
     return Said(label, first.word or second.word, first.group or second.group, first.labels or second.labels)
 
 
-def _list_image(archive: _Archive, member: Member, said: Said, of_folders: Said, listing: Listing) -> None:
-    joined = _joined(said, of_folders)
+def _list_image(archive: _Archive, member: Member, said: Said, of: OfFolders | None, listing: Listing) -> bool:
+    """List an image. Return whether it is one of the data set: it is not in a folder beside those of splits."""
+    path = archive.prefix + member.path
+    if of is None and said == Said():
+        listing.skipped.append(Skipped(path, "beside folders of splits, and in none of them"))
+        return False
+    word, label = of or OfFolders()
     state = f"{archive.state}-{member.offset}-{member.size}"
-    listing.add(archive.prefix + member.path, joined.word or archive.word, joined.label, joined.group, state)
+    listing.add(path, said.word or word or archive.word, said.label if said.labels else label, said.group, state)
+    return True

@@ -12,9 +12,10 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from lgp.data.sources.image_cells import file_bytes, state_of
-from lgp.data.sources.listing import Listing, class_name, fail, one_line, split_of_cell
-from lgp.data.sources.offers import SPLITS, Columns, Offers, Read, Skipped
+from lgp.data.sources.cells import class_name, one_line, split_of_cell
+from lgp.data.sources.image_cells import state_of
+from lgp.data.sources.listing import Listing, fail
+from lgp.data.sources.offers import SPLITS, Columns, Offers, Read, Skipped, read_file
 from lgp.errors import LgpError
 
 DIGITS = "digits"
@@ -297,4 +298,4 @@ def _labels_and_files(part: Any) -> tuple[list[int], list[Path] | None]:
 
 
 def _file_reads(files: list[Path], positions: Sequence[int]) -> Iterator[Read]:
-    return (partial(file_bytes, files[i], str(files[i])) for i in positions)
+    return (partial(read_file, str(files[i])) for i in positions)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lgp.data.sources.listing import fail, one_line
-from lgp.data.sources.offers import Read
+from lgp.data.sources.cells import one_line
+from lgp.data.sources.listing import fail
+from lgp.data.sources.offers import Read, read_file, state_text
 
 
 def inside(root: Path, folder: Path, path: str) -> Path | None:
@@ -20,10 +21,9 @@ def inside(root: Path, folder: Path, path: str) -> Path | None:
 def state_of(file: Path) -> str:
     """Return what changes where a file changes: its size and time, or that it is missing."""
     try:
-        stat = file.stat()
+        return state_text(file.stat())
     except (OSError, ValueError):  # a path with a null character is a ValueError
         return "missing"
-    return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
 def read_of(value: object, root: Path, folder: Path) -> Read:
@@ -45,7 +45,7 @@ def read_of(value: object, root: Path, folder: Path) -> Read:
     if not isinstance(value, str):
         return partial(fail, "no image in this row")
     file = inside(root, folder, value)
-    return partial(file_bytes, file, value) if file else partial(fail, f"its path {value!r} leads out of the source")
+    return partial(read_file, str(file)) if file else partial(fail, f"its path {value!r} leads out of the source")
 
 
 def same(data: bytes) -> bytes:
@@ -60,11 +60,3 @@ def _of_numbers(value: list[Any]) -> bytes | np.ndarray:
         raise ValueError("its numbers are not whole ones from 0 to 255")
     pixels = numbers.astype(np.uint8)
     return pixels.tobytes() if pixels.ndim == 1 else pixels
-
-
-def file_bytes(file: Path, named: str) -> bytes:
-    """Read an image's file, which the source calls `named`."""
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"its file {named!r} does not exist") from None

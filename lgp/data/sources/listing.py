@@ -1,20 +1,15 @@
-"""What the modules of all layouts share: columns that grow, and what a cell, a word or a name means."""
+"""What the modules of all layouts share: the columns of `Offers` while they grow, and what folders say."""
 
-import math
-import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from lgp.data.sources.offers import SPLITS, UNLABELED, USUAL, Columns, Offers, Read, Skipped, natural_order
-from lgp.errors import LgpError
+from lgp.data.sources.cells import plain_text, printable
+from lgp.data.sources.offers import SPLITS, UNLABELED, Offers, Read, Skipped, natural_order
 
-CLUTTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle.bin", "lost+found"}
-
-IMAGE_ENDINGS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".tga"),
-)
+LISTS = ("labels.csv", "metadata.csv", "labels.jsonl", "metadata.jsonl")
+"""Tables in a folder or an archive that label its images."""
 
 
 @dataclass
@@ -33,14 +28,22 @@ class Listing:
         """Add an image. `word` is the word of `SPLITS` that its split has in the source, None for unknown."""
         self.paths.append(path)
         self.splits.append(SPLITS[word or "train"])
-        self.labels.append(None if word in UNLABELED else label)
-        self.groups.append(group_name(group))
+        self.labels.append(None if word in UNLABELED else label)  # also where a column says so
+        self.groups.append(plain_text(group))
         self.states.append(state)
 
-    def offers(self, reads: Callable[[Sequence[int]], Iterator[Read]], declared: Iterable[str] = ()) -> Offers:
-        """Return what is listed. Class names that the source declares come first, in its order."""
+    def offers(
+        self, reads: Callable[[Sequence[int]], Iterator[Read]], declared: Iterable[str] = (), more: Iterable[str] = ()
+    ) -> Offers:
+        """Return what is listed.
+
+        Args:
+            reads: as in `Offers`.
+            declared: class names that the source declares. They come first, in its order.
+            more: class names that may have no image.
+        """
         names = list(dict.fromkeys(declared))
-        found = natural_order(label for label in set(self.labels) - set(names) if label is not None)
+        found = natural_order(label for label in {*self.labels, *more} - set(names) if label is not None)
         return Offers(
             self.paths,
             self.splits,
@@ -55,91 +58,52 @@ class Listing:
         )
 
 
-def group_name(value: object) -> str | None:
-    """Return the group that a cell holds, None for a missing value or a blank text."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    return unicodedata.normalize("NFC", str(value).strip()) or None
+class OfFolders(NamedTuple):
+    """What the folders of an image say: the word of its split, and its class."""
+
+    word: str | None = None
+    label: str | None = None
 
 
-def class_name(value: object, where: str) -> str | None:
-    """Return the class name that a cell holds, None for a missing value, an empty text or -1.
+def by_folders(paths: Sequence[str]) -> list[OfFolders | None]:
+    """Return what the folders of images say: `train/CLASS/x.jpg`, `CLASS/x.jpg`, whatever folders are above all.
 
-    Raises:
-        LgpError: the cell holds several labels, a number that is not whole, or no label at all. `where` names the cell.
+    A folder `train` beside other folders that hold images is a class, if no folder holds classes. One folder that holds
+    every image is no class. None: an image beside folders of splits, and in none of them.
     """
-    if isinstance(value, bytes):
-        value = value.decode(errors="backslashreplace")
-    if isinstance(value, float):
-        value = _whole(value, where)
-    if value is None or value == -1 or (isinstance(value, str) and value.strip() in ("", "-1")):
+    folders = [tuple(path.split("/")[:-1]) for path in paths]
+    while folders and _is_above_all(folders):
+        folders = [parts[1:] for parts in folders]
+    top = {parts[0] for parts in folders if parts}
+    flat = all(len(parts) <= 1 for parts in folders)
+    has_splits = bool(top) and any(map(_is_split, top)) and not (flat and not all(map(_is_split, top)))
+    if not has_splits and flat and len(top) == 1 and all(folders):
+        return [OfFolders()] * len(folders)
+    return [_in_splits(parts) if has_splits else OfFolders(None, _class(parts)) for parts in folders]
+
+
+def _is_above_all(folders: Sequence[tuple[str, ...]]) -> bool:
+    """Return whether one folder, which is no split, holds nothing but folders, and these hold all images."""
+    first = folders[0][:1]
+    return bool(first) and not _is_split(first[0]) and all(len(p) > 1 and p[:1] == first for p in folders)
+
+
+def _is_split(name: str) -> bool:
+    return name.lower() in SPLITS
+
+
+def _in_splits(parts: tuple[str, ...]) -> OfFolders | None:
+    if not parts or not _is_split(parts[0]):
         return None
-    if isinstance(value, list | tuple | dict):
-        raise LgpError(f"{where} has the label {_short(value)}: several labels an image are not supported; give one")
-    if not isinstance(value, str | int):
-        raise LgpError(f"{where} has a label of type {type(value).__name__}: give text or whole numbers")
-    return str(value)
+    word = parts[0].lower()
+    return OfFolders(word, None if word in UNLABELED else _class(parts[1:]))
 
 
-def _whole(value: float, where: str) -> int | None:
-    if math.isnan(value):
-        return None
-    if not value.is_integer():
-        raise LgpError(f"{where} has the label {value}: a number that is not whole names no class; give classes")
-    return int(value)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:60]}…"
-
-
-def split_word(text: str) -> str | None:
-    """Return the first word of a name that names a split (`train-00000-of-00004`), lower case, None without one."""
-    return next((word for word in re.split(r"[^a-z]+", text.lower()) if word in SPLITS), None)
-
-
-def split_of_cell(value: object, where: str) -> str | None:
-    """Return the word of `SPLITS` that a cell holds, None for a missing value or an empty text.
-
-    Raises:
-        LgpError: the cell holds another word.
-    """
-    text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
-    word = "" if text is None else str(text).strip().lower()
-    if word and word not in SPLITS:
-        raise LgpError(f"{where} has the split {value!r}: valid are {', '.join(SPLITS)}")
-    return word or None
-
-
-def column_of(present: Sequence[str], columns: Columns, role: str) -> str | None:
-    """Return the name of the column for a role: the given one, else the first usual one, None if it is not present.
-
-    Args:
-        present: names of the columns that the table has.
-        columns: the given names.
-        role: image, label, split or group.
-    """
-    given = getattr(columns, role)
-    candidates = USUAL[role] if given is None else (given,)
-    return next((name for name in candidates if name in present), None)
-
-
-def is_clutter(path: str) -> bool:
-    """Return whether a relative path with `/` is of an operating system or viewer, or hidden."""
-    return any(part.startswith(".") or part.lower() in CLUTTER for part in path.split("/"))
-
-
-def printable(name: str) -> str:
-    """Return a file's name as text that can be encoded. Bytes that are not UTF-8 are written as hexadecimal numbers."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+def _class(parts: tuple[str, ...]) -> str | None:
+    """Return the class of a folder. Names that look the same are the same (Unicode's form NFC)."""
+    return unicodedata.normalize("NFC", printable(parts[0])) if parts else None
 
 
 def fail(reason: str) -> bytes:
     """Stand for an image that cannot be read: raise `ValueError` with the reason."""
     raise ValueError(reason)
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

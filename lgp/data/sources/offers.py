@@ -3,6 +3,7 @@
 Listing decodes nothing and imports little: the stage `inputs` lists the source with every `dvc repro`.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -24,6 +25,11 @@ def read_file(path: str) -> bytes:
     """Read an ordinary file: `functools.partial(read_file, path)` is the `Read` of an image that is such a file."""
     with open(path, "rb") as file:
         return file.read()
+
+
+def state_text(about: os.stat_result) -> str:
+    """Return what changes where a file changes: its size and time."""
+    return f"{about.st_size}-{about.st_mtime_ns}"
 
 
 class Skipped(NamedTuple):

@@ -8,14 +8,14 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
+from lgp.data.sources.arrays import DIGITS
+from lgp.data.sources.cells import is_clutter, split_word
 from lgp.data.sources.folder import folder_source
-from lgp.data.sources.listing import is_clutter, split_word
-from lgp.data.sources.manifest import Table, known_columns, label_offers, read_table, table_source
+from lgp.data.sources.manifest import Table, label_offers, listed, read_rows, read_table, table_of, table_source
 from lgp.data.sources.offers import SPLITS, UNLABELED, Columns, Offers, Read, Skipped
 from lgp.errors import LgpError, NoSource
 from lgp.params.data import TABLES, ColumnsParams, SourceParams
 
-DIGITS = "digits"
 SUFFIXES = {
     ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet",
     ".arrow": "arrow", ".tar": "tar", ".tgz": "tar", ".gz": "tar", ".zip": "zip", ".npz": "npz",
@@ -48,9 +48,10 @@ def open_sources(
         given = Columns(**spec.columns.model_dump()) if spec.columns else usual
         table = _table_of(spec, given, bool(opened))
         if table is not None and opened and spec.root is None:
-            joined = label_offers(_joined(opened, names), table)
-            more = _of_its_name(table_source(_without(table, joined), table.file.parent), spec, specs)
-            opened, names = [replace(joined, skipped=_not_opened(joined, more)), more], ["", _name(spec)]
+            before, named = label_offers(_joined(opened, names), table)
+            rest = table.rows([row for row, image in enumerate(named) if image is None])
+            more = _of_its_name(table_source(rest, table.file.parent), spec, specs)
+            opened, names = [before, more], ["", _name(spec)]
             continue
         labelled_later = any(_may_label(other, usual) for other in specs[number + 1 :])
         own = table_source(table, _root(spec, table)) if table is not None else _opened(spec, given, labelled_later)
@@ -58,8 +59,9 @@ def open_sources(
         names.append(_name(spec))
     offers = _joined(opened, names)
     for file in tables:
-        path = _local(file)
-        offers = label_offers(offers, read_table(path, known_columns(path, usual)))
+        rows = read_rows(_local(file))
+        table = table_of(rows, rows.known(usual))
+        offers = listed(*label_offers(offers, table), table)
     return offers
 
 
@@ -127,11 +129,11 @@ def _image_tables(folder: Path, columns: Columns) -> list[Path]:
     from lgp.data.sources.tables import is_image_table
 
     files = sorted(folder.rglob("*.parquet"))
-    return [file for file in files if not _is_hidden(file.relative_to(folder)) and is_image_table(file, columns)]
+    return [file for file in files if not _is_clutter(folder, file) and is_image_table(file, columns)]
 
 
-def _is_hidden(path: Path) -> bool:
-    return is_clutter(str(path))
+def _is_clutter(folder: Path, file: Path) -> bool:
+    return is_clutter(file.relative_to(folder).as_posix())
 
 
 def _local(source: str) -> Path:
@@ -198,7 +200,7 @@ def _files(spec: SourceParams) -> list[Path]:
     path = _local(spec.place)
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file() and SUFFIXES.get(p.suffix.lower()) == spec.kind)
-        return [file for file in found if not _is_hidden(file.relative_to(path))]
+        return [file for file in found if not _is_clutter(path, file)]
     return [path] if path.is_file() else expand(str(path))
 
 
@@ -257,18 +259,6 @@ def _and_others(offers: Offers, folder: Path, tables: Sequence[Path]) -> Offers:
     others = [Skipped(path, "no table of images, beside tables that are") for path in beside.paths if path not in read]
     found = [skip for skip in [*beside.skipped, *beside.clutter, *others] if skip.path not in listed]
     return replace(offers, clutter=[*offers.clutter, *found])
-
-
-def _without(table: Table, offers: Offers) -> Table:
-    """Return the rows of a table that name none of these images."""
-    named = {skipped.path for skipped in offers.skipped}
-    return table.rows([i for i in range(len(table.paths)) if table.said(i) in named])
-
-
-def _not_opened(labelled: Offers, more: Offers) -> list[Skipped]:
-    """Return what was skipped, without rows that turned out to be images of their own, or are listed once more."""
-    of_table = {skipped.path for skipped in more.skipped}
-    return [s for s in labelled.skipped if s.reason != "names no image of the source" and s.path not in of_table]
 
 
 def _joined(opened: Sequence[Offers], names: Sequence[str]) -> Offers:

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
-from lgp.data.sources.listing import one_line
+from lgp.data.sources.cells import one_line
 from lgp.errors import LgpError, check_disk_space, is_disk_full
 
 FILES, LOG, UNFINISHED, LOCK = "files", "fetched.jsonl", "unfinished", "lock"

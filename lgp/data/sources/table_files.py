@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lgp.data.sources.listing import one_line
+from lgp.data.sources.cells import one_line
 from lgp.errors import LgpError
 
 BATCH = 64  # rows of Parquet that are in memory at once

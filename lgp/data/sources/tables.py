@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lgp.data.sources.image_cells import inside, read_of, state_of
-from lgp.data.sources.listing import (
-    Listing,
+from lgp.data.sources.cells import (
     class_name,
     column_of,
     is_clutter,
     one_line,
     printable,
-    split_of_cell,
     split_word,
+    split_words,
 )
+from lgp.data.sources.image_cells import inside, read_of, state_of
+from lgp.data.sources.listing import Listing
 from lgp.data.sources.offers import SPLITS, UNLABELED, Columns, Offers, Read, Skipped
 from lgp.data.sources.table_files import TableFile, open_table
 from lgp.errors import LgpError
@@ -343,9 +343,8 @@ def _names_for(table: _Table, tables: list[_Table]) -> list[str]:
 
 def _list_rows(root: Path, table: _Table, names: list[str], columns: Columns, listing: Listing) -> np.ndarray:
     """List the rows of a table. Return the numbers of those that are images."""
-    stat = table.file.path.stat()
-    state = f"{stat.st_size}-{stat.st_mtime_ns}"
-    cells = _cells(table, columns)
+    state = state_of(table.file.path)
+    cells = _cells(table)
     words = _words(table, cells.get("split"), columns)
     labels = _labels(table, cells.get("label"), words, names)
     groups = cells.get("group", [None] * table.file.rows)
@@ -363,7 +362,7 @@ def _list_rows(root: Path, table: _Table, names: list[str], columns: Columns, li
     return np.array(kept, dtype=np.int64)
 
 
-def _cells(table: _Table, columns: Columns) -> dict[str, list[Any]]:
+def _cells(table: _Table) -> dict[str, list[Any]]:
     """Read the columns that say something of an image: role (label, split, group, path) → a value per row."""
     import pyarrow as pa
 
@@ -385,14 +384,11 @@ def _values(read: Any, name: str) -> list[Any]:
 
 
 def _words(table: _Table, values: list[Any] | None, columns: Columns) -> list[str | None]:
-    """Return the word of each row's split. A column such as `part` or `set` that has other words says nothing."""
-    if values is None or (columns.split is None and table.found.split != "split" and not _are_splits(values)):
+    """Return the word of each row's split: of its cell, else of the table's name."""
+    if values is None:
         return [table.word] * table.file.rows
-    return [split_of_cell(v, f"{table.file.path}: row {i}") or table.word for i, v in enumerate(values)]
-
-
-def _are_splits(values: list[Any]) -> bool:
-    return all(value is None or str(value).strip().lower() in SPLITS for value in set(values))
+    words = split_words(values, table.found.split, columns, lambda row: f"{table.file.path}: row {row}")
+    return [word or table.word for word in words]
 
 
 def _labels(table: _Table, values: list[Any] | None, words: list[str | None], names: list[str]) -> list[str | None]:
