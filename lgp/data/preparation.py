@@ -24,7 +24,7 @@ from lgp.data.sources.offers import Offers, Skipped
 from lgp.data.sources.opening import open_sources, said
 from lgp.data.sources.states import STATE, images_state
 from lgp.data.splits import cap, notes_on_classes
-from lgp.data.storage import ARRAY, INDEX, META, PARTS, Images
+from lgp.data.stored import ARRAY, INDEX, META, PARTS, StoredImages
 from lgp.data.writing import Stored, store
 from lgp.errors import LgpError
 from lgp.params.data import DataParams
@@ -295,7 +295,7 @@ def _write_meta(folder: Path, index: pd.DataFrame, params: DataParams) -> str:
     }
     (folder / META).write_text(json.dumps(meta))
     if params.mean is None or params.std is None:
-        mean, std = _statistics(Images(folder))
+        mean, std = _statistics(StoredImages(folder))
         meta |= {"mean": params.mean or mean, "std": params.std or std}
     digest = hashlib.sha256(b"".join(index["content"]))
     digest.update(index[["height", "width", "part"]].to_csv(index=False).encode())
@@ -307,16 +307,16 @@ def _write_meta(folder: Path, index: pd.DataFrame, params: DataParams) -> str:
     return digest.hexdigest()
 
 
-def _statistics(images: Images) -> tuple[list[float], list[float]]:
+def _statistics(images: StoredImages) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation per channel of the training images or a sample. Pixels are in [0, 1]."""
     ids = images.pretraining_ids
     ids = ids[:: max(1, len(ids) // STATISTICS_IMAGES)]
     count, total, squares = 0, np.zeros(images.channels), np.zeros(images.channels)
     for start in range(0, len(ids), 64):
-        pixels = images.whole(ids[start : start + 64]).numpy()
-        count += pixels[:, 0].size
-        total += pixels.sum(axis=(0, 2, 3), dtype=np.int64)
-        squares += (pixels.astype(np.uint16) ** 2).sum(axis=(0, 2, 3), dtype=np.int64)
+        pixels = images.squares(ids[start : start + 64])
+        count += pixels[..., 0].size
+        total += pixels.sum(axis=(0, 1, 2), dtype=np.int64)
+        squares += (pixels.astype(np.uint16) ** 2).sum(axis=(0, 1, 2), dtype=np.int64)
     mean = total / count / 255
     std = np.sqrt(np.maximum(squares / count / 255**2 - mean**2, 0))
     # constant images (one flat colour) must not cause a division by zero

@@ -1,59 +1,16 @@
-"""Prepared images on disk: few large files, read by memory map. They hold no label.
+"""Prepared images as tensors: crops for training, squares for evaluation, normalised input of the encoder."""
 
-| file | content |
-|---|---|
-| `images.npy` | uint8 (N, H, W, C), if all images have the model's size |
-| `images-*.arrow` | otherwise: the encoded bytes |
-| `index.parquet` | a row per image, sorted by content; the row number is the image's id |
-| `meta.json` | size, channels, mean and standard deviation per channel, a digest of everything |
-
-Columns of the index: path, part, height, width, content, hash, and row, the image's place in the array or in the
-shards together. With `data.storage: reference` there are neither array nor shards, and the index has file, size and
-mtime_ns of each image.
-
-Worker processes that are forked share what is opened here: memory maps and arrays, with no object per image.
-"""
-
-import copy
-import json
 import mmap
-import os
-import sys
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tvf
 
-from lgp.data.conversion import as_image, decode
-from lgp.data.normalization import Normalization
-from lgp.errors import LgpError
+from lgp.data.stored import StoredImages
 from lgp.params.section import Interpolation
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-INDEX, META, ARRAY = "index.parquet", "meta.json", "images.npy"
-PARTS = ("train", "val", "test", "dropped")
-SHARDS, BATCH_ROWS = "images-{:05d}.arrow", 64
-
-
-def shards_in(folder: Path) -> list[Path]:
-    """Return the Arrow files of encoded images, in order."""
-    return sorted(folder.glob("images-*.arrow"))
-
-
-def encoded_batch(images: Sequence[bytes]) -> Any:
-    """Return encoded images as a record batch of a shard."""
-    import pyarrow as pa
-
-    return pa.record_batch([pa.array(images, pa.large_binary())], names=["image"])
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -84,38 +41,6 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def _allow_open_files(count: int) -> None:
-    """Raise the limit of open files, where the system lets us: each shard stays open. Often it is 1,024."""
-    if sys.platform == "win32":
-        return
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * count + 1024
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
-
-
-def _unchanged(file: Path, size: int, mtime_ns: int) -> bytes:
-    """Read a file that is kept by reference. Raise `LgpError` if it is not as it was."""
-    remedy = "(data.storage is reference): restore it, or run `lgp prepare` again"
-    try:
-        state = file.stat()
-        if (state.st_size, state.st_mtime_ns) == (size, mtime_ns):
-            return file.read_bytes()
-    except OSError as error:
-        raise LgpError(f"{file} of the prepared images cannot be read, {error.strerror} {remedy}") from None
-    raise LgpError(f"{file} has changed since its image was prepared {remedy}")
-
-
-def _as_tensor(image: np.ndarray | Image.Image | Tensor) -> Tensor:
-    """Return an image, (H, W, C) if it is an array, as (C, H, W) uint8."""
-    if isinstance(image, np.ndarray):
-        return torch.from_numpy(image).permute(2, 0, 1)
-    return tvf.pil_to_tensor(image) if isinstance(image, Image.Image) else image
-
-
 class KeptImages:
     """Decoded images in memory, shared with forked worker processes. The first to need an image decodes it."""
 
@@ -140,141 +65,17 @@ class KeptImages:
         return kept
 
 
-class Images:
-    """Prepared images, opened for reading."""
+class Images(StoredImages):
+    """Prepared images, opened for reading, as tensors."""
 
     def __init__(self, folder: Path) -> None:
         """Open `folder`. Raise `LgpError` if it has no prepared images."""
-        self.folder = folder
+        super().__init__(folder)
         self._kept: KeptImages | None = None
-        try:
-            self.meta: dict[str, Any] = json.loads((folder / META).read_text())
-        except OSError:
-            raise LgpError(f"no prepared images in {folder}: run `lgp prepare` first") from None
-
-    @property
-    def channels(self) -> int:
-        """C of an image. 1 is grey, 2 grey and alpha, 3 RGB."""
-        return int(self.meta["channels"])
-
-    @property
-    def image_size(self) -> int:
-        """Side of the encoder's input images, in pixels."""
-        return int(self.meta["image_size"])
-
-    @property
-    def mean(self) -> list[float]:
-        """Mean per channel, of pixels in [0, 1]."""
-        return list(self.meta["mean"])
-
-    @property
-    def std(self) -> list[float]:
-        """Standard deviation per channel, of pixels in [0, 1]."""
-        return list(self.meta["std"])
-
-    @property
-    def normalization(self) -> Normalization:
-        """The statistics of `normalize`."""
-        return Normalization.of(self.meta)
-
-    def normalized_by(self, normalization: Normalization) -> Self:
-        """Return the same images, which other statistics normalise."""
-        images = copy.copy(self)
-        images.meta = self.meta | {"mean": list(normalization.mean), "std": list(normalization.std)}
-        return images
-
-    @cached_property
-    def index(self) -> "pd.DataFrame":
-        """The index: a row per image."""
-        import pandas as pd
-
-        return pd.read_parquet(self.folder / INDEX)
-
-    def _column(self, name: str) -> Any:
-        import pyarrow.parquet as pq
-
-        return pq.read_table(self.folder / INDEX, columns=[name])[name]
-
-    @cached_property
-    def paths(self) -> list[str]:
-        """The identity of each image within its source, (N,)."""
-        return self._column("path").to_pylist()
-
-    @cached_property
-    def parts(self) -> np.ndarray:
-        """The part of each image, (N,): train, val, test or dropped."""
-        parts = self._column("part").combine_chunks().dictionary_encode()
-        return np.array(parts.dictionary.to_pylist(), dtype=str)[parts.indices.to_numpy()]
-
-    @cached_property
-    def sizes(self) -> np.ndarray:
-        """(N, 2) height and width of each image as stored, in pixels."""
-        return np.stack([self._column(name).to_numpy() for name in ("height", "width")], axis=1).astype(np.int64)
-
-    def ids(self, part: str) -> np.ndarray:
-        """Return the sorted ids of `train`, `val` or `test`."""
-        return np.flatnonzero(self.parts == part)
-
-    @cached_property
-    def pretraining_ids(self) -> np.ndarray:
-        """The ids of the images of pre-training, labelled or not. None is of val or test."""
-        return np.flatnonzero(self.parts == "train")
-
-    @cached_property
-    def _array(self) -> np.ndarray | None:
-        path = self.folder / ARRAY
-        return np.load(path, mmap_mode="r") if path.exists() else None
-
-    @cached_property
-    def _rows(self) -> np.ndarray:
-        """(N,) the place of each image in the store."""
-        return self._column("row").to_numpy()
-
-    @cached_property
-    def _shards(self) -> tuple[np.ndarray, list[Any]]:
-        import pyarrow as pa
-
-        paths = shards_in(self.folder)
-        _allow_open_files(len(paths))
-        columns = [pa.ipc.open_file(pa.memory_map(str(p))).read_all()["image"] for p in paths]
-        return np.cumsum([0, *(len(c) for c in columns)]), columns
-
-    @cached_property
-    def _files(self) -> tuple[Any, np.ndarray] | None:
-        """By reference: the file of each image, and (N, 2) its size in bytes and time."""
-        import pyarrow.parquet as pq
-
-        if "file" not in pq.read_schema(self.folder / INDEX).names:
-            return None
-        states = np.stack([self._column(name).to_numpy() for name in ("size", "mtime_ns")], axis=1)
-        return self._column("file").combine_chunks(), states
-
-    def _encoded(self, image_id: int) -> bytes:
-        """Return one image as its file or shard holds it."""
-        if self._files is not None:
-            files, states = self._files
-            return _unchanged(Path(os.fsdecode(files[image_id].as_py())), *states[image_id].tolist())
-        starts, columns = self._shards
-        row = int(self._rows[image_id])
-        shard = int(np.searchsorted(starts, row, side="right")) - 1
-        return columns[shard][row - int(starts[shard])].as_py()
-
-    def open_image(self, image_id: int) -> Image.Image:
-        """Return one image as stored. Raise `LgpError` if it has more than 4 channels."""
-        if self.channels > 4:
-            raise LgpError(f"images of {self.channels} channels (data.channels) cannot be shown: at most 4 can")
-        return as_image(self._decoded(image_id))
 
     def pixels(self, image_id: int) -> np.ndarray:
-        """Return one image decoded, (H, W, C) uint8."""
-        if self._kept is not None:
-            return self._kept.get(image_id, self._decoded)
-        return self._decoded(image_id)
-
-    def _decoded(self, image_id: int) -> np.ndarray:
-        if self._array is not None:
-            return np.array(self._array[self._rows[image_id]])
-        return decode(self._encoded(image_id), self.channels)
+        """Return one image decoded, (H, W, C) uint8, from memory if it is kept there."""
+        return self._kept.get(image_id, super().pixels) if self._kept is not None else super().pixels(image_id)
 
     def keep_decoded(self, budget_bytes: float) -> None:
         """Keep each image of pre-training in memory once it is decoded, if all of them fit into a budget.
@@ -315,27 +116,8 @@ class Images:
         return torch.cat(crops).unflatten(0, (-1, views))
 
     def whole(self, ids: np.ndarray, interpolation: Interpolation = "bilinear") -> Tensor:
-        """Return the images for evaluation, without augmentation.
-
-        The shorter side is resized to S / eval_crop, then the centre S × S is cropped, as torchvision evaluates. The
-        recipe is the same for images that are stored as one array and for encoded images.
-
-        Args:
-            ids: (B,) image ids.
-            interpolation: of the resizing.
-
-        Returns:
-            (B, C, S, S) uint8.
-        """
-        size = self.image_size
-        shorter = round(size / self.meta["eval_crop"])
-        if self._array is not None and shorter == size:
-            return torch.from_numpy(self._array[self._rows[ids]]).permute(0, 3, 1, 2).contiguous()
-        mode = tvf.InterpolationMode(interpolation)
-        # Pillow knows no more than colours, and weighs them by alpha
-        form = as_image if self.channels in (1, 3) else _as_tensor
-        images = [tvf.resize(form(self._decoded(i)), [shorter], mode, antialias=True) for i in ids.tolist()]
-        return torch.stack([_as_tensor(tvf.center_crop(image, [size, size])) for image in images])
+        """Return the squares of images for evaluation, without augmentation, (B, C, S, S) uint8."""
+        return torch.from_numpy(self.squares(ids, interpolation)).permute(0, 3, 1, 2).contiguous()
 
     def normalize(self, images: Tensor) -> Tensor:
         """Turn images (…, C, H, W), uint8 or floats in [0, 1], into the encoder's input."""

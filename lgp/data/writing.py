@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 
 from lgp.data.reading import Converted, Wanted, converted, path_of
 from lgp.data.sources.offers import Offers, Read, Skipped
-from lgp.data.storage import ARRAY, BATCH_ROWS, SHARDS, encoded_batch
+from lgp.data.stored import ARRAY, BATCH_ROWS, SHARDS, encoded_batch
 from lgp.errors import LgpError, check_disk_space
 from lgp.params.data import DataParams
 

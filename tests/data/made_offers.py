@@ -60,3 +60,10 @@ def bitmap(number: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.full((200, 200, 3), number % 256, dtype=np.uint8)).save(buffer, "bmp")
     return buffer.getvalue()
+
+
+def stuck(number: int) -> np.ndarray:
+    """Read the images of `slow` up to number 149, and never come to an end at a later one."""
+    if number >= 150:
+        time.sleep(600)
+    return slow(number)

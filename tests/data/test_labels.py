@@ -205,7 +205,7 @@ def test_listed_image_that_is_not_for_training_is_named(
     (source / "unlabeled").mkdir()
     (source / "unlabeled" / "u.png").write_bytes(png())
     _, images = images_from(source, tmp_path / "images", params)
-    monkeypatch.setattr("lgp.data.storage.decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("lgp.data.stored.decode", lambda *_: pytest.fail("decoded"))
     official = listed(tmp_path, "train/a/0.png", "train/b/0.png", name)
     with pytest.raises(LgpError, match=message):
         labels_from(source, images, tmp_path / "labels", params, **official)

@@ -14,10 +14,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
 from lgp.compute.randomness import Stream, generator
-from lgp.data import storage, writing
+from lgp.data import stored, writing
 from lgp.data.loading import Batch, CropDataset, _leave_signals, loader
 from lgp.data.preparation import prepare
-from lgp.data.storage import ARRAY, Images
+from lgp.data.storage import Images
+from lgp.data.stored import ARRAY
 from lgp.data.views import random_boxes, random_flips
 from lgp.params.data import DataParams
 from lgp.params.pretrain import ViewParams
@@ -153,8 +154,8 @@ def test_small_data_is_decoded_once_and_shared_by_workers(photographs: Images, m
     anew = list(loader(batches, 0, total, workers=0, pin=False))
     photographs.keep_decoded(1)  # too little for them
     decoded: list[bytes] = []
-    decode = storage.decode
-    monkeypatch.setattr(storage, "decode", lambda data, channels: decoded.append(data) or decode(data, channels))
+    decode = stored.decode
+    monkeypatch.setattr(stored, "decode", lambda data, channels: decoded.append(data) or decode(data, channels))
     list(loader(batches, 0, total, workers=0, pin=False))
     assert len(decoded) == 4 * total
     photographs.keep_decoded(1e6)

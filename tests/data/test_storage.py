@@ -18,7 +18,8 @@ from lgp.data import writing
 from lgp.data.conversion import encode
 from lgp.data.reading import content_of
 from lgp.data.sources.offers import read_file
-from lgp.data.storage import ARRAY, INDEX, META, Images, KeptImages, shards_in
+from lgp.data.storage import Images, KeptImages
+from lgp.data.stored import ARRAY, INDEX, META, shards_in
 from lgp.errors import LgpError
 
 KINDS = ("array", "shards", "reference")
@@ -99,13 +100,10 @@ def test_whole_images_are_resized_and_cropped(tmp_path: Path, kind: str, channel
     whole = images.whole(ids)
     assert whole.shape == (3, channels, 8, 8)
     for image_id, image in zip(ids, whole, strict=True):
-        if channels in (1, 3):
-            given = Image.fromarray(expected[image_id].squeeze())
-            theirs = tvf.pil_to_tensor(tvf.center_crop(tvf.resize(given, [8], antialias=True), [8, 8]))
-        else:
-            given = torch.from_numpy(expected[image_id]).permute(2, 0, 1)
-            theirs = tvf.center_crop(tvf.resize(given, [8], antialias=True), [8, 8])
-        assert torch.equal(image, theirs)
+        bands = [expected[image_id]] if channels in (1, 3) else np.split(expected[image_id], channels, axis=2)
+        given = [Image.fromarray(band.squeeze()) for band in bands]
+        theirs = [tvf.pil_to_tensor(tvf.center_crop(tvf.resize(g, [8], antialias=True), [8, 8])) for g in given]
+        assert torch.equal(image, torch.cat(theirs))
     assert images.normalize(whole).shape == whole.shape
 
 

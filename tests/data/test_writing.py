@@ -23,7 +23,7 @@ from lgp.data.conversion import decode, encode
 from lgp.data.leaks import perceptual_hashes
 from lgp.data.reading import content_of
 from lgp.data.sources.offers import Read, Skipped, read_file
-from lgp.data.storage import shards_in
+from lgp.data.stored import shards_in
 from lgp.data.writing import store
 from lgp.errors import LgpError
 
@@ -289,11 +289,11 @@ def test_failed_process_is_one_clear_error(tmp_path: Path) -> None:
 SCRIPT = """
 import functools, sys
 from pathlib import Path
-from made_offers import data_params, offers_of, slow
+from made_offers import data_params, offers_of, stuck
 from lgp.data import writing
 from lgp.data.writing import store
 writing.PIECE_IMAGES = 40
-offers = offers_of([functools.partial(slow, i) for i in range(300)])
+offers = offers_of([functools.partial(stuck, i) for i in range(300)])
 work, out = map(Path, sys.argv[1:])
 store(offers, range(300), data_params(), work, out, 2)
 """
