@@ -52,7 +52,7 @@ class HeldOut:
         Images of one group, and images of equal pixels, are of one part: test, if one of them is, else val.
         """
         images, of_groups = dict(self.images), dict(self.groups)
-        pairs = [(identity, group) for identity, group in zip(identities, groups, strict=True)]
+        pairs = list(zip(identities, groups, strict=True))
         changed = True
         while changed:
             changed = False

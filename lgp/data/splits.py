@@ -4,7 +4,6 @@ An image is ordered by a hash of the seed and of its identity. The order of any 
 stored, and images that are added later come between them. Choices are made per class. Classes stay balanced.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
 
@@ -54,27 +53,35 @@ def hold_out(
     Returns:
         (N,) bool, True where held out. Unlabelled images are held out only with their group.
     """
+    import pandas as pd
+
     units = [
         identity if group is None else f"group {group}" for identity, group in zip(identities, groups, strict=True)
     ]
-    members: dict[str, list[int]] = {}
-    for i, unit in enumerate(units):
-        members.setdefault(unit, []).append(i)
-    names = [unit for unit in members if any(labels[i] >= 0 for i in members[unit])]
-    of_class = [_most_frequent(labels[members[unit]]) for unit in names]
-    sizes = np.array([int((labels[members[unit]] >= 0).sum()) for unit in names], dtype=np.int64)
-    held_out = np.zeros(len(labels), dtype=bool)
-    for order in shuffled_by_class(np.array(of_class, dtype=np.int64), names, seed, "hold out", name) if names else []:
-        for chosen in _chosen(order, sizes, share):
-            held_out[members[names[chosen]]] = True
-    return held_out
+    unit_of, names = pd.factorize(np.array(units, dtype=object))
+    labelled = labels >= 0
+    sizes = np.bincount(unit_of[labelled], minlength=len(names))
+    classes = _most_frequent(unit_of[labelled], labels[labelled], len(names))
+    chosen = np.zeros(len(names), dtype=bool)
+    for order in shuffled_by_class(classes, names.tolist(), seed, "hold out", name):
+        chosen[_chosen(order, sizes, share)] = True
+    return chosen[unit_of]
 
 
-def _most_frequent(labels: np.ndarray) -> int:
-    if len(labels) == 1:
-        return int(labels[0])
-    counts = Counter(int(label) for label in labels if label >= 0)
-    return min(counts, key=lambda label: (-counts[label], label))
+def _most_frequent(unit_of: np.ndarray, labels: np.ndarray, units: int) -> np.ndarray:
+    """Return the most frequent label of each unit, of equally frequent ones the lowest; -1 without a label.
+
+    Args:
+        unit_of: (N,) the unit of each label.
+        labels: (N,) class indices.
+        units: their number.
+    """
+    pairs, counts = np.unique(np.stack([unit_of, labels]), axis=1, return_counts=True)
+    order = np.lexsort((pairs[1], -counts, pairs[0]))
+    of_unit, first = np.unique(pairs[0][order], return_index=True)
+    most = np.full(units, -1, dtype=np.int64)
+    most[of_unit] = pairs[1][order][first]
+    return most
 
 
 def _chosen(order: np.ndarray, sizes: np.ndarray, share: float) -> list[int]:
@@ -82,10 +89,10 @@ def _chosen(order: np.ndarray, sizes: np.ndarray, share: float) -> list[int]:
     quota = max(1, round(share * int(sizes[order].sum())))
     chosen: list[int] = []
     taken = 0
-    for unit in order.tolist():
-        if len(chosen) < len(order) - 1 and taken + sizes[unit] <= quota:
+    for unit, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        if len(chosen) < len(order) - 1 and taken + size <= quota:
             chosen.append(unit)
-            taken += int(sizes[unit])
+            taken += size
     if not chosen and len(order) > 1:
         chosen = [int(order[np.argmin(sizes[order])])]
     return chosen

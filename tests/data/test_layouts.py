@@ -82,7 +82,7 @@ def as_tar_shards(root: Path) -> Any:
     root.mkdir()
     for shard in range(3):
         with tarfile.open(root / f"shard-{shard}.tar", "w") as archive:
-            for i in range(shard * 15, shard * 15 + 15):
+            for i in range(shard, len(PICTURES), 3):
                 for name, data in ((f"{i:04}.png", PICTURES[i]), (f"{i:04}.cls", LABELS[i].encode())):
                     member = tarfile.TarInfo(name)
                     member.size = len(data)

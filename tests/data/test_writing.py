@@ -290,9 +290,9 @@ SCRIPT = """
 import functools, sys
 from pathlib import Path
 from made_offers import data_params, offers_of, stuck
-from lgp.data import writing
+from lgp.data import reading, writing
 from lgp.data.writing import store
-writing.PIECE_IMAGES = 40
+reading.MOST, writing.PIECE_IMAGES = 16, 40
 offers = offers_of([functools.partial(stuck, i) for i in range(300)])
 work, out = map(Path, sys.argv[1:])
 store(offers, range(300), data_params(), work, out, 2)

@@ -86,6 +86,15 @@ def test_table_with_a_fault_changes_nothing(project: Path, text: str, message: s
     assert (project / "params.yaml").read_text() == before
 
 
+def test_prepare_says_what_came_went_and_changed(project: Path) -> None:
+    assert "came" not in lgp("prepare").output
+    assert "the same images as before" in lgp("prepare").output
+    (project / "raw" / "0.png").rename(project / "raw" / "60.png")
+    (project / "raw" / "1.png").unlink()
+    Image.new("L", (8, 8)).save(project / "raw" / "2.png")
+    assert "since the last time, 1 images came, 2 went, 1 changed" in lgp("prepare").output
+
+
 def test_work_of_prepare_is_removed_once_its_result_is_published(project: Path) -> None:
     assert lgp("prepare").exit_code == 0
     assert not list((project / ".lgp" / "resume").rglob("pieces-*"))

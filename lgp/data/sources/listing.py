@@ -71,15 +71,19 @@ def by_folders(paths: Sequence[str]) -> list[OfFolders | None]:
     A folder `train` beside other folders that hold images is a class, if no folder holds classes. One folder that holds
     every image is no class. None: an image beside folders of splits, and in none of them.
     """
-    folders = [tuple(path.split("/")[:-1]) for path in paths]
+    names = [path.rpartition("/")[0] for path in paths]
+    different = list(dict.fromkeys(names))
+    folders = [tuple(name.split("/")) if name else () for name in different]
     while folders and _is_above_all(folders):
         folders = [parts[1:] for parts in folders]
     top = {parts[0] for parts in folders if parts}
     flat = all(len(parts) <= 1 for parts in folders)
     has_splits = bool(top) and any(map(_is_split, top)) and not (flat and not all(map(_is_split, top)))
     if not has_splits and flat and len(top) == 1 and all(folders):
-        return [OfFolders()] * len(folders)
-    return [_in_splits(parts) if has_splits else OfFolders(None, _class(parts)) for parts in folders]
+        return [OfFolders()] * len(paths)
+    said = [_in_splits(parts) if has_splits else OfFolders(None, _class(parts)) for parts in folders]
+    of_name = dict(zip(different, said, strict=True))
+    return [of_name[name] for name in names]
 
 
 def _is_above_all(folders: Sequence[tuple[str, ...]]) -> bool:
