@@ -59,7 +59,7 @@ def _advise(found: "Inspection", own: "Params", minutes: float, params_file: Pat
     from lgp.compute.device import choose_device
     from lgp.data.advice import advise
     from lgp.evaluate.validation import small_validation
-    from lgp.params.editing import with_values
+    from lgp.params.editing import as_written, with_values
     from lgp.params.file import load_params
     from lgp.pretrain.expected_time import expected_minutes
     from lgp.pretrain.proposal import kept_values, preset_for, propose
@@ -82,5 +82,5 @@ def _advise(found: "Inspection", own: "Params", minutes: float, params_file: Pat
         print(f"{params_file} is the preset {preset}, fitted to these images; {before} is the old one")
     else:
         print(f"`lgp data inspect --write` writes the preset {preset} with:")
-        print("\n".join(f"  {key}: {value}" for key, value in {**kept, **proposal.values}.items()))
+        print("\n".join(f"  {key}: {as_written(value)}" for key, value in {**kept, **proposal.values}.items()))
     print(f"then {expected_line(expected)}")

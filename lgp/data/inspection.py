@@ -8,15 +8,14 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from lgp.compute.processes import pool
 from lgp.data.conversion import FORMATS, TIFF_STARTS, Undecodable, decode, plain
 from lgp.data.held_out import Draw, HeldOut, draw_held_out
 from lgp.data.preparation import class_indices, faults_of, given_parts
@@ -227,9 +226,9 @@ def _looks(reads: Iterable[Read], number: int) -> Iterator[_Look]:
         yield from map(_look, reads)
         return
     pending = iter(reads)
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    with pool() as processes:
         while chunk := list(islice(pending, CHUNK)):
-            yield from pool.map(_look, chunk, chunksize=4)
+            yield from processes.map(_look, chunk, chunksize=4)
 
 
 def _look(read: Read) -> _Look:

@@ -114,8 +114,10 @@ class CropDataset(Dataset[Tensor]):
 
 def loader(crops: CropDataset, first: int, last: int, workers: int, pin: bool) -> DataLoader[Tensor]:
     """Iterate over the crops of steps [first, last). They are the same with any number of workers."""
-    # forked workers share the decoded images in memory
+    # forked workers share the decoded images and the index in memory
     context = "fork" if workers else None
+    if workers:
+        crops.data.open_all()
     return DataLoader(
         crops,
         sampler=range(first, last),

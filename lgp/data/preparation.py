@@ -12,12 +12,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from lgp.compute.processes import pool
 from lgp.data.held_out import Draw, HeldOut, draw_held_out, read_held_out
 from lgp.data.leaks import find_leaks
 from lgp.data.sources.offers import Offers, Skipped
@@ -30,7 +32,7 @@ from lgp.errors import LgpError
 from lgp.params.data import DataParams
 
 NOT_MEASURED = {"test": "accuracy is not measured", "val": "nothing can be chosen by validation"}
-STATISTICS_IMAGES = 10_000
+STATISTICS_IMAGES, STATISTICS_CHUNK = 10_000, 256
 SKIPPED = "skipped.csv"
 SAID = 20  # of these a run prints
 SHOWN = 100  # skipped files that the metrics list; SKIPPED has all
@@ -200,7 +202,7 @@ def _check_readable(stored: Stored, offers: Offers, params: DataParams) -> None:
         raise LgpError(
             f"{len(unreadable)} of {total} files of {said(params.source)} cannot be read, {share:.1%}, more than "
             f"data.max_unreadable_share {params.max_unreadable_share:.1%}: {few}; "
-            "remove them, or raise that share"
+            "remove them, or raise that share; paths of a table start at its folder, or at `root`"
         )
 
 
@@ -311,13 +313,25 @@ def _statistics(images: StoredImages) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation per channel of the training images or a sample. Pixels are in [0, 1]."""
     ids = images.pretraining_ids
     ids = ids[:: max(1, len(ids) // STATISTICS_IMAGES)]
-    count, total, squares = 0, np.zeros(images.channels), np.zeros(images.channels)
-    for start in range(0, len(ids), 64):
-        pixels = images.squares(ids[start : start + 64])
-        count += pixels[..., 0].size
-        total += pixels.sum(axis=(0, 1, 2), dtype=np.int64)
-        squares += (pixels.astype(np.uint16) ** 2).sum(axis=(0, 1, 2), dtype=np.int64)
-    mean = total / count / 255
-    std = np.sqrt(np.maximum(squares / count / 255**2 - mean**2, 0))
+    parts = np.array_split(ids, max(1, len(ids) // STATISTICS_CHUNK))
+    count = partial(_counts, images.folder)
+    if len(parts) == 1 or (images.folder / ARRAY).exists():
+        counts = np.sum(list(map(count, parts)), axis=0)
+    else:
+        with pool() as processes:
+            counts = np.sum(list(processes.map(count, parts)), axis=0)
+    values, pixels = np.arange(256), counts[0].sum()
+    mean = counts @ values / pixels / 255
+    std = np.sqrt(np.maximum(counts @ values**2 / pixels / 255**2 - mean**2, 0))
     # constant images (one flat colour) must not cause a division by zero
     return [round(float(m), 6) for m in mean], [round(max(float(s), 1e-3), 6) for s in std]
+
+
+def _counts(folder: Path, ids: np.ndarray) -> np.ndarray:
+    """Return how often each value occurs in the channels of some images, (C, 256)."""
+    images = StoredImages(folder)
+    counts = np.zeros((images.channels, 256), dtype=np.int64)
+    for start in range(0, len(ids), 64):
+        pixels = images.squares(ids[start : start + 64])
+        counts += [np.bincount(pixels[..., c].ravel(), minlength=256) for c in range(images.channels)]
+    return counts

@@ -4,21 +4,16 @@ import functools
 import hashlib
 import io
 import itertools
-import multiprocessing
 import os
-import signal
-import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from lgp.compute.processes import cores, pool
 from lgp.data.conversion import as_image, decode, encode, plain, shrink
 from lgp.data.leaks import perceptual_hashes
 from lgp.data.sources.offers import Read, read_file
@@ -94,15 +89,8 @@ def converted(reads: Iterable[Read], images: int, wanted: Wanted, workers: int |
     if workers == 1 or images < FEW:
         yield from _in_chunks(iter(reads), lambda chunk: functools.partial(convert, chunk, wanted), 1)
         return
-    pool = ProcessPoolExecutor(workers, _context(), initializer=_begin_worker)
-    try:
-        yield from _in_chunks(iter(reads), lambda chunk: pool.submit(convert, chunk, wanted).result, 2 * workers)
-    except BrokenProcessPool:
-        raise LgpError(
-            "a process that decodes images was killed, perhaps as memory ran out: run again, it continues there"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with pool(workers) as processes:
+        yield from _in_chunks(iter(reads), lambda chunk: processes.submit(convert, chunk, wanted).result, 2 * workers)
 
 
 def _in_chunks(
@@ -128,30 +116,6 @@ def _in_chunks(
             their_bytes += len(image.data) + len(image.pixels) + image.size
             yield image
         size, most = min(max(chunk_bytes * images // max(their_bytes, 1), 1), MOST), most_in_flight
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _context() -> multiprocessing.context.BaseContext:
-    # a forked process need not import anything again
-    return multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-
-
-def _begin_worker() -> None:
-    """Leave Ctrl-C to the main process, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which a broken pool ends its other processes
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def convert(reads: Sequence[Read], wanted: Wanted) -> list[Converted]:

@@ -189,6 +189,12 @@ class StoredImages:
         states = np.stack([self._column(name).to_numpy() for name in ("size", "mtime_ns")], axis=1)
         return self._column("file").combine_chunks(), states
 
+    def open_all(self) -> None:
+        """Open what reading pixels needs. Processes that are forked later share it, and open nothing themselves."""
+        opened: list[object] = [self.sizes, self._files]
+        if self._files is None:
+            opened += [self._rows, self._array if self._array is not None else self._shards]
+
     def _encoded(self, image_id: int) -> bytes:
         """Return one image as its file or shard holds it."""
         if self._files is not None:

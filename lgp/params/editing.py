@@ -45,15 +45,18 @@ def with_values(params: Params, values: Mapping[str, Any]) -> Params:
     return Params.model_validate(changed)
 
 
+def as_written(value: Any) -> str:
+    """Return a value as a parameter file has it, on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
+
+
 def with_value(text: str, key: str, value: Any) -> str:
     """Return the text of a parameter file with another value. A key that is missing is added to its section."""
     section, _, name = key.rpartition(".")
     lines = text.splitlines()
     start, end = _section(lines, section)
     indent = "  " * (section.count(".") + 1 if section else 0)
-    written = (
-        yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
-    )
+    written = as_written(value)
     for number in range(start, end):
         found = KEY.fullmatch(lines[number])
         if found and found["indent"] == indent and found["key"] == name:

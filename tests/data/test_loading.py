@@ -232,3 +232,10 @@ def test_signals_are_ignored_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "signal", lambda number, handler: asked.append((number, handler)))
     _leave_signals(0)
     assert asked == [(signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_IGN)]
+
+
+def test_workers_find_everything_open(photographs: Images) -> None:
+    """What a worker opened itself would lie in memory once per worker."""
+    batches = CropDataset(photographs, VIEWS, 2, 4, Stream(0, "cl"))
+    next(iter(loader(batches, 0, 1, workers=1, pin=False)))
+    assert {"sizes", "_files", "_rows", "_shards"} <= vars(photographs).keys()

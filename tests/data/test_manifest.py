@@ -85,7 +85,8 @@ def test_rows_that_cannot_be_opened_are_listed(raw: Path, tmp_path: Path) -> Non
         ("path,label\na/0.png,ant|bee\na/1.png,ant\nb/3.png,bee\n", "'ant|bee' names several classes: multi-label"),
         ("path,label\na/0.png,ant\na/0.png,bee\n", "is 'ant' in row 2 and 'bee' in row 3"),
         ("path,label,split\na/0.png,ant,holdout\n", "row 2 has the split 'holdout': valid are train"),
-        ("", r"has the columns \(none\)"),
+        ("", "has no row below its names of columns"),
+        ("path,label\n", "has no row below its names of columns"),
         ('path,label\n"a/0.png,ant\n', "cannot be read as a table"),
     ],
 )

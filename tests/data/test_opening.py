@@ -56,6 +56,13 @@ def test_folders_are_no_classes_before_a_table_unless_that_is_said(raw: Path, la
     assert [s.reason for s in offers.skipped] == ["no such file"] * 2
 
 
+def test_table_before_the_images_that_it_should_label_is_an_error(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "first.csv").write_text("path,label\n2020/0.png,ant\n")
+    assert len(opened({"folder": str(raw)}, {"csv": str(tmp_path / "first.csv")})) == 3
+    with pytest.raises(LgpError, match="leads to no image itself, and stands before other sources: put it behind"):
+        opened({"csv": str(tmp_path / "first.csv")}, {"folder": str(raw)})
+
+
 def test_table_of_labels_labels_and_adds_nothing(raw: Path, labels: Path) -> None:
     offers = opened({"folder": str(raw), "class_folders": False}, tables=(str(labels),))
     assert sorted(filter(None, offers.labels)) == ["ant", "bee"]

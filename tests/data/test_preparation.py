@@ -9,8 +9,10 @@ import pytest
 from made_sources import both_from, data_params, folder, images_from, labels_from, png, write_parquet
 from PIL import Image
 
+from lgp.data import preparation
 from lgp.data.labels import LabelledImages, describe
 from lgp.data.preparation import prepare
+from lgp.data.stored import ARRAY
 from lgp.errors import LgpError
 from lgp.params.file import Params
 
@@ -359,7 +361,29 @@ def test_class_that_only_test_has_is_named(tmp_path: Path, params: Params) -> No
 
 def test_source_of_which_nothing_can_be_opened_says_why(tmp_path: Path, params: Params) -> None:
     (tmp_path / "t.csv").write_text("path,label\n0.png,ant\n")
-    with pytest.raises(
-        LgpError, match=r"no image at all: left out 0.png \(t.csv, row 2\) \(no such file\); paths of a"
-    ):
+    with pytest.raises(LgpError, match=r"1 of 1 files .*: 0.png \(No such file.*\); .* paths of a table start at its"):
         images_from(tmp_path / "t.csv", tmp_path / "prepared", params)
+
+
+def test_files_that_a_table_names_in_vain_count_as_unreadable(tmp_path: Path, params: Params) -> None:
+    folder(tmp_path, {"ant": 10, "bee": 10}, "images")
+    rows = [f"images/{name}/{i}.png,{name}" for name in ("ant", "bee") for i in range(16)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label", *rows]))
+    with pytest.raises(LgpError, match=r"12 of 32 files .* cannot be read, 37.5%"):
+        images_from(tmp_path / "t.csv", tmp_path / "one", params)
+    metrics, images = images_from(tmp_path / "t.csv", tmp_path / "two", params, max_unreadable_share=0.4)
+    assert (len(images.paths), len(metrics["unreadable"])) == (20, 12)
+
+
+def test_statistics_are_the_same_from_several_processes(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "STATISTICS_CHUNK", 5)
+    metrics, images = images_from(
+        folder(tmp_path / "source", {"ant": 10, "bee": 10}, size=(9, 11)), tmp_path / "out", params
+    )
+    assert metrics["images/train"] > 10
+    assert not (images.folder / ARRAY).exists()
+    pixels = images.whole(images.pretraining_ids).double() / 255
+    assert images.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-6)
+    assert images.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-6)

@@ -22,6 +22,7 @@ from lgp.data.sources.offers import SPLITS, Columns, Offers, Read, Skipped, natu
 from lgp.errors import LgpError
 
 SHOWN = 3  # examples in a message
+MISSING = "no such file"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def table_of(rows: Rows, columns: Columns) -> Table:
         LgpError: there is no column of paths, a given column is missing, or there are several labels or measured values
             for an image.
     """
-    file, header = rows.file, ", ".join(map(str, rows.header)) or "(none)"
+    file, header = rows.file, ", ".join(map(str, rows.header))
+    if not rows.rows:
+        raise LgpError(f"{file} has no row below its names of columns: fill it in, or remove it")
     for role, given in columns._asdict().items():
         if given is not None and given not in rows.header:
             raise LgpError(f"{file} has no column {given!r} (data.columns.{role}), only {header}: mend the name")
@@ -152,8 +155,12 @@ def _is_fraction(text: str) -> bool:
         return False
 
 
-def table_source(table: Table, root: Path) -> Offers:
-    """Open the images that a table names. Paths start at `root`, and lead to no file outside it."""
+def table_source(table: Table, root: Path, complete: bool = False) -> Offers:
+    """Open the images that a table names. Paths start at `root`, and lead to no file outside it.
+
+    Rows whose file does not exist are listed as skipped. If the table should be `complete`, they are images that
+    cannot be read, of which `data.max_unreadable_share` allows few.
+    """
     listing = Listing()
     places: list[Path] = []
     seen: dict[str, int] = {}
@@ -163,11 +170,13 @@ def table_source(table: Table, root: Path) -> Offers:
         if path in seen:
             _check_same_label(table, seen[path], row)
             reason = f"named before, in {table.places[seen[path]]}"
-        if reason or file is None:
+        missing = complete and reason == MISSING
+        if file is None or (reason and not missing):
             listing.skipped.append(Skipped(table.said(row), reason))
             continue
         seen[path] = row
-        listing.add(printable(path), table.splits[row], table.labels[row], table.groups[row], state_of(file))
+        state = MISSING if missing else state_of(file)
+        listing.add(printable(path), table.splits[row], table.labels[row], table.groups[row], state)
         places.append(file)
     return listing.offers(partial(_reads, places))
 
@@ -181,7 +190,7 @@ def _reason_against(path: str, file: Path | None) -> str:
     try:
         return "" if stat.S_ISREG(file.stat().st_mode) else "not a file"
     except FileNotFoundError:
-        return "no such file"
+        return MISSING
     except (OSError, ValueError) as e:
         return f"cannot be read: {getattr(e, 'strerror', None) or e}"
 

@@ -54,7 +54,7 @@ def open_sources(
             opened, names = [before, more], ["", _name(spec)]
             continue
         labelled_later = any(_may_label(other, usual) for other in specs[number + 1 :])
-        own = table_source(table, _root(spec, table)) if table is not None else _opened(spec, given, labelled_later)
+        own = _of_table(table, spec, specs[number + 1 :]) if table else _opened(spec, given, labelled_later)
         opened.append(_of_its_name(own, spec, specs))
         names.append(_name(spec))
     offers = _joined(opened, names)
@@ -62,6 +62,17 @@ def open_sources(
         rows = read_rows(_local(file))
         table = table_of(rows, rows.known(usual))
         offers = listed(*label_offers(offers, table), table)
+    return offers
+
+
+def _of_table(table: Table, spec: SourceParams, behind: Sequence[SourceParams]) -> Offers:
+    """Open the images that a table names itself."""
+    offers = table_source(table, _root(spec, table), complete=not behind)
+    if behind and not len(offers):
+        raise LgpError(
+            f"data.source: {spec.place} leads to no image itself, and stands before other sources: put it behind the "
+            "source whose images it labels"
+        )
     return offers
 
 
