@@ -10,6 +10,7 @@ from stages.bench import bench
 from stages.cl import cl
 from stages.conflict import conflict
 from stages.data import data_app
+from stages.embed import embed, similar
 from stages.export import export
 from stages.fewshot import fewshot
 from stages.finetune import finetune
@@ -22,6 +23,7 @@ from stages.linear import linear
 from stages.mim import mim
 from stages.options import OneLineErrors, print_version
 from stages.plan import plan
+from stages.predict import predict
 from stages.prepare import prepare
 from stages.preset import preset_app
 from stages.report import report
@@ -36,7 +38,7 @@ app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False,
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Pipeline": [prepare, mim, cl, graft, baseline, linear, fewshot, finetune, report],
     "Controls of the paper": [joint, reverse],
-    TOOLS: [init, results, ui, plan, conflict, suggest, export, bench],
+    TOOLS: [init, results, predict, embed, similar, ui, plan, conflict, suggest, export, bench],
 }
 for panel, commands in PANELS.items():
     for command in commands:

@@ -1,4 +1,4 @@
-"""The frame of the evaluation stages: it opens encoder, images and labels, and writes metrics and predictions."""
+"""The frame of the evaluation stages: it opens encoder, images and labels, and writes the outcome."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.paths import LABELS, PREPARED, encoder_files, encoder_folder, heads_file, metrics_file, predictions_file
+from stages.paths import (
+    LABELS,
+    PREPARED,
+    classifier_folder,
+    encoder_files,
+    encoder_folder,
+    heads_file,
+    metrics_file,
+    predictions_file,
+)
 
 if TYPE_CHECKING:
     from lgp.data.labels import LabelledImages
@@ -67,12 +76,11 @@ class Evaluation:
         return outcome
 
     def publish(self, outcome: "Outcome") -> None:
-        """Write metrics and predictions, and log both. Warn of a validation part that is too small to choose by."""
+        """Write metrics, predictions and the classifier. Warn of a validation part that is too small to choose by."""
         from lgp.evaluate.validation import small_validation
-        from lgp.workflow.publishing import publish_outcome
+        from lgp.workflow.publishing import Places, publish_outcome
 
-        metrics, predictions = metrics_file(self.arm, self.task), predictions_file(self.arm, self.task)
-        publish_outcome(self.run, self.encoder, metrics, predictions, outcome, self.data.classes)
+        publish_outcome(self.run, self.encoder, Places(*_places(self.arm, self.task)), outcome, self.data.classes)
         if warning := small_validation(len(self.data.ids("val"))):
             print(f"warning: {warning}", flush=True)
 
@@ -87,11 +95,17 @@ def evaluation(
     encoder, name = encoder_folder(arm), task.partition("-")[0]
     trains = name == "finetune"
     reads = [PREPARED, LABELS, *encoder_files(arm), *([heads_file(arm)] if trains else [])]
-    writes = [metrics_file(arm, task), predictions_file(arm, task)]
-    with stage(StageSpec(name, sections, reads, writes, arm, task, trains), params_file, fresh, resume) as run:
+    with stage(
+        StageSpec(name, sections, reads, _places(arm, task), arm, task, trains), params_file, fresh, resume
+    ) as run:
         from lgp.data.labels import LabelledImages
 
         run.tag_upstream(encoder)
         data = LabelledImages(PREPARED, LABELS)
         data.check_evaluable()
         yield Evaluation(run, data, encoder, arm, task, fresh)
+
+
+def _places(arm: str, task: str) -> list[Path]:
+    """Return the outputs: metrics, predictions, classifier."""
+    return [metrics_file(arm, task), predictions_file(arm, task), classifier_folder(arm, task)]

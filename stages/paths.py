@@ -2,17 +2,20 @@
 
 from pathlib import Path
 
+from lgp.models.files import CLASSIFIERS
+
 PREPARED = Path("data/prepared")
 LABELS = Path("data/labels")
 HELD_OUT = Path("held_out.csv")
+MODELS = Path("models")
 METRICS = Path("metrics")
 PREDICTIONS = Path("predictions")
 REPORTS = Path("reports")
 
 
 def arm_folder(arm: str) -> Path:
-    """The folder of a pre-training: `encoder/`, `heads.safetensors`, `curves.csv`, `metrics.json`."""
-    return Path("models") / arm
+    """The folder of a pre-training: `encoder/`, `heads.safetensors`, `curves.csv`, `metrics.json`, `classifiers/`."""
+    return MODELS / arm
 
 
 def encoder_folder(arm: str) -> Path:
@@ -38,6 +41,11 @@ def metrics_file(arm: str, task: str) -> Path:
 def predictions_file(arm: str, task: str) -> Path:
     """The predictions of an arm and task: a row per test image and subset."""
     return PREDICTIONS / f"{arm}-{task}.parquet"
+
+
+def classifier_folder(arm: str, task: str) -> Path:
+    """The classifier of an arm and task, which timm loads."""
+    return arm_folder(arm) / CLASSIFIERS / task
 
 
 def conflict_file(arm: str) -> Path:

@@ -3,7 +3,7 @@
 import json
 
 from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile
-from stages.paths import LABELS, PREPARED, REPORTS, arm_folder, encoder_folder, metrics_file, predictions_file
+from stages.paths import LABELS, MODELS, PREPARED, REPORTS, arm_folder, encoder_folder, metrics_file, predictions_file
 
 
 def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: Debug = False) -> None:
@@ -26,6 +26,7 @@ def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
     writes = [*outputs, champion]
     with stage(StageSpec("report", SECTIONS["report"], reads, writes, "all", "report"), params_file, fresh) as run:
         from lgp.data.labels import LabelledImages
+        from lgp.evaluate.prediction import kept_classifiers
         from lgp.models.files import encoder_digest
         from lgp.report.outcomes import Inputs
         from lgp.report.report import Outputs, write_report
@@ -38,5 +39,11 @@ def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
         run.out(champion).write_text(json.dumps({"arm": best, "encoder_digest": digest}) + "\n")
         if best is None or digest is None:
             run.tracker.remove_champion()
-        else:
-            run.tracker.set_champion(encoder_folder(best), best, digest)
+            return
+        run.tracker.set_champion(encoder_folder(best), best, digest)
+        kept = [found for found in kept_classifiers(MODELS) if found.name.startswith(f"{best}/") and found.plain]
+        if not kept:
+            run.tracker.remove_champion_classifier()
+            return
+        folder = kept[0].folder
+        run.tracker.set_champion_classifier(folder, best, folder.name, encoder_digest(folder))

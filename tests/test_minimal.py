@@ -18,6 +18,7 @@ from lgp.data.views import ColorJitter, color_jitter
 from lgp.evaluate.few_labels import evaluate_fewshot
 from lgp.features.cache import Features
 from lgp.models.encoder_folder import save_encoder
+from lgp.params.evaluate import FeatureParams
 from lgp.params.file import Params
 from lgp.pretrain.arm import Session
 from lgp.pretrain.graft import pretrain_graft
@@ -186,7 +187,7 @@ def test_few_labels_give_the_accuracy_of_the_page(minimal: Any, prepared: Labell
     x = {split: prepared.whole(of_split).flatten(1).float() for split, of_split in ids.items()}
     y = {split: prepared.labels[of_split] for split, of_split in ids.items()}
     subsets = prepared.subsets("1pct")
-    features = Features({split: pixels.numpy() for split, pixels in x.items()}, y, ids, 10, {})
+    features = Features({split: pixels.numpy() for split, pixels in x.items()}, y, ids, 10, {}, FeatureParams())
     outcome = evaluate_fewshot(features, subsets, digits.fewshot)
     rows = [ids["train"].searchsorted(few) for few in subsets]
     accuracy = minimal.accuracy(nn.Identity(), x["train"], y["train"], x["test"], y["test"], rows)

@@ -228,13 +228,13 @@ class StoredImages:
             interpolation: of the resizing, which is antialiased.
         """
         size = self.image_size
-        shorter = round(size / self.meta["eval_crop"])
+        shorter = int(size / self.meta["eval_crop"])  # as timm and MAE round it
         if self._array is not None and shorter == size:
             return self._array[self._rows[ids]]
-        return np.stack([_square(self.pixels(i), shorter, size, RESAMPLING[interpolation]) for i in ids.tolist()])
+        return np.stack([square(self.pixels(i), shorter, size, RESAMPLING[interpolation]) for i in ids.tolist()])
 
 
-def _square(pixels: np.ndarray, shorter: int, size: int, resampling: Image.Resampling) -> np.ndarray:
+def square(pixels: np.ndarray, shorter: int, size: int, resampling: Image.Resampling) -> np.ndarray:
     """Resize pixels (H, W, C) to a shorter side, and cut the square in the middle. Roundings are torchvision's."""
     height, width, channels = pixels.shape
     longer = int(shorter * max(height, width) / min(height, width))

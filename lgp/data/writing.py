@@ -16,10 +16,8 @@ import hashlib
 import math
 import os
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lgp.data.progress import progress
 from lgp.data.reading import Converted, Wanted, converted, path_of
 from lgp.data.sources.offers import Offers, Read, Skipped
 from lgp.data.stored import ARRAY, BATCH_ROWS, SHARDS, encoded_batch
@@ -102,7 +101,7 @@ def store(
     rest = positions[done:]
     reads = offers.reads(rest)
     images = converted(_only_files(reads) if reference else reads, len(rest), wanted, workers)
-    with closing(images), closing(pieces), _progress(len(positions), done) as advance:
+    with closing(images), closing(pieces), progress(len(positions), done) as advance:
         for position, image in zip(rest, images, strict=True):
             pieces.add(position, image)
             advance()
@@ -280,33 +279,3 @@ def _link(file: Path, target: Path) -> None:
         os.link(file, target)
     except OSError:
         shutil.copyfile(file, target)
-
-
-@contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[], None]]:
-    """Show images, rate and time left inside the block, where standard error is a terminal. Yield what counts one."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = ("[bold]{task.description}", BarColumn(), "{task.fields[numbers]}", "left", TimeRemainingColumn())
-    shown = (TextColumn(c) if isinstance(c, str) else c for c in columns)
-    # without a thread of its own, which forked processes would not have
-    with Progress(*shown, console=Console(stderr=True), auto_refresh=False) as bar:
-        task = bar.add_task("images", total=total, completed=done, numbers="")
-        started = latest = time.monotonic()
-        now_done = done
-
-        def advance() -> None:
-            nonlocal now_done, latest
-            now_done += 1
-            now = time.monotonic()
-            if now - latest >= 0.5 or now_done == total:
-                latest = now
-                rate = (now_done - done) / max(now - started, 1e-9)
-                bar.update(task, completed=now_done, numbers=f"{now_done:,}/{total:,}  {rate:,.0f} images/s")
-                bar.refresh()
-
-        yield advance

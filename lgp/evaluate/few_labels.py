@@ -6,25 +6,30 @@ or it is fixed. Test labels choose nothing.
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from lgp.evaluate.outcome import Outcome, Predicted, over_subsets
-from lgp.features.cache import Features, normalizer, standardizer
-from lgp.params.evaluate import FewShotParams
+from lgp.evaluate.outcome import Outcome, Predicted, best_on_val, over_subsets
+from lgp.features.cache import Features, Standardizer, normalizer, standardizer
+from lgp.models.classifier_folder import Classifier, Head
+from lgp.params.evaluate import FeatureParams, FewShotParams
 
-Classifier = Any  # of scikit-learn, with fit, score, predict_proba and classes_
-SCALINGS = {"standardized": standardizer, "normalized": normalizer}
+Scale = Callable[[np.ndarray], np.ndarray]
+Fitted = Any  # a pipeline of scikit-learn, with score and classes_
+SCALINGS: dict[str, Callable[[np.ndarray], Scale]] = {"standardized": standardizer, "normalized": normalizer}
 
 MAX_ITER = 5000
 # few images are linearly separable; at scikit-learn's 1e-4 in single precision the weights depend on the solver
 TOL = 1e-6
+NEVER = -1e4  # the logit of a class without a labelled image: its probability is 0 in single precision
 
 
 def evaluate_fewshot(features: Features, subsets: list[np.ndarray], params: FewShotParams) -> Outcome:
@@ -35,27 +40,29 @@ def evaluate_fewshot(features: Features, subsets: list[np.ndarray], params: FewS
         subsets: arrays of image ids, all within the training part.
         params: scaling, and how the strength is chosen.
     """
-    scale = SCALINGS[params.scaling](features.x["train"])  # scaling needs no labels
+    scale: Scale = SCALINGS[params.scaling](features.x["train"])  # scaling needs no labels
     x = {split: scale(features.x[split]) for split in ("val", "test")}
-    outcomes, chosen, unconverged = [], [], 0
+    outcomes, classifiers, chosen, unconverged = [], [], [], 0
     for ids in subsets:
         rows = np.searchsorted(features.ids["train"], ids)
         x_few, y_few = scale(features.x["train"][rows]), features.y["train"][rows]
         model, c = fit_logistic_regression(x_few, y_few, x["val"], features.y["val"], params)
         chosen.append(c)
         unconverged += not _converged(model)
-        probabilities = {split: _probabilities(model, of_split, features.classes) for split, of_split in x.items()}
+        head = head_of(model, features.classes)
+        probabilities = {split: softmax(head.logits(of_split), axis=1) for split, of_split in x.items()}
         outcomes.append(Predicted(probabilities, features.y, features.ids).scored())
-    outcome = over_subsets(outcomes, len(subsets[0]))
+        classifiers.append(Classifier(1.0, _on_raw(head, scale, features.params)))
+    outcome = over_subsets(outcomes, len(subsets[0]), classifiers[best_on_val(outcomes)])
     if unconverged:
         print(f"warning: {unconverged} of {len(subsets)} regressions stopped after {MAX_ITER} steps, not converged")
     more = {"c": float(np.median(chosen)), "unconverged": float(unconverged)}
-    return Outcome(outcome.metrics | more, outcome.predictions)
+    return replace(outcome, metrics=outcome.metrics | more)
 
 
 def fit_logistic_regression(
     x: np.ndarray, y: np.ndarray, x_val: np.ndarray, y_val: np.ndarray, params: FewShotParams
-) -> tuple[Classifier, float]:
+) -> tuple[Fitted, float]:
     """Fit logistic regression with the C that `params.choose` selects.
 
     Cross-validation needs two images of every class; with fewer, C is `params.c_fixed`. With more features than images
@@ -67,9 +74,10 @@ def fit_logistic_regression(
         λ/2 · |w|². The paper's λ of 0.00025 / N is C = 4000.
     """
     x = x.astype(np.float64)
+    wide = x.shape[1] > x.shape[0]
+    rotated = [FunctionTransformer(_project, kw_args={"basis": np.linalg.qr(x.T)[0]})] if wide else []
 
-    def pipeline(model: Classifier) -> Classifier:
-        rotated = [FunctionTransformer(_projection(x))] if x.shape[1] > x.shape[0] else []
+    def pipeline(model: Any) -> Fitted:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # counted in the metrics
             return make_pipeline(*rotated, model).fit(x, y)
@@ -89,19 +97,34 @@ def fit_logistic_regression(
     return searched, float(searched[-1].best_params_["C"])
 
 
-def _projection(x: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the map of features to their coordinates in an orthonormal basis of the rows of `x` (N, D), N < D."""
-    basis = np.linalg.qr(x.T)[0]
-    return lambda features: features @ basis
+def _project(features: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """Return the coordinates of features (N, D) in a basis (D, N')."""
+    return features @ basis
 
 
-def _converged(model: Classifier) -> bool:
+def _converged(model: Fitted) -> bool:
     fitted = getattr(model[-1], "best_estimator_", model[-1])
     return bool(fitted.n_iter_.max() < MAX_ITER)
 
 
-def _probabilities(model: Classifier, x: np.ndarray, classes: int) -> np.ndarray:
-    """Return probabilities (N, classes). A class without a labelled image gets 0."""
-    probabilities = np.zeros((len(x), classes), dtype=np.float64)
-    probabilities[:, model.classes_] = model.predict_proba(x)
-    return probabilities
+def head_of(model: Fitted, classes: int) -> Head:
+    """Return a fitted regression as a head on the features that it was fitted to, with a logit for each class.
+
+    Its softmax has the regression's own probabilities. A class without a labelled image gets the logit `NEVER`.
+    """
+    fitted = getattr(model[-1], "best_estimator_", model[-1])
+    weight, bias = fitted.coef_, np.broadcast_to(fitted.intercept_, len(fitted.coef_))
+    if len(fitted.classes_) == 2:  # one logit, of the second class
+        weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
+    if len(model) > 1:
+        weight = weight @ model[0].kw_args["basis"].T
+    of_all = Head(np.zeros((classes, weight.shape[1])), np.full(classes, NEVER))
+    of_all.weight[fitted.classes_], of_all.bias[fitted.classes_] = weight, bias
+    return of_all
+
+
+def _on_raw(head: Head, scale: Scale, pooling: FeatureParams) -> Head:
+    """Return a head on scaled features as one on the encoder's own."""
+    if isinstance(scale, Standardizer):
+        head = head.on_unscaled(scale.mean, scale.std)
+    return replace(head, pool=pooling.pool, blocks=pooling.blocks, normalized=not isinstance(scale, Standardizer))

@@ -8,7 +8,7 @@ is 0.
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ from lgp.data.conversion import MODES
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch, CropDataset
 from lgp.errors import Diverged, LgpError, check_disk_space
-from lgp.evaluate.outcome import Outcome, Predicted, over_subsets
+from lgp.evaluate.outcome import Outcome, Predicted, best_on_val, over_subsets
 from lgp.features.extraction import extract
+from lgp.models.classifier_folder import Classifier
 from lgp.models.encoder_folder import images_for, load_encoder, read_config
 from lgp.models.files import ENCODER, WEIGHTS
 from lgp.models.heads_file import load_first_fc
@@ -173,12 +174,12 @@ def finetune(
         print(f"warning: finetune: a rate is left out: {reason}", flush=True)
     chosen, of_choice = _choose_rate(tried)
     more = {"train/pflop": round(flops / 1e15, 9), "first_fc": float(shared.first_fc is not None)}
-    return Outcome(chosen.metrics | of_choice | {"diverged": float(len(diverged))} | more, chosen.predictions)
+    return replace(chosen, metrics=chosen.metrics | of_choice | {"diverged": float(len(diverged))} | more)
 
 
 def _try_rate(shared: _FineTuning, subsets: list[np.ndarray], trial: int, base_lr: float) -> tuple[Outcome, int]:
     """Train at one rate on every subset; return the outcome, which is empty but in the first process, and the FLOPs."""
-    scored, flops = [], 0
+    scored, kept, flops = [], None, 0
     for number, ids in enumerate(subsets):
         if rank() == 0:
             said = f"rate {base_lr:g}, subset {number + 1} of {len(subsets)}, {len(ids)} labels"
@@ -193,7 +194,9 @@ def _try_rate(shared: _FineTuning, subsets: list[np.ndarray], trial: int, base_l
             )
         if predicted is not None:
             scored.append(predicted.scored())
-    return over_subsets(scored, len(subsets[0])) if scored else Outcome({}, pd.DataFrame()), flops
+            if best_on_val(scored) == number:
+                kept = _classifier(model, shared.recipe)
+    return over_subsets(scored, len(subsets[0]), kept) if scored else Outcome({}, pd.DataFrame()), flops
 
 
 def _choose_rate(tried: Mapping[float, Outcome]) -> tuple[Outcome, dict[str, float]]:
@@ -289,8 +292,8 @@ def build_classifier(
     model: VisionTransformer = timm.create_model(
         config["architecture"],
         num_classes=classes,
-        global_pool="token" if recipe.pool == "class_token" else "avg",
         drop_path_rate=recipe.drop_path,
+        **_pooling(recipe),
         **config["model_args"],
     )
     missing, unexpected = model.load_state_dict(load_encoder(encoder).state_dict(), strict=False)
@@ -304,6 +307,20 @@ def build_classifier(
     nn.init.trunc_normal_(head.weight, std=2e-5)
     nn.init.zeros_(head.bias)
     return model
+
+
+def _classifier(model: nn.Module, recipe: FineTuneParams) -> Classifier:
+    """Return the weights of a trained model, on the CPU. Two layers of its head become one, as none lies between."""
+    weights = {name: tensor.detach().float().cpu().clone() for name, tensor in model.state_dict().items()}
+    if "head.0.weight" in weights:
+        first, second = weights.pop("head.0.weight").double(), weights.pop("head.1.weight").double()
+        weights |= {"head.weight": (second @ first).float(), "head.bias": weights.pop("head.1.bias")}
+    return Classifier(1.0, model=weights, model_args=_pooling(recipe), interpolation=recipe.interpolation)
+
+
+def _pooling(recipe: FineTuneParams) -> dict[str, str]:
+    """Return timm's argument for how the tokens become features."""
+    return {"global_pool": "token" if recipe.pool == "class_token" else "avg"}
 
 
 def layer_decayed_groups(model: VisionTransformer, rate: float, recipe: FineTuneParams) -> list[dict[str, Any]]:

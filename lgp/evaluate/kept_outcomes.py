@@ -1,8 +1,8 @@
 """Outcomes kept for other names of the same labelled images: such a name reads the outcome and computes nothing.
 
-Of few images two shares may be the same, e.g. 1 % and 10 % of 145 labels in ten classes. A kept outcome is a file in
-`.lgp/outcomes`, one for each arm, task and group of names. It is replaced at once, so that evaluations which run at the
-same time read a whole one or none; then both compute.
+Of few images two shares may be the same, e.g. 1 % and 10 % of 145 labels in ten classes. A kept outcome is a table and
+a classifier in `.lgp/outcomes`, for each arm, task and group of names. Both have the digest of what decided them, and
+are replaced at once, so that evaluations which run at the same time read a whole one or none; then both compute.
 """
 
 import json
@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lgp.evaluate.outcome import Outcome
+from lgp.models.classifier_folder import read_classifier, write_classifier
 
 KEPT = Path(".lgp") / "outcomes"
-FORMAT = 1  # version of the file: raise it when it changes
+FORMAT = 2  # version of the file: raise it when it changes
 COMPUTED_WITH = (
     "torch",
     "torchvision",
@@ -48,7 +49,8 @@ class KeptOutcome:
         meta = json.loads(table.schema.metadata[META])
         if meta["digest"] != self.digest or meta["name"] == name:
             return None
-        return meta["name"], Outcome(meta["metrics"], table.to_pandas())
+        classifier = read_classifier(self.file.with_suffix(".safetensors"), self.digest)
+        return None if classifier is None else (meta["name"], Outcome(meta["metrics"], table.to_pandas(), classifier))
 
     def keep(self, name: str, outcome: Outcome) -> None:
         """Write the outcome that was computed for `name`."""
@@ -57,4 +59,8 @@ class KeptOutcome:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_name(f".partial.{name}-{self.file.name}")
         pq.write_table(table.replace_schema_metadata({**table.schema.metadata, META: json.dumps(meta)}), partial)
+        assert outcome.classifier is not None
+        of_classifier = partial.with_suffix(".safetensors")
+        write_classifier(of_classifier, outcome.classifier, self.digest)
+        of_classifier.replace(self.file.with_suffix(".safetensors"))
         partial.replace(self.file)

@@ -1,5 +1,6 @@
 """Evaluation with all labels: the linear probe, k-NN, and k-NN after each block."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from lgp.evaluate.probe import LinearHeads, choose_head, head_settings, train_he
 from lgp.features.cache import Features
 from lgp.features.knn import knn_predict
 from lgp.features.of_encoder import live_features_of
+from lgp.models.classifier_folder import Classifier, Head
 from lgp.models.encoder_folder import images_for
 from lgp.params.evaluate import LinearParams
 from lgp.params.pretrain import ViewParams
@@ -103,7 +105,8 @@ def _outcome(heads: LinearHeads, features: Features, params: LinearParams, devic
     held_out = ("val", "test")
     probabilities = {s: F.softmax(heads.logits(features.x[s], chosen.head), dim=1).numpy() for s in held_out}
     predicted = Predicted(probabilities, features.y, features.ids)
-    outcome = over_subsets([predicted.scored()], len(features.y["train"]))
+    classifier = Classifier(1.0, Head(*heads.head(chosen.head), features.params.pool, features.params.blocks))
+    outcome = over_subsets([predicted.scored()], len(features.y["train"]), classifier)
     knn: dict[str, float] = {}
     for split in ("test", "val"):
         knn |= accuracy_metrics(f"{split}/knn_top1", _knn(features, split, -1, params, device)[None])
@@ -112,7 +115,7 @@ def _outcome(heads: LinearHeads, features: Features, params: LinearParams, devic
         f"test/knn_top1_block{b}": percent(_knn(features, "test", b, params, device)) for b in range(depth) if depth > 1
     }
     picked = {"base_lr": chosen.base_lr, "weight_decay": chosen.weight_decay, "knn_k": float(params.knn_k)}
-    return Outcome(outcome.metrics | knn | by_depth | picked, outcome.predictions)
+    return replace(outcome, metrics=outcome.metrics | knn | by_depth | picked)
 
 
 def _knn(features: Features, split: str, block: int, params: LinearParams, device: torch.device) -> np.ndarray:

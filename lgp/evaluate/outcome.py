@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from lgp.evaluate.statistics import accuracy_interval, calibration_error
+from lgp.models.classifier_folder import Classifier
 
 Metrics = Mapping[str, float]
 
@@ -15,10 +16,14 @@ TOP5_FROM = 10  # fewest classes with which top-5 is reported
 
 @dataclass(frozen=True)
 class Outcome:
-    """Flat metrics of one task, in percent, and a row per test image (and subset) with the prediction."""
+    """Flat metrics of one task, in percent, and a row per test image (and subset) with the prediction.
+
+    `classifier` is the one that is kept: of several subsets, that of the best accuracy on val.
+    """
 
     metrics: dict[str, float]
     predictions: pd.DataFrame
+    classifier: Classifier | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,19 @@ class Predicted:
         return Scored(scores, correct, pd.DataFrame(table | {"confidence": test.max(1).astype(np.float32)}))
 
 
-def over_subsets(of_subset: Sequence[Scored], labels: int) -> Outcome:
+def best_on_val(of_subset: Sequence[Scored]) -> int:
+    """Return the number of the classifier with the best accuracy on val. It is the first of equal ones."""
+    on_val = [scored.scores["val/top1"] for scored in of_subset]
+    return int(np.argmax(np.nan_to_num(on_val, nan=-1.0)))  # without a validation image there is no accuracy
+
+
+def over_subsets(of_subset: Sequence[Scored], labels: int, kept: Classifier | None) -> Outcome:
     """Summarise a task over subsets of labels: mean, standard deviation, and the 95 % interval of every accuracy.
 
     Args:
         of_subset: scores of the classifier of each subset.
         labels: number of labelled images in each subset.
+        kept: the classifier of the subset that is best on val.
     """
     metrics: dict[str, float] = {}
     for name in of_subset[0].scores:
@@ -82,7 +94,7 @@ def over_subsets(of_subset: Sequence[Scored], labels: int) -> Outcome:
         metrics |= {f"test/top1_subset{number}": scored.scores["test/top1"] for number, scored in enumerate(of_subset)}
     metrics |= {"labels": float(labels), "subsets": float(len(of_subset))}
     tables = [scored.table.assign(subset=number) for number, scored in enumerate(of_subset)]
-    return Outcome(metrics, pd.concat(tables, ignore_index=True))
+    return Outcome(metrics, pd.concat(tables, ignore_index=True), kept)
 
 
 def accuracy_metrics(name: str, correct: np.ndarray) -> dict[str, float]:

@@ -117,6 +117,17 @@ class LinearHeads(nn.Module):
         """Move features to the device and data type of the heads."""
         return torch.from_numpy(np.ascontiguousarray(features)).to(self.weight.device, self.weight.dtype)
 
+    def head(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return one head as weight (C, D) and bias (C,) on features that BatchNorm does not normalise, float64."""
+        of_all = self.weight.detach().cpu().double().unflatten(1, (self.classes, -1))
+        weight, bias = of_all[..., number].T, self.bias.detach().cpu().double().view(self.classes, -1)[:, number]
+        if isinstance(self.norm, nn.BatchNorm1d):
+            assert self.norm.running_mean is not None
+            assert self.norm.running_var is not None
+            weight = weight / (self.norm.running_var.cpu().double() + self.norm.eps).sqrt()
+            bias = bias - weight @ self.norm.running_mean.cpu().double()
+        return weight.numpy(), bias.numpy()
+
     @torch.inference_mode()
     def accuracies(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Return each head's accuracy, (H,) in [0, 1]; -1 for a head whose weights are not finite."""

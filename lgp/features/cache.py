@@ -53,6 +53,7 @@ class Features:
     """Raw features of train, val and test, memory-mapped, with labels and ids.
 
     `x` has an array (N, D) per split, D over all chosen blocks. `by_block` has such an array after each block alone.
+    `params` says how they were made.
     """
 
     x: dict[str, np.ndarray]
@@ -60,6 +61,7 @@ class Features:
     ids: dict[str, np.ndarray]
     classes: int
     by_block: dict[str, list[np.ndarray]]
+    params: FeatureParams
 
 
 class FeatureCache:
@@ -87,7 +89,7 @@ class FeatureCache:
                 s: [_mapped(entry / f"{s}-{block}.npy") for block in range(source.blocks)] for s in EVALUATED_SPLITS
             }
             entry.touch()
-        return Features(x, {s: data.labels[i] for s, i in ids.items()}, ids, len(data.classes), by_block)
+        return Features(x, {s: data.labels[i] for s, i in ids.items()}, ids, len(data.classes), by_block, self.params)
 
     def _lock_of(self, entry: Path) -> Path:
         return entry.with_suffix(".lock")
@@ -176,8 +178,20 @@ def _mapped(path: Path) -> np.ndarray:
     return array
 
 
-def standardizer(reference: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the map to zero mean and unit deviation per feature, measured on `reference` (N, D).
+@dataclass(frozen=True)
+class Standardizer:
+    """The map to zero mean and unit deviation per feature: (features - mean) / std."""
+
+    mean: np.ndarray
+    std: np.ndarray
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Map features (N, D) to float32."""
+        return ((features - self.mean) / self.std).astype(np.float32)
+
+
+def standardizer(reference: np.ndarray) -> Standardizer:
+    """Measure mean and deviation per feature on `reference` (N, D).
 
     Features that are constant there are only centred. `reference` may be memory-mapped: it is read in blocks.
     """
@@ -187,7 +201,7 @@ def standardizer(reference: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     squares = sum(((block - mean) ** 2).sum(axis=0) for block in blocks)
     std = np.sqrt(squares / len(reference))
     std[std < 1e-6] = 1.0
-    return lambda features: ((features - mean) / std).astype(np.float32)
+    return Standardizer(np.asarray(mean), std)
 
 
 def normalizer(_reference: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lgp.data.storage import Images
-from lgp.models.vit import tokens_by_block
+from lgp.models.vit import pooled_by_block
 from lgp.params.section import Interpolation
 
 Encode = Callable[[Tensor], Tensor]
@@ -39,12 +39,7 @@ def by_block_of(encoder: VisionTransformer, pool: str, blocks: int, device: torc
     """
     encoder = encoder.to(device).eval()
 
-    def encode(images: Tensor) -> Tensor:
-        after = tokens_by_block(encoder, images.to(device))[-blocks:]
-        pooled = [tokens[:, 0] if pool == "class_token" else tokens[:, 1:].mean(dim=1) for tokens in after]
-        return torch.stack(pooled, dim=1)
-
-    return encode
+    return lambda images: pooled_by_block(encoder, images.to(device), pool, blocks)
 
 
 def pixels(images: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def save_encoder(
             "classifier": "head",
         },
     }
-    _save_texts(folder, config, provenance)
+    save_texts(folder, config, provenance)
 
 
 def save_pixels(folder: Path, images: Images, provenance: Any) -> None:
@@ -78,10 +78,11 @@ def save_pixels(folder: Path, images: Images, provenance: Any) -> None:
     save_tensors({}, folder / WEIGHTS)
     size = [images.channels, images.image_size, images.image_size]
     cfg = {"input_size": size, "mean": images.mean, "std": images.std}
-    _save_texts(folder, {"architecture": PIXELS, "pretrained_cfg": cfg}, provenance)
+    save_texts(folder, {"architecture": PIXELS, "pretrained_cfg": cfg}, provenance)
 
 
-def _save_texts(folder: Path, config: Any, provenance: Any) -> None:
+def save_texts(folder: Path, config: Any, provenance: Any) -> None:
+    """Write configuration and provenance beside the weights."""
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
 

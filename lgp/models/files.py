@@ -10,6 +10,7 @@ from lgp.params.arms import how_to_get
 ENCODER = "encoder"  # a folder of the next three files
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "provenance.json"
 HEADS, ARM_METRICS, CURVES = "heads.safetensors", "metrics.json", "curves.csv"
+CLASSIFIERS = "classifiers"  # a folder for each evaluation of the arm
 RECONSTRUCTIONS = "reconstructions.safetensors"  # only of an arm with a decoder
 
 

@@ -132,6 +132,20 @@ def tokens_by_block(encoder: VisionTransformer, images: Tensor) -> list[Tensor]:
     return after
 
 
+def pooled_by_block(encoder: VisionTransformer, images: Tensor, pool: str, blocks: int) -> Tensor:
+    """Return the features after each of the last blocks, through the final norm, (B, blocks, width).
+
+    Args:
+        encoder: in evaluation mode.
+        images: (B, C, S, S), normalised.
+        pool: `class_token`, or `average` of the patches.
+        blocks: number of last blocks.
+    """
+    after = tokens_by_block(encoder, images)[-blocks:]
+    pooled = [tokens[:, 0] if pool == "class_token" else tokens[:, 1:].mean(dim=1) for tokens in after]
+    return torch.stack(pooled, dim=1)
+
+
 def keep_patches(tokens: Tensor, ids_keep: Tensor) -> Tensor:
     """Select the patch tokens (B, N, D) named by `ids_keep` (B, n): (B, n, D)."""
     return tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]))

@@ -3,10 +3,12 @@
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lgp.errors import NotTrained
+from lgp.models.classifier_folder import save_classifier
 from lgp.models.encoder_folder import save_encoder, save_pixels
 from lgp.models.files import ARM_METRICS, CURVES, ENCODER, PROVENANCE, encoder_digest
 from lgp.models.heads_file import save_heads
@@ -21,6 +23,16 @@ if TYPE_CHECKING:  # an evaluation does not import what pre-trains
     from lgp.evaluate.outcome import Outcome
     from lgp.models.interchange import Imported
     from lgp.pretrain.arm import Pretrained
+
+
+@dataclass(frozen=True)
+class Places:
+    """The outputs of an evaluation."""
+
+    metrics: Path
+    predictions: Path
+    classifier: Path
+
 
 CURVE_COLUMNS = ["epoch", "train/loss", "train/lr"]  # without the online k-NN: a key of `run` sets it
 
@@ -139,14 +151,24 @@ def _pflop_of(encoder: Path) -> float:
     return float(provenance["metrics"].get("train/pflop_total", 0))
 
 
-def publish_outcome(
-    run: StageRun, encoder: Path, metrics: Path, predictions: Path, outcome: "Outcome", classes: list[str]
-) -> None:
-    """Write the metric file and the predictions. Track the metrics, and the confusion matrix as a picture.
+def publish_outcome(run: StageRun, encoder: Path, places: Places, outcome: "Outcome", classes: list[str]) -> None:
+    """Write metrics, predictions and the classifier. Track the metrics, and the confusion matrix as a picture.
 
     The metric file contains the digest of the encoder. Files of different encoders therefore always differ.
+
+    Args:
+        run: the stage.
+        encoder: the folder that was evaluated.
+        places: the outputs.
+        outcome: what was measured, and the classifier that is kept.
+        classes: names of the classes.
     """
-    outcome.predictions.to_parquet(run.out(predictions), index=False)
-    write_metrics(run, run.out(metrics), {**outcome.metrics, "encoder": encoder_digest(encoder)})
+    outcome.predictions.to_parquet(run.out(places.predictions), index=False)
+    values = {**outcome.metrics, "encoder": encoder_digest(encoder)}
+    write_metrics(run, run.out(places.metrics), values)
+    assert outcome.classifier is not None
+    save_classifier(
+        run.out(places.classifier), encoder, outcome.classifier, classes, run.provenance | {"metrics": values}
+    )
     print(f"{run.spec.arm} / {run.spec.task}: {outcome.metrics['test/top1']:.1f} % top-1 on test", flush=True)
     run.tracker.log_confusion(outcome.predictions, classes)

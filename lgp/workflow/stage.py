@@ -17,7 +17,7 @@ from typing import Any
 
 from lgp.compute.launch import WorkerDone, launch, launched, launched_rank
 from lgp.errors import LgpError, NotTrained, check_disk_space
-from lgp.models.files import WEIGHTS, check_trained, encoder_digest, no_encoder
+from lgp.models.files import CLASSIFIERS, WEIGHTS, check_trained, encoder_digest, no_encoder
 from lgp.params.file import Params, load_params, restricted, section_values
 from lgp.training.resume_states import StateStore
 from lgp.workflow import tracking
@@ -228,6 +228,9 @@ def _start_output(path: Path) -> Path:
 
 
 def _publish(written: Path, path: Path) -> None:
+    """Move an output to its place. The classifiers of an arm stay: they are outputs of other stages."""
+    if (path / CLASSIFIERS).is_dir():
+        (path / CLASSIFIERS).replace(written / CLASSIFIERS)
     _remove(path)
     written.replace(path)
 

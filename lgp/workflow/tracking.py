@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from filelock import FileLock
 
@@ -31,10 +31,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-REGISTRY = "lgp-encoder"
 CHAMPION = "champion"
 FLUSH_EVERY_S = 2.0
-REGISTERED_CODE = Path(__file__).with_name("registered_encoder.py")
+
+
+class _Registered(NamedTuple):
+    """A kind of model in the registry: its name there, the code that it carries, and what this needs."""
+
+    registry: str
+    code: Path
+    artifact: str
+    needs: tuple[str, ...]
+
+
+HERE = Path(__file__).parent
+NEEDS = ("mlflow", "timm", "torch", "torchvision", "numpy")
+ENCODERS = _Registered("lgp-encoder", HERE / "registered_encoder.py", "encoder", NEEDS)
+CLASSIFIERS = _Registered(
+    "lgp-classifier", HERE / "registered_classifier.py", "classifier", (*NEEDS, "pandas", "pillow")
+)
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -128,26 +143,33 @@ class _Mlflow:
             inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, height, width, channels))]),
             outputs=Schema([TensorSpec(np.dtype("float32"), (-1, config["num_features"]))]),
         )
+        return self._log_model(ENCODERS, folder, tags, f"encoder-{tags['arm']}", signature)
+
+    def log_classifier(self, folder: Path, tags: dict[str, str]) -> str:
+        """Log a classifier folder as a model that takes encoded images or arrays; return its version."""
+        return self._log_model(CLASSIFIERS, folder, tags, f"classifier-{tags['arm']}-{tags['task']}", None)
+
+    def _log_model(self, kind: "_Registered", folder: Path, tags: dict[str, str], name: str, signature: Any) -> str:
         with self.mlflow.start_run(run_id=self.run_id), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")  # MLflow asks for an input example, which would load the model
             info = self.mlflow.pyfunc.log_model(
-                name=f"encoder-{tags['arm']}",
-                python_model=str(REGISTERED_CODE),
-                artifacts={"encoder": str(folder)},
-                pip_requirements=[f"{p}=={version(p)}" for p in ("mlflow", "timm", "torch", "torchvision", "numpy")],
+                name=name,
+                python_model=str(kind.code),
+                artifacts={kind.artifact: str(folder)},
+                pip_requirements=[f"{p}=={version(p)}" for p in kind.needs],
                 signature=signature,
-                registered_model_name=REGISTRY,
+                registered_model_name=kind.registry,
             )
         # the block above marks the run as ended, but the run continues
         self.client.update_run(self.run_id, status="RUNNING")
         number = str(info.registered_model_version)
         for key, value in tags.items():
-            self.client.set_model_version_tag(REGISTRY, number, key, value)
+            self.client.set_model_version_tag(kind.registry, number, key, value)
         return number
 
-    def version_of(self, encoder_digest: str) -> str | None:
-        """Return the newest registered version with this digest."""
-        found = self.client.search_model_versions(f"name='{REGISTRY}' and tag.encoder_digest='{encoder_digest}'")
+    def version_of(self, registry: str, tag: str, digest: str) -> str | None:
+        """Return the newest registered version whose tag has this digest."""
+        found = self.client.search_model_versions(f"name='{registry}' and tag.{tag}='{digest}'")
         return max((str(v.version) for v in found), key=int, default=None)
 
 
@@ -315,21 +337,38 @@ class Tracker:
         """Point the alias `champion` at this encoder's version. An encoder that the store lacks is registered first."""
 
         def point(m: _Mlflow) -> None:
-            known = m.version_of(digest)
+            known = m.version_of(ENCODERS.registry, "encoder_digest", digest)
             number = known or m.log_encoder(folder, {"arm": arm, "encoder_digest": digest})
-            m.client.set_registered_model_alias(REGISTRY, CHAMPION, number)
+            m.client.set_registered_model_alias(ENCODERS.registry, CHAMPION, number)
 
         self.attempt(point, {"champion": arm, "encoder_digest": digest})
 
+    def set_champion_classifier(self, folder: Path, arm: str, task: str, digest: str) -> None:
+        """Point the alias `champion` at this classifier's version. One that the store lacks is registered first."""
+
+        def point(m: _Mlflow) -> None:
+            known = m.version_of(CLASSIFIERS.registry, "digest", digest)
+            number = known or m.log_classifier(folder, {"arm": arm, "task": task, "digest": digest})
+            m.client.set_registered_model_alias(CLASSIFIERS.registry, CHAMPION, number)
+
+        self.attempt(point, {"champion_classifier": f"{arm}/{task}", "digest": digest})
+
     def remove_champion(self) -> None:
         """Take the alias `champion` away, where an earlier report has set it: nobody is crowned now."""
+        self._remove_champion(ENCODERS)
+        self.remove_champion_classifier()
 
+    def remove_champion_classifier(self) -> None:
+        """Take the alias `champion` away from classifiers: the champion has none that timm loads."""
+        self._remove_champion(CLASSIFIERS)
+
+    def _remove_champion(self, kind: _Registered) -> None:
         def remove(m: _Mlflow) -> None:
-            found = m.client.search_registered_models(f"name='{REGISTRY}'")
+            found = m.client.search_registered_models(f"name='{kind.registry}'")
             if any(CHAMPION in model.aliases for model in found):
-                m.client.delete_registered_model_alias(REGISTRY, CHAMPION)
+                m.client.delete_registered_model_alias(kind.registry, CHAMPION)
 
-        self.attempt(remove, {"champion": None})
+        self.attempt(remove, {f"champion of {kind.registry}": None})
 
     def end(self, status: str) -> None:
         """Close the run as FINISHED, FAILED or KILLED. A run that failed before anything was logged is not opened."""

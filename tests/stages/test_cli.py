@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 
 from cli import app
 from lgp.data.labels import LabelledImages
+from lgp.evaluate.prediction import kept_classifiers
 from lgp.features.extraction import class_token_of, extract
 from lgp.features.of_encoder import encoder_features
 from lgp.models.encoder_folder import load_encoder, normalization_of
@@ -262,6 +264,51 @@ np.save("theirs.npy", model.predict(np.load("images.npy")))
     encoder = load_encoder(finished / "models" / "graft" / "encoder")
     ours = extract(class_token_of(encoder, torch.device("cpu")), data, ids)
     assert np.abs(np.load(tmp_path / "theirs.npy") - ours).max() < 1e-5
+
+
+def test_registered_classifier_predicts_as_lgp_does_without_it(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From encoded images and from arrays. The arm is crowned, as by a clear win."""
+    from lgp.report import report as module
+
+    judge = module.judge
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr(module, "judge", lambda *given: dataclasses.replace(judge(*given), champion="graft"))
+    assert lgp("report").exit_code == 0
+    (tmp_path / "some").mkdir()
+    data = labelled(finished)
+    for i in data.ids("test")[:20].tolist():
+        data.open_image(i).save(tmp_path / "some" / f"{i:04}.png")
+    written = lgp(
+        "predict", str(tmp_path / "some"), "--out", str(tmp_path / "p.csv"), "--with", best_of(finished, "graft")
+    )
+    assert written.exit_code == 0, written.output
+    ours = pd.read_csv(tmp_path / "p.csv").sort_values("path")
+    code = f"""
+import base64, glob, sys
+sys.path = [p for p in sys.path if p not in ("", {str(ROOT)!r})]
+sys.modules["lgp"] = None
+import mlflow, numpy as np, pandas as pd
+from PIL import Image
+mlflow.set_tracking_uri("sqlite:///{finished / "mlflow.db"}")
+model = mlflow.pyfunc.load_model("models:/lgp-classifier@champion")
+files = sorted(glob.glob("some/*.png"))
+texts = [base64.b64encode(open(file, "rb").read()).decode() for file in files]
+one = model.predict(pd.DataFrame({{"image": texts}}))
+other = model.predict(np.stack([np.asarray(Image.open(file)) for file in files]))
+assert one.equals(other)
+one.drop(columns="probabilities").to_csv("theirs.csv", index=False)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    theirs = pd.read_csv(tmp_path / "theirs.csv")
+    assert theirs["class"].astype(str).tolist() == ours["class"].astype(str).tolist()
+    assert np.abs(theirs["probability"].to_numpy() - ours["probability"].to_numpy()).max() < 1e-5
+
+
+def best_of(project: Path, arm: str) -> str:
+    """Return the name of an arm's classifier that the report registers."""
+    return next(kept.name for kept in kept_classifiers(project / "models") if kept.name.startswith(f"{arm}/"))
 
 
 def test_conflict_and_cut_of_an_arm(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from lgp.data.sources.cells import is_clutter, printable
 from lgp.data.sources.listing import LISTS, Listing, by_folders
 from lgp.data.sources.offers import SPLITS, Columns, Offers, Read, Skipped, read_file, state_text
+from lgp.errors import LgpError
 
 NO_IMAGES = {
     "csv", "tsv", "txt", "md", "rst", "json", "jsonl", "yaml", "yml", "xml", "html", "htm", "log", "pdf", "doc",
@@ -134,6 +135,15 @@ def folder_source(root: Path, class_folders: bool = True, columns: Columns = Col
     for path in walk.lists:
         offers = _with_list(offers, root / path, printable(path.rpartition("/")[0]), columns)
     return offers
+
+
+def single_image(file: Path) -> Offers:
+    """Return one file as a source. Raise `LgpError` if there is none."""
+    if not file.is_file():
+        raise LgpError(f"no file {file}: give an image")
+    listing = Listing()
+    listing.add(printable(file.name), None, None, None, state_text(file.stat()))
+    return listing.offers(partial(_reads, file.parent, [file.name]))
 
 
 def _read_anyway(root: Path) -> list[str]:

@@ -1,0 +1,55 @@
+"""Tool `predict`: classes and probabilities of any images, by a classifier that an evaluation kept."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.options import DEFAULT_PARAMS, Debug, ParamsFile
+from stages.paths import MODELS
+
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder of images, or any other data source.")]
+With = Annotated[
+    str | None,
+    typer.Option("--with", metavar="CLASSIFIER", help="ARM/TASK, or a classifier's folder; default: the best on val."),
+]
+Out = Annotated[Path, typer.Option("--out", metavar="FILE", help="A .csv or .parquet to write.")]
+
+
+def predict(
+    source: Source,
+    out: Out = Path("predictions.csv"),
+    classifier: With = None,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    debug: Debug = False,
+) -> None:
+    """Write class, probability, runner-up and margin of each image of a folder."""
+    from lgp.data.sources.opening import open_sources
+    from lgp.data.table_files import table_writer
+    from lgp.evaluate.prediction import find_classifier
+    from lgp.params.file import load_params
+
+    settings = load_params(params_file).run
+    folder = find_classifier(MODELS, classifier)
+    with table_writer(out) as write:
+        offers = open_sources([source])
+        from lgp.compute.device import choose_device
+        from lgp.data.progress import progress
+        from lgp.evaluate.prediction import predictions
+        from lgp.models.classifier_folder import load_classifier
+
+        device = choose_device(settings)
+        opened = load_classifier(folder, device)
+        counts = dict.fromkeys(opened.classes, 0)
+        without = 0
+        with progress(len(offers), 0) as advance:
+            for table in predictions(opened, offers, device):
+                write(table)
+                without += int((table["reason"] != "").sum())
+                for name, number in table["class"].value_counts().items():
+                    counts[str(name)] += int(number)
+                for _ in range(len(table)):
+                    advance()
+    print(f"predict: {sum(counts.values())} images by {folder}; {without} files without a prediction")
+    print(f"predict: {', '.join(f'{name} {count}' for name, count in counts.items() if count)}")
+    print(f"predict: {out} has them")
