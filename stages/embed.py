@@ -26,7 +26,7 @@ def embed(
     debug: Debug = False,
 ) -> None:
     """Write path and features of each image of a folder."""
-    from lgp.data.sources.opening import open_sources
+    from lgp.data.sources.opening import open_images
     from lgp.data.table_files import table_writer
     from lgp.errors import LgpError
     from lgp.params.file import load_params
@@ -35,7 +35,7 @@ def embed(
     if out.suffix.lower() != ".parquet":
         raise LgpError(f"{out}: features are lists of numbers, give a name that ends in .parquet")
     with table_writer(out, {"arm": arm, "encoder": _digest(folder)}) as write:
-        offers = open_sources([source])
+        offers = open_images(source)
         from lgp.compute.device import choose_device
         from lgp.data.progress import progress
         from lgp.features.of_source import embeddings, left_out

@@ -24,7 +24,7 @@ def predict(
     debug: Debug = False,
 ) -> None:
     """Write class, probability, runner-up and margin of each image of a folder."""
-    from lgp.data.sources.opening import open_sources
+    from lgp.data.sources.opening import open_images
     from lgp.data.table_files import table_writer
     from lgp.evaluate.prediction import find_classifier
     from lgp.params.file import load_params
@@ -32,7 +32,7 @@ def predict(
     settings = load_params(params_file).run
     folder = find_classifier(MODELS, classifier)
     with table_writer(out) as write:
-        offers = open_sources([source])
+        offers = open_images(source)
         from lgp.compute.device import choose_device
         from lgp.data.progress import progress
         from lgp.evaluate.prediction import predictions

@@ -1,7 +1,8 @@
 """Evaluation with few labels: logistic regression on frozen features of each subset.
 
 The strength of the regularisation is chosen by cross-validation within the labelled images or on the validation part,
-or it is fixed. Test labels choose nothing.
+or it is fixed. Test labels choose nothing. The temperature of the probabilities is found by cross-validation too, or on
+val where a class has a single labelled image.
 """
 
 import warnings
@@ -10,14 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from lgp.evaluate.outcome import Outcome, Predicted, best_on_val, over_subsets
+from lgp.evaluate.outcome import CALIBRATED_ON, Logits, Outcome, best_on_val, over_subsets, usable_temperature
 from lgp.features.cache import Features, Standardizer, normalizer, standardizer
 from lgp.models.classifier_folder import Classifier, Head
 from lgp.params.evaluate import FeatureParams, FewShotParams
@@ -50,9 +50,11 @@ def evaluate_fewshot(features: Features, subsets: list[np.ndarray], params: FewS
         chosen.append(c)
         unconverged += not _converged(model)
         head = head_of(model, features.classes)
-        probabilities = {split: softmax(head.logits(of_split), axis=1) for split, of_split in x.items()}
-        outcomes.append(Predicted(probabilities, features.y, features.ids).scored())
-        classifiers.append(Classifier(1.0, _on_raw(head, scale, features.params)))
+        logits = Logits({split: head.logits(of_split) for split, of_split in x.items()}, features.y, features.ids)
+        temperature = _temperature(x_few, y_few, c, features.classes, params) or logits.temperature_on_val()
+        outcomes.append(logits.scored(temperature))
+        kept = _on_raw(head, scale, features.params).divided_by(temperature)
+        classifiers.append(Classifier(temperature, kept))
     outcome = over_subsets(outcomes, len(subsets[0]), classifiers[best_on_val(outcomes)])
     if unconverged:
         print(f"warning: {unconverged} of {len(subsets)} regressions stopped after {MAX_ITER} steps, not converged")
@@ -89,12 +91,33 @@ def fit_logistic_regression(
         models = [pipeline(regression(c)) for c in params.c_grid]
         best = int(np.argmax([model.score(x_val, y_val) for model in models]))
         return models[best], params.c_grid[best]
-    folds = min(params.folds, int(np.bincount(y)[np.unique(y)].min()))
+    folds = _folds(y, params)
     if params.choose == "fixed" or folds < 2:
         return pipeline(regression(params.c_fixed)), params.c_fixed
     # the folds are not shuffled: the subsets are random already
     searched = pipeline(GridSearchCV(regression(1.0), {"C": params.c_grid}, cv=StratifiedKFold(folds)))
     return searched, float(searched[-1].best_params_["C"])
+
+
+def _folds(y: np.ndarray, params: FewShotParams) -> int:
+    """Return the number of folds: each must have an image of every class."""
+    return min(params.folds, int(np.bincount(y)[np.unique(y)].min()))
+
+
+def _temperature(x: np.ndarray, y: np.ndarray, c: float, classes: int, params: FewShotParams) -> float | None:
+    """Return the temperature by cross-validation within the labelled images.
+
+    None: C was chosen on val, so that the temperature may be too, or a class has a single image.
+    """
+    folds = _folds(y, params)
+    if params.choose == "validation" or folds < 2 or len(y) < CALIBRATED_ON:
+        return None
+    logits = np.empty((len(y), classes))
+    fixed = params.model_copy(update={"choose": "fixed", "c_fixed": c})
+    for rest, left_out in StratifiedKFold(folds).split(x, y):
+        model, _ = fit_logistic_regression(x[rest], y[rest], x[:0], y[:0], fixed)
+        logits[left_out] = head_of(model, classes).logits(x[left_out])
+    return usable_temperature(logits, y)
 
 
 def _project(features: np.ndarray, basis: np.ndarray) -> np.ndarray:

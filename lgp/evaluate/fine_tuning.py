@@ -34,7 +34,7 @@ from lgp.data.conversion import MODES
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch, CropDataset
 from lgp.errors import Diverged, LgpError, check_disk_space
-from lgp.evaluate.outcome import Outcome, Predicted, best_on_val, over_subsets
+from lgp.evaluate.outcome import Logits, Outcome, best_on_val, over_subsets
 from lgp.features.extraction import extract
 from lgp.models.classifier_folder import Classifier
 from lgp.models.encoder_folder import images_for, load_encoder, read_config
@@ -193,9 +193,10 @@ def _try_rate(shared: _FineTuning, subsets: list[np.ndarray], trial: int, base_l
                 "rate of finetune"
             )
         if predicted is not None:
-            scored.append(predicted.scored())
+            temperature = predicted.temperature_on_val()
+            scored.append(predicted.scored(temperature))
             if best_on_val(scored) == number:
-                kept = _classifier(model, shared.recipe)
+                kept = _classifier(model, shared.recipe, temperature)
     return over_subsets(scored, len(subsets[0]), kept) if scored else Outcome({}, pd.DataFrame()), flops
 
 
@@ -309,13 +310,15 @@ def build_classifier(
     return model
 
 
-def _classifier(model: nn.Module, recipe: FineTuneParams) -> Classifier:
+def _classifier(model: nn.Module, recipe: FineTuneParams, temperature: float) -> Classifier:
     """Return the weights of a trained model, on the CPU. Two layers of its head become one, as none lies between."""
     weights = {name: tensor.detach().float().cpu().clone() for name, tensor in model.state_dict().items()}
     if "head.0.weight" in weights:
         first, second = weights.pop("head.0.weight").double(), weights.pop("head.1.weight").double()
         weights |= {"head.weight": (second @ first).float(), "head.bias": weights.pop("head.1.bias")}
-    return Classifier(1.0, model=weights, model_args=_pooling(recipe), interpolation=recipe.interpolation)
+    for name in ("head.weight", "head.bias"):
+        weights[name] = weights[name] / temperature
+    return Classifier(temperature, model=weights, model_args=_pooling(recipe), interpolation=recipe.interpolation)
 
 
 def _pooling(recipe: FineTuneParams) -> dict[str, str]:
@@ -347,13 +350,13 @@ def _first_fc(arm: Path) -> Tensor | None:
     return first_fc
 
 
-def _predict(model: nn.Module, data: LabelledImages, recipe: FineTuneParams, device: torch.device) -> Predicted:
-    """Return probabilities on val and test, of whole images."""
+def _predict(model: nn.Module, data: LabelledImages, recipe: FineTuneParams, device: torch.device) -> Logits:
+    """Return logits on val and test, of whole images."""
     model.eval()
 
     def encode(images: Tensor) -> Tensor:
-        return model(images.to(device)).float().softmax(1)
+        return model(images.to(device)).float()
 
     ids = {split: data.ids(split) for split in ("val", "test")}
-    probabilities = {split: extract(encode, data, of_split, recipe.interpolation) for split, of_split in ids.items()}
-    return Predicted(probabilities, {split: data.labels[i] for split, i in ids.items()}, ids)
+    logits = {split: extract(encode, data, of_split, recipe.interpolation) for split, of_split in ids.items()}
+    return Logits(logits, {split: data.labels[i] for split, i in ids.items()}, ids)

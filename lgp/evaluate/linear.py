@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lgp.compute.precision import choose_precision, place
@@ -13,7 +12,7 @@ from lgp.compute.randomness import Stream, generator
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch, CropDataset
 from lgp.errors import LgpError
-from lgp.evaluate.outcome import Outcome, Predicted, accuracy_metrics, over_subsets, percent
+from lgp.evaluate.outcome import Logits, Outcome, accuracy_metrics, over_subsets, percent
 from lgp.evaluate.probe import LinearHeads, choose_head, head_settings, train_heads
 from lgp.features.cache import Features
 from lgp.features.knn import knn_predict
@@ -103,10 +102,12 @@ def _outcome(heads: LinearHeads, features: Features, params: LinearParams, devic
     if chosen.val < 0:
         raise LgpError("linear: the weights of every head stopped being finite: lower linear.base_lrs")
     held_out = ("val", "test")
-    probabilities = {s: F.softmax(heads.logits(features.x[s], chosen.head), dim=1).numpy() for s in held_out}
-    predicted = Predicted(probabilities, features.y, features.ids)
-    classifier = Classifier(1.0, Head(*heads.head(chosen.head), features.params.pool, features.params.blocks))
-    outcome = over_subsets([predicted.scored()], len(features.y["train"]), classifier)
+    of_head = {s: heads.logits(features.x[s], chosen.head).double().numpy() for s in held_out}
+    logits = Logits(of_head, features.y, features.ids)
+    temperature = logits.temperature_on_val()
+    head = Head(*heads.head(chosen.head), features.params.pool, features.params.blocks)
+    classifier = Classifier(temperature, head.divided_by(temperature))
+    outcome = over_subsets([logits.scored(temperature)], len(features.y["train"]), classifier)
     knn: dict[str, float] = {}
     for split in ("test", "val"):
         knn |= accuracy_metrics(f"{split}/knn_top1", _knn(features, split, -1, params, device)[None])

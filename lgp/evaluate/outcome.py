@@ -1,17 +1,21 @@
 """The outcome of an evaluation: flat metrics, and a prediction for each test image and subset."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
+from lgp.evaluate.calibration import accuracy_at_coverage, at_temperature, brier_score, fit_temperature
 from lgp.evaluate.statistics import accuracy_interval, calibration_error
 from lgp.models.classifier_folder import Classifier
 
 Metrics = Mapping[str, float]
 
 TOP5_FROM = 10  # fewest classes with which top-5 is reported
+COVERAGES = (50, 80, 95)  # percent of the images, the surest first
+CALIBRATED_ON = 20  # fewest images that a temperature is fitted to
 
 
 @dataclass(frozen=True)
@@ -49,22 +53,64 @@ class Predicted:
     labels: Mapping[str, np.ndarray]
     ids: Mapping[str, np.ndarray]
 
-    @property
-    def finite(self) -> bool:
-        """Whether all probabilities are numbers."""
-        return all(bool(np.isfinite(of_split).all()) for of_split in self.probabilities.values())
-
     def scored(self) -> Scored:
-        """Score top-1 on test and val. Score top-5 (with ten classes or more) and the calibration error on test."""
+        """Score top-1 on test and val; on test also top-5 (with ten classes or more), and how sure it may be."""
         test, labels = self.probabilities["test"], self.labels["test"]
         correct = {f"{s}/top1": self.probabilities[s].argmax(1) == self.labels[s] for s in ("test", "val")}
         if test.shape[1] >= TOP5_FROM:
             five = np.argsort(test, axis=1, kind="stable")[:, -5:]
             correct["test/top5"] = (five == labels[:, None]).any(axis=1)
         scores = {name: percent(of_images) for name, of_images in correct.items()}
-        scores["test/ece"] = round(calibration_error(test, labels), 4)
+        scores |= _believed(test, labels) if len(labels) else {}
         table = {"id": self.ids["test"], "label": labels, "prediction": test.argmax(1).astype(np.int64)}
         return Scored(scores, correct, pd.DataFrame(table | {"confidence": test.max(1).astype(np.float32)}))
+
+
+def _believed(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return how far probabilities can be believed: calibration error, Brier score, accuracy of the surest images."""
+    scores = {"test/ece": calibration_error(probabilities, labels), "test/brier": brier_score(probabilities, labels)}
+    scores |= {f"test/top1_of_surest_{c}": accuracy_at_coverage(probabilities, labels, c / 100) for c in COVERAGES}
+    return {name: round(value, 4) for name, value in scores.items()}
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits (N, classes) of a classifier on val and on test, with labels and ids of the images."""
+
+    of: Mapping[str, np.ndarray]
+    labels: Mapping[str, np.ndarray]
+    ids: Mapping[str, np.ndarray]
+
+    @property
+    def finite(self) -> bool:
+        """Whether all logits are numbers."""
+        return all(bool(np.isfinite(of_split).all()) for of_split in self.of.values())
+
+    def at(self, temperature: float) -> Predicted:
+        """Return the probabilities at a temperature."""
+        probabilities = {split: at_temperature(logits, temperature) for split, logits in self.of.items()}
+        return Predicted(probabilities, self.labels, self.ids)
+
+    def temperature_on_val(self) -> float:
+        """Return the temperature that val asks for."""
+        return usable_temperature(self.of["val"], self.labels["val"])
+
+    def scored(self, temperature: float) -> Scored:
+        """Score the calibrated probabilities. The calibration error without the temperature is among the scores."""
+        scored = self.at(temperature).scored()
+        before = self.at(1.0).scored().scores.get("test/ece", math.nan)
+        return replace(scored, scores={**scored.scores, "test/ece_uncalibrated": before, "temperature": temperature})
+
+
+def usable_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return the temperature that images ask for which the classifier was not fitted to, 1 if these are too few.
+
+    They are too few below `CALIBRATED_ON`, and where no temperature is the best: where all are right, for example.
+    """
+    if len(labels) < CALIBRATED_ON:
+        return 1.0
+    found = fit_temperature(logits, labels)
+    return 1.0 if found.at_bound else round(found.value, 6)
 
 
 def best_on_val(of_subset: Sequence[Scored]) -> int:

@@ -3,7 +3,7 @@
 | file | content |
 |---|---|
 | `model.safetensors` | the weights, timm's names; a plain head is among them |
-| `config.json` | as an encoder folder's, with `num_classes`, `label_names` and `lgp` |
+| `config.json` | as an encoder folder's, with `num_classes`, `label_names`, `temperature` and `lgp` |
 | `head.safetensors` | a head that timm has no place for: `weight` and `bias` |
 | `provenance.json` | arm, task, metrics, digests |
 
@@ -104,7 +104,7 @@ def save_classifier(
     """
     folder.mkdir(parents=True, exist_ok=True)
     config, head = read_config(encoder), classifier.head
-    own: dict[str, Any] = {"temperature": classifier.temperature}
+    own: dict[str, Any] = {}
     if head is not None:
         own |= {"pool": head.pool, "blocks": head.blocks, "normalized": head.normalized}
         tensors = _tensors_of_head(folder, encoder, head, config["architecture"] != PIXELS)
@@ -120,7 +120,11 @@ def save_classifier(
         changes["model_args"] = {**config["model_args"], **classifier.model_args}
     cfg = config["pretrained_cfg"] | ({"num_classes": len(classes)} if plain else {})
     changes["pretrained_cfg"] = cfg | {"interpolation": classifier.interpolation}
-    save_texts(folder, config | changes | {"label_names": list(classes), "lgp": own}, dict(provenance))
+    save_texts(
+        folder,
+        config | changes | {"label_names": list(classes), "temperature": classifier.temperature, "lgp": own},
+        dict(provenance),
+    )
 
 
 def _tensors_of_head(folder: Path, encoder: Path, head: Head, has_encoder: bool) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ def test_plain_timm_gives_the_logits_of_a_plain_head(encoder_folder: Path, tmp_p
     opened = load_classifier(tmp_path / "c", CPU)
     assert torch.equal(opened.logits(x), model(x))
     assert opened.classes == CLASSES == model.pretrained_cfg["label_names"]
-    assert opened.config["lgp"]["temperature"] == 2.5
+    assert opened.config["temperature"] == 2.5
     assert not (tmp_path / "c" / HEAD).exists()
 
 

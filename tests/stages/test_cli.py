@@ -306,6 +306,19 @@ one.drop(columns="probabilities").to_csv("theirs.csv", index=False)
     assert np.abs(theirs["probability"].to_numpy() - ours["probability"].to_numpy()).max() < 1e-5
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/answers.md"])
+def test_code_of_the_documentation_runs_without_lgp(finished: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
+    monkeypatch.chdir(finished)
+    data = labelled(finished)
+    data.open_image(int(data.ids("test")[3])).save("photo.png")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    alone = f"import sys\nsys.path = [p for p in sys.path if p not in ('', {str(ROOT)!r})]\nsys.modules['lgp'] = None\n"
+    ended = subprocess.run([sys.executable, "-c", alone + code], capture_output=True, text=True, check=True)
+    if page == "docs/answers.md":
+        assert lgp("predict", "photo.png", "--out", "p.csv", "--with", "graft/fewshot-10pct").exit_code == 0
+        assert ended.stdout.strip() == f"['{pd.read_csv('p.csv', dtype=str)['class'][0]}']"
+
+
 def best_of(project: Path, arm: str) -> str:
     """Return the name of an arm's classifier that the report registers."""
     return next(kept.name for kept in kept_classifiers(project / "models") if kept.name.startswith(f"{arm}/"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lgp.data.sources.arrays import DIGITS
 from lgp.data.sources.cells import is_clutter, split_word
-from lgp.data.sources.folder import folder_source
+from lgp.data.sources.folder import folder_source, single_image
 from lgp.data.sources.manifest import Table, label_offers, listed, read_rows, read_table, table_of, table_source
 from lgp.data.sources.offers import SPLITS, UNLABELED, Columns, Offers, Read, Skipped
 from lgp.errors import LgpError, NoSource
@@ -311,3 +311,11 @@ def said(sources: Sequence[str | SourceParams]) -> str:
     """Return sources as text, for messages."""
     texts = (source if isinstance(source, str) else f"{source.kind}: {source.place}" for source in sources)
     return ", ".join(texts)
+
+
+def open_images(source: str) -> Offers:
+    """Open a data source, or a single image file."""
+    file = _local(source)
+    if "://" not in source and file.is_file() and file.suffix.lower() not in SUFFIXES:
+        return single_image(file)
+    return open_sources([source])
