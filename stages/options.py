@@ -54,8 +54,13 @@ def _remember_debug(context: typer.Context, debug: bool) -> bool:
     return debug
 
 
+def is_arm_name(text: str) -> bool:
+    """Return whether a text can be the name of an arm."""
+    return re.fullmatch("[a-z][a-z0-9_]*", text) is not None
+
+
 def _arm_name(arm: str) -> str:
-    if not re.fullmatch("[a-z][a-z0-9_]*", arm):
+    if not is_arm_name(arm):
         raise LgpError(f"{arm!r} is no name of an arm: small letters, digits and _ make one, a letter first")
     return arm
 

@@ -345,16 +345,10 @@ def export_checkpoint(encoder: Tensors, heads: Tensors, normalization: Normaliza
         encoder: tensors of an encoder folder; timm's names are MAE's.
         heads: tensors of an arm's heads. An MAE decoder among them is written. All others are left out.
         normalization: of the images that the encoder was trained on.
-        path: of the file, which must not exist yet.
-
-    Raises:
-        LgpError: the file exists.
+        path: of the file.
     """
-    if path.exists():
-        raise LgpError(f"{path} exists already: move it away, or choose another name")
     decoder = {name.removeprefix("mae."): tensor for name, tensor in heads.items()}
     tensors = dict(encoder) | {name: tensor for name, tensor in decoder.items() if DECODER.match(name)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     cfg = {"mean": list(normalization.mean), "std": list(normalization.std)}
     torch.save({"model": tensors, PRETRAINED_CFG: cfg}, path)
     return len(tensors)
