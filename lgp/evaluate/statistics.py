@@ -177,6 +177,10 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
-    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
-    gap = np.bincount(bins, correct.astype(float) - confidence, minlength=CALIBRATION_BINS)
+    gap = np.bincount(calibration_bins(confidence), correct.astype(float) - confidence, minlength=CALIBRATION_BINS)
     return 100 * float(np.abs(gap).sum() / len(labels))
+
+
+def calibration_bins(confidence: np.ndarray) -> np.ndarray:
+    """Return the number of the bin of each confidence. Bin b, counted from 0, holds those in (b / 15, (b + 1) / 15]."""
+    return np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)

@@ -1,4 +1,6 @@
-"""Weighted k-nearest-neighbour classification on cosine similarity (Wu et al. 2018, section 3.4)."""
+"""Nearest neighbours by cosine similarity, and weighted k-NN classification (Wu et al. 2018, section 3.4)."""
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -21,9 +23,6 @@ def knn_predict(
 ) -> np.ndarray:
     """Let the k most similar training images vote. Each vote has the weight exp(cosine / temperature).
 
-    The result is exact. Similarities are computed block by block, and the k best so far are kept. The whole matrix is
-    never in memory. Memory-mapped features are never in memory all at once.
-
     Args:
         train: (N, D) features.
         labels: (N,) class indices.
@@ -36,9 +35,36 @@ def knn_predict(
     Returns:
         (M,) class indices.
     """
-    k = min(k, len(train))
     of_train = torch.from_numpy(labels).to(device)
     predictions = []
+    for best, nearest in nearest_neighbours(train, queries, k, device):
+        # relative to the best similarity: this cannot overflow at a small temperature
+        weights = ((best - best[:, :1]) / temperature).exp()
+        votes = torch.zeros(len(best), classes, dtype=best.dtype, device=device)
+        predictions.append(votes.scatter_add_(1, of_train[nearest], weights).argmax(dim=1).cpu())
+    return torch.cat(predictions).numpy()
+
+
+@torch.inference_mode()
+def nearest_neighbours(
+    train: np.ndarray, queries: np.ndarray, k: int, device: torch.device | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Find the k most similar training images of each query, for a block of queries at a time.
+
+    The result is exact. Similarities are computed block by block, and the k best so far are kept. The whole matrix is
+    never in memory. Memory-mapped features are never in memory all at once.
+
+    Args:
+        train: (N, D) features.
+        queries: (M, D) features.
+        k: number of neighbours, at most N.
+        device: where to compute; the CPU unless given.
+
+    Yields:
+        Cosines (B, k), the highest first, and the rows of those images in `train`, (B, k). Together the blocks are all
+        queries in order.
+    """
+    k = min(k, len(train))
     for start in range(0, len(queries), QUERIES):
         query = _unit(queries[start : start + QUERIES], device)
         best = torch.full((len(query), k), -torch.inf, dtype=query.dtype, device=device)
@@ -48,11 +74,7 @@ def knn_predict(
             of_block, rows = similarity.topk(min(k, similarity.shape[1]))
             best, chosen = torch.cat([best, of_block], dim=1).topk(k)
             nearest = torch.cat([nearest, rows + first], dim=1).gather(1, chosen)
-        # relative to the best similarity: this cannot overflow at a small temperature
-        weights = ((best - best[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(query), classes, dtype=query.dtype, device=device)
-        predictions.append(votes.scatter_add_(1, of_train[nearest], weights).argmax(dim=1).cpu())
-    return torch.cat(predictions).numpy()
+        yield best, nearest
 
 
 def _unit(features: np.ndarray, device: torch.device | None) -> Tensor:

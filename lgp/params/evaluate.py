@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from lgp.params.pretrain import TrainingParams, ViewParams
-from lgp.params.section import Count, Fraction, Interpolation, NonNegative, Positive, Section, Whole
+from lgp.params.section import Count, Fraction, Interpolation, NonNegative, OpenFraction, Positive, Section, Whole
 
 
 class FeatureParams(Section):
@@ -51,6 +51,23 @@ class FewShotParams(Section):
     c_fixed: Positive
     intercept: bool = True
     folds: Annotated[Whole, Field(ge=2)]
+
+
+class PropagationParams(Section):
+    """Evaluation with few labels: label propagation on the graph of all training images, then logistic regression.
+
+    Each pair of a number of neighbours `k` and a share `alpha` that an image takes from its neighbours is tried. Val
+    chooses one of them. The affinity of two images is their cosine to the power of `gamma`.
+
+    `balance` sets how the scores of the classes compare. `equal` gives all classes the same mass, for a training part
+    with about as many images of each class. `none` takes the scores as they are.
+    """
+
+    k: list[Count] = Field(default=[5, 10, 20], min_length=1)
+    alpha: list[OpenFraction] = Field(default=[0.95, 0.99], min_length=1)
+    gamma: Positive = 3.0
+    balance: Literal["equal", "none"] = "equal"
+    c: Positive = 1.0
 
 
 # timm's codes: m magnitude, n operations per image, mstd deviation and mmax maximum of the magnitude,
