@@ -690,6 +690,7 @@ LISTED = [
     "plan",
     "conflict",
     "suggest",
+    "select",
     "export",
     "bench",
     "import",
