@@ -29,6 +29,7 @@ from stages.preset import preset_app
 from stages.report import report
 from stages.results import results
 from stages.reverse import reverse
+from stages.select import select
 from stages.suggest import suggest
 from stages.ui import ui
 
@@ -38,7 +39,7 @@ app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False,
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Pipeline": [prepare, mim, cl, graft, baseline, linear, fewshot, finetune, report],
     "Controls of the paper": [joint, reverse],
-    TOOLS: [init, results, predict, embed, similar, ui, plan, conflict, suggest, export, bench],
+    TOOLS: [init, results, predict, select, embed, similar, ui, plan, conflict, suggest, export, bench],
 }
 for panel, commands in PANELS.items():
     for command in commands:

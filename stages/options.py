@@ -59,8 +59,8 @@ def is_arm_name(text: str) -> bool:
     return re.fullmatch("[a-z][a-z0-9_]*", text) is not None
 
 
-def _arm_name(arm: str) -> str:
-    if not is_arm_name(arm):
+def _arm_name(arm: str | None) -> str | None:
+    if arm is not None and not is_arm_name(arm):
         raise LgpError(f"{arm!r} is no name of an arm: small letters, digits and _ make one, a letter first")
     return arm
 
@@ -74,6 +74,12 @@ Accept = Annotated[bool, typer.Option("--accept", help="Take the arm as it is if
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_remember_debug)]
 Arm = Annotated[str, typer.Argument(help="Whose encoder: mim, cl, graft, …", callback=_arm_name)]
 ArmName = Annotated[str, typer.Option("--arm", metavar="NAME", help="What to call the arm.", callback=_arm_name)]
+OptionalArm = Annotated[
+    str | None,
+    typer.Option(
+        "--arm", metavar="ARM", help="Whose encoder; default: that of graft, else cl, else mim.", callback=_arm_name
+    ),
+]
 Labels = Annotated[
     str,
     typer.Argument(help="Which few labels: 1pct, 10pct, 5shot, …, as in labels.shares, shots and lists."),

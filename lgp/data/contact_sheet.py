@@ -59,14 +59,18 @@ def _shares(sizes: Sequence[int], wanted: int) -> list[int]:
 
 
 def _tile(read: Read, channels: int) -> Image.Image:
-    """Return an image that fits the tile. Small ones are enlarged without blur."""
     try:
-        image = as_image(_drawable(decode(read(), channels))).convert("RGB")
+        return thumbnail(decode(read(), channels))
     except Exception:  # noqa: BLE001 - a `Read` may raise any error; the inspection lists it with the reason
         tile = Image.new("RGB", (TILE, TILE), PALE)
         ImageDraw.Draw(tile).text((4, TILE // 2), _fitting(UNREADABLE), INK, _font())
         return tile
-    scale = TILE / max(image.size)
+
+
+def thumbnail(pixels: np.ndarray, side: int = TILE) -> Image.Image:
+    """Return an image (H, W, C) uint8 whose longer side is `side` pixels. Small ones are enlarged without blur."""
+    image = as_image(_drawable(pixels)).convert("RGB")
+    scale = side / max(image.size)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 

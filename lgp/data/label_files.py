@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lgp.data.sources.manifest import SHOWN, label_offers, read_table
+from lgp.data.sources.manifest import SHOWN, label_offers, read_rows, read_table, table_of
 from lgp.data.sources.offers import Columns, Offers
 from lgp.data.sources.states import can_hold_out
 from lgp.errors import LgpError
@@ -52,7 +52,8 @@ def added_labels(offers: Offers, file: Path, columns: Columns) -> Added:
     Raises:
         LgpError: the table cannot be read, a row names no image or several, or no row has a label.
     """
-    table = read_table(file, columns)
+    rows = read_rows(file)
+    table = table_of(rows, rows.known(columns))
     if any(table.splits) or any(table.groups):
         raise LgpError(
             f"{file} has splits or groups, which `lgp labels add` does not take: remove these columns, or name the "

@@ -1,4 +1,7 @@
-"""Cached features: a file per encoder, split and block, in a folder named by a digest of what decides the content.
+"""Cached features: a file per encoder and block, in a folder named by a digest of what decides the content.
+
+A file has the features of all images of training (labelled or not), val and test. Labels decide nothing of it. They
+only choose rows: labels that arrive later extract nothing.
 
 Every task on frozen features reads these files by memory map. Features of ImageNet (1.28 million × 768, 2 GB in half
 precision) need no more memory than a batch.
@@ -6,25 +9,30 @@ precision) need no more memory than a batch.
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from lgp.data.labels import LabelledImages
 from lgp.errors import check_disk_space
-from lgp.features.extraction import BATCH, Encode, extracted, pixels
+from lgp.features.extraction import Encode, extracted, pixels
 from lgp.params.evaluate import FeatureParams
 
-EVALUATED_SPLITS = ("train", "val", "test")
-FORMAT = 1  # version of the files and of their computation: raise it when either changes
+PARTS = ("train", "val", "test")  # of the index; the rows of a file are in this order
+SPLITS = ("train", "unlabeled", "val", "test")  # of the labels
+FORMAT = 2  # version of the files and of their computation: raise it when either changes
 COMPUTED_WITH = ("torch", "timm")  # their versions change the last digits
 ROWS = 2**16  # read at once
 GIB = 2**30
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,19 +56,44 @@ def pixel_source() -> FeatureSource:
     return FeatureSource("pixels", 1, lambda: lambda images: pixels(images)[:, None])
 
 
+class BySplit(Mapping[str, T]):
+    """A value per split, made when it is first asked for."""
+
+    def __init__(self, make: Callable[[str], T]) -> None:
+        """Make the value of a split by `make`."""
+        self._make, self._made = make, dict[str, T]()
+
+    def __getitem__(self, split: str) -> T:
+        """Return the value of a split. Raise `KeyError` for an unknown one."""
+        if split not in SPLITS:
+            raise KeyError(split)
+        if split not in self._made:
+            self._made[split] = self._make(split)
+        return self._made[split]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(SPLITS)
+
+    def __len__(self) -> int:
+        return len(SPLITS)
+
+
 @dataclass(frozen=True)
 class Features:
-    """Raw features of train, val and test, memory-mapped, with labels and ids.
+    """Raw features of train, unlabeled, val and test, memory-mapped, with labels and ids.
 
     `x` has an array (N, D) per split, D over all chosen blocks. `by_block` has such an array after each block alone.
     `params` says how they were made.
+    Where the images of a split follow each other in the cache, as all training images do if each has a label, its
+    array is a part of the cached file. Other arrays are copied when they are first asked for. Labels `y` of unlabelled
+    images are -1.
     """
 
-    x: dict[str, np.ndarray]
-    y: dict[str, np.ndarray]
-    ids: dict[str, np.ndarray]
+    x: Mapping[str, np.ndarray]
+    y: Mapping[str, np.ndarray]
+    ids: Mapping[str, np.ndarray]
     classes: int
-    by_block: dict[str, list[np.ndarray]]
+    by_block: Mapping[str, list[np.ndarray]]
     params: FeatureParams
 
 
@@ -72,68 +105,91 @@ class FeatureCache:
         self.folder, self.params, self.cache_gib = folder, params, cache_gib
 
     def features(self, source: FeatureSource, data: LabelledImages) -> Features:
-        """Return the features of a source for all three splits. Missing features are extracted."""
-        ids = {split: data.ids(split) for split in EVALUATED_SPLITS}
-        # the labels decide which image is in which split
-        of_ids = [sha256(of_split.tobytes()).hexdigest() for of_split in ids.values()]
-        images = [data.meta["digest"], data.mean, data.std, *of_ids]
+        """Return the features of a source for all splits. Missing features are extracted."""
+        of_parts = [np.flatnonzero(data.parts == part) for part in PARTS]
+        images = [data.meta["digest"], data.mean, data.std]
         decided_by = [FORMAT, source.digest, *images, self.params.dtype, *map(version, COMPUTED_WITH)]
         entry = self.folder / sha256(json.dumps(decided_by).encode()).hexdigest()[:32]
         self.folder.mkdir(parents=True, exist_ok=True)
         # the first of several evaluations of one encoder extracts; the others wait and read
         with FileLock(self._lock_of(entry)):
             if not entry.exists():
-                self._extract(source, data, ids, entry)
-            x = {split: self._joined(entry, split, source.blocks) for split in EVALUATED_SPLITS}
-            by_block = {
-                s: [_mapped(entry / f"{s}-{block}.npy") for block in range(source.blocks)] for s in EVALUATED_SPLITS
-            }
+                self._extract(source, data, of_parts, entry)
+            blocks = [_mapped(file) for file in _files(entry, source.blocks)]
+            joined = self._joined(entry, blocks)
             entry.touch()
-        return Features(x, {s: data.labels[i] for s, i in ids.items()}, ids, len(data.classes), by_block, self.params)
+        row_of = np.zeros(len(data.parts), dtype=np.int64)
+        row_of[np.concatenate(of_parts)] = np.arange(len(joined))
+        ids = {split: data.ids(split) for split in SPLITS}
+        return Features(
+            BySplit(lambda split: self._rows(joined, row_of[ids[split]])),
+            {split: data.labels[of_split] for split, of_split in ids.items()},
+            ids,
+            len(data.classes),
+            BySplit(lambda split: [self._rows(block, row_of[ids[split]]) for block in blocks]),
+            self.params,
+        )
 
     def _lock_of(self, entry: Path) -> Path:
         return entry.with_suffix(".lock")
 
-    def _extract(self, source: FeatureSource, data: LabelledImages, ids: dict[str, np.ndarray], entry: Path) -> None:
+    def _extract(
+        self, source: FeatureSource, data: LabelledImages, of_parts: Sequence[np.ndarray], entry: Path
+    ) -> None:
         partial = entry.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
         partial.mkdir()
         encode = source.encode()
-        images = sum(len(of_split) for of_split in ids.values())
-        for split, of_split in ids.items():
-            arrays: Sequence[np.memmap] = []
-            for number, batch in enumerate(extracted(encode, data, of_split)):
+        images = sum(map(len, of_parts))
+        arrays: Sequence[np.memmap] = []
+        first = 0
+        for of_part in of_parts:
+            for batch in extracted(encode, data, of_part):
                 if not arrays:
-                    shape = (len(of_split), batch.shape[2])
-                    if split == EVALUATED_SPLITS[0]:
-                        self._make_room(images * source.blocks * shape[1], entry)
-                    arrays = [self._create(partial / f"{split}-{b}.npy", shape) for b in range(source.blocks)]
+                    shape = (images, batch.shape[2])
+                    self._make_room(source.blocks * images * shape[1], entry)
+                    arrays = [self._create(file, shape) for file in _files(partial, source.blocks)]
                 for block, array in enumerate(arrays):
-                    array[number * BATCH : number * BATCH + len(batch)] = batch[:, block]
-            for array in arrays:
-                array.flush()
+                    array[first : first + len(batch)] = batch[:, block]
+                first += len(batch)
+        for array in arrays:
+            array.flush()
         partial.replace(entry)
 
     def _create(self, path: Path, shape: tuple[int, int]) -> np.memmap:
         return np.lib.format.open_memmap(path, mode="w+", dtype=self.params.dtype, shape=shape)
 
-    def _joined(self, entry: Path, split: str, blocks: int) -> np.ndarray:
+    def _joined(self, entry: Path, blocks: Sequence[np.ndarray]) -> np.ndarray:
         """Return the features of the last `features.blocks` blocks, concatenated: (N, D of all), also memory-mapped."""
-        last = [entry / f"{split}-{block}.npy" for block in range(blocks)][-self.params.blocks :]
+        last = blocks[-self.params.blocks :]
         if len(last) == 1:
-            return _mapped(last[0])
-        path = entry / f"{split}-last{len(last)}.npy"
+            return last[0]
+        path = entry / f"last{len(last)}.npy"
         if not path.exists():
-            arrays = [_mapped(file) for file in last]
-            shape = (len(arrays[0]), sum(a.shape[1] for a in arrays))
+            shape = (len(last[0]), sum(block.shape[1] for block in last))
             self._make_room(shape[0] * shape[1], entry)
             partial = path.with_suffix(".partial")
             joined = self._create(partial, shape)
             for start in range(0, shape[0], ROWS):
-                joined[start : start + ROWS] = np.concatenate([a[start : start + ROWS] for a in arrays], axis=1)
+                joined[start : start + ROWS] = np.concatenate([b[start : start + ROWS] for b in last], axis=1)
             joined.flush()
             partial.replace(path)
         return _mapped(path)
+
+    def _rows(self, array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return rows of an array: a view where they follow each other, else a copy.
+
+        The copy is memory-mapped too. It lies in a file without a name, which goes with the process.
+        """
+        first = int(rows[0]) if len(rows) else 0
+        if np.array_equal(rows, np.arange(first, first + len(rows))):
+            return array[first : first + len(rows)]
+        check_disk_space(self.folder, len(rows) * array[0].nbytes)
+        with TemporaryFile(dir=self.folder) as file:
+            copy = np.memmap(file, array.dtype, "w+", shape=(len(rows), array.shape[1]))
+        for start in range(0, len(rows), ROWS):
+            copy[start : start + ROWS] = array[rows[start : start + ROWS]]
+        return copy
 
     def _make_room(self, values: int, entry: Path) -> None:
         """Remove the least recently read other entries until `values` more values fit into the budget.
@@ -170,6 +226,11 @@ class FeatureCache:
 
 def _last_read(entry: Path) -> float:
     return entry.stat().st_mtime
+
+
+def _files(entry: Path, blocks: int) -> list[Path]:
+    """Return the file of each block."""
+    return [entry / f"{block}.npy" for block in range(blocks)]
 
 
 def _mapped(path: Path) -> np.ndarray:

@@ -85,9 +85,12 @@ def _is_at(line: str, indent: int) -> bool:
 
 
 def _end_of_value(lines: list[str], start: int, end: int, indent: int) -> int:
-    """Return the line behind a value that may go on over lines that are indented deeper, or close a bracket."""
+    """Return the line behind a value that may go on over lines.
+
+    These are indented deeper, close a bracket or, as deep as the key, begin with a dash.
+    """
     last = start + 1
-    while last < end and (_indent(lines[last]) > indent or lines[last].lstrip()[:1] in ("]", "}")):
+    while last < end and (_indent(lines[last]) > indent or lines[last].lstrip()[:1] in ("]", "}", "-")):
         last += 1
     while lines[last - 1].lstrip().startswith("#"):  # about the value, not of it
         last -= 1

@@ -255,7 +255,7 @@ def test_validation_chooses_the_head_and_does_not_train_it(features: Features, c
 
     def evaluated(val: np.ndarray, rates: list[float]) -> Outcome:
         of_rates = params.linear.model_copy(update={"base_lrs": rates})
-        return evaluate_linear(replace(features, y=features.y | {"val": val}), of_rates, 0, CPU, params.run)
+        return evaluate_linear(replace(features, y={**features.y, "val": val}), of_rates, 0, CPU, params.run)
 
     right, wrong = features.y["val"], (features.y["val"] + 1) % 3
     alone = [evaluated(val, [3.0]).predictions for val in (right, wrong)]
@@ -307,7 +307,7 @@ def with_noise_for(features: Features, split: str, rows: np.ndarray) -> Features
     x, y = features.x[split].copy(), features.y[split].copy()
     x[rows] = np.random.default_rng(0).normal(size=x[rows].shape)
     y[rows] = (y[rows] + 1) % 3
-    return replace(features, x=features.x | {split: x}, y=features.y | {split: y})
+    return replace(features, x={**features.x, split: x}, y={**features.y, split: y})
 
 
 def few(features: Features, subsets: list[np.ndarray], **changes: Any) -> Outcome:

@@ -148,7 +148,7 @@ def test_regressions_that_do_not_converge_are_counted(
 def test_shuffling_test_labels_changes_no_choice(
     features: Features, fewshot: FewShotParams, prepared: LabelledImages, choose: str
 ) -> None:
-    shuffled = replace(features, y=features.y | {"test": np.random.default_rng(0).permutation(features.y["test"])})
+    shuffled = replace(features, y={**features.y, "test": np.random.default_rng(0).permutation(features.y["test"])})
     outcomes = [
         evaluate_fewshot(of, prepared.subsets("10pct"), changed(fewshot, choose=choose)) for of in (features, shuffled)
     ]

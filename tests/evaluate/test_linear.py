@@ -34,7 +34,7 @@ def features(prepared: LabelledImages, encoder_folder: Path, tmp_path_factory: p
 
 
 def with_shuffled_test_labels(features: Features) -> Features:
-    return replace(features, y=features.y | {"test": np.random.default_rng(0).permutation(features.y["test"])})
+    return replace(features, y={**features.y, "test": np.random.default_rng(0).permutation(features.y["test"])})
 
 
 def evaluated(features: Features, params: Params) -> Outcome:

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
+from conftest import ROOT, SMALL, merged, prepare_all
 from filelock import FileLock
 
 from lgp.data.labels import LabelledImages
 from lgp.features import cache as module
-from lgp.features.cache import FeatureCache, FeatureSource, normalizer, pixel_source, standardizer
-from lgp.features.extraction import class_token_of, extract
+from lgp.features.cache import FeatureCache, Features, FeatureSource, normalizer, pixel_source, standardizer
+from lgp.features.extraction import class_token_of, extract, pixels
 from lgp.features.of_encoder import encoder_source, live_features_of
 from lgp.models.encoder_folder import load_encoder
 from lgp.models.vit import tokens_by_block
 from lgp.params.evaluate import FeatureParams
+from lgp.params.file import Params
 
 CPU = torch.device("cpu")
 
@@ -52,7 +55,8 @@ def test_features_are_extracted_once(
     again = cache(tmp_path).features(source, prepared)
     assert len(counted) == 3
     assert all(np.array_equal(first.x[split], again.x[split]) for split in first.x)
-    assert all(isinstance(x, np.memmap) for x in again.x.values())
+    assert all(isinstance(again.x[split], np.memmap) for split in ("train", "val", "test"))
+    assert np.shares_memory(again.x["train"], again.by_block["train"][-1])
     whole = extract(class_token_of(load_encoder(encoder_folder), CPU), prepared, prepared.ids("test"))
     assert np.abs(again.x["test"] - whole).max() < 1e-5
     assert np.array_equal(again.y["test"], prepared.labels[prepared.ids("test")])
@@ -73,31 +77,125 @@ def test_other_weights_pooling_data_or_type_are_other_features(
     assert len(counted) == 5 * 3
 
 
-def test_other_splits_are_other_features_and_other_labels_alone_are_not(
-    tmp_path: Path, prepared: LabelledImages, counted: list[int]
-) -> None:
-    def relabelled(name: str, change: Callable[[pd.DataFrame], None]) -> LabelledImages:
-        shutil.copytree(prepared.folder.parent / "labels", tmp_path / name)
-        table = pd.read_parquet(tmp_path / name / "labels.parquet")
+@dataclass
+class Relabelled:
+    """The prepared images with other labels, and their cache."""
+
+    prepared: LabelledImages
+    folder: Path
+    encoded: list[int] = field(default_factory=list)  # numbers of images
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Turn images into pixels and their negative, as two blocks."""
+        self.encoded.append(len(images))
+        return torch.stack([pixels(images), -pixels(images)], dim=1)
+
+    def with_(self, name: str, change: Callable[[pd.DataFrame], None]) -> LabelledImages:
+        """Return the images with a changed table of labels and splits."""
+        shutil.copytree(self.prepared.folder.parent / "labels", self.folder / name)
+        table = pd.read_parquet(self.folder / name / "labels.parquet")
         change(table)
-        table.to_parquet(tmp_path / name / "labels.parquet", index=False)
-        return LabelledImages(prepared.folder, tmp_path / name)
+        table.to_parquet(self.folder / name / "labels.parquet", index=False)
+        return LabelledImages(self.prepared.folder, self.folder / name)
+
+    def features(self, data: LabelledImages, **changes: Any) -> Features:
+        """Return the features of `encode`."""
+        return cache(self.folder / "cache", **changes).features(FeatureSource("two", 2, lambda: self.encode), data)
+
+
+@pytest.fixture
+def relabelled(prepared: LabelledImages, tmp_path: Path) -> Relabelled:
+    return Relabelled(prepared, tmp_path)
+
+
+def of_images(data: LabelledImages, ids: np.ndarray) -> np.ndarray:
+    """The second block of `Relabelled.features`, computed anew."""
+    return -data.normalize(data.whole(ids)).flatten(1).numpy()
+
+
+def unlabel(ids: np.ndarray) -> Callable[[pd.DataFrame], None]:
+    def change(table: pd.DataFrame) -> None:
+        table.loc[ids, ["label", "split"]] = [-1, "unlabeled"]
+
+    return change
+
+
+def test_labels_that_arrive_later_extract_nothing(relabelled: Relabelled) -> None:
+    prepared, train = relabelled.prepared, relabelled.prepared.ids("train")
+    few = relabelled.with_("few", unlabel(train[::3]))
+    before = relabelled.features(few)
+    encoded = [len(prepared.ids(split)) for split in ("train", "val", "test")]
+    assert relabelled.encoded == encoded  # the unlabelled images are there already
+    assert before.ids["unlabeled"].tolist() == train[::3].tolist()
+    assert before.y["unlabeled"].tolist() == [-1] * len(train[::3])
+    for split in ("train", "unlabeled", "val", "test"):
+        assert np.array_equal(before.x[split], of_images(few, few.ids(split)))
+        assert np.array_equal(before.by_block[split][0], -before.x[split])
+        assert before.y[split].tolist() == few.labels[few.ids(split)].tolist()
+    after = relabelled.features(prepared)
+    assert relabelled.encoded == encoded
+    assert np.array_equal(after.x["train"], of_images(prepared, train))
+    assert len(after.x["unlabeled"]) == 0
+
+
+def test_splits_are_read_from_the_cache_where_they_follow_each_other_and_else_copied(relabelled: Relabelled) -> None:
+    few = relabelled.with_("few", unlabel(relabelled.prepared.ids("train")[::2]))
+    features = relabelled.features(few)
+    for split, shared in {"val": True, "test": True, "train": False, "unlabeled": False}.items():
+        assert isinstance(features.x[split], np.memmap)
+        assert np.shares_memory(features.x[split], features.by_block[split][1]) == shared
+        assert features.x[split] is features.x[split]
+    features.x["train"][:] = 0
+    assert np.array_equal(relabelled.features(few).x["train"], of_images(few, few.ids("train")))
+
+
+def test_a_split_is_copied_only_when_it_is_asked_for(relabelled: Relabelled, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[int] = []
+    monkeypatch.setattr(module, "check_disk_space", lambda _folder, needed: copies.append(needed))
+    monkeypatch.setattr(module, "ROWS", 7)
+    some = relabelled.prepared.ids("train")[::2]
+    data = relabelled.with_("few", unlabel(some))
+    features = relabelled.features(data)
+    copies.clear()  # of the extraction
+    assert features.x["test"].shape[1] == 64
+    assert copies == []
+    assert np.array_equal(features.x["unlabeled"], of_images(data, some))
+    assert copies == [len(some) * 64 * 4]
+    with pytest.raises(KeyError):
+        features.x["unlabelled"]
+
+
+def test_images_that_labels_moved_to_another_split_are_found_there(relabelled: Relabelled, counted: list[int]) -> None:
+    prepared = relabelled.prepared
+    listed = prepared.ids("val")[[0, 3]]
 
     def moved(table: pd.DataFrame) -> None:
-        table.loc[prepared.ids("val")[0], "split"] = "train"
+        table.loc[listed, "split"] = "train"
 
     def renamed(table: pd.DataFrame) -> None:
         table["label"] = (table["label"] + 1) % 10
 
-    first = cache(tmp_path / "cache").features(pixel_source(), prepared)
-    other = cache(tmp_path / "cache").features(pixel_source(), relabelled("moved", moved))
-    assert counted[3:] == [counted[0] + 1, counted[1] - 1, counted[2]]
-    assert prepared.ids("val")[0] in other.ids["train"]
-    assert len(other.x["train"]) == len(first.x["train"]) + 1
-    again = cache(tmp_path / "cache").features(pixel_source(), relabelled("renamed", renamed))
-    assert len(counted) == 6
+    first = relabelled.features(prepared)
+    data = relabelled.with_("moved", moved)
+    other = relabelled.features(data, blocks=2)
+    assert np.isin(listed, other.ids["train"]).all()
+    for split in ("train", "val"):
+        assert np.array_equal(other.x[split][:, 64:], of_images(data, data.ids(split)))
+        assert np.array_equal(other.x[split][:, :64], -other.x[split][:, 64:])
+    again = relabelled.features(relabelled.with_("renamed", renamed))
+    assert len(relabelled.encoded) == 3
     assert np.array_equal(again.x["train"], first.x["train"])
     assert np.array_equal(again.y["train"], (first.y["train"] + 1) % 10)
+
+
+def test_images_of_other_parts_are_other_features(relabelled: Relabelled, tmp_path: Path) -> None:
+    relabelled.features(relabelled.prepared)
+    values = yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text())
+    params = Params.model_validate(merged(merged(values, SMALL), {"data": {"val_share": 0.3}}))
+    other = prepare_all(params, tmp_path / "other")
+    found = relabelled.features(other)
+    assert len(relabelled.encoded) == 6
+    assert np.array_equal(found.x["val"], of_images(other, other.ids("val")))
 
 
 @pytest.mark.parametrize("pool", ["class_token", "average"])

@@ -21,6 +21,9 @@ labels:
     1, 2,
     3,
   ]
+  lists:
+  - a.txt
+  - b.txt                   # second
   subsets: 5
   of:
     share: 0.1              # inner
@@ -40,6 +43,12 @@ labels:
         ("arms", ["mim"], "# title\n", "arms: [mim]\n# title\n"),
         ("labels.of.share", 0.5, "    share: 0.1              # inner", "    share: 0.5              # inner"),
         ("labels.of.shot", 5, "  of:\n", "  of:\n    shot: 5\n"),
+        (
+            "labels.lists",
+            ["c.txt"],
+            "  lists:\n  - a.txt\n  - b.txt                   # second\n",
+            "  lists: [c.txt]\n",
+        ),
         ("labels.threads", 2, "threads: 1", "threads: 2"),
     ],
 )

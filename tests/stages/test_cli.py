@@ -750,6 +750,7 @@ LISTED = [
     "plan",
     "conflict",
     "suggest",
+    "select",
     "export",
     "bench",
     "import",
