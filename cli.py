@@ -26,6 +26,7 @@ from stages.plan import plan
 from stages.predict import predict
 from stages.prepare import prepare
 from stages.preset import preset_app
+from stages.promote import promote
 from stages.report import report
 from stages.results import results
 from stages.reverse import reverse
@@ -39,7 +40,7 @@ app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False,
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Pipeline": [prepare, mim, cl, graft, baseline, linear, fewshot, finetune, report],
     "Controls of the paper": [joint, reverse],
-    TOOLS: [init, results, predict, select, embed, similar, ui, plan, conflict, suggest, export, bench],
+    TOOLS: [init, results, predict, select, embed, similar, promote, ui, plan, conflict, suggest, export, bench],
 }
 for panel, commands in PANELS.items():
     for command in commands:

@@ -1,6 +1,7 @@
 """Stage `report`: all results in one table and one page, the verdict, and the champion of the registry."""
 
 import json
+import os
 
 from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile
 from stages.paths import LABELS, MODELS, PREPARED, REPORTS, arm_folder, encoder_folder, metrics_file, predictions_file
@@ -26,7 +27,7 @@ def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
     writes = [*outputs, champion]
     with stage(StageSpec("report", SECTIONS["report"], reads, writes, "all", "report"), params_file, fresh) as run:
         from lgp.data.labels import LabelledImages
-        from lgp.evaluate.prediction import kept_classifiers
+        from lgp.evaluate.prediction import best_plain_classifier
         from lgp.models.files import encoder_digest
         from lgp.report.outcomes import Inputs
         from lgp.report.report import Outputs, write_report
@@ -37,13 +38,9 @@ def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
             run.tracker.log_figure(picture)
         digest = None if best is None else encoder_digest(encoder_folder(best))
         run.out(champion).write_text(json.dumps({"arm": best, "encoder_digest": digest}) + "\n")
-        if best is None or digest is None:
+        if "DVC_EXP_NAME" in os.environ:
+            print("report: an experiment moves no alias of the registry: `lgp promote ARM` does", flush=True)
+        elif best is None or digest is None:
             run.tracker.remove_champion()
-            return
-        run.tracker.set_champion(encoder_folder(best), best, digest)
-        kept = [found for found in kept_classifiers(MODELS) if found.name.startswith(f"{best}/") and found.plain]
-        if not kept:
-            run.tracker.remove_champion_classifier()
-            return
-        folder = kept[0].folder
-        run.tracker.set_champion_classifier(folder, best, folder.name, encoder_digest(folder))
+        else:
+            run.tracker.set_champions(encoder_folder(best), best, digest, best_plain_classifier(MODELS, best))

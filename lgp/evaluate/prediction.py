@@ -61,6 +61,12 @@ def kept_classifiers(models: Path) -> list[Kept]:
     return sorted(found, key=lambda kept: (-np.nan_to_num(kept.metrics["val/top1"], nan=-1.0), -kept.metrics["labels"]))
 
 
+def best_plain_classifier(models: Path, arm: str) -> Path | None:
+    """Return the classifier of an arm that is best on val among those that timm loads, None without one."""
+    plain = (kept.folder for kept in kept_classifiers(models) if kept.plain and kept.name.startswith(f"{arm}/"))
+    return next(plain, None)
+
+
 def find_classifier(models: Path, given: str | None) -> Path:
     """Return the folder of a classifier.
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 from filelock import FileLock
 
 from lgp.errors import LgpError
+from lgp.models.files import encoder_digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -332,6 +333,14 @@ class Tracker:
                 m.client.set_tag(m.run_id, "upstream_run", runs[0].info.run_id)
 
         self.attempt(tag, {})
+
+    def set_champions(self, encoder: Path, arm: str, digest: str, classifier: Path | None) -> None:
+        """Point the alias `champion` at an arm's encoder, and at its classifier if it has one that timm loads."""
+        self.set_champion(encoder, arm, digest)
+        if classifier is None:
+            self.remove_champion_classifier()
+        else:
+            self.set_champion_classifier(classifier, arm, classifier.name, encoder_digest(classifier))
 
     def set_champion(self, folder: Path, arm: str, digest: str) -> None:
         """Point the alias `champion` at this encoder's version. An encoder that the store lacks is registered first."""

@@ -243,6 +243,27 @@ def test_crown_of_the_report_is_the_registrys(
         assert tags == written
 
 
+def test_promotion_by_hand_moves_the_aliases_and_an_experiment_does_not(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.chdir(finished)
+    client = mlflow.MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
+
+    def arms() -> list[str]:
+        versions = [client.get_model_version_by_alias(name, "champion") for name in ("lgp-encoder", "lgp-classifier")]
+        return [version.tags["arm"] for version in versions]
+
+    assert "the arm pixels is a baseline" in error_of(lgp("promote", "pixels"))
+    promoted = lgp("promote", "cl")
+    assert promoted.exit_code == 0, promoted.output
+    assert arms() == ["cl", "cl"]
+    monkeypatch.setenv("DVC_EXP_NAME", "some-trial")
+    assert "an experiment moves no alias of the registry" in lgp("report").output
+    assert arms() == ["cl", "cl"]
+
+
 def test_registered_encoder_turns_images_into_features_without_lgp(finished: Path, tmp_path: Path) -> None:
     import mlflow
 
