@@ -27,6 +27,7 @@ from stages.predict import predict
 from stages.prepare import prepare
 from stages.preset import preset_app
 from stages.promote import promote
+from stages.propagate import propagate
 from stages.report import report
 from stages.results import results
 from stages.reverse import reverse
@@ -38,7 +39,7 @@ TOOLS = "Tools"
 
 app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 PANELS: dict[str, list[Callable[..., None]]] = {
-    "Pipeline": [prepare, mim, cl, graft, baseline, linear, fewshot, finetune, report],
+    "Pipeline": [prepare, mim, cl, graft, baseline, linear, fewshot, propagate, finetune, report],
     "Controls of the paper": [joint, reverse],
     TOOLS: [init, results, predict, select, embed, similar, promote, ui, plan, conflict, suggest, export, bench],
 }

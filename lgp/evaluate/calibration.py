@@ -52,6 +52,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> Temperature:
     """
     if not (logits < np.inf).all():
         raise LgpError("a temperature needs logits that are numbers or -inf, and got NaN or inf: was the fit stable?")
+    logits = logits.astype(np.float64)
     behind = logits - logits.max(axis=1, keepdims=True, initial=np.finfo(np.float64).min)
     of_label = np.take_along_axis(behind, labels[:, None], axis=1)
     possible = of_label[:, 0] > IMPOSSIBLE
@@ -70,7 +71,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> Temperature:
 
 def at_temperature(logits: np.ndarray, temperature: float) -> np.ndarray:
     """Return the probabilities softmax(logits / T), (N, C)."""
-    return softmax(logits / temperature, axis=1)
+    return softmax(logits.astype(np.float64) / temperature, axis=1)
 
 
 def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Evaluation with few labels: logistic regression on frozen features of each subset.
+"""Evaluation with few labels: logistic regression on frozen features of each subset, or on propagated labels.
 
 The strength of the regularisation is chosen by cross-validation within the labelled images or on the validation part,
 or it is fixed. Test labels choose nothing. The temperature of the probabilities is found by cross-validation too, or on
@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
@@ -18,9 +19,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from lgp.evaluate.outcome import CALIBRATED_ON, Logits, Outcome, best_on_val, over_subsets, usable_temperature
+from lgp.evaluate.propagation import UNKNOWN, choose_propagation, find_neighbours
 from lgp.features.cache import Features, Standardizer, normalizer, standardizer
 from lgp.models.classifier_folder import Classifier, Head
-from lgp.params.evaluate import FeatureParams, FewShotParams
+from lgp.params.evaluate import FeatureParams, FewShotParams, PropagationParams
 
 Scale = Callable[[np.ndarray], np.ndarray]
 Fitted = Any  # a pipeline of scikit-learn, with score and classes_
@@ -59,6 +61,59 @@ def evaluate_fewshot(features: Features, subsets: list[np.ndarray], params: FewS
     if unconverged:
         print(f"warning: {unconverged} of {len(subsets)} regressions stopped after {MAX_ITER} steps, not converged")
     more = {"c": float(np.median(chosen)), "unconverged": float(unconverged)}
+    return replace(outcome, metrics=outcome.metrics | more)
+
+
+def evaluate_propagation(
+    features: Features,
+    subsets: list[np.ndarray],
+    fewshot: FewShotParams,
+    propagation: PropagationParams,
+    device: torch.device,
+) -> Outcome:
+    """Spread the labels of each subset to all training images, and fit logistic regression to these.
+
+    The graph has the training images, labelled or not, and no other. Val chooses its neighbours, and how far labels
+    spread.
+
+    Args:
+        features: frozen features of the encoder.
+        subsets: arrays of image ids, all within the training part.
+        fewshot: scaling.
+        propagation: what to try.
+        device: where neighbours are searched.
+
+    Raises:
+        LgpError: there is no validation image.
+    """
+    scale: Scale = SCALINGS[fewshot.scaling](features.x["train"])
+    parts = ("train", "unlabeled") if len(features.ids["unlabeled"]) else ("train",)
+    x_all = np.concatenate([scale(features.x[part]) for part in parts])
+    x = {split: scale(features.x[split]) for split in ("val", "test")}
+    neighbours = find_neighbours(x_all, max(propagation.k), device)
+    outcomes, classifiers, chosen = [], [], []
+    for ids in subsets:
+        rows = np.searchsorted(features.ids["train"], ids)
+        known = np.full(len(x_all), UNKNOWN)
+        known[rows] = features.y["train"][rows]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            found = choose_propagation(
+                neighbours, x_all, known, x["val"], features.y["val"], features.classes, propagation
+            )
+        chosen.append(found)
+        head = head_of([found.classifier], features.classes)
+        logits = Logits({split: head.logits(of_split) for split, of_split in x.items()}, features.y, features.ids)
+        temperature = logits.temperature_on_val()
+        outcomes.append(logits.scored(temperature))
+        kept = _on_raw(head, scale, features.params).divided_by(temperature)
+        classifiers.append(Classifier(temperature, kept))
+    outcome = over_subsets(outcomes, len(subsets[0]), classifiers[best_on_val(outcomes)])
+    more = {
+        "k": float(np.median([c.k for c in chosen])),
+        "alpha": float(np.median([c.alpha for c in chosen])),
+        "unlabelled": float(len(x_all) - len(subsets[0])),
+    }
     return replace(outcome, metrics=outcome.metrics | more)
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from lgp.errors import LgpError
 from lgp.params.arms import BASELINES
 from lgp.params.data import DataParams
-from lgp.params.evaluate import FeatureParams, FewShotParams, FineTuneParams, LinearParams
+from lgp.params.evaluate import FeatureParams, FewShotParams, FineTuneParams, LinearParams, PropagationParams
 from lgp.params.graft import GraftParams
 from lgp.params.labels import ALL_LABELS, LabelsParams
 from lgp.params.model import ModelParams
@@ -37,6 +37,7 @@ class Params(Section):
     seed: Annotated[Whole, Field(ge=0, lt=2**32)]
     arms: Annotated[list[ArmName], Field(min_length=1)]
     few_labels: Annotated[list[LabelsName], Field(min_length=1)]
+    propagated: list[LabelsName] = Field(default_factory=list)
     finetuned: list[LabelsName]
     finetuned_arms: list[ArmName]
     data: DataParams
@@ -51,6 +52,7 @@ class Params(Section):
     features: FeatureParams = FeatureParams()
     linear: LinearParams
     fewshot: FewShotParams
+    propagation: PropagationParams = PropagationParams()
     finetune: dict[LabelsName, FineTuneParams] = Field(default_factory=dict)
     conflict: ConflictParams = ConflictParams()
     run: RunParams = RunParams()
@@ -58,7 +60,8 @@ class Params(Section):
     def tasks_of(self, arm: str) -> list[str]:
         """Return the names of an arm's tasks."""
         tuned = [f"finetune-{labels}" for labels in self.finetuned] if arm in self.finetuned_arms else []
-        return ["linear", *(f"fewshot-{labels}" for labels in self.few_labels), *tuned]
+        few = [f"fewshot-{labels}" for labels in self.few_labels]
+        return ["linear", *few, *(f"propagate-{labels}" for labels in self.propagated), *tuned]
 
     def recipe(self, labels: str) -> FineTuneParams:
         """Return the recipe `finetune.LABELS`. If there is none, raise `LgpError` with the existing recipes."""
@@ -103,7 +106,8 @@ class Params(Section):
     @model_validator(mode="after")
     def _labels_are_there(self) -> Self:
         valid = [*self.labels.names, ALL_LABELS]
-        for key, names in (("few_labels", self.few_labels), ("finetuned", self.finetuned)):
+        lists = {"few_labels": self.few_labels, "propagated": self.propagated, "finetuned": self.finetuned}
+        for key, names in lists.items():
             for name in names:
                 if name not in valid:
                     raise ValueError(

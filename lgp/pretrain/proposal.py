@@ -97,7 +97,8 @@ def _labels(inspection: Inspection, params: Params) -> dict[str, Any]:
     """Choose few labels, and which of them to fine-tune with. Images per class take the recipe of a share."""
     few = suggest_few_labels(inspection)
     tuned = [name for name in params.finetuned if name in few.names] or few.names[-1:]
-    values = {**label_values(few), "finetuned": tuned}
+    spread = [name for name in params.propagated if name in few.names] or few.names[-1:]
+    values = {**label_values(few), "propagated": spread, "finetuned": tuned}
     recipe = params.finetune[FEW_SHOT_RECIPE].model_dump(mode="json", exclude_unset=True)
     return values | {f"finetune.{name}": recipe for name in tuned if name not in params.finetune}
 

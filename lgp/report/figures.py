@@ -16,19 +16,24 @@ MISTAKES_A_ROW = 8
 
 
 def plot_label_efficiency(path: Path, table: pd.DataFrame, classes: int) -> None:
-    """Draw accuracy over labels per class with 95 % intervals. Lines are solid (frozen) or dashed (fine-tuned)."""
+    """Draw accuracy over labels per class with 95 % intervals.
+
+    Lines are solid (frozen features), dotted (labels propagated) or dashed (fine-tuned).
+    """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    for tuned, style in ((False, "-"), (True, "--")):
-        chosen = table[(table["task"] != "knn") & (table["task"].str.startswith("finetune") == tuned)]
+    kinds = {"finetune": ("--", "s", ", fine-tuned"), "propagate": (":", "^", ", propagated")}
+    kind_of = table["task"].str.partition("-")[0]
+    for kind, (style, marker, said) in {"": ("-", "o", ""), **kinds}.items():
+        chosen = table[(table["task"] != "knn") & (kind_of == kind if kind else ~kind_of.isin(kinds))]
         for arm, rows in chosen.groupby("arm", sort=False):
             rows = rows.sort_values("labels")
             axes.errorbar(
                 rows["labels"] / classes,
                 rows["top1_mean"],
                 [rows["top1_mean"] - rows["top1_low"], rows["top1_high"] - rows["top1_mean"]],
-                label=f"{arm}, fine-tuned" if tuned else arm,
-                marker="s" if tuned else "o",
+                label=f"{arm}{said}",
+                marker=marker,
                 linestyle=style,
                 capsize=3,
                 color=COLOURS.get(str(arm)),

@@ -92,7 +92,7 @@ def task_name(task: str) -> str:
         return names[task]
     kind, _, labels = task.partition("-")
     name = re.sub(r"^(\d+)shot$", r"\1 a class", re.sub(r"^(\d+)pct$", r"\1 %", labels))
-    return f"fine-tuned, {name}" if kind == "finetune" else name
+    return {"finetune": f"fine-tuned, {name}", "propagate": f"{name}, propagated"}.get(kind, name)
 
 
 def _heading(task: str, labels: str) -> str:

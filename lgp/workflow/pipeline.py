@@ -22,6 +22,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "linear": ("seed", "features", "linear"),
     "fewshot": ("features", "fewshot"),
+    "propagate": ("features", "fewshot", "propagation"),
     "finetune": ("seed", "finetune"),
-    "report": ("seed", "arms", "few_labels", "finetuned", "finetuned_arms", "data", "model"),
+    "report": ("seed", "arms", "few_labels", "propagated", "finetuned", "finetuned_arms", "data", "model"),
 }

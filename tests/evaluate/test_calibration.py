@@ -205,3 +205,10 @@ def test_interval_holds_the_true_error_about_as_often_as_it_says(
         low, high = calibration_interval(p[rows], labels[rows], seed=run)
         held += low <= truth <= high
     assert 0.87 <= held / 300 <= 0.99
+
+
+def test_logits_in_single_precision_serve_too() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(200, 3)).astype(np.float32), rng.integers(0, 3, 200)
+    assert fit_temperature(logits, labels).value == fit_temperature(logits.astype(np.float64), labels).value
+    assert at_temperature(logits, 2.0).dtype == np.float64

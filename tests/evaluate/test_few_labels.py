@@ -5,14 +5,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from lgp.data.labels import LabelledImages
 from lgp.evaluate import few_labels
-from lgp.evaluate.few_labels import evaluate_fewshot, fit_logistic_regression
+from lgp.evaluate.few_labels import evaluate_fewshot, evaluate_propagation, fit_logistic_regression, head_of
 from lgp.features.cache import FeatureCache, Features, normalizer, pixel_source, standardizer
-from lgp.params.evaluate import FeatureParams, FewShotParams
+from lgp.params.evaluate import FeatureParams, FewShotParams, PropagationParams
 from lgp.params.file import Params
 
 
@@ -28,6 +30,9 @@ def fewshot(params: Params) -> FewShotParams:
 
 def changed(params: FewShotParams, **changes: Any) -> FewShotParams:
     return FewShotParams.model_validate(params.model_dump() | changes)
+
+
+CPU = torch.device("cpu")
 
 
 def scaled(features: Features, scaling: Any = standardizer) -> dict[str, np.ndarray]:
@@ -164,3 +169,69 @@ def test_class_without_a_labelled_image_gets_no_probability(
     ids = np.array([i for i in prepared.subsets("10pct")[0] if prepared.labels[i] != 4])
     predictions = evaluate_fewshot(features, [ids, ids], fewshot).predictions
     assert 4 not in set(predictions["prediction"])
+
+
+def test_graph_has_the_training_images_labelled_or_not_and_no_other(
+    features: Features, fewshot: FewShotParams, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[np.ndarray] = []
+    find = few_labels.find_neighbours
+    monkeypatch.setattr(few_labels, "find_neighbours", lambda x, *more: graphs.append(x) or find(x, *more))
+    unlabeled = {"x": features.x["test"][:7], "ids": features.ids["test"][:7]}  # stand for images without a label
+    more = replace(
+        features,
+        x={**features.x, "unlabeled": unlabeled["x"]},
+        ids={**features.ids, "unlabeled": unlabeled["ids"]},
+    )
+    subsets = prepared.subsets("10pct")[:1]
+    outcome = evaluate_propagation(more, subsets, fewshot, PropagationParams(), CPU)
+    scale = standardizer(features.x["train"])
+    assert np.array_equal(graphs[0], scale(np.concatenate([features.x["train"], unlabeled["x"]])))
+    assert outcome.metrics["unlabelled"] == len(features.x["train"]) + 7 - len(subsets[0])
+
+
+def test_propagation_sees_the_labels_of_its_subset_only(
+    features: Features, fewshot: FewShotParams, prepared: LabelledImages
+) -> None:
+    """Labels of other training images, and those of test, change no prediction."""
+    subsets = prepared.subsets("1pct")[:2]
+    rng, kept = np.random.default_rng(0), np.searchsorted(features.ids["train"], np.concatenate(subsets))
+    y = {split: rng.permutation(features.y[split]) for split in ("train", "test")}
+    y["train"][kept] = features.y["train"][kept]
+    one, other = (
+        evaluate_propagation(of, subsets, fewshot, PropagationParams(), CPU)
+        for of in (features, replace(features, y={**features.y, **y}))
+    )
+    assert one.predictions["prediction"].tolist() == other.predictions["prediction"].tolist()
+    assert one.metrics["test/top1"] > 2 * other.metrics["test/top1"]
+
+
+def test_kept_classifier_gives_the_predictions_of_its_subset(
+    features: Features, fewshot: FewShotParams, prepared: LabelledImages
+) -> None:
+    for evaluate in (
+        lambda subsets: evaluate_fewshot(features, subsets, fewshot),
+        lambda subsets: evaluate_propagation(features, subsets, fewshot, PropagationParams(), CPU),
+    ):
+        outcome = evaluate(prepared.subsets("10pct")[:3])
+        assert outcome.classifier is not None
+        assert outcome.classifier.head is not None
+        logits = outcome.classifier.head.logits(np.asarray(features.x["test"], dtype=np.float64))
+        of_subsets = [table for _, table in outcome.predictions.groupby("subset")]
+        same = [bool((table["prediction"].to_numpy() == logits.argmax(1)).all()) for table in of_subsets]
+        assert any(same)
+        kept = of_subsets[same.index(True)]
+        assert np.abs(kept["confidence"] - softmax(logits, axis=1).max(1)).max() < 1e-5
+
+
+@pytest.mark.parametrize("classes", [[0, 1, 2], [0, 2], [1, 2, 3]])
+@pytest.mark.parametrize("width", [3, 60])
+def test_head_has_the_probabilities_of_scikit_learn(fewshot: FewShotParams, classes: list[int], width: int) -> None:
+    """Also of two classes, of more features than images, and where a class has no image."""
+    rng = np.random.default_rng(0)
+    y = np.repeat(classes, 6)
+    x, queries = rng.normal(size=(len(y), width)) + y[:, None], rng.normal(size=(9, width))
+    model, _ = fit_logistic_regression(x, y, x, y, changed(fewshot, choose="fixed"))
+    probabilities = softmax(head_of(model, 4).logits(queries), axis=1)
+    assert np.allclose(probabilities[:, classes], model.predict_proba(queries))
+    assert np.allclose(probabilities.sum(1), 1)
