@@ -224,7 +224,7 @@ def test_images_of_classes_that_training_lost_are_told(tmp_path: Path, params: P
     _, images = images_from(source, tmp_path / "images", params)
     held = {int(Path(images.paths[i]).stem) for part in ("val", "test") for i in images.ids(part)}
     tabled(tmp_path, ["b" if label == "c" and i not in held else label for i, label in enumerate(labels)])
-    metrics, data = labels_from(source, images, tmp_path / "labels", params)
+    metrics, _ = labels_from(source, images, tmp_path / "labels", params)
     lost = {part: sum(labels[int(Path(images.paths[i]).stem)] == "c" for i in images.ids(part)) for part in PARTS}
     assert min(lost.values()) > 0
     assert metrics["notes"] == [
