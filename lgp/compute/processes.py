@@ -35,7 +35,8 @@ def pool(workers: int | None = None) -> Iterator[ProcessPoolExecutor]:
         yield executor
     except BrokenProcessPool:
         raise LgpError(
-            "a process that decodes images was killed, perhaps as memory ran out: run again, it continues there"
+            "a process that decodes images was killed, perhaps as memory ran out: end other programs and run again; "
+            "`lgp prepare` goes on where it was"
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)

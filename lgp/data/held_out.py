@@ -3,12 +3,15 @@
 An image is known by its pixels, so it keeps its part in another folder, file or format. Images and labels that come
 later go to train, except images of a group that is held out. A file of other images, shares or of another seed does not
 count: the parts are then drawn anew.
+
+Its path is kept for one purpose: where `data.max_train_images` leaves images out, those that are held out are found
+before anything is decoded. The file also says if the validation part of the source stood for the test part.
 """
 
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,8 @@ from lgp.errors import LgpError
 
 PARTS = ("test", "val")
 STRENGTH = (*PARTS, "train")
-COLUMNS = ["image", "group", "part"]
+COLUMNS = ["image", "group", "part", "path"]
+VAL_IS_TEST = "# val of the source stands for test"
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,15 @@ class HeldOut:
     Attributes:
         images: identity → part.
         groups: group → part.
+        paths: identity → path, as the source had it when the parts were drawn, or when it was last found.
+        val_is_test: whether the validation part that the source gives stood for the test part.
     """
 
     draw: Draw
     images: dict[str, str] = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
+    val_is_test: bool = False
 
     def parts(self, identities: Sequence[str], groups: Sequence[str | None]) -> np.ndarray:
         """Return the part of each image, (N,): test, val or train.
@@ -66,14 +74,35 @@ class HeldOut:
                         of_groups[group] = part
         return np.array([images.get(identity, "train") for identity in identities], dtype=object)
 
+    def found(self, identities: Sequence[str], paths: Sequence[str], offered: Sequence[str]) -> "HeldOut":
+        """Return the same with a path for each image that was found.
+
+        Args:
+            identities: of the images that were found.
+            paths: of these.
+            offered: all paths of the source. A path that is kept and still among them stays.
+        """
+        there = set(offered)
+        missing = {image for image in self.images if self.paths.get(image) not in there}
+        # the first of equal images, which come last here
+        now = {i: path for i, path in reversed(list(zip(identities, paths, strict=True))) if i in missing}
+        return replace(self, paths=self.paths | now)
+
+    def holds(self, paths: Sequence[str], groups: Sequence[str | None]) -> np.ndarray:
+        """Return which images are held out by their path or group, (N,) bool. No pixels are needed for it."""
+        kept = set(self.paths.values())
+        pairs = zip(paths, groups, strict=True)
+        return np.array([path in kept or group in self.groups for path, group in pairs], dtype=bool)
+
     def write(self, file: Path) -> None:
         """Write the file."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([image, "", part] for image, part in sorted(self.images.items()))
-        writer.writerows(["", group, part] for group, part in sorted(self.groups.items()))
-        file.write_text(f"{self.draw}\n{text.getvalue()}", encoding="utf-8")
+        with file.open("w", encoding="utf-8", newline="") as text:
+            text.write(f"{self.draw}\n" + (f"{VAL_IS_TEST}\n" if self.val_is_test else ""))
+            # quotes, as a name may hold any end of a line
+            writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+            writer.writerow(COLUMNS)
+            writer.writerows([i, "", part, self.paths.get(i, "")] for i, part in sorted(self.images.items()))
+            writer.writerows(["", group, part, ""] for group, part in sorted(self.groups.items()))
 
 
 def read_held_out(file: Path, draw: Draw) -> HeldOut | None:
@@ -85,14 +114,17 @@ def read_held_out(file: Path, draw: Draw) -> HeldOut | None:
     if not file.exists():
         return None
     try:
-        first, *lines = file.read_text(encoding="utf-8").splitlines()
-        rows = list(csv.DictReader(lines))
+        with file.open(encoding="utf-8", newline="") as text:
+            first, _, rest = text.read().partition("\n")
+        first, val_is_test = first.rstrip("\r"), rest.startswith(VAL_IS_TEST)
+        rows = list(csv.DictReader(io.StringIO(rest.partition("\n")[2] if val_is_test else rest, newline="")))
         if not first.startswith("# seed "):
             raise ValueError("no file of held-out images")
         if first != str(draw):
             return None
         images = {row["image"]: row["part"] for row in rows if row["image"]}
         groups = {row["group"]: row["part"] for row in rows if row["group"]}
+        paths = {row["image"]: row["path"] for row in rows if row["image"] and row.get("path")}
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         rows, images, groups = [{}], {}, {}
     if len(images) + len(groups) != len(rows) or not set(images.values()) | set(groups.values()) <= set(PARTS):
@@ -100,7 +132,7 @@ def read_held_out(file: Path, draw: Draw) -> HeldOut | None:
             f"{file} is damaged: restore it (`git checkout {file}`); or remove it, and test and validation images are "
             "drawn anew"
         )
-    return HeldOut(draw, images, groups)
+    return HeldOut(draw, images, groups, paths, val_is_test)
 
 
 def draw_held_out(
@@ -127,4 +159,4 @@ def draw_held_out(
     drawn = np.flatnonzero(parts != held_out).tolist()
     images = {identities[i]: str(parts[i]) for i in drawn}
     of_groups = {str(groups[i]): str(parts[i]) for i in drawn if groups[i] is not None}
-    return HeldOut(draw, before.images | images, before.groups | of_groups)
+    return replace(before, images=before.images | images, groups=before.groups | of_groups)

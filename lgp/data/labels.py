@@ -21,11 +21,12 @@ import numpy as np
 import pandas as pd
 
 from lgp.data.leaks import EXACT, Leak, find_leaks
-from lgp.data.preparation import class_indices, groups_of, identities_of
+from lgp.data.preparation import class_indices, faults_of, given_parts, groups_of, identities_of
 from lgp.data.published_lists import check_published
 from lgp.data.sources.offers import Offers
 from lgp.data.sources.opening import open_sources
-from lgp.data.sources.states import STATE, labelling_state
+from lgp.data.sources.states import STATE, images_state, labelling_state
+from lgp.data.splits import few_names
 from lgp.data.storage import Images
 from lgp.data.subset_files import Subsets, load_subsets, names_of_same_subsets, save_subsets
 from lgp.data.subset_lists import read_subset_list
@@ -50,13 +51,14 @@ def write_labels(params: LabelsParams, data: DataParams, images: Images, seed: i
         folder: where to write.
 
     Returns:
-        Counts per split and subset, the number of classes, the digest, and the leaks.
+        Counts per split and subset, the number of classes, what is to be told, the digest, and the leaks.
 
     Raises:
-        LgpError: a prepared image is gone from the source, a list does not fit, or a class has too few images.
+        LgpError: the images of the source are not those that were prepared, a list does not fit, or a class has too
+            few images.
     """
     offers = open_sources(data.source, data.columns, data.labels)
-    labels, classes = _labels_of(images, offers)
+    labels, classes, notes = _labels_of(images, offers)
     splits = np.where((images.parts == "train") & (labels < 0), "unlabeled", images.parts).astype(object)
     splits[np.isin(images.parts, ("val", "test")) & (labels < 0)] = "dropped"
     lists = _read_lists(params, images.paths, labels, splits, classes)
@@ -80,23 +82,25 @@ def write_labels(params: LabelsParams, data: DataParams, images: Images, seed: i
         "leaks/exact": sum(leak.bits == EXACT for leak in leaks),
         "leaks/near": sum(leak.bits != EXACT for leak in leaks),
         "leaks": [_described(leak, images.paths) for leak in leaks[:SHOWN_LEAKS]],
+        "notes": notes,
         "digest": digest,
     }
 
 
-def _labels_of(images: Images, offers: Offers) -> tuple[np.ndarray, list[str]]:
-    """Return the label of each prepared image, (N,), as the source has it now, and the classes.
+def _labels_of(images: Images, offers: Offers) -> tuple[np.ndarray, list[str], list[str]]:
+    """Return the label of each prepared image, (N,), as the source has it now, the classes, and what is to be told.
 
     A class is one that a training image has.
 
     Raises:
-        LgpError: an image is gone from the source, or there is only one class.
+        LgpError: the images of the source are not those that were prepared, given parts contradict the labels, or
+            there is only one class.
     """
-    by_path = dict(zip(offers.paths, class_indices(offers).tolist(), strict=True))
-    gone = [path for path in images.paths if path not in by_path]
-    if gone:
-        more = f", nor {len(gone) - 1} other prepared images" if gone[1:] else ""
-        raise LgpError(f"the source has no {gone[0]} any more{more}: run `lgp prepare`, or `dvc repro`")
+    of_offers = class_indices(offers)
+    by_path = dict(zip(offers.paths, of_offers.tolist(), strict=True))
+    _check_same_images(images, offers)
+    if faults := faults_of(offers, of_offers, given_parts(offers, of_offers)):
+        raise LgpError("; ".join(faults))
     labels = np.array([by_path[path] for path in images.paths], dtype=np.int64)
     there = np.unique(labels[(images.parts == "train") & (labels >= 0)])
     classes = [offers.classes[c] for c in there]
@@ -104,7 +108,37 @@ def _labels_of(images: Images, offers: Offers) -> tuple[np.ndarray, list[str]]:
         raise LgpError(f"the only class is {classes[0]!r}: evaluation needs two or more, add images of another class")
     number = np.full(len(offers.classes) + 1, -1, dtype=np.int64)  # the last is for images without a label
     number[there] = np.arange(len(there))
-    return number[labels], classes
+    return number[labels], classes, _left_out(labels, images.parts, there, offers.classes)
+
+
+def _check_same_images(images: Images, offers: Offers) -> None:
+    """Raise `LgpError` if the source has other images than those that were prepared, or other images by their names.
+
+    Labels are found by the names of images. So the state of the source must be the one that `prepare` has noted.
+    """
+    offered = set(offers.paths)
+    gone = [path for path in images.paths if path not in offered]
+    if gone:
+        more = f", nor {len(gone) - 1} other prepared images" if gone[1:] else ""
+        raise LgpError(f"the source has no {gone[0]} any more{more}: run `lgp prepare`, or `dvc repro`")
+    noted = images.folder / STATE
+    if not noted.exists() or noted.read_text(encoding="utf-8").strip() != images_state(offers):
+        raise LgpError(
+            "the source has changed since its images were prepared (images, splits or groups; or the first labels, "
+            f"from which on images can be held out), so labels may be of other images than those in {images.folder}: "
+            "run `lgp prepare` first"
+        )
+
+
+def _left_out(labels: np.ndarray, parts: np.ndarray, there: np.ndarray, classes: Sequence[str]) -> list[str]:
+    """Say which labelled images of test and val are of classes that no training image has."""
+    notes = []
+    for part in ("test", "val"):
+        lost = labels[(parts == part) & (labels >= 0) & ~np.isin(labels, there)]
+        if len(lost):
+            names = few_names([classes[c] for c in np.unique(lost)])
+            notes.append(f"{len(lost)} images of {part} are not used: no training image has their class ({names})")
+    return notes
 
 
 def _read_lists(
@@ -163,7 +197,7 @@ def _write(folder: Path, table: pd.DataFrame, subsets: Subsets, classes: list[st
 def describe(metrics: dict[str, Any], params: LabelsParams) -> list[str]:
     """Return what `write_labels` found, a line each."""
     counts = ", ".join(f"{metrics[f'images/{split}']} {split}" for split in SPLITS[:-1])
-    lines = [f"{counts} images in {metrics['classes']} classes"]
+    lines = [f"{counts} images in {metrics['classes']} classes", *metrics["notes"]]
     if metrics["leaks"]:
         kept = {"report": "which stay", "drop_test": "dropped from test"}[params.leaks]
         exact, near = metrics["leaks/exact"], metrics["leaks/near"]

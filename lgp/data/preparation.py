@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lgp.data.sources.offers import Offers, Skipped
 from lgp.data.sources.opening import open_sources, said
 from lgp.data.sources.states import STATE, images_state
 from lgp.data.splits import cap, notes_on_classes
-from lgp.data.stored import ARRAY, INDEX, META, PARTS, StoredImages
+from lgp.data.stored import ARRAY, INDEX, META, PARTS, StoredImages, shards_in
 from lgp.data.writing import Stored, store
 from lgp.errors import LgpError
 from lgp.params.data import DataParams
@@ -63,19 +64,22 @@ def prepare(
     given = given_parts(offers, labels)
     if faults := faults_of(offers, labels, given):
         raise LgpError("; ".join(faults))
-    positions = _within_caps(offers, labels, given, params, seed)
-    pieces = _started(work or folder, state)
-    stored = store(offers, positions, params, pieces, folder)
-    try:
-        _check_readable(stored, offers, params)
-    except LgpError:
-        shutil.rmtree(pieces)  # so that files which are mended are read again
-        raise
+    draw = Draw(seed, params.test_share, params.val_share)
+    before, notes = _held_before(held_out, draw, offers, labels)
+    keep = partial(_within_caps, offers, labels, given, params, seed)
+    pieces = (work or folder) / f"pieces-{state[:16]}"
+    positions = keep(before)
+    index, stored = _read(offers, positions, params, pieces, folder)
+    kept, of_parts = _held_out(index, labels, given, before, offers, held_out)
+    if (again := keep(kept)) != positions:
+        # whole groups were drawn, or images that are held out have other paths now
+        positions = again
+        index, stored = _read(offers, positions, params, pieces / "with-held-out", folder)
+        kept, _ = _held_out(index, labels, given, kept, offers, held_out)
     if work is None:
         shutil.rmtree(pieces)
-    index = _index(stored, offers)
     order = index.pop("position").to_numpy()
-    kept, notes = _held_out(index, labels[order], given[order], params, seed, held_out)
+    notes += of_parts
     index["part"] = _parts(index, given[order], kept, notes)
     if params.drop_near_test_bits is not None:
         _drop_near_test(index, labels[order], params.drop_near_test_bits)
@@ -116,11 +120,31 @@ def describe(metrics: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _started(work: Path, state: str) -> Path:
-    """Return where pieces of this state of the source are kept."""
-    pieces = work / f"pieces-{state[:16]}"
+def _read(
+    offers: Offers, positions: list[int], params: DataParams, pieces: Path, folder: Path
+) -> tuple[pd.DataFrame, Stored]:
+    """Store these images in the folder. Return a row per image, in the order of the identities, and what was stored.
+
+    Args:
+        offers: the source.
+        positions: of the images to store.
+        params: the section `data`.
+        pieces: where the work of a killed run is kept.
+        folder: where to write. Images that it has are removed.
+
+    Raises:
+        LgpError: too many files are unreadable.
+    """
     pieces.mkdir(parents=True, exist_ok=True)
-    return pieces
+    for earlier in [folder / ARRAY, *shards_in(folder)]:
+        earlier.unlink(missing_ok=True)
+    stored = store(offers, positions, params, pieces, folder)
+    try:
+        _check_readable(stored, offers, params)
+    except LgpError:
+        shutil.rmtree(pieces)  # so that files which are mended are read again
+        raise
+    return _index(stored, offers), stored
 
 
 def class_indices(offers: Offers) -> np.ndarray:
@@ -136,7 +160,7 @@ def given_parts(offers: Offers, labels: np.ndarray) -> np.ndarray:
     that have no labels (ImageNet-1k's test, for example) are then dropped. They never serve training.
     """
     splits = np.array(offers.splits, dtype=object)
-    labelled = {part: bool(((splits == part) & (labels >= 0)).any()) for part in ("test", "val")}
+    labelled = {part: labelled_of(offers, labels, part) for part in ("test", "val")}
     for part in ("test", "val"):
         if not labelled[part]:
             splits[splits == part] = "dropped"
@@ -180,13 +204,22 @@ def faults_of(offers: Offers, labels: np.ndarray, given: np.ndarray) -> list[str
     return faults
 
 
-def _within_caps(offers: Offers, labels: np.ndarray, given: np.ndarray, params: DataParams, seed: int) -> list[int]:
-    """Return the positions of the images to keep. Unlabelled images are training images."""
+def _within_caps(
+    offers: Offers, labels: np.ndarray, given: np.ndarray, params: DataParams, seed: int, held_out: HeldOut
+) -> list[int]:
+    """Return the positions of the images to keep. Unlabelled images are training images.
+
+    Images that are held out of train are all kept. They are known by their paths and groups here, as nothing is
+    decoded yet.
+    """
     kept = np.ones(len(offers), dtype=bool)
+    held = held_out.holds(offers.paths, offers.groups)
+    shares = [s for part, s in (("test", params.test_share), ("val", params.val_share)) if not (given == part).any()]
     for part, most in (("train", params.max_train_images), ("test", params.max_test_images)):
         rows = np.flatnonzero(given == part)
         if most is not None and len(rows) > most:
-            kept[rows] = cap(labels[rows], [offers.paths[i] for i in rows], most, seed, part)
+            of_part = (held[rows], shares) if part == "train" else ()
+            kept[rows] = cap(labels[rows], [offers.paths[i] for i in rows], most, seed, part, *of_part)
     return np.flatnonzero(kept).tolist()
 
 
@@ -217,22 +250,60 @@ def _index(stored: Stored, offers: Offers) -> pd.DataFrame:
     return index.sort_values(["content", "path"], kind="stable", ignore_index=True)
 
 
+def _held_before(file: Path, draw: Draw, offers: Offers, labels: np.ndarray) -> tuple[HeldOut, list[str]]:
+    """Return what the file has, with the present role of a given validation part, and what is to be told of the role.
+
+    Choices are made on val. Images that were test and are val now have no unseen accuracy any more, and conversely.
+    """
+    before, notes = read_held_out(file, draw), []
+    labelled = {part: labelled_of(offers, labels, part) for part in ("test", "val")}
+    val_is_test = bool(labelled["val"] and not labelled["test"])
+    if before is not None and before.val_is_test and labelled["test"]:
+        notes.append(
+            f"val of the source stood for test before, and test has labels now: its {labelled['test']} images are "
+            f"test, the {labelled['val']} of val are validation images; earlier results are of other test images"
+        )
+    elif before is not None and val_is_test and not before.val_is_test:
+        notes.append(
+            f"val of the source stands for test now, as test has no labels: its {labelled['val']} images are test, "
+            "and earlier choices may have been made on them"
+        )
+    return replace(before or HeldOut(draw), val_is_test=val_is_test), notes
+
+
+def labelled_of(offers: Offers, labels: np.ndarray, split: str) -> int:
+    """Return the number of labelled images that the source gives to a split."""
+    return int(((np.array(offers.splits, dtype=object) == split) & (labels >= 0)).sum())
+
+
 def _held_out(
-    index: pd.DataFrame, labels: np.ndarray, given: np.ndarray, params: DataParams, seed: int, file: Path
+    index: pd.DataFrame, labels: np.ndarray, given: np.ndarray, before: HeldOut, offers: Offers, file: Path
 ) -> tuple[HeldOut, list[str]]:
-    """Return what is held out, as the file has it, the rest drawn, and what is to be told of it."""
-    draw = Draw(seed, params.test_share, params.val_share)
+    """Return what is held out, as the file has it, the rest drawn, and what is to be told of it.
+
+    Args:
+        index: of the images that were read, with their positions.
+        labels: (N,) of all images of the source.
+        given: (N,) their parts.
+        before: what is held out already.
+        offers: the source.
+        file: where it is kept.
+    """
+    order, notes = index["position"].to_numpy(), []
     identities, groups = identities_of(index), groups_of(index)
-    before, notes = read_held_out(file, draw) or HeldOut(draw), []
     wanted = set(before.images) | {f"group {group}" for group in before.groups}
     there = wanted & (set(identities) | {f"group {group}" for group in groups if group is not None})
     if wanted and not there:
         notes.append(f"{file} is of other images: test and validation images are drawn anew")
-        before = HeldOut(draw)
+        before = HeldOut(before.draw, val_is_test=before.val_is_test)
     elif wanted != there:
         gone = len(wanted - there)
-        notes.append(f"{gone} of {len(wanted)} images and groups that are held out are not in the source any more")
-    return draw_held_out(before, identities, labels, groups, given), notes
+        notes.append(
+            f"{gone} of {len(wanted)} images and groups that are held out were not found: they left the source, cannot "
+            "be read, or have other paths while data.max_train_images leaves images out"
+        )
+    kept = draw_held_out(before, identities, labels[order], groups, given[order])
+    return kept.found(identities, index["path"].tolist(), offers.paths), notes
 
 
 def identities_of(index: pd.DataFrame) -> list[str]:

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import io
-import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -16,12 +15,13 @@ import numpy as np
 from lgp.compute.processes import cores, pool
 from lgp.data.conversion import as_image, decode, encode, plain, shrink
 from lgp.data.leaks import perceptual_hashes
-from lgp.data.sources.offers import Read, read_file
+from lgp.data.sources.offers import Read, bytes_of, read_file
 from lgp.errors import LgpError
 
 FEW = 256  # images for which no process is started
-FIRST, MOST = 16, 256  # images of the first chunk, whose size nobody knows yet, and of the largest
-CHUNK_BYTES, IN_FLIGHT_BYTES = 8 * 2**20, 256 * 2**20  # of encoded images: of a chunk, and of all chunks
+MOST = 256  # images of a chunk
+CHUNK_BYTES, IN_FLIGHT_BYTES = 8 * 2**20, 256 * 2**20  # of a chunk, if it has more than one image, and of all chunks
+UNKNOWN_BYTES = 2**20  # that an image counts whose `Read` does not say its size
 HASHED_BYTES = 16 * 2**20  # of pixels whose hashes are taken together
 QUALITY = 95  # of images that are made smaller and become JPEG
 
@@ -86,36 +86,55 @@ def converted(reads: Iterable[Read], images: int, wanted: Wanted, workers: int |
         LgpError: a process died.
     """
     workers = workers or cores()
+    pixels = wanted.image_size**2 * wanted.channels if wanted.pixels else 0
     if workers == 1 or images < FEW:
-        yield from _in_chunks(iter(reads), lambda chunk: functools.partial(convert, chunk, wanted), 1)
+        yield from _in_chunks(reads, lambda chunk: functools.partial(convert, chunk, wanted), 1, pixels)
         return
     with pool(workers) as processes:
-        yield from _in_chunks(iter(reads), lambda chunk: processes.submit(convert, chunk, wanted).result, 2 * workers)
+        begin = lambda chunk: processes.submit(convert, chunk, wanted).result  # noqa: E731
+        yield from _in_chunks(reads, begin, 2 * workers, pixels)
 
 
 def _in_chunks(
-    reads: Iterator[Read], begin: Callable[[list[Read]], Callable[[], list[Converted]]], most_in_flight: int
+    reads: Iterable[Read], begin: Callable[[list[Read]], Callable[[], list[Converted]]], most_in_flight: int, more: int
 ) -> Iterator[Converted]:
-    """Convert chunks of about the same number of bytes. Few of them wait, so memory is bounded.
+    """Convert chunks. Those that have begun are bounded in number and bytes, so memory is, however large images are.
+
+    One image that is larger than all bounds is converted alone.
 
     Args:
         reads: one per image.
         begin: begins to convert a chunk, and returns what waits for the result.
         most_in_flight: chunks that have begun.
+        more: bytes that come along with each image.
     """
-    chunk_bytes = min(CHUNK_BYTES, IN_FLIGHT_BYTES // most_in_flight)
-    in_flight: deque[Callable[[], list[Converted]]] = deque()
-    images, their_bytes, size, most = 0, 0, FIRST, 1
-    while True:
-        while len(in_flight) < most and (chunk := list(itertools.islice(reads, size))):
-            in_flight.append(begin(chunk))
-        if not in_flight:
-            return
-        for image in in_flight.popleft()():
-            images += 1
-            their_bytes += len(image.data) + len(image.pixels) + image.size
-            yield image
-        size, most = min(max(chunk_bytes * images // max(their_bytes, 1), 1), MOST), most_in_flight
+    in_flight: deque[tuple[int, Callable[[], list[Converted]]]] = deque()
+    their_bytes = 0
+    for chunk, size in _chunks(reads, min(CHUNK_BYTES, IN_FLIGHT_BYTES // most_in_flight), more):
+        while in_flight and (len(in_flight) == most_in_flight or their_bytes + size > IN_FLIGHT_BYTES):
+            of_first, first = in_flight.popleft()
+            yield from first()
+            their_bytes -= of_first
+        in_flight.append((size, begin(chunk)))
+        their_bytes += size
+    for _, result in in_flight:
+        yield from result()
+
+
+def _chunks(reads: Iterable[Read], most_bytes: int, more: int) -> Iterator[tuple[list[Read], int]]:
+    """Yield chunks of at most so many bytes, with their bytes. An image that has more is a chunk of its own."""
+    chunk: list[Read] = []
+    total = 0
+    for read in reads:
+        known = bytes_of(read)
+        size = more + (UNKNOWN_BYTES if known is None else known)
+        if chunk and (total + size > most_bytes or len(chunk) == MOST):
+            yield chunk, total
+            chunk, total = [], 0
+        chunk.append(read)
+        total += size
+    if chunk:
+        yield chunk, total
 
 
 def convert(reads: Sequence[Read], wanted: Wanted) -> list[Converted]:

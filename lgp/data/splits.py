@@ -98,11 +98,23 @@ def _chosen(order: np.ndarray, sizes: np.ndarray, share: float) -> list[int]:
     return chosen
 
 
-def cap(labels: np.ndarray, identities: Sequence[str], most: int, seed: int, name: str) -> np.ndarray:
+def cap(
+    labels: np.ndarray,
+    identities: Sequence[str],
+    most: int,
+    seed: int,
+    name: str,
+    held_out: np.ndarray | None = None,
+    shares: Sequence[float] = (),
+) -> np.ndarray:
     """Choose `most` images in proportion to the classes.
 
     Each class keeps its share rounded down, at least one image. The largest remainders get what is left. Unlabelled
     images count as one more class, which may keep none.
+
+    Images that are held out are all kept, whatever their number. Of a class, as many of them count as a draw from its
+    share holds out. So the same images are chosen before and after they are drawn, and new images displace none of
+    them.
 
     Args:
         labels: (N,) class indices, -1 where unlabelled. N is at least `most`.
@@ -110,33 +122,50 @@ def cap(labels: np.ndarray, identities: Sequence[str], most: int, seed: int, nam
         most: number of images to keep.
         seed: the run's seed.
         name: `train` or `test`. Both are drawn independently.
+        held_out: (N,) bool, those that are held out of these images. None: none is.
+        shares: of the labelled images that are held out, one after the other.
 
     Returns:
-        (N,) bool, True for exactly `most` images.
+        (N,) bool, True for exactly `most` images, and for those held-out ones that do not count.
 
     Raises:
         LgpError: `most` is below the number of classes.
     """
     unlabelled = shuffled_by_class(np.where(labels < 0, 0, -1), identities, seed, "cap", name)
-    groups = [*shuffled_by_class(labels, identities, seed, "cap", name), *(unlabelled or [np.empty(0, dtype=np.int64)])]
-    sizes = np.array([len(group) for group in groups])
-    least = (sizes > 0).astype(np.int64)
+    classes = shuffled_by_class(labels, identities, seed, "cap", name)
+    quotas = _quotas([*map(len, classes), sum(map(len, unlabelled))], most, name)
+    kept = np.zeros(len(labels), dtype=bool) if held_out is None else held_out.copy()
+    count = [min(_drawn(quota, shares), int(kept[rows].sum())) for rows, quota in zip(classes, quotas, strict=False)]
+    for rows, quota, counted in zip([*classes, *unlabelled], quotas, [*count, 0], strict=False):
+        kept[rows[~kept[rows]][: quota - counted]] = True
+    return kept
+
+
+def _quotas(sizes: Sequence[int], most: int, name: str) -> list[int]:
+    """Return how many of `most` images each class has. The last size is of the unlabelled images."""
+    of = np.array(sizes)
+    least = (of > 0).astype(np.int64)
     least[-1] = 0
     if least.sum() > most:
         raise LgpError(
             f"data.max_{name}_images {most} is below the number of classes, {least.sum()}: each class keeps at least "
             "one image; raise it, or set it to null"
         )
-    quota = most * sizes / len(labels)
-    taken = np.maximum(most * sizes // len(labels), least)
+    exact = most * of / of.sum()
+    taken = np.maximum(most * of // of.sum(), least)
     while taken.sum() < most:
-        taken[np.argmax(quota - taken)] += 1
+        taken[np.argmax(exact - taken)] += 1
     while taken.sum() > most:
-        taken[np.argmax(np.where(taken > least, taken - quota, -np.inf))] -= 1
-    kept = np.zeros(len(labels), dtype=bool)
-    for group, number in zip(groups, taken.tolist(), strict=True):
-        kept[group[:number]] = True
-    return kept
+        taken[np.argmax(np.where(taken > least, taken - exact, -np.inf))] -= 1
+    return taken.tolist()
+
+
+def _drawn(images: int, shares: Sequence[float]) -> int:
+    """Return how many of a class are held out, where none is in a group. One image stays."""
+    left = images
+    for share in filter(None, shares):
+        left -= min(max(1, round(share * left)), max(left - 1, 0))
+    return images - left
 
 
 def notes_on_classes(counts: dict[str, int], held_out: bool) -> list[str]:
@@ -154,7 +183,7 @@ def notes_on_classes(counts: dict[str, int], held_out: bool) -> list[str]:
     notes = []
     empty = [name for name, count in counts.items() if not count]
     if empty:
-        notes.append(f"no labelled image of {_few(empty)}: not evaluated")
+        notes.append(f"no labelled image of {few_names(empty)}: not evaluated")
     scarce = [f"{name} ({count})" for name, count in counts.items() if 0 < count < FEW]
     if scarce:
         more = (
@@ -162,9 +191,10 @@ def notes_on_classes(counts: dict[str, int], held_out: bool) -> list[str]:
             if held_out
             else ""
         )
-        notes.append(f"fewer than {FEW} labelled images of {_few(scarce)}: their accuracy says little{more}")
+        notes.append(f"fewer than {FEW} labelled images of {few_names(scarce)}: their accuracy says little{more}")
     return notes
 
 
-def _few(names: Sequence[str], shown: int = 10) -> str:
+def few_names(names: Sequence[str], shown: int = 10) -> str:
+    """Return the first names of classes, and how many more there are."""
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more classes" if len(names) > shown else "")

@@ -1,17 +1,20 @@
 """Labels apart from images: what they change, what they leave, and what is refused."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from made_files import zip_archive
 from made_sources import both_from, folder, images_from, labels_from, png, write_parquet
 
+from lgp.data.conversion import encode
 from lgp.data.labels import LabelledImages, describe, write_labels
 from lgp.data.sources.opening import open_sources
-from lgp.data.sources.states import labelling_state
+from lgp.data.sources.states import STATE, labelling_state
 from lgp.data.storage import Images
 from lgp.data.subset_files import load_subsets, names_of_same_subsets
 from lgp.errors import LgpError
@@ -19,6 +22,7 @@ from lgp.params.file import Params
 from lgp.params.labels import LabelsParams
 
 SPLITS = ("train", "unlabeled", "val", "test")
+PARTS = ("test", "val")
 
 
 def state_of(source: Path | str, lists: list[str]) -> str:
@@ -86,11 +90,12 @@ def test_label_changed_in_the_source_changes_labels_alone(tmp_path: Path, params
     labels[changed] = 1 - labels[changed]
     write_parquet(hub / "train.parquet", labels, ["cat", "dog"], images=pictures)
     assert state_of(hub, []) != state
-    second, new = labels_from(hub, images, tmp_path / "new", params)
+    _, again = images_from(hub, tmp_path / "again", params)  # the file of the labels is that of the images
+    second, new = labels_from(hub, again, tmp_path / "new", params)
     assert first["digest"] != second["digest"]
     assert np.flatnonzero(old.labels != new.labels).tolist() == [images.ids(part)[0]]
     assert old.meta["digest"] == new.meta["digest"]
-    assert contents(images.folder) == before
+    assert contents(again.folder) | {STATE: b""} == before | {STATE: b""}
 
 
 def test_label_taken_away_leaves_the_image_to_pretraining_or_drops_it(tmp_path: Path, params: Params) -> None:
@@ -105,7 +110,7 @@ def test_label_taken_away_leaves_the_image_to_pretraining_or_drops_it(tmp_path: 
         for i, label in enumerate(labels)
     ]
     write_parquet(hub / "train.parquet", without, ["cat", "dog"], images=pictures)
-    metrics, data = labels_from(hub, images, tmp_path / "labels", params)
+    metrics, data = labels_from(hub, images_from(hub, tmp_path / "again", params)[1], tmp_path / "labels", params)
     assert data.ids("unlabeled").tolist() == [chosen["train"]]
     assert metrics["images/dropped"] == 2
     assert not {chosen["val"], chosen["test"]} & {i for split in SPLITS for i in data.ids(split).tolist()}
@@ -145,6 +150,108 @@ def test_image_that_left_the_source_is_named(tmp_path: Path, params: Params) -> 
     shutil.rmtree(source / "train" / "b")
     with pytest.raises(LgpError, match=r"no train/b/\d\.png any more, nor 8 other prepared images: run"):
         labels_from(source, images, tmp_path / "many", params)
+
+
+def write_npz(path: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
+    np.savez(path / "set.npz", images=pixels, labels=labels)
+
+
+def write_rows(path: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
+    images = [encode(image) for image in pixels]
+    write_parquet(path / "train.parquet", labels.tolist(), ["a", "b", "c"], images=images)
+
+
+def write_zip(path: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
+    files = {f"{'abc'[label]}/{i}.png": encode(pixels[i]) for i, label in enumerate(sorted(labels.tolist()))}
+    zip_archive(path / "set.zip", files)
+
+
+def write_files(path: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
+    for i, image in enumerate(pixels):
+        (path / f"{'abc'[i % 3]}").mkdir(exist_ok=True)
+        (path / f"{'abc'[i % 3]}" / f"{i}.png").write_bytes(encode(image))
+
+
+@pytest.mark.parametrize(
+    ("write", "name"), [(write_npz, "set.npz"), (write_rows, ""), (write_zip, "set.zip"), (write_files, "")]
+)
+def test_other_images_of_the_same_names_are_refused(tmp_path: Path, params: Params, write: Any, name: str) -> None:
+    source, rng = tmp_path / "source", np.random.default_rng(0)
+    source.mkdir()
+    pixels, labels = rng.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8), np.arange(30) % 3
+    write(source, pixels, labels)
+    _, images = images_from(source / name, tmp_path / "images", params)
+    labels_from(source / name, images, tmp_path / "first", params)
+    order = rng.permutation(30)
+    write(source, pixels[order], labels[order])
+    with pytest.raises(LgpError, match=r"the source has changed since .* run `lgp prepare` first"):
+        labels_from(source / name, images, tmp_path / "second", params)
+
+
+def tabled(tmp_path: Path, labels: Sequence[str | None]) -> list[str]:
+    """Write a flat folder of images, and a table of their labels."""
+    raw = tmp_path / "raw"
+    raw.mkdir(exist_ok=True)
+    for i in range(len(labels)):
+        if not (raw / f"{i}.png").exists():
+            (raw / f"{i}.png").write_bytes(png())
+    rows = [f"{i}.png,{label or ''}" for i, label in enumerate(labels)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label", *rows]))
+    return [str(raw), str(tmp_path / "t.csv")]
+
+
+def test_labels_that_arrive_need_no_new_images_except_the_first(tmp_path: Path, params: Params) -> None:
+    source = tabled(tmp_path, ["a", "b"] * 10 + [None] * 10)
+    _, images = images_from(source, tmp_path / "images", params)
+    before = contents(images.folder)
+    labels_from(source, images, tmp_path / "first", params)
+    tabled(tmp_path, ["a", "b"] * 10 + ["a", "b", "c"] * 3 + [None])
+    metrics, _ = labels_from(source, images, tmp_path / "second", params)
+    assert metrics["images/unlabeled"] == 1
+    assert metrics["notes"] == []
+    assert contents(images.folder) == before
+    tabled(tmp_path, [None] * 30)
+    _, images = images_from(source, tmp_path / "unlabelled", params)
+    labels_from(source, images, tmp_path / "none", params)
+    tabled(tmp_path, ["a", "b"] * 15)
+    with pytest.raises(LgpError, match=r"the first labels, from which on images can be held out.* `lgp prepare` first"):
+        labels_from(source, images, tmp_path / "all", params)
+
+
+def test_images_of_classes_that_training_lost_are_told(tmp_path: Path, params: Params) -> None:
+    labels = ["a", "b", "c"] * 20
+    source = tabled(tmp_path, labels)
+    _, images = images_from(source, tmp_path / "images", params)
+    held = {int(Path(images.paths[i]).stem) for part in ("val", "test") for i in images.ids(part)}
+    tabled(tmp_path, ["b" if label == "c" and i not in held else label for i, label in enumerate(labels)])
+    metrics, _ = labels_from(source, images, tmp_path / "labels", params)
+    lost = {part: sum(labels[int(Path(images.paths[i]).stem)] == "c" for i in images.ids(part)) for part in PARTS}
+    assert min(lost.values()) > 0
+    assert metrics["notes"] == [
+        f"{lost[part]} images of {part} are not used: no training image has their class (c)" for part in PARTS
+    ]
+    assert describe(metrics, params.labels)[1:3] == metrics["notes"]
+    assert metrics["images/dropped"] == sum(lost.values())
+
+
+def test_given_part_of_a_class_that_training_lost_is_refused(tmp_path: Path, params: Params) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for i in range(30):
+        (raw / f"{i}.png").write_bytes(png())
+
+    def table(lost: str) -> None:
+        rows = [
+            f"{i}.png,{lost if i % 3 == 2 and i < 24 else 'abc'[i % 3]},{'train' if i < 24 else 'test'}"
+            for i in range(30)
+        ]
+        (raw / "labels.csv").write_text("\n".join(["path,label,split", *rows]))
+
+    table("c")
+    _, images = images_from(raw, tmp_path / "images", params)
+    table("b")
+    with pytest.raises(LgpError, match="test has classes that train lacks: c; rename or remove them"):
+        labels_from(raw, images, tmp_path / "labels", params)
 
 
 def test_unknown_name_of_labels_names_those_there_are(prepared: LabelledImages) -> None:
@@ -261,6 +368,7 @@ def test_state_of_digits_follows_the_lists(tmp_path: Path) -> None:
 
 def test_description_counts_splits_and_leaks() -> None:
     counts = {"images/train": 20, "images/unlabeled": 1, "images/val": 2, "images/test": 7, "images/dropped": 3}
+    counts |= {"notes": []}
     leaks = {"leaks": [{}], "leaks/exact": 1, "leaks/near": 2}
     params = LabelsParams(shares={}, subsets=5, leaks="drop_test")
     lines = describe({**counts, **leaks, "classes": 2}, params)

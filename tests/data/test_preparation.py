@@ -1,6 +1,7 @@
 """From every kind of source to prepared images."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from lgp.data import preparation
 from lgp.data.labels import LabelledImages, describe
 from lgp.data.preparation import prepare
+from lgp.data.storage import Images
 from lgp.data.stored import ARRAY
 from lgp.errors import LgpError
 from lgp.params.file import Params
@@ -288,6 +290,96 @@ def test_images_left_out_by_a_cap_are_told(tmp_path: Path, params: Params) -> No
     source = folder(tmp_path / "source", {"ant": 10, "bee": 10})
     metrics, _ = images_from(source, tmp_path / "prepared", params, max_train_images=12)
     assert metrics["notes"] == ["8 images are left out by data.max_train_images or max_test_images"]
+
+
+def parts_by_path(images: Images) -> dict[str, set[str]]:
+    paths = np.array(images.paths)
+    return {part: set(paths[images.parts == part]) for part in ("train", "val", "test")}
+
+
+def grown(source: Path, upto: int) -> None:
+    """Add images to every class until it has `upto`."""
+    for name in "ab":
+        for i in range(upto):
+            file = source / "train" / name / f"{i}.png"
+            file.exists() or file.write_bytes(png())
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 11)])
+def test_images_that_are_held_out_stay_whatever_a_cap_leaves(
+    tmp_path: Path, params: Params, size: tuple[int, int]
+) -> None:
+    source = folder(tmp_path / "source", {"a": 40, "b": 40}, size=size)
+    first, images = images_from(source, tmp_path / "0", params, max_train_images=30)
+    before = parts_by_path(images)
+    assert [len(before[part]) for part in ("train", "val", "test")] == [22, 2, 6]
+    again, images = images_from(source, tmp_path / "1", params, max_train_images=30)
+    assert parts_by_path(images) == before
+    assert again["digest"] == first["digest"]
+    for number, upto in enumerate((44, 150)):
+        grown(source, upto)
+        metrics, images = images_from(source, tmp_path / f"grown{number}", params, max_train_images=30)
+        now = parts_by_path(images)
+        assert (now["val"], now["test"]) == (before["val"], before["test"])
+        assert len(now["train"]) == 22
+        assert metrics["notes"] == [f"{2 * upto - 30} images are left out by data.max_train_images or max_test_images"]
+
+
+def test_cap_that_comes_later_leaves_what_is_held_out(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "source", {"a": 60, "b": 60})
+    before = parts_by_path(images_from(source, tmp_path / "0", params)[1])
+    now = parts_by_path(images_from(source, tmp_path / "1", params, max_train_images=10)[1])
+    assert (now["val"], now["test"]) == (before["val"], before["test"])
+    assert len(now["train"]) == 6  # of each class 5, of which a draw holds out 2
+    assert now["train"] < before["train"]
+
+
+def test_groups_that_are_held_out_stay_whatever_a_cap_leaves(tmp_path: Path, params: Params) -> None:
+    (tmp_path / "raw").mkdir()
+
+    def states(count: int, out: str) -> dict[str, set[str]]:
+        for i in range(count):
+            file = tmp_path / "raw" / f"{i}.png"
+            file.exists() or file.write_bytes(png())
+        rows = [f"{i}.png,{'ab'[i % 2]},g{i // 4}" for i in range(count)]
+        (tmp_path / "raw" / "t.csv").write_text("\n".join(["path,label,group", *rows]))
+        return parts_by_path(images_from(tmp_path / "raw" / "t.csv", tmp_path / out, params, max_train_images=40)[1])
+
+    before = states(120, "0")
+    assert states(120, "1") == before
+    now = states(400, "2")
+    assert now["val"] >= before["val"]
+    assert now["test"] >= before["test"]
+    assert 20 < len(now["train"]) <= 30
+
+
+def test_held_out_images_that_were_not_found_are_told(tmp_path: Path, params: Params) -> None:
+    source = folder(tmp_path / "source", {"a": 40, "b": 40})
+    before = parts_by_path(images_from(source, tmp_path / "0", params, max_train_images=30)[1])
+    gone = sorted(before["test"])[0]
+    (source / gone).unlink()
+    other = sorted(before["test"])[1]
+    (source / other).rename(source / "train" / "a" / "renamed.png")
+    metrics, images = images_from(source, tmp_path / "1", params)
+    assert metrics["notes"][0].startswith("1 of 8 images and groups that are held out were not found: they left")
+    assert parts_by_path(images)["test"] == before["test"] - {gone, other} | {"train/a/renamed.png"}
+    # its new path is known now
+    images = images_from(source, tmp_path / "2", params, max_train_images=4)[1]
+    assert "train/a/renamed.png" in parts_by_path(images)["test"]
+
+
+def test_new_role_of_val_is_told(tmp_path: Path, params: Params) -> None:
+    source = folder(folder(tmp_path / "source", {"a": 20, "b": 20}), {"a": 4, "b": 4}, "val")
+    notes = images_from(source, tmp_path / "0", params)[0]["notes"]
+    assert not any("stood for test" in note or "stands for test" in note for note in notes)
+    folder(source, {"a": 3, "b": 3}, "test")
+    notes = images_from(source, tmp_path / "1", params)[0]["notes"]
+    assert notes[0].startswith("val of the source stood for test before, and test has labels now: its 6 images")
+    assert "the 8 of val are validation images" in notes[0]
+    assert images_from(source, tmp_path / "2", params)[0]["notes"] == notes[1:]
+    shutil.rmtree(source / "test")
+    notes = images_from(source, tmp_path / "3", params)[0]["notes"]
+    assert notes[0].startswith("val of the source stands for test now, as test has no labels: its 8 images are test")
 
 
 def test_files_that_are_mended_are_read_again(tmp_path: Path, params: Params) -> None:

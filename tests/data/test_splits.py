@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from lgp.data.held_out import Draw, HeldOut, draw_held_out, read_held_out
 from lgp.data.splits import _chosen, _most_frequent, cap, hold_out, notes_on_classes, order_keys
@@ -237,7 +239,7 @@ def test_file_of_another_draw_does_not_count_and_a_damaged_one_is_refused(tmp_pa
     assert read_held_out(file, Draw(0, 0.3, 0.1)) is None
     assert read_held_out(tmp_path / "none.csv", DRAW) is None
     text = file.read_text()
-    for damaged in (text.replace(",val", ",vale"), "", "junk\n", text.replace("image,", "picture,")):
+    for damaged in (text.replace('"val"', '"vale"'), "", "junk\n", text.replace('"image"', '"picture"')):
         file.write_text(damaged)
         with pytest.raises(LgpError, match=r"is damaged: restore it .* drawn anew"):
             read_held_out(file, DRAW)
@@ -335,3 +337,21 @@ def test_many_classes_without_labels_are_counted() -> None:
     empty = {f"c{i:02}": 0 for i in range(12)} | {"full": 9}
     assert notes_on_classes(empty, False)[0].endswith("c09 and 2 more classes: not evaluated")
     assert "more" not in notes_on_classes({f"c{i:02}": 0 for i in range(10)} | {"full": 9}, False)[0]
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(NAMES, NAMES, st.booleans())
+@example("g\u2028h", "a\x85\x0b\x1c.png", True)
+@example("g\rh", 'a\r\n"b",.png', False)
+def test_any_name_is_read_back(tmp_path: Any, group: str, path: str, val_is_test: bool) -> None:
+    held_out = HeldOut(DRAW, {"00": "test"}, {group: "val"}, {"00": path}, val_is_test)
+    held_out.write(tmp_path / "held_out.csv")
+    assert read_held_out(tmp_path / "held_out.csv", DRAW) == held_out
+
+
+def test_file_without_paths_is_read(tmp_path: Any) -> None:
+    (tmp_path / "held_out.csv").write_text(f"{DRAW}\r\nimage,group,part\r\n00,,test\r\n,p,val\r\n", newline="")
+    assert read_held_out(tmp_path / "held_out.csv", DRAW) == HeldOut(DRAW, {"00": "test"}, {"p": "val"})

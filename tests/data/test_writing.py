@@ -210,8 +210,7 @@ def test_killed_run_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, sizes: tuple[int, ...]
 ) -> None:
     monkeypatch.setattr(writing, "PIECE_IMAGES", 10)
-    monkeypatch.setattr(reading, "FIRST", 1)
-    monkeypatch.setattr(reading, "MOST", 3)
+    monkeypatch.setattr(reading, "MOST", 2)
     images = mixed(50, sizes)
     whole, expected = stored(tmp_path / "whole", offers_from(images), data_params())
     asked: list[int] = []
@@ -328,13 +327,14 @@ def test_run_that_is_killed_leaves_no_process_and_goes_on(tmp_path: Path, monkey
 
 
 MEMORY = """
-import functools, resource, sys
+import functools, re, sys
 from pathlib import Path
 from made_offers import bitmap, data_params, offers_of
 from lgp.data import reading, writing
 from lgp.data.writing import store
 writing.PIECE_BYTES = writing.BATCH_BYTES = reading.IN_FLIGHT_BYTES = 4 * 2**20
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+# not getrusage, which counts what the process was before it became Python
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 offers = offers_of([functools.partial(bitmap, i) for i in range(1000)])
 work, out = map(Path, sys.argv[1:])
 before = peak()
@@ -355,6 +355,80 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
     assert len(shards_in(folders[1])) > 25
 
 
+GROWING = """
+import functools, io, re, resource, sys
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from made_offers import data_params, offers_of, same
+from lgp.data import reading, writing
+from lgp.data.sources.offers import read_file
+from lgp.data.writing import store
+
+def image(side, number):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((side, side, 3), number % 256, dtype=np.uint8)).save(buffer, "bmp")
+    return buffer.getvalue()
+
+def held(at):
+    return (functools.partial(same, image(18 if i < 600 else 590, i)) for i in at)
+
+def file(number):
+    path = Path(sys.argv[3]) / f"{number}.bmp"
+    path.write_bytes(image(18 if number < 600 else 590, number))
+    return functools.partial(read_file, str(path))
+
+writing.PIECE_BYTES = writing.BATCH_BYTES = reading.IN_FLIGHT_BYTES = 8 * 2**20
+offers = offers_of([None] * 800)
+object.__setattr__(offers, "reads", held if sys.argv[4] == "held" else (lambda at: iter([file(i) for i in at])))
+work, out = map(Path, sys.argv[1:3])
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+before = peak()
+store(offers, range(800), data_params(), work, out, 2)
+print(peak() - before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024 - before)
+"""
+
+
+@pytest.mark.parametrize("kind", ["held", "files"])
+def test_memory_is_bounded_where_images_grow(tmp_path: Path, kind: str) -> None:
+    """600 images of 1 kB and 200 of 1 MB, in a budget of 8 MB: of bytes that a `Read` holds, and of files."""
+    folders = [tmp_path / name for name in ("work", "out", "files")]
+    for folder in folders:
+        folder.mkdir()
+    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", GROWING, *map(str, folders), kind]
+    done = subprocess.run(command, env=surroundings, check=True, capture_output=True, text=True)
+    main, worker = map(int, done.stdout.split())
+    assert main < 110
+    assert worker < 110
+
+
+def test_chunks_are_bounded_in_images_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MOST", 3)
+    reads = [functools.partial(same, bytes(size)) for size in (1, 1, 1, 1, 5, 6, 30, 2, 2)]
+    chunks = list(reading._chunks(iter(reads), 10, 0))
+    assert [total for _, total in chunks] == [3, 6, 6, 30, 4]
+    assert [total for _, total in reading._chunks(reads, 10, 4)] == [10, 10, 9, 10, 34, 6, 6]
+
+
+def test_bytes_in_flight_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "IN_FLIGHT_BYTES", 100)
+    begun: list[int] = []
+
+    def begin(chunk: list[Any]) -> Any:
+        begun.extend(len(read.args[0]) for read in chunk)
+        assert sum(begun) <= 100 or len(begun) == 1
+
+        def end() -> list[Any]:
+            del begun[: len(chunk)]
+            return chunk
+
+        return end
+
+    reads = [functools.partial(same, bytes(size)) for size in (1, 5, 20, 60, 90, 30, 300, 10, 99, 1, 1)]
+    assert list(reading._in_chunks(reads, begin, 4, 0)) == reads
+
+
 def test_source_is_read_little_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "IN_FLIGHT_BYTES", 2**17)
     asked, ahead = [], []
@@ -366,8 +440,7 @@ def test_source_is_read_little_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyP
         writing._Pieces, "add", lambda self, i, image: ahead.append(len(asked) - i) or add(self, i, image)
     )
     stored(tmp_path, offers, data_params(), workers=2)
-    assert max(ahead) <= reading.FIRST
-    assert max(ahead[reading.FIRST :]) <= 5  # four chunks of one image
+    assert max(ahead) <= 6  # four chunks of one image, one that waits, and one that is weighed
 
 
 def test_progress_is_shown_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ def tar_members(path: Path) -> Iterator[tuple[Member, Callable[[], bytes]]]:
 def tar_reads(path: Path, members: Sequence[Member]) -> Iterator[Read]:
     """Return how to read members of a tar archive. It is a `Reads`. A compressed one is streamed here."""
     if _opener(path) is None:
-        yield from (partial(read_part, path, member.offset, member.size) for member in members)
+        yield from (partial(read_part, path, member.offset, size=member.size) for member in members)
         return
     done = 0
     try:
@@ -108,12 +108,15 @@ def zip_members(path: Path) -> Iterator[tuple[Member, Callable[[], bytes]]]:
 def zip_reads(path: Path, members: Sequence[Member]) -> Iterator[Read]:
     """Return how to read members of a zip archive. It is a `Reads`."""
     state = state_of(path)
-    return (partial(read_member, path, member.name, state) for member in members)
+    return (partial(read_member, path, member.name, state, size=member.size) for member in members)
 
 
-def read_member(path: Path, name: str, state: str) -> bytes:
+def read_member(path: Path, name: str, state: str, size: int) -> bytes:
     """Read a member of a zip archive, which stays open in this process. `state` changes where the archive does."""
-    return _opened_zip(path, state, os.getpid()).read(name)
+    data = _opened_zip(path, state, os.getpid()).read(name)
+    if len(data) != size:
+        raise ValueError(f"it has {len(data):,} bytes, and {size:,} when the archive was listed")
+    return data
 
 
 @functools.lru_cache(maxsize=4)

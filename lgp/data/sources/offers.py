@@ -6,7 +6,8 @@ Listing decodes nothing and imports little: the stage `inputs` lists the source 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,28 @@ def read_file(path: str) -> bytes:
     """Read an ordinary file: `functools.partial(read_file, path)` is the `Read` of an image that is such a file."""
     with open(path, "rb") as file:
         return file.read()
+
+
+def bytes_of(read: Read) -> int | None:
+    """Return the bytes that a `Read` holds, or is to read; 0 for a file that is gone; None where it does not say.
+
+    A `Read` of a part of a file says it by the keyword `size`.
+    """
+    if not isinstance(read, partial):
+        return None
+    if read.func is read_file:
+        try:
+            return os.stat(read.args[0]).st_size
+        except (OSError, ValueError):  # a path with a null character is a ValueError
+            return 0
+    held = [_bytes_in(value) for value in read.args if isinstance(value, bytes | np.ndarray | list)]
+    return sum(held) if held else read.keywords.get("size")
+
+
+def _bytes_in(value: bytes | np.ndarray | list[Any]) -> int:
+    if isinstance(value, list):
+        return sum(map(_bytes_in, value)) if value and isinstance(value[0], list) else 8 * len(value)
+    return value.nbytes if isinstance(value, np.ndarray) else len(value)
 
 
 def state_text(about: os.stat_result) -> str:

@@ -1,6 +1,5 @@
 """Sources on servers (`s3://`, `gs://`, `https://`): their files are fetched once into a local folder."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -69,17 +68,6 @@ def fetched(url: str, store: Path) -> Path:
         with FileLock(store / LOCK):
             _fetch_all(url, system, remotes, store)
     return store / FILES / remotes[0].name if is_file else store / FILES
-
-
-def remote_state(url: str) -> str:
-    """Return a digest of the names, sizes and tags of the files at an address. It changes where they do.
-
-    Raises:
-        LgpError: as `fetched`.
-    """
-    with _errors(url):
-        _, remotes, _ = _listed(url)
-    return hashlib.sha256("\n".join(remote.line for remote in remotes).encode()).hexdigest()
 
 
 def _listed(url: str) -> tuple[Any, list[_Remote], bool]:
