@@ -131,7 +131,7 @@ def test_small_validation_part_is_told_by_labels_evaluations_and_report(finished
     told = f"val has {len(labelled(finished).ids('val'))} images, so an accuracy of 50 % on it has the 95 % interval ["
     said = (finished / "output.txt").read_text().splitlines()
     assert sum(line.startswith(f"labels: warning: {told}") for line in said) == 1
-    assert sum(line.startswith(f"warning: {told}") for line in said) == 5 * 3 + 3
+    assert sum(line.startswith(f"warning: {told}") for line in said) == 5 * 5 + 3
     assert f"Warning: {told}" in (finished / "reports" / "verdict.txt").read_text()
 
 
