@@ -187,7 +187,7 @@ def _about_crops(inspection: Inspection, params: Params) -> list[str]:
 
 
 def _about_labels(inspection: Inspection) -> list[str]:
-    lines = notes_on_classes(inspection.classes, held_out=False)
+    lines = [*inspection.notes, *notes_on_classes(inspection.classes, held_out=False)]
     if any(inspection.classes.values()) and not inspection.parts["test"]:
         lines.append("no labelled test image: accuracy is not measured; raise data.test_share, or label test images")
     return lines

@@ -88,6 +88,7 @@ class Inspection:
         parts: train, val or test → number of images once parts are held out. Train has the unlabelled ones too.
         train_labels: class → number of labelled training images that are then left.
         faults: what makes `prepare` or `labels` stop.
+        notes: what else is to be told of the sources.
         skipped: what is no image of the data set, with the reason.
         clutter: files of operating systems, and of other kinds by their names.
         sample: of decoded images.
@@ -101,6 +102,7 @@ class Inspection:
     parts: dict[str, int]
     train_labels: dict[str, int]
     faults: list[str]
+    notes: list[str]
     skipped: list[Skipped]
     clutter: list[Skipped]
     sample: Sample
@@ -141,6 +143,7 @@ def inspect(offers: Offers, params: DataParams, sample: int = SAMPLE) -> Inspect
         parts={part: int((parts == part).sum()) for part in ("train", "val", "test")},
         train_labels={name: count for name, count in _counts(in_train, offers.classes).items() if count},
         faults=_faults(offers, labels, given),
+        notes=offers.notes,
         skipped=offers.skipped,
         clutter=offers.clutter,
         sample=_sample(offers, even(len(offers), sample)),

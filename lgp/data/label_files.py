@@ -92,9 +92,11 @@ def write_labels_file(file: Path, labels: dict[str, str]) -> None:
         pairs = zip(table.paths, table.labels, strict=True)
         before = {path: label for path, label in pairs if label is not None}
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "label"])
-    writer.writerows((before | labels).items())
+    plain = csv.writer(text, lineterminator="\n")
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    plain.writerow(["path", "label"])
+    for row in (before | labels).items():
+        (quoted if "\r" in row[0] else plain).writerow(row)  # csv takes a lone carriage return for an end of the line
     file.write_text(text.getvalue(), encoding="utf-8")
 
 

@@ -66,6 +66,7 @@ def prepare(
         raise LgpError("; ".join(faults))
     draw = Draw(seed, params.test_share, params.val_share)
     before, notes = _held_before(held_out, draw, offers, labels)
+    notes = [*offers.notes, *notes]
     keep = partial(_within_caps, offers, labels, given, params, seed)
     pieces = (work or folder) / f"pieces-{state[:16]}"
     positions = keep(before)

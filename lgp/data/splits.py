@@ -181,6 +181,9 @@ def notes_on_classes(counts: dict[str, int], held_out: bool) -> list[str]:
             "`lgp labels add FILE` adds labels"
         ]
     notes = []
+    there = [name for name, count in counts.items() if count]
+    if len(there) == 1:
+        notes.append(f"all labels are of one class ({there[0]}): there is nothing to tell apart")
     empty = [name for name, count in counts.items() if not count]
     if empty:
         notes.append(f"no labelled image of {few_names(empty)}: not evaluated")

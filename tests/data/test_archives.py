@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from made_files import number_in, numbers, png, reason_of, tar_archive, zip_archive
 
@@ -394,3 +396,11 @@ def test_patterns_name_files(tmp_path: Path) -> None:
         names("s-{10..8}.tar")
     with pytest.raises(LgpError, match=r"names 10,000,000 files"):
         names("s-{1..10000000}.tar")
+
+
+def test_metadata_of_parquet_labels_an_archives_images(opened: Opened) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"file_name": ["a.png", "gone.png"], "label": ["cat", "dog"]}), buffer)
+    offers = opened({"d/metadata.parquet": buffer.getvalue(), "d/a.png": png(), "d/b.png": png()})
+    assert dict(zip(offers.paths, offers.labels, strict=True)) == {"d/a.png": "cat", "d/b.png": None}
+    assert [skip.path for skip in offers.skipped] == ["d/metadata.parquet#1"]

@@ -169,3 +169,58 @@ def test_state_changes_with_size_and_time_of_a_file(tmp_path: Path) -> None:
     os.utime(file, ns=(1, 1))
     assert before[0] == longer[0]
     assert len({before[1], longer[1], folder_source(tmp_path).states[1]}) == 3
+
+
+@pytest.mark.parametrize("other", ["scripts", "annotations/a.xml", "a/b/c", "hidden/.gitkeep", "table/x.parquet"])
+@pytest.mark.parametrize("labels", [False, True])
+def test_folder_without_images_does_not_change_what_others_say(tmp_path: Path, other: str, labels: bool) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "0.png").write_bytes(png())
+    path = tmp_path / other
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.touch() if path.suffix else path.mkdir(exist_ok=True)
+    if labels:
+        (tmp_path / "labels.csv").write_text("path,label\ntrain/0.png,x\ntest/0.png,y\n")
+    offers = folder_source(tmp_path)
+    assert rows(offers) == {
+        "test/0.png": ("test", "y" if labels else None),
+        "train/0.png": ("train", "x" if labels else None),
+    }
+    assert offers.classes == (["x", "y"] if labels else [])
+    check_nothing_is_lost(offers, tmp_path)
+
+
+def test_folder_without_images_is_a_class_only_if_it_is_empty(tmp_path: Path) -> None:
+    folder(tmp_path, {"ant": 1, "bee": 1}, ".")
+    for name in ("wasp", "kept", "annotations"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "kept" / ".gitkeep").touch()
+    (tmp_path / "annotations" / "0.xml").touch()
+    assert folder_source(tmp_path).classes == ["ant", "bee", "kept", "wasp"]
+
+
+def test_one_folder_of_images_is_no_class_beside_an_empty_folder(tmp_path: Path) -> None:
+    folder(tmp_path, {"images": 2}, ".")
+    (tmp_path / "scripts").mkdir()
+    assert folder_source(tmp_path).classes == []
+
+
+def test_rows_of_metadata_name_images_below_its_folder_alone(tmp_path: Path) -> None:
+    for name in ("train/0.png", "test/0.png", "test/train/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\ntrain/0.png,ant\n1.png,bee\n")
+    offers = folder_source(tmp_path)
+    assert rows(offers)["train/0.png"] == ("train", "ant")
+    assert "bee" not in offers.labels
+    assert [s.reason for s in offers.skipped] == ["names no image of the source"]
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.PARQUET", "t.arrow", "t.npz"])
+def test_tables_and_arrays_are_no_images(tmp_path: Path, name: str) -> None:
+    folder(tmp_path, {"ant": 1})
+    (tmp_path / name).write_bytes(b"x")
+    offers = folder_source(tmp_path)
+    assert offers.paths == ["train/ant/0.png"]
+    assert [s.path for s in offers.clutter] == [name]

@@ -215,7 +215,7 @@ def test_every_row_of_any_table_is_offered_or_listed_or_refused(
     with (root / "t.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("path", "label"), *rows])
     try:
-        offers = table_source(read_table(root / "t.csv"), root)
+        offers = table_source(read_table(root / "t.csv"), root, forgiven=len(rows))
     except LgpError:
         return
     assert len(offers) + len(offers.skipped) == len([row for row in rows if any(row)])

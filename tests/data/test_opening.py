@@ -50,10 +50,24 @@ def test_folders_are_no_classes_before_a_table_unless_that_is_said(raw: Path, la
     assert opened({"folder": str(raw), "class_folders": True}, {"csv": str(labels)}).labels[1] == "2020"
     folder(raw.parent / "split", {"ant": 1})
     folder(raw.parent / "split", {"ant": 1}, "test")
+    labels.write_text("path,label\ntest/ant/0.png,wasp\n")
     offers = opened({"folder": str(raw.parent / "split")}, {"csv": str(labels)})
     assert offers.splits == ["test", "train"]
-    assert set(offers.labels) == {None}
-    assert [s.reason for s in offers.skipped] == ["no such file"] * 2
+    assert (offers.labels, offers.classes) == (["wasp", None], ["wasp"])
+
+
+@pytest.mark.parametrize("text", ["path,label\nmore.png,ant\n", "path,label\nb/1.png,\n", "path,patient\n1.png,p\n"])
+def test_folders_stay_classes_behind_which_a_table_labels_nothing_of_them(tmp_path: Path, text: str) -> None:
+    for name in ("photos/a/0.png", "photos/b/1.png", "more.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "extra.csv").write_text(text)
+    offers = opened(tmp_path / "photos", tmp_path / "extra.csv")
+    assert offers.labels[:2] == ["a", "b"]
+    assert offers.labels[2:] == (["ant"] if "more" in text else [])
+    assert (
+        opened({"folder": str(tmp_path / "photos"), "class_folders": False}, tmp_path / "extra.csv").labels[0] is None
+    )
 
 
 def test_table_before_the_images_that_it_should_label_is_an_error(raw: Path, tmp_path: Path) -> None:
@@ -219,3 +233,115 @@ def test_second_label_of_a_class_changes_the_state_of_the_images(raw: Path, labe
 def test_root_that_is_no_folder_is_named(raw: Path, labels: Path) -> None:
     with pytest.raises(LgpError, match=r"data\.source root: nowhere is no folder"):
         opened({"csv": str(labels), "root": "nowhere"})
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Path:
+    """A folder `images` of the images 0.png to 5.png."""
+    (tmp_path / "images").mkdir()
+    for i in range(6):
+        (tmp_path / "images" / f"{i}.png").write_bytes(png())
+    return tmp_path
+
+
+def rows_file(file: Path, *paths: str, label: str = "ant") -> Path:
+    file.write_text("path,label\n" + "".join(f"{path},{label}\n" for path in paths))
+    return file
+
+
+def test_name_of_a_table_is_the_split_of_images_of_others_too(flat: Path) -> None:
+    train = rows_file(flat / "train.csv", "0.png", "1.png")
+    (flat / "validation.csv").write_text("path,label,split\n2.png,ant,\n3.png,ant,train\n")
+    test = rows_file(flat / "test.csv", "4.png")
+    by_tables = opened(flat / "images", train, flat / "validation.csv", test)
+    assert by_tables.splits == ["train", "train", "val", "train", "test", "train"]
+    labels = (str(train), str(flat / "validation.csv"), str(test))
+    assert opened(flat / "images", tables=labels).splits == by_tables.splits
+
+
+def test_name_of_a_table_moves_no_image_to_train(flat: Path) -> None:
+    (flat / "images").rename(flat / "test")
+    (flat / "more").mkdir()
+    (flat / "more" / "9.png").write_bytes(png())
+    offers = opened(flat / "test", flat / "more", rows_file(flat / "train.csv", "test/0.png", "more/9.png"))
+    assert offers.splits == ["test"] * 6 + ["train"]
+
+
+def test_labels_of_a_table_called_unlabeled_are_none(flat: Path) -> None:
+    offers = opened(flat / "images", rows_file(flat / "unlabeled.csv", "0.png"))
+    assert set(offers.labels) == {None}
+
+
+def unreadable(offers: Offers) -> list[str]:
+    faults = []
+    for path, read in zip(offers.paths, offers.reads(range(len(offers))), strict=True):
+        try:
+            read()
+        except (OSError, ValueError):
+            faults.append(path)
+    return faults
+
+
+@pytest.mark.parametrize("path", ["typo/{}.png", "../out/{}.png", "images", "images/0.png/{}.png"])
+def test_rows_of_a_table_that_lead_nowhere_cannot_be_read_whatever_stands_before_or_behind(
+    flat: Path, path: str
+) -> None:
+    train = rows_file(flat / "train.csv", *(f"images/{i}.png" for i in range(3)))
+    test = rows_file(flat / "test.csv", "images/5.png", *dict.fromkeys(path.format(i) for i in range(4)))
+    count = len(test.read_text().splitlines()) - 2
+    for sources in ([train, test], [test, train], [{"csv": str(test), "root": str(flat)}, train], [test]):
+        offers = opened(*sources)
+        assert len(unreadable(offers)) == count
+        assert offers.skipped == []
+
+
+def test_few_rows_that_lead_nowhere_of_a_table_that_labels_others_are_told(flat: Path) -> None:
+    table = rows_file(flat / "labels.csv", *(f"{i}.png" for i in range(3)), "gone.png")
+    offers = opened(flat / "images", table)
+    assert unreadable(offers) == []
+    assert [s.reason for s in offers.skipped] == ["no such file"]
+    assert offers.notes == ["1 of 4 rows of labels.csv are left out (gone.png (labels.csv, row 5): no such file)"]
+    rows_file(table, "0.png", *(f"gone{i}.png" for i in range(5)))
+    assert len(unreadable(opened(flat / "images", table))) == 5
+    told = opened(flat / "images", tables=(str(table),)).notes
+    assert told[0].startswith("5 of 6 rows of labels.csv are left out (gone0.png (labels.csv, row 3): names no image")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_table_that_opens_files_of_another_source_is_refused(flat: Path, link: bool) -> None:
+    table = rows_file(flat / "l.csv", "images/0.png", "images/1.png")
+    other = flat / "images"
+    if link:
+        other = flat / "linked"
+        other.symlink_to("images")
+    for sources in ([table, other], [other, {"csv": str(table), "root": str(flat)}]):
+        with pytest.raises(LgpError, match=r"lead to the same files \(.*0.png, 2 in all\): put a table behind"):
+            opened(*sources)
+    assert len(opened(other, table)) == 6
+
+
+def test_parquet_in_a_folder_labels_its_images(flat: Path) -> None:
+    table = pa.table({"file_name": [f"{i}.png" for i in range(5)], "label": list("ababa")})
+    for name in ("metadata.parquet", "labels.parquet"):
+        pq.write_table(table, flat / "images" / name)
+        offers = opened(flat / "images")
+        assert (offers.labels, offers.classes) == ([*"ababa", None], ["a", "b"])
+        assert [s.path for s in offers.clutter] == [name]
+        (flat / "images" / name).unlink()
+
+
+def test_deep_folder_is_walked(tmp_path: Path) -> None:
+    depth, start = 600, Path.cwd()
+    try:
+        os.chdir(tmp_path)
+        for _ in range(depth):
+            os.mkdir("a")
+            os.chdir("a")
+        Path("x.png").write_bytes(png())
+        assert [path.count("/") for path in opened(tmp_path).paths] == [depth]
+        os.unlink("x.png")
+    finally:
+        while Path.cwd() != tmp_path:  # shutil.rmtree cannot
+            os.chdir("..")
+            os.rmdir("a")
+        os.chdir(start)

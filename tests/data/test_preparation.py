@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -479,3 +480,11 @@ def test_statistics_are_the_same_from_several_processes(
     pixels = images.whole(images.pretraining_ids).double() / 255
     assert images.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-6)
     assert images.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-6)
+
+
+def test_what_the_sources_say_is_told(tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder(tmp_path / "source", {"ant": 10, "bee": 10})
+    opened = preparation.open_sources
+    monkeypatch.setattr(preparation, "open_sources", lambda *given: replace(opened(*given), notes=["a word"]))
+    metrics, _ = images_from(source, tmp_path / "prepared", params)
+    assert metrics["notes"][0] == "a word"

@@ -355,3 +355,9 @@ def test_any_name_is_read_back(tmp_path: Any, group: str, path: str, val_is_test
 def test_file_without_paths_is_read(tmp_path: Any) -> None:
     (tmp_path / "held_out.csv").write_text(f"{DRAW}\r\nimage,group,part\r\n00,,test\r\n,p,val\r\n", newline="")
     assert read_held_out(tmp_path / "held_out.csv", DRAW) == HeldOut(DRAW, {"00": "test"}, {"p": "val"})
+
+
+def test_labels_of_one_class_are_told() -> None:
+    said = "all labels are of one class (ant): there is nothing to tell apart"
+    assert notes_on_classes({"ant": 9, "bee": 0}, False)[0] == said
+    assert said not in notes_on_classes({"ant": 9, "bee": 9}, False)

@@ -6,35 +6,101 @@ import json
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from lgp.data.sources.offers import SPLITS, USUAL, Columns
 from lgp.errors import LgpError
 
 CLUTTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle.bin", "lost+found"}
+SAID = {"", *SPLITS}
 WHOLE = re.compile(r"-?\d+\.0+")
 DELIMITERS = ",;\t"
+JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 
 
-def rows_of(name: str, text: str) -> list[dict[str, Any]]:
-    """Return the rows of a table: JSON lines or a JSON list by its name, else CSV with any usual delimiter.
+class Cells(NamedTuple):
+    """The cells of a table as they stand in its file: a list per column, and the number of each row, for messages."""
+
+    columns: dict[str, list[Any]]
+    numbers: Sequence[int]
+
+
+def cells_of(name: str, data: bytes) -> Cells:
+    """Return the cells of a table: Parquet, JSON lines or a JSON list by its name, else CSV with any usual delimiter.
 
     Raises:
-        ValueError: a row is no object of names and values.
+        ValueError: the file is damaged or not UTF-8, a row is no object of names and values, or does not fit the names
+            of the columns.
         csv.Error: the text is no CSV.
     """
     suffix = PurePosixPath(name).suffix.lower()
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        whole = text.lstrip().startswith("[")
-        rows = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a row is no object of names and values")
-        return rows
-    delimiter = "\t" if suffix == ".tsv" else max(DELIMITERS, key=text.partition("\n")[0].count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    return [row for row in reader if any(row.values())]
+    if suffix == ".parquet":
+        return _of_parquet(data)
+    text = data.decode("utf-8-sig")
+    if suffix in JSON_ENDINGS:
+        numbers, rows = _objects(text)
+        names = dict.fromkeys(key for row in rows for key in row)
+        return Cells({key: [row.get(key) for row in rows] for key in names}, numbers)
+    first = text.lstrip("\r\n").partition("\n")[0]
+    return _of_text(text, "\t" if suffix == ".tsv" else max(DELIMITERS, key=first.count))
+
+
+def rows_of(name: str, data: bytes) -> list[dict[str, Any]]:
+    """Return the rows of a table, which `cells_of` reads. A row of JSON has the names that it gives itself."""
+    if PurePosixPath(name).suffix.lower() in JSON_ENDINGS:
+        return _objects(data.decode("utf-8-sig"))[1]
+    columns = cells_of(name, data).columns
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _of_parquet(data: bytes) -> Cells:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(io.BytesIO(data))
+    return Cells({name: table[name].to_pylist() for name in table.column_names}, range(table.num_rows))
+
+
+def _objects(text: str) -> tuple[list[int], list[dict[str, Any]]]:
+    """Return the objects of a JSON list, or those of the lines, with their numbers from 1."""
+    if text.lstrip().startswith("["):
+        entries = list(enumerate(json.loads(text), 1))
+    else:  # str.splitlines would also break at characters that JSON allows in a text
+        lines = enumerate(io.StringIO(text, newline=None), 1)
+        entries = [(number, json.loads(line)) for number, line in lines if line.strip()]
+    if not all(isinstance(row, dict) for _, row in entries):
+        raise ValueError("a row is no object of names and values")
+    return [number for number, _ in entries], [row for _, row in entries]
+
+
+def _of_text(text: str, delimiter: str) -> Cells:
+    reader = enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 1)
+    names = next((row for _, row in reader if any(row)), [])
+    twice = next((name for name, count in Counter(names).items() if count > 1 and name.strip()), None)
+    if twice is not None:
+        raise ValueError(f"two columns are called {twice!r}")
+    columns: list[list[str | None]] = [[] for _ in names]
+    numbers = []
+    for number, row in reader:
+        if not any(row):
+            continue
+        if len(row) != len(names):
+            _refuse_more_cells(row, len(names), number, delimiter)
+        numbers.append(number)
+        for column, cell in zip_longest(columns, row[: len(names)]):
+            column.append(cell)
+    return Cells(dict(zip(names, columns, strict=True)), numbers)
+
+
+def _refuse_more_cells(row: Sequence[str], width: int, number: int, delimiter: str) -> None:
+    if any(row[width:]):
+        raise ValueError(
+            f"row {number} has {len(row)} cells, but there are {width} columns: put a text that has {delimiter!r} in "
+            "quotes, and give one label an image"
+        )
 
 
 def column_of(present: Sequence[str], columns: Columns, role: str) -> str | None:
@@ -115,14 +181,28 @@ def split_words(
         LgpError: a column that is given, or called `split`, has another word.
     """
     by_chance = columns.split is None and str(name).strip().lower() != "split"
-    if by_chance and not {(plain_text(value) or "").lower() for value in values} <= {"", *SPLITS}:
+    if by_chance and not {(text or "").lower() for text in meanings(values, lambda v, _: plain_text(v))} <= SAID:
         return [None] * len(values)
-    return [split_of_cell(value, where(row)) for row, value in enumerate(values)]
+    return meanings(values, lambda value, row: split_of_cell(value, where(row)))
+
+
+def meanings(values: Sequence[Any], of: Callable[[Any, int], str | None]) -> list[str | None]:
+    """Return what each cell of a column means. Equal texts mean the same: `of` sees them once, with the first row."""
+    known: dict[str, str | None] = {}
+    found = []
+    for row, value in enumerate(values):
+        if not isinstance(value, str):
+            found.append(of(value, row))
+            continue
+        if value not in known:
+            known[value] = of(value, row)
+        found.append(known[value])
+    return found
 
 
 def is_clutter(path: str) -> bool:
     """Return whether a relative path with `/` is of an operating system or viewer, or hidden."""
-    return any(part.startswith(".") or part.lower() in CLUTTER for part in path.split("/"))
+    return path.startswith(".") or "/." in path or not CLUTTER.isdisjoint(path.lower().split("/"))
 
 
 def printable(name: str) -> str:

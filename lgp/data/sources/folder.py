@@ -8,8 +8,8 @@
 | `unlabeled/…` beside `train` | images of training without labels, whatever its folders are called |
 
 Names of splits count in any case, also `training`, `valid`, `validation`, `testing` and `unlabelled`. Folders above all
-of these say nothing. A `metadata.csv` or `labels.csv` (or `.jsonl`) labels the images of its folder, whose folders are
-then no classes.
+of these say nothing. A `metadata.csv` or `labels.csv` (or `.jsonl`, `.parquet`) labels the images of its folder, whose
+folders are then no classes. A folder without images is a class if it is empty, beside folders of classes.
 """
 
 import os
@@ -20,28 +20,30 @@ from functools import partial
 from pathlib import Path
 
 from lgp.data.sources.cells import is_clutter, printable
-from lgp.data.sources.listing import LISTS, Listing, by_folders
-from lgp.data.sources.offers import SPLITS, Columns, Offers, Read, Skipped, read_file, state_text
+from lgp.data.sources.listing import LISTS, Listing, by_folders, rule_of
+from lgp.data.sources.offers import SPLITS, Columns, Offers, Read, Skipped, read_file, roots_of, state_text
 from lgp.errors import LgpError
 
 NO_IMAGES = {
-    "csv", "tsv", "txt", "md", "rst", "json", "jsonl", "yaml", "yml", "xml", "html", "htm", "log", "pdf", "doc",
-    "docx", "xls", "xlsx", "py", "ipynb", "sh", "mat", "pkl", "pt", "pth", "npy", "db", "sqlite", "ini", "cfg", "dvc",
-    "sha256", "md5", "zip", "tar", "gz", "tgz", "bz2", "xz", "7z", "rar", "mp4", "avi", "mov", "mkv", "mp3", "wav",
-    "svg", "eps", "ps", "dcm",
+    "csv", "tsv", "txt", "md", "rst", "json", "jsonl", "ndjson", "parquet", "arrow", "feather", "h5", "hdf5",
+    "yaml", "yml", "xml", "html", "htm", "log", "pdf", "doc", "docx", "xls", "xlsx", "py", "ipynb", "sh", "mat",
+    "pkl", "pt", "pth", "npy", "npz", "safetensors", "tfrecord", "db", "sqlite", "ini", "cfg", "dvc", "sha256",
+    "md5", "zip", "tar", "gz", "tgz", "bz2", "xz", "7z", "rar", "mp4", "avi", "mov", "mkv", "mp3", "wav", "svg",
+    "eps", "ps", "dcm",
 }  # fmt: skip
 """Endings of files that nobody means as images."""
 SHARED = "a link to a folder that is read anyway, holds one that is, or lies in one"
 
 
 @dataclass
-class _Walk:
-    """What a walk found. Paths are relative to the root, with `/`, as the system has them.
+class Walk:
+    """What a walk over a folder found. Paths are relative to the root, with `/`, as the system has them.
 
     Attributes:
         root: of the folder.
         files: path → state of each regular file that may be an image.
         folders: all of them.
+        no_classes: folders that hold other folders, or files that are no images. Without an image, they are no classes.
         lists: tables that label images.
         skipped: what cannot be read.
         clutter: what nobody means as an image.
@@ -51,42 +53,54 @@ class _Walk:
     root: Path
     files: dict[str, str] = field(default_factory=dict)
     folders: list[str] = field(default_factory=list)
+    no_classes: set[str] = field(default_factory=set)
     lists: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     clutter: list[Skipped] = field(default_factory=list)
     read: list[str] = field(default_factory=list)
 
-    def enter(self, inside: str) -> None:
-        """Walk a folder in the order of its names."""
+    def all(self) -> None:
+        """Walk the folder and all below it, in the order of names. A folder may be as deep as the system allows."""
+        open_folders = [self._entries("")]
+        while open_folders:
+            entry, path = next(open_folders[-1], (None, ""))
+            if entry is None:
+                open_folders.pop()
+            elif self._is_folder(entry, path):
+                self.folders.append(path)
+                self.no_classes.add(path.rpartition("/")[0])
+                open_folders.append(self._entries(path))
+
+    def _entries(self, folder: str) -> Iterator[tuple[os.DirEntry[str], str]]:
         try:
-            with os.scandir(self.root / inside) as entries:
+            with os.scandir(os.path.join(self.root, folder)) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as e:
-            self.skipped.append(Skipped(printable(inside), f"a folder that cannot be read: {e.strerror}"))
+            self.skipped.append(Skipped(printable(folder), f"a folder that cannot be read: {e.strerror}"))
             return
         for entry in found:
-            self._take(entry, f"{inside}/{entry.name}" if inside else entry.name)
+            yield entry, f"{folder}/{entry.name}" if folder else entry.name
 
-    def _take(self, entry: os.DirEntry[str], path: str) -> None:
+    def _is_folder(self, entry: os.DirEntry[str], path: str) -> bool:
+        """Return whether an entry is a folder to walk. List it if it is none."""
         if is_clutter(entry.name):
             self.clutter.append(Skipped(printable(path), "hidden, or of the operating system"))
         elif entry.is_dir(follow_symlinks=False):
-            self.folders.append(path)
-            self.enter(path)
+            return True
         elif entry.is_symlink() and os.path.isdir(entry.path):
-            self._follow(entry, path)
+            return self._follows(entry, path)
         else:
             self._take_file(entry, path)
+        return False
 
-    def _follow(self, entry: os.DirEntry[str], path: str) -> None:
-        """Follow a link to a folder, if no image would then be read twice."""
+    def _follows(self, entry: os.DirEntry[str], path: str) -> bool:
+        """Return whether to follow a link to a folder: no image would then be read twice."""
         real = os.path.realpath(entry.path)
         if any(_overlap(real, other) for other in self.read):
             self.skipped.append(Skipped(printable(path), SHARED))
-            return
+            return False
         self.read.append(real)
-        self.folders.append(path)
-        self.enter(path)
+        return True
 
     def _take_file(self, entry: os.DirEntry[str], path: str) -> None:
         try:
@@ -100,6 +114,7 @@ class _Walk:
             self.skipped.append(Skipped(printable(path), "neither a file nor a folder: a pipe, a socket or a device"))
         elif stem and ending in NO_IMAGES:
             self.clutter.append(Skipped(printable(path), f"no image by its name (.{ending})"))
+            self.no_classes.add(path.rpartition("/")[0])
             self.lists += [path] if entry.name.lower() in LISTS else []
         else:
             self.files[path] = state_text(about)
@@ -109,31 +124,38 @@ def _overlap(one: str, other: str) -> bool:
     return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
 
 
+def walk_folder(root: Path) -> Walk:
+    """Find everything in a folder."""
+    walk = Walk(root, read=_read_anyway(root))
+    walk.all()
+    return walk
+
+
 def folder_source(root: Path, class_folders: bool = True, columns: Columns = Columns()) -> Offers:
+    """Walk an image folder, and list it as `folder_offers` does."""
+    return folder_offers(walk_folder(root), class_folders, columns)
+
+
+def folder_offers(walk: Walk, class_folders: bool, columns: Columns) -> Offers:
     """List an image folder.
 
     Args:
-        root: of the folder.
+        walk: what was found in it.
         class_folders: whether folders are classes. Without, images of `CLASS/…` have no label.
         columns: of the tables that label images.
     """
-    walk = _Walk(root, read=_read_anyway(root))
-    walk.enter("")
-    listing = Listing(skipped=walk.skipped, clutter=walk.clutter)
-    # a class may have no image: a folder that holds no folder stands for itself
-    holders = {folder.rpartition("/")[0] for folder in walk.folders}
-    said = by_folders([*walk.files, *(f"{folder}/" for folder in walk.folders if folder not in holders)])
+    listing = Listing(skipped=list(walk.skipped), clutter=list(walk.clutter))
     places = []
-    for (path, state), of_folders in zip(walk.files.items(), said[: len(walk.files)], strict=True):
+    for (path, state), of_folders in zip(walk.files.items(), by_folders(list(walk.files)), strict=True):
         if of_folders is None:
             listing.skipped.append(Skipped(printable(path), "beside folders of splits, and in none of them"))
             continue
         listing.add(printable(path), of_folders.word, of_folders.label if class_folders else None, None, state)
         places.append(path)
-    classes = [of_folders.label for of_folders in said if class_folders and of_folders and of_folders.label]
-    offers = listing.offers(partial(_reads, root, places), more=classes)
+    offers = listing.offers(partial(_reads, walk.root, places), more=_empty_classes(walk) if class_folders else ())
+    offers = replace(offers, roots=roots_of(walk.root))
     for path in walk.lists:
-        offers = _with_list(offers, root / path, printable(path.rpartition("/")[0]), columns)
+        offers = _with_list(offers, walk.root / path, printable(path.rpartition("/")[0]), columns)
     return offers
 
 
@@ -144,6 +166,13 @@ def single_image(file: Path) -> Offers:
     listing = Listing()
     listing.add(printable(file.name), None, None, None, state_text(file.stat()))
     return listing.offers(partial(_reads, file.parent, [file.name]))
+
+
+def _empty_classes(walk: Walk) -> list[str]:
+    """Return the classes of folders in which nothing is."""
+    rule = rule_of(list(dict.fromkeys(path.rpartition("/")[0] for path in walk.files)))
+    said = [rule(folder) for folder in walk.folders if folder not in walk.no_classes]
+    return [of_folder.label for of_folder in said if of_folder is not None and of_folder.label is not None]
 
 
 def _read_anyway(root: Path) -> list[str]:
@@ -160,8 +189,10 @@ def _with_list(offers: Offers, file: Path, below: str, columns: Columns) -> Offe
     """Label the images of a folder by a table that lies in it, if it has paths."""
     from lgp.data.sources.manifest import label_offers, listed, read_rows, table_of
 
+    if file.suffix.lower() == ".parquet" and not _holds_paths(file, columns):
+        return offers
     rows = read_rows(file)
-    if rows.column("image", columns) is None:
+    if not len(rows.cells.numbers) or rows.column("image", columns) is None:
         return offers
     table = table_of(rows, columns)
     if any(label is not None for label in table.labels):
@@ -169,3 +200,9 @@ def _with_list(offers: Offers, file: Path, below: str, columns: Columns) -> Offe
         labels = [None if lies else label for lies, label in zip(inside, offers.labels, strict=True)]
         offers = replace(offers, labels=labels, classes=[name for name in offers.classes if name in labels])
     return listed(*label_offers(offers, table, below), table)
+
+
+def _holds_paths(file: Path, columns: Columns) -> bool:
+    from lgp.data.sources.tables import holds_paths
+
+    return holds_paths(file, columns)

@@ -14,8 +14,14 @@ from lgp.data.sources.offers import Read, read_file, state_text
 
 def inside(root: Path, folder: Path, path: str) -> Path | None:
     """Return the file that a table in `folder` names, None if it lies outside `root`."""
-    file = Path(os.path.normpath(Path(os.path.abspath(folder), path)))
-    return file if file.is_relative_to(os.path.abspath(root)) else None
+    file = within(os.path.abspath(root), os.path.join(os.path.abspath(folder), path))
+    return Path(file) if file else None
+
+
+def within(root: str, path: str) -> str | None:
+    """Return the place of a path that starts at `root`, which is absolute and plain. None: it lies outside."""
+    file = os.path.normpath(os.path.join(root, path))
+    return file if file == root or file.startswith(os.path.join(root, "")) else None
 
 
 def state_of(file: Path) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from lgp.data.sources.cells import plain_text, printable
 from lgp.data.sources.offers import SPLITS, UNLABELED, Offers, Read, Skipped, natural_order
 
-LISTS = ("labels.csv", "metadata.csv", "labels.jsonl", "metadata.jsonl")
+LISTS = tuple(f"{stem}.{ending}" for stem in ("labels", "metadata") for ending in ("csv", "jsonl", "parquet"))
 """Tables in a folder or an archive that label its images."""
 
 
@@ -73,17 +73,35 @@ def by_folders(paths: Sequence[str]) -> list[OfFolders | None]:
     """
     names = [path.rpartition("/")[0] for path in paths]
     different = list(dict.fromkeys(names))
-    folders = [tuple(name.split("/")) if name else () for name in different]
+    rule = rule_of(different)
+    of_name = {name: rule(name) for name in different}
+    return [of_name[name] for name in names]
+
+
+def rule_of(holders: Sequence[str]) -> Callable[[str], OfFolders | None]:
+    """Return what each folder says, as the folders that hold images arrange it: a function of a folder's path."""
+    folders = [_parts(name) for name in holders]
+    above: tuple[str, ...] = ()
     while folders and _is_above_all(folders):
+        above += folders[0][:1]
         folders = [parts[1:] for parts in folders]
     top = {parts[0] for parts in folders if parts}
     flat = all(len(parts) <= 1 for parts in folders)
     has_splits = bool(top) and any(map(_is_split, top)) and not (flat and not all(map(_is_split, top)))
-    if not has_splits and flat and len(top) == 1 and all(folders):
-        return [OfFolders()] * len(paths)
-    said = [_in_splits(parts) if has_splits else OfFolders(None, _class(parts)) for parts in folders]
-    of_name = dict(zip(different, said, strict=True))
-    return [of_name[name] for name in names]
+    has_classes = not (flat and len(top) == 1 and all(folders))
+
+    def said(folder: str) -> OfFolders | None:
+        parts = _parts(folder)
+        if parts[: len(above)] != above:
+            return None
+        parts = parts[len(above) :]
+        return _in_splits(parts) if has_splits else OfFolders(None, _class(parts) if has_classes else None)
+
+    return said
+
+
+def _parts(folder: str) -> tuple[str, ...]:
+    return tuple(folder.split("/")) if folder else ()
 
 
 def _is_above_all(folders: Sequence[tuple[str, ...]]) -> bool:

@@ -54,15 +54,15 @@ def in_manifest(name: str, folder: str, data: bytes, columns: Columns) -> Iterat
     Args:
         name: of the list, for messages.
         folder: where its paths start.
-        data: the file: CSV with a line of column names, or JSON lines, by its name.
+        data: the file: CSV with a line of column names, JSON lines or Parquet, by its name.
         columns: given names of columns.
 
     Raises:
         LgpError: it cannot be read, or has a label that is not of one class.
     """
     try:
-        rows = rows_of(name, data.decode("utf-8-sig"))
-    except (ValueError, csv.Error) as e:
+        rows = rows_of(name, data)
+    except (ValueError, RecursionError, csv.Error) as e:
         raise LgpError(f"{name} cannot be read: {one_line(e)}; mend or remove it") from None
     for number, row in enumerate(rows):
         image = column_of(list(row), columns, "image")

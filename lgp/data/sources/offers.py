@@ -55,6 +55,11 @@ def state_text(about: os.stat_result) -> str:
     return f"{about.st_size}-{about.st_mtime_ns}"
 
 
+def roots_of(root: str | os.PathLike[str]) -> tuple[tuple[str, str], ...]:
+    """Return `Offers.roots` of a source whose paths start at a folder: as it is called, and where it really is."""
+    return tuple(dict.fromkeys(("", place) for place in (os.path.abspath(root), os.path.realpath(root))))
+
+
 class Skipped(NamedTuple):
     """A file or row that is no image of the data set, and why."""
 
@@ -78,6 +83,9 @@ class Offers:
         skipped: what else was found, with the reason. Entries and skipped together are all that was found.
         clutter: as `skipped`, but files of operating systems and viewers (Thumbs.db): nobody meant them as images.
         declared: whether the order of `classes` is the source's own, so that a number is an index into it.
+        roots: how the paths of a source's images begin, and the absolute path of the folder in which the rest of them
+            are. A folder that is reached by a link has two. None of images that are no files.
+        notes: what a person should be told of what was found, a sentence each.
     """
 
     paths: list[str]
@@ -90,6 +98,8 @@ class Offers:
     skipped: list[Skipped] = field(default_factory=list)
     clutter: list[Skipped] = field(default_factory=list)
     declared: bool = False
+    roots: tuple[tuple[str, str], ...] = ()
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.paths)

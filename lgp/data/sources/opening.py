@@ -5,13 +5,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 
 from lgp.data.sources.arrays import DIGITS
-from lgp.data.sources.cells import is_clutter, split_word
-from lgp.data.sources.folder import folder_source, single_image
-from lgp.data.sources.manifest import Table, label_offers, listed, read_rows, read_table, table_of, table_source
+from lgp.data.sources.cells import is_clutter, printable, split_word
+from lgp.data.sources.folder import folder_offers, single_image, walk_folder
+from lgp.data.sources.manifest import (
+    Table,
+    label_offers,
+    labels_any,
+    leads_anywhere,
+    listed,
+    note_of,
+    read_rows,
+    read_table,
+    table_of,
+    table_source,
+)
 from lgp.data.sources.offers import SPLITS, UNLABELED, Columns, Offers, Read, Skipped
 from lgp.errors import LgpError, NoSource
 from lgp.params.data import TABLES, ColumnsParams, SourceParams
@@ -42,38 +53,83 @@ def open_sources(
     """
     usual = Columns(**(columns or ColumnsParams()).model_dump())
     specs = [specified(source, usual) for source in sources]
+    given = [Columns(**spec.columns.model_dump()) if spec.columns else usual for spec in specs]
+    rows = [_table_of(spec, given[number], specs, number > 0) for number, spec in enumerate(specs)]
     opened: list[Offers] = []
     names: list[str] = []
-    for number, spec in enumerate(specs):
-        given = Columns(**spec.columns.model_dump()) if spec.columns else usual
-        table = _table_of(spec, given, bool(opened))
+    apart: list[Offers] = []  # each source by itself
+    for number, (spec, table) in enumerate(zip(specs, rows, strict=True)):
         if table is not None and opened and spec.root is None:
-            before, named = label_offers(_joined(opened, names), table)
-            rest = table.rows([row for row, image in enumerate(named) if image is None])
-            more = _of_its_name(table_source(rest, table.file.parent), spec, specs)
-            opened, names = [before, more], ["", _name(spec)]
-            continue
-        labelled_later = any(_may_label(other, usual) for other in specs[number + 1 :])
-        own = _of_table(table, spec, specs[number + 1 :]) if table else _opened(spec, given, labelled_later)
-        opened.append(_of_its_name(own, spec, specs))
+            before, own = _labelled_by(table, _joined(opened, names))
+            opened, names = [before], [""]
+        elif table is not None:
+            own = _of_table(table, spec, specs[number + 1 :])
+        else:
+            behind = zip(specs[number + 1 :], rows[number + 1 :], strict=True)
+            labelling = [other for place, other in behind if other is not None and place.root is None]
+            own = _of_its_name(_opened(spec, given[number], labelling), spec, specs)
+        opened.append(own)
         names.append(_name(spec))
+        apart.append(own)
+    _refuse_files_of_two(apart, specs, rows)
     offers = _joined(opened, names)
     for file in tables:
-        rows = read_rows(_local(file))
-        table = table_of(rows, rows.known(usual))
+        found = read_rows(_local(file))
+        table = table_of(found, found.known(usual)).in_split(split_word(Path(file).name))
         offers = listed(*label_offers(offers, table), table)
     return offers
 
 
+def _labelled_by(table: Table, before: Offers) -> tuple[Offers, Offers]:
+    """Label images by a table behind them. Return them, and the images that only the table names.
+
+    A row that leads to no file is listed as skipped, if at least as many rows name images of other sources.
+    """
+    labelled, named = label_offers(before, table)
+    rest = [row for row, image in enumerate(named) if image is None]
+    more = table_source(table.rows(rest), table.file.parent, forgiven=len(named) - len(rest))
+    return labelled, replace(more, notes=note_of(table, more.skipped, len(named)))
+
+
 def _of_table(table: Table, spec: SourceParams, behind: Sequence[SourceParams]) -> Offers:
     """Open the images that a table names itself."""
-    offers = table_source(table, _root(spec, table), complete=not behind)
-    if behind and not len(offers):
+    root = _root(spec, table)
+    if behind and not leads_anywhere(table, root):
         raise LgpError(
-            f"data.source: {spec.place} leads to no image itself, and stands before other sources: put it behind the "
-            "source whose images it labels"
+            f"data.source: {spec.place} leads to no image itself, and stands before other sources: put it behind "
+            "the source whose images it labels, or mend its paths"
         )
-    return offers
+    return table_source(table, root)
+
+
+def _refuse_files_of_two(
+    apart: Sequence[Offers], specs: Sequence[SourceParams], tables: Sequence[Table | None]
+) -> None:
+    """Refuse a table that opens files which another source offers too: each would be an image twice."""
+    files: dict[int, set[str]] = {}
+    for one, other in combinations(range(len(apart)), 2):
+        both = [i for i in (one, other) if len(apart[i]) and apart[i].roots]
+        if len(both) < 2 or not any(tables[i] for i in both):
+            continue
+        for i in both:
+            files.setdefault(i, set(_real_files(apart[i])))
+        if shared := sorted(files[one] & files[other]):
+            raise LgpError(
+                f"data.source: {specs[one].place} and {specs[other].place} lead to the same files ({shared[0]}, "
+                f"{len(shared)} in all): put a table behind the source whose images it labels, without `root`, and "
+                "name each image in one source"
+            )
+
+
+def _real_files(offers: Offers) -> Iterator[str]:
+    """Iterate over the files of a source that has some, without the links to their folders."""
+    (_, root), *_ = offers.roots
+    folders: dict[str, str] = {}
+    for path in offers.paths:
+        folder, _, name = path.rpartition("/")
+        if folder not in folders:
+            folders[folder] = os.path.realpath(os.path.join(root, folder))
+        yield f"{folders[folder]}/{name}"
 
 
 def _of_its_name(offers: Offers, spec: SourceParams, specs: Sequence[SourceParams]) -> Offers:
@@ -139,12 +195,21 @@ def _kind_of_folder(folder: Path, columns: Columns) -> str:
 def _image_tables(folder: Path, columns: Columns) -> list[Path]:
     from lgp.data.sources.tables import is_image_table
 
-    files = sorted(folder.rglob("*.parquet"))
-    return [file for file in files if not _is_clutter(folder, file) and is_image_table(file, columns)]
+    files = sorted(Path(file) for file in _visible_files(folder) if file.endswith(".parquet") and os.path.isfile(file))
+    return [file for file in files if is_image_table(file, columns)]
 
 
-def _is_clutter(folder: Path, file: Path) -> bool:
-    return is_clutter(file.relative_to(folder).as_posix())
+def _visible_files(folder: Path) -> Iterator[str]:
+    """Iterate over the files in a folder and below it, however deep, without clutter. Links to folders are files."""
+    folders = [str(folder)]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as found:
+                entries = [entry for entry in found if not is_clutter(entry.name)]
+        except OSError:  # listed when the folder is walked
+            continue
+        folders += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        yield from (entry.path for entry in entries if not entry.is_dir(follow_symlinks=False))
 
 
 def _local(source: str) -> Path:
@@ -164,18 +229,18 @@ def _name(spec: SourceParams) -> str:
     return spec.place.rstrip("/").rpartition("/")[2].partition(".")[0] or spec.kind
 
 
-def _table_of(spec: SourceParams, columns: Columns, behind: bool) -> Table | None:
-    """Return the rows of a table of paths, None for any other source. `behind`: other sources stand before it."""
+def _table_of(spec: SourceParams, columns: Columns, specs: Sequence[SourceParams], behind: bool) -> Table | None:
+    """Return the rows of a table of paths, None for any other source. `behind`: other sources stand before it.
+
+    The name of one of several sources says the split of the rows that say none.
+    """
     if spec.kind in TABLES:
-        return read_table(_existing(spec), columns)
-    if spec.kind == "parquet" and _is_parquet_of_paths(spec, columns, behind or spec.root is not None):
-        return read_table(_local(spec.place), columns)
-    return None
-
-
-def _may_label(spec: SourceParams, columns: Columns) -> bool:
-    """Return whether a source behind others labels their images."""
-    return spec.root is None and (spec.kind in TABLES or _is_parquet_of_paths(spec, columns, True))
+        file = _existing(spec)
+    elif _is_parquet_of_paths(spec, columns, behind or spec.root is not None):
+        file = _local(spec.place)
+    else:
+        return None
+    return read_table(file, columns).in_split(split_word(_name(spec)) if len(specs) > 1 else None)
 
 
 def _is_parquet_of_paths(spec: SourceParams, columns: Columns, behind: bool) -> bool:
@@ -210,13 +275,13 @@ def _files(spec: SourceParams) -> list[Path]:
 
     path = _local(spec.place)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and SUFFIXES.get(p.suffix.lower()) == spec.kind)
-        return [file for file in found if not _is_clutter(path, file)]
+        files = map(Path, _visible_files(path))
+        return sorted(file for file in files if SUFFIXES.get(file.suffix.lower()) == spec.kind and file.is_file())
     return [path] if path.is_file() else expand(str(path))
 
 
-def _opened(spec: SourceParams, columns: Columns, labelled_later: bool) -> Offers:
-    """Open a source that has images itself."""
+def _opened(spec: SourceParams, columns: Columns, labelling: Sequence[Table]) -> Offers:
+    """Open a source that has images itself. `labelling`: the tables behind it, which may label them."""
     match spec.kind:
         case "builtin":
             from lgp.data.sources.arrays import digits_source
@@ -226,8 +291,7 @@ def _opened(spec: SourceParams, columns: Columns, labelled_later: bool) -> Offer
             folder = _existing(spec)
             if not folder.is_dir():
                 raise LgpError(f"data.source folder: {spec.place} is a file: give a folder, or {LAYOUTS}")
-            class_folders = spec.class_folders if spec.class_folders is not None else not labelled_later
-            return folder_source(folder, class_folders, columns)
+            return _of_folder(folder, spec.class_folders, columns, labelling)
         case "parquet":
             from lgp.data.sources.tables import parquet_source
 
@@ -262,13 +326,22 @@ def _opened(spec: SourceParams, columns: Columns, labelled_later: bool) -> Offer
             return torchvision_source(spec.place, _local(spec.root or str(DOWNLOADS / "torchvision")))
 
 
+def _of_folder(folder: Path, class_folders: bool | None, columns: Columns, labelling: Sequence[Table]) -> Offers:
+    """List an image folder. Unless it is said, its folders are classes if no table behind it labels an image of it."""
+    walk = walk_folder(folder)
+    if class_folders is None and labelling:
+        without = folder_offers(walk, False, columns)
+        if any(labels_any(without, table) for table in labelling):
+            return without
+    return folder_offers(walk, class_folders is not False, columns)
+
+
 def _and_others(offers: Offers, folder: Path, tables: Sequence[Path]) -> Offers:
     """List what stands beside the tables of a folder."""
-    beside = folder_source(folder, class_folders=False)
-    read = {str(table.relative_to(folder)) for table in tables}
-    listed = {skip.path for skip in [*offers.skipped, *offers.clutter]}
-    others = [Skipped(path, "no table of images, beside tables that are") for path in beside.paths if path not in read]
-    found = [skip for skip in [*beside.skipped, *beside.clutter, *others] if skip.path not in listed]
+    walk = walk_folder(folder)
+    known = {str(table.relative_to(folder)) for table in tables} | {s.path for s in [*offers.skipped, *offers.clutter]}
+    others = [Skipped(printable(path), "no table of images, beside tables that are") for path in walk.files]
+    found = [skip for skip in [*walk.skipped, *walk.clutter, *others] if skip.path not in known]
     return replace(offers, clutter=[*offers.clutter, *found])
 
 
@@ -289,6 +362,8 @@ def _joined(opened: Sequence[Offers], names: Sequence[str]) -> Offers:
         [Skipped(f"{p}{s.path}", s.reason) for p, o in zip(prefixes, opened, strict=True) for s in o.skipped],
         [Skipped(f"{p}{s.path}", s.reason) for p, o in zip(prefixes, opened, strict=True) for s in o.clutter],
         declared=opened[0].declared,
+        roots=tuple((p + start, root) for p, o in zip(prefixes, opened, strict=True) for start, root in o.roots),
+        notes=list(chain.from_iterable(offers.notes for offers in opened)),
     )
 
 

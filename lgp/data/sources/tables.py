@@ -18,7 +18,7 @@ from lgp.data.sources.cells import (
     split_words,
 )
 from lgp.data.sources.image_cells import inside, read_of, state_of
-from lgp.data.sources.listing import Listing
+from lgp.data.sources.listing import LISTS, Listing
 from lgp.data.sources.offers import SPLITS, UNLABELED, Columns, Offers, Read, Skipped
 from lgp.data.sources.table_files import TableFile, open_table
 from lgp.errors import LgpError
@@ -140,7 +140,8 @@ def hub_source(name: str, columns: Columns) -> Offers:
 def is_image_table(path: Path, columns: Columns) -> bool:
     """Return whether a Parquet or Arrow file has images in its rows: bytes, pixels, or paths of files that exist.
 
-    `metadata.parquet` describes the images of a folder, and is no table of images, unless it holds them.
+    `metadata.parquet` and `labels.parquet` describe the images of a folder, and are no tables of images, unless they
+    hold them.
 
     Raises:
         LgpError: the file cannot be read as a table.
@@ -153,9 +154,11 @@ def is_image_table(path: Path, columns: Columns) -> bool:
         return False
     if not _is_text(file.schema.field(found.image).type):
         return True
+    if path.name.lower() in LISTS:
+        return False
     if columns.image is not None:
         return True
-    if path.stem == "metadata" or file.rows == 0:
+    if file.rows == 0:
         return False
     first = file.columns([found.image])[found.image].slice(0, 64).drop_null()
     values = first.cast(pa.string()).to_pylist()
