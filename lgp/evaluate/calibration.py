@@ -10,7 +10,7 @@ from scipy.special import logsumexp, softmax
 
 from lgp.compute.randomness import counted_seed
 from lgp.errors import LgpError
-from lgp.evaluate.statistics import CALIBRATION_BINS, CONFIDENCE, calibration_bins, calibration_error
+from lgp.evaluate.statistics import CALIBRATION_BINS, CONFIDENCE, calibration_bins
 
 LOG_T = (-5.0, 5.0)  # where the logarithm of the temperature is searched
 # the exponential of a number below that is 0 in double precision
@@ -93,7 +93,7 @@ def accuracy_at_coverage(probabilities: np.ndarray, labels: np.ndarray, coverage
         labels: (N,) class indices.
         coverage: the share, in (0, 1]. At least one image is taken.
     """
-    confidence, correct = _confidence(probabilities, labels)
+    confidence, correct = confidence_of(probabilities, labels)
     _, level = np.unique(-confidence, return_inverse=True)
     accuracy = np.bincount(level, correct) / np.bincount(level)
     taken = max(round(coverage * len(labels)), 1)
@@ -115,9 +115,13 @@ class Reliability:
     count: np.ndarray
 
 
-def reliability(probabilities: np.ndarray, labels: np.ndarray) -> Reliability:
-    """Return the reliability diagram of probabilities (N, C), over the bins of `calibration_error`."""
-    confidence, correct = _confidence(probabilities, labels)
+def reliability(confidence: np.ndarray, correct: np.ndarray) -> Reliability:
+    """Return the reliability diagram of predictions, over the bins of `calibration_error`.
+
+    Args:
+        confidence: (N,) probability of the predicted class.
+        correct: (N,) whether the prediction is right.
+    """
     bins = calibration_bins(confidence)
     count = np.bincount(bins, minlength=CALIBRATION_BINS)
     filled = count > 0
@@ -128,8 +132,11 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray) -> Reliability:
     return Reliability(mean(confidence), mean(correct), count[filled])
 
 
-def calibration_interval(probabilities: np.ndarray, labels: np.ndarray, seed: int) -> tuple[float, float]:
+def calibration_interval(confidence: np.ndarray, correct: np.ndarray, seed: int) -> tuple[float, float]:
     """Return low and high of the 95 % interval of the expected calibration error, in percent, for other images.
+
+    With several classifiers, one for each subset of labels, it is that of their mean error. All of them get the same
+    drawn images.
 
     The bootstrap draws images. The error is a sum of absolute values, so an error measured on few images is too high,
     and an error measured on drawn images is too high once more. The interval is therefore the basic one, which takes
@@ -143,22 +150,23 @@ def calibration_interval(probabilities: np.ndarray, labels: np.ndarray, seed: in
     is too narrow where the error is small but not 0.
 
     Args:
-        probabilities: (N, C).
-        labels: (N,) class indices.
+        confidence: (classifiers, N) probability of the predicted class.
+        correct: (classifiers, N) whether the prediction is right.
         seed: of the draws. There are 1,000 of each kind.
     """
-    confidence, correct = _confidence(probabilities, labels)
-    bins, images = calibration_bins(confidence), len(labels)
+    bins, images = calibration_bins(confidence), confidence.shape[1]
     rng = np.random.default_rng(counted_seed(seed, "calibration/interval"))
 
     def other_images(draws: int) -> np.ndarray:
         rows = rng.integers(images, size=(draws, images))
-        return _errors(bins[rows], (correct - confidence)[rows])
+        gaps = correct - confidence
+        return np.mean([_errors(b[rows], gap[rows]) for b, gap in zip(bins, gaps, strict=True)], axis=0)
 
     def calibrated(draws: int) -> np.ndarray:
-        return _errors(bins, (rng.random((draws, images)) < confidence) - confidence)
+        luck = rng.random((draws, images))
+        return np.mean([_errors(b, (luck < c) - c) for b, c in zip(bins, confidence, strict=True)], axis=0)
 
-    error = calibration_error(probabilities, labels)
+    error = float(np.mean([_errors(b, gap[None])[0] for b, gap in zip(bins, correct - confidence, strict=True)]))
     tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
     low, high = 2 * error - np.quantile(_drawn(other_images, images), tails)[::-1]
     if error <= np.quantile(_drawn(calibrated, images), tails[1]):
@@ -166,7 +174,7 @@ def calibration_interval(probabilities: np.ndarray, labels: np.ndarray, seed: in
     return min(max(float(low), 0.0), error), max(float(high), error)
 
 
-def _confidence(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def confidence_of(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the confidence (N,) of each prediction, and 1 where it is right, else 0."""
     return probabilities.max(axis=1), (probabilities.argmax(axis=1) == labels).astype(np.float64)
 

@@ -119,7 +119,7 @@ def best_on_val(of_subset: Sequence[Scored]) -> int:
     return int(np.argmax(np.nan_to_num(on_val, nan=-1.0)))  # without a validation image there is no accuracy
 
 
-def over_subsets(of_subset: Sequence[Scored], labels: int, kept: Classifier | None) -> Outcome:
+def over_subsets(of_subset: Sequence[Scored], labels: int, kept: Classifier | None = None) -> Outcome:
     """Summarise a task over subsets of labels: mean, standard deviation, and the 95 % interval of every accuracy.
 
     Args:

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from lgp.evaluate.calibration import Reliability
+
 COLOURS = {"pixels": "0.6", "random": "0.4", "mim": "tab:blue", "cl": "tab:orange", "graft": "tab:green"}
 DPI = 120
 SHOWN_CLASSES = 20
@@ -40,6 +42,19 @@ def plot_label_efficiency(path: Path, table: pd.DataFrame, classes: int) -> None
             )
     axes.set(xscale="log", xlabel="labels per class", ylabel="test top-1, %")
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_reliability(path: Path, of_tasks: Mapping[str, Reliability], arm: str) -> None:
+    """Draw accuracy over confidence in each bin, a line for each task. On the diagonal probabilities are right."""
+    figure = Figure(figsize=(5.0, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    for task, points in of_tasks.items():
+        axes.plot(points.confidence, points.accuracy, marker="o", markersize=3, label=task)
+    axes.set(xlabel="confidence", ylabel="share of right predictions", title=arm, xlim=(0, 1), ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=DPI)

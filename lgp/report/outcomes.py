@@ -84,6 +84,15 @@ def leader(arms: list[ArmOutcomes]) -> ArmOutcomes | None:
     return max((a for a in arms if a.may_win), key=lambda a: a.tasks[fewest].metrics["val/top1"], default=None)
 
 
+def confidence_by_subset(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
+    """Return the confidence of each prediction, and whether it is right, both (subsets, images)."""
+    tables = [table.sort_values("id") for _, table in outcome.predictions.groupby("subset")]
+    confidence = np.stack([table["confidence"].to_numpy(dtype=np.float64) for table in tables])
+    return confidence, np.stack(
+        [(table["prediction"] == table["label"]).to_numpy(dtype=np.float64) for table in tables]
+    )
+
+
 def correct_by_subset(a: ArmOutcomes, b: ArmOutcomes, task: str) -> tuple[np.ndarray, np.ndarray]:
     """Return for each of two arms which predictions are right, as bool (subsets, images) of the same images.
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,11 @@ from markdown_it import MarkdownIt
 from lgp.compute.units import flop_text
 from lgp.data.labels import LabelledImages
 from lgp.data.sources.opening import said
+from lgp.evaluate.calibration import calibration_interval
+from lgp.evaluate.outcome import COVERAGES
 from lgp.models.files import ARM_METRICS
 from lgp.params.file import Params
-from lgp.report.outcomes import ArmOutcomes, leader
+from lgp.report.outcomes import ArmOutcomes, confidence_by_subset, leader
 from lgp.report.pairs import Pair
 from lgp.report.table import task_name, wide_rows
 from lgp.report.verdict import Verdict
@@ -26,6 +29,7 @@ PICTURES = {
     "label_efficiency": "Accuracy over labels per class, with 95 % intervals",
     "accuracy_by_depth": "k-NN accuracy of the features after each block, all labels",
     "accuracy_per_class": "Accuracy per class at the fewest labels, sorted by the leader's (all: per_class.csv)",
+    "reliability": "How often the leader is right, over how sure it is, for each of its tasks",
     "confusion": "Confusion of the leader at the fewest labels, over all subsets",
     "worst_mistakes": "The leader's most confident mistakes with all labels (linear probe)",
     "curves": "Training losses (the losses of different arms are not comparable)",
@@ -74,8 +78,10 @@ def page_of(
         "labels together. Where there is one subset (k-NN, the linear probe) it is Wilson's. It covers one "
         f"pre-training of each arm. {_knn_variant(arms)}"
     )
-    lines += ["", *_table(header, rows), *_comparison(verdict.pairs), *_more_measures(arms), *_compute(folders), ""]
-    if leads := leader(arms):
+    lines += ["", *_table(header, rows), *_comparison(verdict.pairs), *_more_measures(arms)]
+    leads = leader(arms)
+    lines += [*(_probabilities(leads, params.seed) if leads else []), *_compute(folders), ""]
+    if leads:
         lines += [f"The leader of the pictures (best validation accuracy at the fewest labels) is {leads.arm}.", ""]
     for name in drawn:
         lines += [f"**{PICTURES[name]}**", "", f"![{name.replace('_', ' ')}](figures/{name}.png)", ""]
@@ -125,6 +131,24 @@ def _more_measures(arms: list[ArmOutcomes]) -> list[str]:
     ]
     head = ["", "## More measures", "", "On test: top-5 and expected calibration error (15 bins), percent.", ""]
     return head + _table(["arm", "task", "subsets", "top-1", "top-5", "calibration error"], rows)
+
+
+def _probabilities(leads: ArmOutcomes, seed: int) -> list[str]:
+    lines = ["", f"## How far the probabilities of {leads.arm} can be believed", ""]
+    lines += _paragraph(
+        "On test. The calibration error is in percent, before and after the logits are divided by the temperature. Its "
+        "95 % interval is over test images. The Brier score is summed over classes: 0 is best, 2 worst. The last "
+        "columns are the accuracy on the surest share of the images."
+    )
+    head = ["labels", "before", "after", "95 % interval", "Brier", *(f"surest {c} %" for c in COVERAGES)]
+    rows = []
+    for task, outcome in leads.tasks.items():
+        m = outcome.metrics
+        low, high = calibration_interval(*confidence_by_subset(outcome), seed)
+        of_surest = [_number(m.get(f"test/top1_of_surest_{c}")) for c in COVERAGES]
+        errors = [_number(m.get("test/ece_uncalibrated")), _number(m.get("test/ece")), f"[{low:.1f}, {high:.1f}]"]
+        rows.append([task_name(task), *errors, f"{m.get('test/brier', math.nan):.3f}", *of_surest])
+    return [*lines, "", *_table(head, rows)]
 
 
 def _number(value: float | None) -> str:

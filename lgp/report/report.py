@@ -8,6 +8,7 @@ import pandas as pd
 from safetensors.torch import load_file
 
 from lgp.data.labels import LabelledImages
+from lgp.evaluate.calibration import reliability
 from lgp.models.files import CURVES, RECONSTRUCTIONS
 from lgp.params.file import Params
 from lgp.report import figures
@@ -16,6 +17,7 @@ from lgp.report.outcomes import (
     Inputs,
     accuracy_by_depth,
     accuracy_per_class,
+    confidence_by_subset,
     fewest_labels,
     leader,
     worst_mistakes,
@@ -80,6 +82,11 @@ def _draw_results(folder: Path, arms: list[ArmOutcomes], results: pd.DataFrame, 
         a.arm: accuracy_per_class(a.tasks[fewest].predictions, len(classes)) for a in arms if not a.is_baseline
     }
     figures.plot_per_class(folder / "accuracy_per_class.png", per_class, classes, best.arm, task_name(fewest))
+    of_tasks = {
+        task_name(task): reliability(*(values.ravel() for values in confidence_by_subset(outcome)))
+        for task, outcome in best.tasks.items()
+    }
+    figures.plot_reliability(folder / "reliability.png", of_tasks, best.arm)
     figures.plot_confusion(folder / "confusion.png", best.tasks[fewest].predictions, classes)
     wrong = worst_mistakes(best.tasks["linear"].predictions, MISTAKES)
     if len(wrong):

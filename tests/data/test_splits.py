@@ -334,9 +334,9 @@ def test_groups_change_no_subset_unless_whole_ones_are_asked_for() -> None:
 
 
 def test_many_classes_without_labels_are_counted() -> None:
-    empty = {f"c{i:02}": 0 for i in range(12)} | {"full": 9}
+    empty = {f"c{i:02}": 0 for i in range(12)} | {"full": 9, "other": 9}
     assert notes_on_classes(empty, False)[0].endswith("c09 and 2 more classes: not evaluated")
-    assert "more" not in notes_on_classes({f"c{i:02}": 0 for i in range(10)} | {"full": 9}, False)[0]
+    assert "more" not in notes_on_classes({f"c{i:02}": 0 for i in range(10)} | {"full": 9, "other": 9}, False)[0]
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)

@@ -13,10 +13,17 @@ from lgp.evaluate.calibration import (
     at_temperature,
     brier_score,
     calibration_interval,
+    confidence_of,
     fit_temperature,
     reliability,
 )
 from lgp.evaluate.statistics import calibration_error
+
+
+def interval(probabilities: np.ndarray, labels: np.ndarray, seed: int) -> tuple[float, float]:
+    """Return the interval of a single classifier."""
+    confidence, correct = confidence_of(probabilities, labels)
+    return calibration_interval(confidence[None], correct[None], seed)
 
 
 def simulated(images: int, classes: int = 5, seed: int = 0, scale: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +135,7 @@ def test_coverage_of_less_than_an_image_takes_one() -> None:
 def test_points_of_the_diagram_equal_a_slow_loop_and_add_up_to_the_error() -> None:
     logits, labels = simulated(300, seed=2)
     p = at_temperature(logits, 0.4)
-    points = reliability(p, labels)
+    points = reliability(*confidence_of(p, labels))
     expected = []
     for b in range(15):
         of_bin = [i for i in range(300) if b / 15 < p[i].max() <= (b + 1) / 15]
@@ -156,7 +163,7 @@ def test_interval_is_the_basic_bootstrap_of_a_slow_loop() -> None:
 
     error = error_of(list(range(150)))
     drawn = [error_of(rng.integers(150, size=150).tolist()) for _ in range(2000)]
-    low, high = calibration_interval(p, labels, seed=0)
+    low, high = interval(p, labels, seed=0)
     # the quantile of 1,000 draws is known to about a tenth of the deviation
     loose = 0.4 * np.std(drawn)
     assert low == pytest.approx(2 * error - np.quantile(drawn, 0.975), abs=loose)
@@ -168,24 +175,24 @@ def test_interval_holds_the_measured_error(temperature: float) -> None:
     for seed in range(20):
         logits, labels = simulated(25, seed=seed)
         p = at_temperature(logits, temperature)
-        low, high = calibration_interval(p, labels, seed)
+        low, high = interval(p, labels, seed)
         assert 0 <= low <= calibration_error(p, labels) <= high
 
 
 def test_low_end_is_zero_only_where_calibrated_probabilities_could_be_that_far_off() -> None:
     logits, labels = simulated(1000)
-    assert calibration_interval(softmax(logits, axis=1), labels, 0)[0] == 0
-    assert calibration_interval(at_temperature(logits, 0.5), labels, 0)[0] > 1
+    assert interval(softmax(logits, axis=1), labels, 0)[0] == 0
+    assert interval(at_temperature(logits, 0.5), labels, 0)[0] > 1
 
 
 def test_interval_depends_on_its_seed_only(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = simulated(150)
     p = at_temperature(logits, 0.3)
-    assert calibration_interval(p, labels, 0) == calibration_interval(p, labels, 0)
-    assert calibration_interval(p, labels, 0) != calibration_interval(p, labels, 1)
-    expected = calibration_interval(p, labels, 0)
+    assert interval(p, labels, 0) == interval(p, labels, 0)
+    assert interval(p, labels, 0) != interval(p, labels, 1)
+    expected = interval(p, labels, 0)
     monkeypatch.setattr("lgp.evaluate.calibration.BLOCK", 150 * 7)
-    assert calibration_interval(p, labels, 0) == pytest.approx(expected, rel=0.3)
+    assert interval(p, labels, 0) == pytest.approx(expected, rel=0.3)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8, 0.3])
@@ -202,7 +209,7 @@ def test_interval_holds_the_true_error_about_as_often_as_it_says(
     held = 0
     for run in range(300):
         rows = slice(360 * run, 360 * (run + 1))
-        low, high = calibration_interval(p[rows], labels[rows], seed=run)
+        low, high = interval(p[rows], labels[rows], seed=run)
         held += low <= truth <= high
     assert 0.87 <= held / 300 <= 0.99
 
@@ -212,3 +219,15 @@ def test_logits_in_single_precision_serve_too() -> None:
     logits, labels = rng.normal(size=(200, 3)).astype(np.float32), rng.integers(0, 3, 200)
     assert fit_temperature(logits, labels).value == fit_temperature(logits.astype(np.float64), labels).value
     assert at_temperature(logits, 2.0).dtype == np.float64
+
+
+def test_interval_of_several_classifiers_is_that_of_their_mean_error() -> None:
+    """Twice the same classifier is as one, and of two the interval lies around the mean."""
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.5, 1, (2, 400))
+    correct = (rng.random((2, 400)) < confidence - np.array([[0.0], [0.3]])).astype(float)
+    one, other = (calibration_interval(confidence[[i]], correct[[i]], 0) for i in (0, 1))
+    assert calibration_interval(confidence[[1, 1]], correct[[1, 1]], 0) == pytest.approx(other)
+    both = calibration_interval(confidence, correct, 0)
+    assert both == pytest.approx(np.mean([one, other], axis=0), rel=0.5)
+    assert one[1] < both[1] < other[1]

@@ -246,14 +246,14 @@ def test_equal_probabilities_are_ranked_the_same_everywhere() -> None:
 
 
 def test_metrics_have_four_decimals_and_two_subsets_a_deviation() -> None:
-    metrics = over_subsets([predicted(12).scored() for _ in range(2)], labels=30, kept=None).metrics
+    metrics = over_subsets([predicted(12).scored() for _ in range(2)], labels=30).metrics
     assert {"test/top1_std", "test/ece_std"} <= metrics.keys()
     assert all(value == round(value, 4) for value in metrics.values())
 
 
 def test_subsets_are_summed_up_and_predictions_give_the_metric_back() -> None:
     several = [predicted(3) for _ in range(5)]
-    outcome = over_subsets([p.scored() for p in several], labels=30, kept=None)
+    outcome = over_subsets([p.scored() for p in several], labels=30)
     each = [p.scored().scores["test/top1"] for p in several]
     assert outcome.metrics["test/top1"] == pytest.approx(np.mean(each), abs=1e-3)
     assert outcome.metrics["test/top1_std"] == pytest.approx(np.std(each, ddof=1), abs=1e-3)
@@ -267,7 +267,7 @@ def test_subsets_are_summed_up_and_predictions_give_the_metric_back() -> None:
 
 def test_every_accuracy_has_the_interval_of_its_images_and_subsets() -> None:
     several = [predicted(12) for _ in range(3)]
-    metrics = over_subsets([p.scored() for p in several], labels=30, kept=None).metrics
+    metrics = over_subsets([p.scored() for p in several], labels=30).metrics
     for split, k in (("test", 1), ("val", 1), ("test", 5)):
         order = [np.argsort(-p.probabilities[split], axis=1)[:, :k] for p in several]
         correct = [(o == p.labels[split][:, None]).any(axis=1) for o, p in zip(order, several, strict=True)]
@@ -278,7 +278,7 @@ def test_every_accuracy_has_the_interval_of_its_images_and_subsets() -> None:
 
 def test_predictions_have_a_row_for_each_test_image_and_subset() -> None:
     several = [predicted(3, images=4) for _ in range(2)]
-    table = over_subsets([p.scored() for p in several], labels=30, kept=None).predictions
+    table = over_subsets([p.scored() for p in several], labels=30).predictions
     assert table.index.tolist() == list(range(8))
     assert table["subset"].tolist() == [0] * 4 + [1] * 4
     assert table["id"].tolist() == [0, 1, 2, 3] * 2
@@ -292,7 +292,7 @@ def test_predictions_have_a_row_for_each_test_image_and_subset() -> None:
 def test_numbers_have_four_digits_and_those_of_the_task_stand_beside_them() -> None:
     assert percent(np.array([True, False, False])) == 33.3333
     several = [predicted(3, images=7) for _ in range(3)]
-    metrics = over_subsets([p.scored() for p in several], labels=30, kept=None).metrics
+    metrics = over_subsets([p.scored() for p in several], labels=30).metrics
     assert all(value == round(value, 4) for value in metrics.values())
     assert any(value != round(value, 3) for value in metrics.values())
     assert (metrics["labels"], metrics["subsets"]) == (30, 3)

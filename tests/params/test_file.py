@@ -121,8 +121,10 @@ def test_every_new_place_of_a_moved_key_is_there(new: str) -> None:
 
 
 def test_an_arm_goes_through_the_tasks_of_its_kind(values: dict[str, Any]) -> None:
-    params = Params.model_validate(merged(values, {"finetuned_arms": ["graft"], "few_labels": ["10pct", "1pct"]}))
-    frozen = ["linear", "fewshot-10pct", "fewshot-1pct"]
+    params = Params.model_validate(
+        merged(values, {"finetuned_arms": ["graft"], "few_labels": ["10pct", "1pct"], "propagated": ["1pct"]})
+    )
+    frozen = ["linear", "fewshot-10pct", "fewshot-1pct", "propagate-1pct"]
     assert {arm: params.tasks_of(arm) for arm in params.arms} == {
         "pixels": frozen,
         "random": frozen,

@@ -313,7 +313,7 @@ def test_report_is_written_whole(tmp_path: Path, params: Params, prepared: Label
     assert "k-NN is of 20 neighbours, by the cosine of the features that" in " ".join(page.split())
     assert "The table makes 21 comparisons" in " ".join(page.split())
     named = re.findall(r"\]\(figures/(\w+)\.png\)", page)
-    assert named == ["label_efficiency", "accuracy_per_class", "confusion", "worst_mistakes"]
+    assert named == ["label_efficiency", "accuracy_per_class", "reliability", "confusion", "worst_mistakes"]
     assert sorted(f.stem for f in out.figures.iterdir()) == sorted(named)
     assert html.count('src="data:image/png;base64,') == 4
     header, rows = wide_rows(read_results(out.table))

@@ -110,6 +110,7 @@ def test_stages_by_hand_end_in_a_report(finished: Path) -> None:
         "label_efficiency",
         "accuracy_by_depth",
         "accuracy_per_class",
+        "reliability",
         "confusion",
         "worst_mistakes",
         "curves",
