@@ -17,16 +17,26 @@
 | other numbers: negative, NaN, floats above 255, whole numbers above 65,535 | refused |
 | several frames (GIF, WebP, TIFF) | the first |
 | more than 4 channels | TIFF: its bands and pages, in order; arrays; they are scaled together |
-| other formats, more than 2^28 pixels, a side above 65,535, damaged or cut files | refused |
+| other formats, more than 2^27 pixels, a side above 65,535, damaged or cut files | refused |
 
 k depends on the single image: a dark image of 12 bits may be read as one of 10 bits, and is then brighter.
+
+Pixels are converted in strips, so an image takes little more memory than what its decoder makes and the result.
+Measured in bytes a pixel, for 3 channels: JPEG, PNG, palettes and CMYK 8, numbers of 32 bits 12, grey of 16 bits with
+transparency 14, WebP 16, JPEG 2000 19. So the largest image takes 1.1 GB, as WebP 2.2 GB, as JPEG 2000 2.6 GB. Each
+process may read one at the same time.
+
+JPEG is decoded whole, also where `data.store_short_side` makes it smaller: its decoder can halve an image as it reads,
+but the pixels are then others than those of the same image as PNG.
 """
 
 import io
 import logging
+import math
 import re
 import struct
 import warnings
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -38,7 +48,8 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 # PostScript and other formats that run programs stay closed. JPEG includes MPO. TGA has no signature and comes last.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "ICO", "TGA")
 DEPTHS = (8, 10, 12, 14, 16)
-MOST_PIXELS = 2**28
+MOST_PIXELS = 2**27  # 134 million: a tile of Sentinel-2 has 121 million
+STRIP_PIXELS = 2**20  # that are converted at once
 LONGEST_SIDE = 65_535
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE = 258, 262, 281  # tags of TIFF
@@ -129,16 +140,22 @@ def _check_sides(width: int, height: int) -> None:
         raise Undecodable(f"more than {MOST_PIXELS:,} pixels")
 
 
+def _check_bands(width: int, height: int, bands: int) -> None:
+    if width * height * bands > 4 * MOST_PIXELS:
+        raise Undecodable(f"more than {4 * MOST_PIXELS:,} values in {bands} bands")
+
+
 def _of_array(values: np.ndarray, channels: int, ground: str) -> np.ndarray:
     if values.ndim not in (2, 3):
         raise Undecodable(f"an array of shape {values.shape}: expected (H, W) or (H, W, C)")
     values = np.atleast_3d(values)
     height, width, given = values.shape
     _check_sides(width, height)
+    _check_bands(width, height, given)
     if given != channels and (given not in MODES or channels not in MODES):
         raise Undecodable(f"{given} channels, data.channels is {channels}")
     pixels = _eight_bits(values, declared=8)
-    return pixels if given == channels else _with_channels(as_image(pixels), channels, ground)
+    return pixels if given == channels else _in_strips(as_image(pixels), channels, ground)
 
 
 def _of_bands(data: bytes, channels: int) -> np.ndarray:
@@ -153,6 +170,7 @@ def _of_bands(data: bytes, channels: int) -> np.ndarray:
         down, across = series.axes.index("Y"), series.axes.index("X")
         height, width = series.shape[down], series.shape[across]
         _check_sides(width, height)
+        _check_bands(width, height, channels)
         if series.size != height * width * channels:
             raise Undecodable(f"{series.size // (height * width)} channels, data.channels is {channels}")
         bands = np.moveaxis(series.asarray(), (down, across), (0, 1)).reshape(height, width, channels)
@@ -167,7 +185,7 @@ def _of_file(data: bytes, channels: int, ground: str) -> np.ndarray:
             _check_sides(*image.size)
             image.load()
             _turn_upright(image)
-            return _with_channels(_in_srgb(_with_eight_bits(image, data)), channels, ground)
+            return _in_strips(_with_eight_bits(image, data), channels, ground)
 
 
 def _turn_upright(image: Image.Image) -> None:
@@ -205,12 +223,27 @@ def _eight_bits(values: np.ndarray, declared: int) -> np.ndarray:
     if values.dtype.kind == "f":
         if not (low >= 0 and high <= 255):  # also where one is NaN
             raise Undecodable(f"floats from {low:g} to {high:g}: they must lie in [0, 1] or in [0, 255]")
-        return np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8)
+        factor = 255 if high <= 1 else 1
+        return _of_rows(values, lambda rows: np.rint(rows * factor))
     if low < 0 or high > 65_535:
         raise Undecodable(f"whole numbers from {low} to {high}: they must lie in 0 … 65535")
     most = (1 << next(bits for bits in DEPTHS if bits >= declared and high < 1 << bits)) - 1
-    scaled = (np.arange(most + 1) * 255 + most // 2) // most
-    return scaled.astype(np.uint8)[values]
+    scaled = ((np.arange(most + 1) * 255 + most // 2) // most).astype(np.uint8)
+    return _of_rows(values, lambda rows: scaled[rows])
+
+
+def _of_rows(values: np.ndarray, convert: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Convert numbers (H, W) or (H, W, C) to uint8, a strip of rows at a time."""
+    converted = np.empty(values.shape, dtype=np.uint8)
+    for top, end in _strips(values.shape[0], math.prod(values.shape[1:])):
+        converted[top:end] = convert(values[top:end])
+    return converted
+
+
+def _strips(height: int, width: int) -> Iterator[tuple[int, int]]:
+    """Yield first and last row of each strip of about `STRIP_PIXELS`. Most images are one strip."""
+    rows = max(STRIP_PIXELS // width, 1)
+    return ((top, min(top + rows, height)) for top in range(0, height, rows))
 
 
 def _declared_bits(image: Image.Image, data: bytes) -> int:
@@ -268,6 +301,16 @@ def _srgb() -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
+def _in_strips(image: Image.Image, channels: int, ground: str) -> np.ndarray:
+    """Return the pixels of an image of 8 bits in sRGB, (H, W, C) uint8, without copies of the whole image."""
+    width, height = image.size
+    pixels = np.empty((height, width, channels), dtype=np.uint8)
+    for top, end in _strips(height, width):
+        strip = image if (top, end) == (0, height) else image.crop((0, top, width, end))
+        pixels[top:end] = _with_channels(_in_srgb(strip), channels, ground)
+    return pixels
+
+
 def _with_channels(image: Image.Image, channels: int, ground: str) -> np.ndarray:
     if channels in (2, 4):
         if image.mode != MODES[channels]:
@@ -276,5 +319,5 @@ def _with_channels(image: Image.Image, channels: int, ground: str) -> np.ndarray
         image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))
     if image.mode != MODES[channels]:
         image = image.convert(MODES[channels])
-    pixels = np.array(image)  # a copy that can be written to
+    pixels = np.asarray(image)
     return pixels[..., None] if channels == 1 else pixels

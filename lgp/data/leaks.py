@@ -43,7 +43,8 @@ def perceptual_hashes(images: Sequence[np.ndarray]) -> np.ndarray:
 
     reduced = np.empty((len(images), SIDE, SIDE), dtype=np.uint8)
     for places in _of_one_shape(images):
-        reduced[places] = _reduced(np.stack([images[place] for place in places]))
+        one = len(places) == 1  # which may be large, and need not be copied
+        reduced[places] = _reduced(images[places[0]][None] if one else np.stack([images[i] for i in places]))
     frequencies = dct(reduced, axis=1)[:, :LOW]
     low = dct(frequencies, axis=2)[:, :, :LOW].reshape(len(images), LOW * LOW)
     bits = low > np.median(low, axis=1, keepdims=True)

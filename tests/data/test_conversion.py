@@ -1,9 +1,13 @@
 """From files and arrays of every kind to pixels of 8 bits."""
 
 import io
+import os
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -254,8 +258,8 @@ def header(width: int, height: int) -> bytes:
         (b"not an image", 3, "^damaged, or none of the known formats"),
         (b"%PDF-1.4\n%\xe2\xe3", 3, "none of the known formats"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 3, "none of the known formats"),
-        (header(20_000, 20_000), 3, "^more than 268,435,456 pixels$"),
-        (header(50_000, 50_000), 3, "^more than 268,435,456 pixels$"),
+        (header(20_000, 20_000), 3, "^more than 134,217,728 pixels$"),
+        (header(50_000, 50_000), 3, "^more than 134,217,728 pixels$"),
         (header(70_000, 1), 3, "^70000 × 1 pixels: sides are from 1 to 65,535$"),
         (np.zeros((0, 4), np.uint8), 1, "^4 × 0 pixels"),
         (np.zeros((4, 4, 5), np.uint8), 3, r"^5 channels, data\.channels is 3$"),
@@ -301,3 +305,80 @@ def test_reason_of_a_file_names_no_place() -> None:
         "cannot identify image file an object"
     )
     assert conversion.plain(IndexError()) == "the decoder stopped without a reason (IndexError)"
+
+
+def in_mode(mode: str) -> bytes:
+    """An image of noise, 23×31, as a file of this mode of Pillow."""
+    rng, buffer = np.random.default_rng(0), io.BytesIO()
+    colours = Image.fromarray(rng.integers(0, 256, (31, 23, 4), dtype=np.uint8))
+    if mode in ("I", "F", "I;16"):
+        kind = {"I": np.int32, "F": np.float32, "I;16": np.uint16}[mode]
+        Image.fromarray(rng.integers(0, 250, (31, 23)).astype(kind)).save(buffer, "tiff")
+    elif mode == "transparent palette":
+        colours.convert("RGB").convert("P").save(buffer, "png", transparency=3)
+    elif mode == "transparent colour":
+        colours.convert("L").save(buffer, "png", transparency=7)
+    elif mode == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        colours.convert("RGB").save(buffer, "png", exif=exif)
+    else:
+        colours.convert(mode).save(buffer, "tiff")
+    return buffer.getvalue()
+
+
+MADE = (
+    "1", "L", "LA", "RGB", "RGBA", "CMYK", "I", "F", "I;16", "transparent palette", "transparent colour", "turned"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("mode", MADE)
+def test_strips_change_no_pixel(mode: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = in_mode(mode)
+    whole = decode(data, channels)
+    monkeypatch.setattr(conversion, "STRIP_PIXELS", 100)
+    assert np.array_equal(decode(data, channels), whole)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+def test_strips_change_no_number_of_bands(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    bands = np.random.default_rng(0).integers(0, 250, (31, 23, 6)).astype(kind)
+    whole = decode(bands, 6)
+    monkeypatch.setattr(conversion, "STRIP_PIXELS", 100)
+    assert np.array_equal(decode(bands, 6), whole)
+
+
+def test_values_of_many_bands_are_bounded() -> None:
+    bands = np.broadcast_to(np.uint8(0), (8192, 8192, 64))
+    with pytest.raises(Undecodable, match="more than 536,870,912 values in 64 bands"):
+        decode(bands, 64)
+
+
+PEAK = """
+import io, re
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from lgp.data.conversion import decode
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+buffer = io.BytesIO()
+Image.new("RGBA", (64, 64)).save(buffer, "png")
+decode(buffer.getvalue(), 3)
+data = Path("{file}").read_bytes()
+before = peak()
+decode(data, 3)
+print((peak() - before) / 3000**2)
+"""
+
+
+def test_bytes_that_a_large_image_takes_are_bounded(tmp_path: Path) -> None:
+    """Four for the pixels of the decoder, and three for the result."""
+    Image.new("RGBA", (3000, 3000)).save(tmp_path / "large.png", compress_level=1)
+    command = [sys.executable, "-c", PEAK.replace("{file}", str(tmp_path / "large.png"))]
+    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=surroundings, check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 10

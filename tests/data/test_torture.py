@@ -82,7 +82,7 @@ UNREADABLE: dict[str, tuple[Callable[[], bytes], str]] = {
     "cut.jpg": (lambda: encoded("jpeg", picture(size=(200, 200)))[:2000], "damaged"),
     "cut.png": (lambda: encoded("png", picture(size=(200, 200)))[:2000], "damaged"),
     "postscript.jpg": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of the known formats"),
-    "bomb.png": (lambda: bomb(40_000), "more than 268,435,456 pixels"),
+    "bomb.png": (lambda: bomb(40_000), "more than 134,217,728 pixels"),
     "side.png": (lambda: bomb(70_000), "pixels"),
     "negative.tiff": (lambda: encoded("tiff", Image.fromarray(np.full((9, 9), -1, np.float32))), "floats from -1"),
     "number.tiff": (lambda: encoded("tiff", Image.fromarray(np.full((9, 9), np.nan, np.float32))), "floats from nan"),
