@@ -315,7 +315,7 @@ def test_report_is_written_whole(tmp_path: Path, params: Params, prepared: Label
     named = re.findall(r"\]\(figures/(\w+)\.png\)", page)
     assert named == ["label_efficiency", "accuracy_per_class", "reliability", "confusion", "worst_mistakes"]
     assert sorted(f.stem for f in out.figures.iterdir()) == sorted(named)
-    assert html.count('src="data:image/png;base64,') == 4
+    assert html.count('src="data:image/png;base64,') == 5
     header, rows = wide_rows(read_results(out.table))
     assert f"| {' | '.join(header)} |" in page
     assert [row[0] for row in rows] == ["pixels", "mim", "cl", "graft"]
