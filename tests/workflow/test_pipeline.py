@@ -29,12 +29,13 @@ CHOICES = {
     "${arms}": ARMS,
     "${finetuned_arms}": TRAINED,
     "${few_labels}": ("1pct", "10pct"),
+    "${propagated}": ("1pct", "10pct"),
     "${finetuned}": ("10pct",),
 }
 DVC = [sys.executable, "-m", "dvc"]
 
-FROZEN = [f"{task}@{arm}{share}" for arm in (*ARMS, "joint", "reverse") for task, share in
-          (("linear", ""), ("fewshot", "-1pct"), ("fewshot", "-10pct"))]  # fmt: skip
+FEW = [(task, share) for task in ("fewshot", "propagate") for share in ("-1pct", "-10pct")]
+FROZEN = [f"{task}@{arm}{share}" for arm in (*ARMS, "joint", "reverse") for task, share in [("linear", ""), *FEW]]
 TUNED = [f"finetune@{arm}-10pct" for arm in (*TRAINED, "joint", "reverse")]
 
 
@@ -43,6 +44,7 @@ def of_arm(*arms: str) -> set[str]:
 
 
 FEWSHOT = {s for s in of_arm(*ARMS) if s.startswith("fewshot")}
+PROPAGATE = {s for s in of_arm(*ARMS) if s.startswith("propagate")}
 FINETUNE = {s for s in of_arm(*ARMS) if s.startswith("finetune")}
 LINEAR = {s for s in of_arm(*ARMS) if s.startswith("linear")}
 BASELINE = {f"baseline@{name}" for name in BASELINES}
@@ -192,9 +194,11 @@ def changed(folder: Path) -> tuple[set[str], set[str]]:
     ("change", "expected"),
     [
         ({}, set()),
-        ({"fewshot": {"c_fixed": 0.5}}, FEWSHOT | {"report"}),
+        ({"fewshot": {"c_fixed": 0.5}}, FEWSHOT | PROPAGATE | {"report"}),
+        ({"propagation": {"gamma": 2}}, PROPAGATE | {"report"}),
+        ({"propagated": ["1pct"]}, {"report"}),
         ({"linear": {"knn_k": 5}}, LINEAR | {"report"}),
-        ({"features": {"pool": "average"}}, FEWSHOT | LINEAR | {"report"}),
+        ({"features": {"pool": "average"}}, FEWSHOT | PROPAGATE | LINEAR | {"report"}),
         ({"finetune": {"10pct": {"epochs": 7}}}, FINETUNE | {"report"}),
         ({"finetune": {"all": {"epochs": 7}}}, set()),
         ({"few_labels": ["1pct"]}, {"report"}),
@@ -260,7 +264,7 @@ EDITS = {
         "lgp/data/labels.py",
         "return [self.ids(\"train\")] if name == ALL_LABELS",
         "return [self.ids(\"val\")] if name == ALL_LABELS",
-        LINEAR | FEWSHOT | FINETUNE | {"report"},
+        LINEAR | FEWSHOT | PROPAGATE | FINETUNE | {"report"},
     ),
     "the sections of one stage": ("lgp/workflow/pipeline.py", '"linear": ("seed",', '"linear": ("model",', LINEAR),
     "a key of MIM": ("lgp/params/pretrain.py", "mask_ratio: OpenFraction", "mask_ratio: OpenFraction = 0.75", {"mim"}),
@@ -319,7 +323,7 @@ def test_changed_file_of_images_prepares_them_again(edited: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mim", "cl", "graft", "joint", "reverse", "baseline", "linear", "fewshot", "finetune"]
+    "name", ["mim", "cl", "graft", "joint", "reverse", "baseline", "linear", "fewshot", "propagate", "finetune"]
 )
 def test_training_and_evaluation_depend_on_the_digest_of_the_images(name: str) -> None:
     """So the same images from another layout, or under other names, train nothing again."""
