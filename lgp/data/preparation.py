@@ -59,7 +59,7 @@ def prepare(
         LgpError: there is no such source, it holds no image, or too many files are unreadable.
     """
     offers = open_sources(params.source, params.columns, params.labels)
-    state = images_state(offers)
+    state = images_state(offers, params)
     labels = class_indices(offers)
     given = given_parts(offers, labels)
     if faults := faults_of(offers, labels, given):

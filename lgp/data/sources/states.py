@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lgp.data.sources.offers import Offers
 from lgp.data.subset_lists import list_file
+from lgp.params.data import DataParams
 
 STATE = "source_state"  # the file in the results of a stage that has the state that they were made from
 
@@ -21,16 +22,25 @@ def can_hold_out(offers: Offers) -> bool:
     return any(count > 1 for count in counts.values())
 
 
-def images_state(offers: Offers) -> str:
+def images_state(offers: Offers, params: DataParams | None = None) -> str:
     """Return a digest of what `prepare` depends on: each image's name, split, group and state, and if any is labelled.
 
     A label that comes or changes leaves it as it is, except the first of a split, and the second of a class, from
     which on images can be held out.
+
+    Args:
+        offers: the source.
+        params: the section `data`, whose `noticed_by` says if files are compared by time or by content. None: by time.
     """
+    states = offers.states
+    if params is not None and params.noticed_by == "digest":
+        from lgp.data.sources.contents import by_contents
+
+        states = by_contents(offers, params.source)
     pairs = zip(offers.splits, offers.labels, strict=True)
     labelled = sorted({split for split, label in pairs if label is not None})
     state = sha256(f"labelled: {labelled}, can be held out: {can_hold_out(offers)}".encode())
-    for row in zip(offers.paths, offers.splits, offers.groups, offers.states, strict=True):
+    for row in zip(offers.paths, offers.splits, offers.groups, states, strict=True):
         state.update(f"{row}\n".encode())
     return state.hexdigest()
 
