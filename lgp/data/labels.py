@@ -25,7 +25,7 @@ from lgp.data.preparation import class_indices, faults_of, given_parts, groups_o
 from lgp.data.published_lists import check_published
 from lgp.data.sources.offers import Offers
 from lgp.data.sources.opening import open_sources
-from lgp.data.sources.states import STATE, images_state, labelling_state
+from lgp.data.sources.states import STATE, is_state, labelling_state
 from lgp.data.splits import few_names
 from lgp.data.storage import Images
 from lgp.data.subset_files import Subsets, load_subsets, names_of_same_subsets, save_subsets
@@ -122,7 +122,7 @@ def _check_same_images(images: Images, offers: Offers, data: DataParams) -> None
         more = f", nor {len(gone) - 1} other prepared images" if gone[1:] else ""
         raise LgpError(f"the source has no {gone[0]} any more{more}: run `lgp prepare`, or `dvc repro`")
     noted = images.folder / STATE
-    if not noted.exists() or noted.read_text(encoding="utf-8").strip() != images_state(offers, data):
+    if not noted.exists() or not is_state(noted.read_text(encoding="utf-8").strip(), offers, data.source):
         raise LgpError(
             "the source has changed since its images were prepared (images, splits or groups; or the first labels, "
             f"from which on images can be held out), so labels may be of other images than those in {images.folder}: "

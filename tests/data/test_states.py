@@ -11,7 +11,7 @@ from made_sources import data_params, write_parquet
 
 from lgp.data.sources import contents
 from lgp.data.sources.opening import open_sources
-from lgp.data.sources.states import images_state
+from lgp.data.sources.states import images_state, is_state
 from lgp.params.file import Params
 
 SOURCES = ["raw", "raw/t.csv", {"csv": "raw/t.csv", "root": "raw"}, "set-{0..0}.tar", "set.zip", "set.npz", "rows"]
@@ -25,7 +25,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def state(params: Params, source: Any, noticed_by: str = "digest") -> str:
     given = data_params(params, source, noticed_by=noticed_by)
-    return images_state(open_sources(given.source, given.columns, given.labels), given)
+    return images_state(open_sources(given.source, given.columns, given.labels), noticed_by, given.source)
 
 
 def write(project: Path, images: list[bytes]) -> None:
@@ -81,4 +81,14 @@ def test_digests_are_taken_once(project: Path, params: Params, monkeypatch: pyte
 
 
 def test_digest_leaves_what_has_no_file(project: Path, params: Params) -> None:
-    assert state(params, "digits") == state(params, "digits", "time")
+    assert state(params, "digits").removeprefix("digest ") == state(params, "digits", "time")
+
+
+def test_state_is_compared_as_it_was_taken(project: Path, params: Params) -> None:
+    write(project, [b"aaaa", b"bbbb"])
+    noted = {by: state(params, "raw", by) for by in ("time", "digest")}
+    touch(project, 9)
+    offers = open_sources(["raw"])
+    assert [is_state(noted[by], offers, ["raw"]) for by in noted] == [False, True]
+    (project / "raw" / "0.png").write_bytes(b"cccc")
+    assert not is_state(noted["digest"], open_sources(["raw"]), ["raw"])
