@@ -38,6 +38,7 @@ NOTES = {
     "data.columns.label": "of names or numbers",
     "data.columns.split": "of train, val or test",
     "data.columns.group": "of what images have in common: patient, scene, video",
+    "data.noticed_by": "how changed files are noticed: by size and time, or by digest (SHA-256) of their content",
     "data.store_short_side": "larger images are stored with a shorter side of so many pixels; null: as they are",
     "conflict.head_epochs": "of fitting heads to the frozen encoder",
     "conflict.batches": "whose gradients are compared",

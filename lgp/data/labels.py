@@ -25,7 +25,7 @@ from lgp.data.preparation import class_indices, faults_of, given_parts, groups_o
 from lgp.data.published_lists import check_published
 from lgp.data.sources.offers import Offers
 from lgp.data.sources.opening import open_sources
-from lgp.data.sources.states import STATE, images_state, labelling_state
+from lgp.data.sources.states import STATE, is_state, labelling_state
 from lgp.data.splits import few_names
 from lgp.data.storage import Images
 from lgp.data.subset_files import Subsets, load_subsets, names_of_same_subsets, save_subsets
@@ -58,7 +58,7 @@ def write_labels(params: LabelsParams, data: DataParams, images: Images, seed: i
             few images.
     """
     offers = open_sources(data.source, data.columns, data.labels)
-    labels, classes, notes = _labels_of(images, offers)
+    labels, classes, notes = _labels_of(images, offers, data)
     splits = np.where((images.parts == "train") & (labels < 0), "unlabeled", images.parts).astype(object)
     splits[np.isin(images.parts, ("val", "test")) & (labels < 0)] = "dropped"
     lists = _read_lists(params, images.paths, labels, splits, classes)
@@ -87,7 +87,7 @@ def write_labels(params: LabelsParams, data: DataParams, images: Images, seed: i
     }
 
 
-def _labels_of(images: Images, offers: Offers) -> tuple[np.ndarray, list[str], list[str]]:
+def _labels_of(images: Images, offers: Offers, data: DataParams) -> tuple[np.ndarray, list[str], list[str]]:
     """Return the label of each prepared image, (N,), as the source has it now, the classes, and what is to be told.
 
     A class is one that a training image has.
@@ -98,7 +98,7 @@ def _labels_of(images: Images, offers: Offers) -> tuple[np.ndarray, list[str], l
     """
     of_offers = class_indices(offers)
     by_path = dict(zip(offers.paths, of_offers.tolist(), strict=True))
-    _check_same_images(images, offers)
+    _check_same_images(images, offers, data)
     if faults := faults_of(offers, of_offers, given_parts(offers, of_offers)):
         raise LgpError("; ".join(faults))
     labels = np.array([by_path[path] for path in images.paths], dtype=np.int64)
@@ -111,7 +111,7 @@ def _labels_of(images: Images, offers: Offers) -> tuple[np.ndarray, list[str], l
     return number[labels], classes, _left_out(labels, images.parts, there, offers.classes)
 
 
-def _check_same_images(images: Images, offers: Offers) -> None:
+def _check_same_images(images: Images, offers: Offers, data: DataParams) -> None:
     """Raise `LgpError` if the source has other images than those that were prepared, or other images by their names.
 
     Labels are found by the names of images. So the state of the source must be the one that `prepare` has noted.
@@ -122,7 +122,7 @@ def _check_same_images(images: Images, offers: Offers) -> None:
         more = f", nor {len(gone) - 1} other prepared images" if gone[1:] else ""
         raise LgpError(f"the source has no {gone[0]} any more{more}: run `lgp prepare`, or `dvc repro`")
     noted = images.folder / STATE
-    if not noted.exists() or noted.read_text(encoding="utf-8").strip() != images_state(offers):
+    if not noted.exists() or not is_state(noted.read_text(encoding="utf-8").strip(), offers, data.source):
         raise LgpError(
             "the source has changed since its images were prepared (images, splits or groups; or the first labels, "
             f"from which on images can be held out), so labels may be of other images than those in {images.folder}: "

@@ -59,7 +59,7 @@ def prepare(
         LgpError: there is no such source, it holds no image, or too many files are unreadable.
     """
     offers = open_sources(params.source, params.columns, params.labels)
-    state = images_state(offers)
+    state = images_state(offers, params.noticed_by, params.source)
     labels = class_indices(offers)
     given = given_parts(offers, labels)
     if faults := faults_of(offers, labels, given):
@@ -68,7 +68,7 @@ def prepare(
     before, notes = _held_before(held_out, draw, offers, labels)
     notes = [*offers.notes, *notes]
     keep = partial(_within_caps, offers, labels, given, params, seed)
-    pieces = (work or folder) / f"pieces-{state[:16]}"
+    pieces = (work or folder) / f"pieces-{state[-16:]}"
     positions = keep(before)
     index, stored = _read(offers, positions, params, pieces, folder)
     kept, of_parts = _held_out(index, labels, given, before, offers, held_out)

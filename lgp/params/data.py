@@ -85,6 +85,7 @@ class DataParams(Section):
     max_unreadable_share: Fraction
     storage: Literal["copy", "reference"] = "copy"
     store_short_side: Count | None = None
+    noticed_by: Literal["time", "digest"] = "time"
     drop_near_test_bits: Annotated[Whole, Field(ge=0, le=32)] | None = None
     max_train_images: Count | None = None
     max_test_images: Count | None = None

@@ -55,7 +55,7 @@ def _states(params_file: Path) -> tuple[str, str]:
         params = load_params(params_file).data  # raises an error that says what is wrong
     try:
         offers = open_sources(params.source, params.columns, params.labels)
-        return images_state(offers), labelling_state(offers, lists)
+        return images_state(offers, params.noticed_by, params.source), labelling_state(offers, lists)
     except NoSource as e:
         # a machine that only trains needs prepared data, not the source
         print(f"{' '.join(str(e).split())}: prepared images and labels are taken as they are", flush=True)

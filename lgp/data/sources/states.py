@@ -10,7 +10,9 @@ from pathlib import Path
 
 from lgp.data.sources.offers import Offers
 from lgp.data.subset_lists import list_file
+from lgp.params.data import SourceParams
 
+TIME, DIGEST = "time", "digest"
 STATE = "source_state"  # the file in the results of a stage that has the state that they were made from
 
 
@@ -21,18 +23,33 @@ def can_hold_out(offers: Offers) -> bool:
     return any(count > 1 for count in counts.values())
 
 
-def images_state(offers: Offers) -> str:
+def images_state(offers: Offers, noticed_by: str = TIME, sources: Sequence[str | SourceParams] = ()) -> str:
     """Return a digest of what `prepare` depends on: each image's name, split, group and state, and if any is labelled.
 
     A label that comes or changes leaves it as it is, except the first of a split, and the second of a class, from
     which on images can be held out.
+
+    Args:
+        offers: the source.
+        noticed_by: `time`, or `digest` for the content of files. The state then begins with that word.
+        sources: the key `data.source`, whose files are read for `digest`.
     """
+    states, start = offers.states, ""
+    if noticed_by == DIGEST:
+        from lgp.data.sources.contents import by_contents
+
+        states, start = by_contents(offers, sources), f"{DIGEST} "
     pairs = zip(offers.splits, offers.labels, strict=True)
     labelled = sorted({split for split, label in pairs if label is not None})
     state = sha256(f"labelled: {labelled}, can be held out: {can_hold_out(offers)}".encode())
-    for row in zip(offers.paths, offers.splits, offers.groups, offers.states, strict=True):
+    for row in zip(offers.paths, offers.splits, offers.groups, states, strict=True):
         state.update(f"{row}\n".encode())
-    return state.hexdigest()
+    return start + state.hexdigest()
+
+
+def is_state(noted: str, offers: Offers, sources: Sequence[str | SourceParams]) -> bool:
+    """Return whether a state that `images_state` gave is that of the images now, looked at in the same way."""
+    return noted == images_state(offers, DIGEST if noted.startswith(DIGEST) else TIME, sources)
 
 
 def labels_state(offers: Offers) -> str:
