@@ -10,7 +10,7 @@ from stages.bench import bench
 from stages.cl import cl
 from stages.conflict import conflict
 from stages.data import data_app
-from stages.embed import embed, similar
+from stages.embed import embed
 from stages.export import export
 from stages.fewshot import fewshot
 from stages.finetune import finetune
@@ -32,6 +32,7 @@ from stages.report import report
 from stages.results import results
 from stages.reverse import reverse
 from stages.select import select
+from stages.similar import similar
 from stages.suggest import suggest
 from stages.ui import ui
 

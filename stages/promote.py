@@ -11,7 +11,7 @@ def promote(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS, debug: Debug = F
     """Point the alias `champion` of encoders and classifiers at an arm's, whatever the report says."""
     from lgp.errors import LgpError
     from lgp.evaluate.prediction import best_plain_classifier
-    from lgp.models.files import WEIGHTS, check_trained, encoder_digest, no_encoder
+    from lgp.models.files import check_trained, present_encoder_digest
     from lgp.params.arms import BASELINES
     from lgp.params.file import load_params
     from lgp.workflow import tracking
@@ -19,12 +19,11 @@ def promote(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS, debug: Debug = F
     run, folder = load_params(params_file).run, encoder_folder(arm)
     if arm in BASELINES:
         raise LgpError(f"the arm {arm} is a baseline: choose another arm")
-    if not (folder / WEIGHTS).exists():
-        raise LgpError(no_encoder(folder))
+    digest = present_encoder_digest(folder)
     check_trained(folder)
     root = Path(os.environ.get("DVC_ROOT", "."))
     about = tracking.Description(arm, "promote", {"arm": arm, "task": "promote"}, {}, run.tracking_uri, run.experiment)
     with tracking.tracked(about, root, root / ".lgp" / "promote.run") as tracker:
-        tracker.set_champions(folder, arm, encoder_digest(folder), best_plain_classifier(MODELS, arm))
+        tracker.set_champions(folder, arm, digest, best_plain_classifier(MODELS, arm))
     (root / ".lgp" / "promote.run").unlink(missing_ok=True)
     print(f"promote: {arm} is the champion now, until `lgp report` runs again")

@@ -19,6 +19,13 @@ def encoder_digest(folder: Path) -> str:
     return file_digest(folder / WEIGHTS)
 
 
+def present_encoder_digest(folder: Path) -> str:
+    """Return the digest of an encoder folder. Raise `LgpError` if there is no encoder."""
+    if not (folder / WEIGHTS).exists():
+        raise LgpError(no_encoder(folder))
+    return encoder_digest(folder)
+
+
 def no_encoder(folder: Path) -> str:
     """Return the message that an arm has no encoder folder yet, and how to get one."""
     arm = folder.parent.name

@@ -163,7 +163,7 @@ def test_compute_of_the_graft_includes_what_it_started_from(finished: Path) -> N
 
 def test_metrics_of_an_evaluation_name_the_encoder(finished: Path) -> None:
     found = sorted((finished / "metrics").glob("*-*.json"))
-    assert len(found) == 5 * 3 + 3
+    assert len(found) == 5 * 5 + 3
     for file in found:
         weights = (finished / "models" / file.stem.partition("-")[0] / "encoder" / "model.safetensors").read_bytes()
         assert json.loads(file.read_text())["encoder"] == hashlib.sha256(weights).hexdigest(), file
@@ -340,6 +340,24 @@ def test_code_of_the_documentation_runs_without_lgp(finished: Path, monkeypatch:
     if page == "docs/answers.md":
         assert lgp("predict", "photo.png", "--out", "p.csv", "--with", "graft/fewshot-10pct").exit_code == 0
         assert ended.stdout.strip() == f"['{pd.read_csv('p.csv', dtype=str)['class'][0]}']"
+
+
+def test_features_of_a_folder_find_an_image_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished)
+    data = labelled(finished)
+    Path("some").mkdir()
+    for i in data.ids("test")[:12].tolist():
+        data.open_image(i).save(f"some/{i:04}.png")
+    (Path("some") / "cut.png").write_bytes(b"no image")
+    written = lgp("embed", "some", "--out", "e.parquet", "--dtype", "float16")
+    assert "embed: 12 images by models/graft/encoder, 1 could not be read" in written.output, written.output
+    wanted = sorted(Path("some").glob("0*.png"))[4]
+    found = lgp("similar", str(wanted), "--among", "e.parquet", "--count", "3").output.splitlines()
+    assert len(found) == 3
+    assert found[0].split() == ["1.0000", wanted.name]
+    assert "give a name that ends in .parquet" in error_of(lgp("embed", "some", "--out", "e.csv"))
+    assert "has no embeddings" in error_of(lgp("similar", str(wanted), "--among", "params.yaml"))
+    assert "there is no encoder of arm 'other'" in error_of(lgp("embed", "some", "--arm", "other"))
 
 
 def best_of(project: Path, arm: str) -> str:
@@ -779,6 +797,11 @@ LISTED = [
     "import",
     "preset",
     "data",
+    "propagate",
+    "predict",
+    "embed",
+    "similar",
+    "promote",
 ]
 
 
