@@ -1,6 +1,7 @@
 """Fine-tuning: what it starts from, at which rates, and that it resumes and repeats to the bit."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 import yaml
 from conftest import ROOT, Silent, is_foreign, merged
@@ -29,7 +31,8 @@ from lgp.evaluate.fine_tuning import (
     layer_decayed_groups,
 )
 from lgp.evaluate.outcome import Outcome
-from lgp.models.encoder_folder import load_encoder
+from lgp.models.classifier_folder import save_classifier
+from lgp.models.encoder_folder import images_for, load_encoder
 from lgp.models.heads_file import load_first_fc, save_heads
 from lgp.params.evaluate import FineTuneParams
 from lgp.params.file import Params, load_params
@@ -136,6 +139,28 @@ def test_encoder_sees_images_with_its_own_statistics_in_training_and_prediction(
     for images in seen.values():
         assert images
         assert all(map(is_foreign, images))
+
+
+@pytest.mark.parametrize("changes", [{}, {"pool": "average"}, {"from_first_fc": True}])
+def test_kept_classifier_gives_the_predictions_of_its_subset(
+    encoder_folder: Path, prepared: LabelledImages, params: Params, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Plain timm loads it, and resizes and normalises as its configuration says."""
+    shutil.copytree(encoder_folder, tmp_path / "arm" / "encoder")
+    save_heads(tmp_path / "arm", {"first": torch.randn(32, 16)}, "first" if changes.get("from_first_fc") else None)
+    outcome = tuned(tmp_path / "arm", prepared, params, tmp_path / "states", **changes)
+    assert outcome.classifier is not None
+    save_classifier(tmp_path / "c", encoder_folder, outcome.classifier, prepared.classes, {})
+    model = timm.create_model(f"local-dir:{tmp_path / 'c'}", pretrained=True).eval()
+    images = images_for(encoder_folder, prepared)
+    ids, how = images.ids("test"), recipe(params).interpolation
+    with torch.inference_mode():
+        probabilities = model(images.normalize(images.whole(ids, how))).softmax(1).numpy()
+    tables = [table for _, table in outcome.predictions.groupby("subset")]
+    off = [np.abs(table["confidence"].to_numpy() - probabilities.max(1)).max() for table in tables]
+    assert min(off) < 1e-4
+    best = tables[int(np.argmin(off))]
+    assert best["prediction"].tolist() == probabilities.argmax(1).tolist()
 
 
 def test_projector_does_not_take_averaged_patches(params: Params) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Silent, is_foreign
+from scipy.special import softmax
 from sklearn.neighbors import KNeighborsClassifier
 
 from lgp.data.labels import LabelledImages
@@ -62,6 +63,17 @@ def test_every_metric_is_there_and_knn_is_of_each_block(features: Features, para
         assert metrics[f"test/knn_top1_block{block}"] == pytest.approx(score, abs=2)  # images at equal votes
     assert metrics["test/knn_top1"] == metrics["test/knn_top1_block2"]
     assert metrics["knn_k"] == params.linear.knn_k
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_kept_head_gives_the_predictions(features: Features, params: Params, batch_norm: bool) -> None:
+    linear = params.linear.model_copy(update={"batch_norm": batch_norm})
+    outcome = evaluate_linear(features, linear, params.seed, CPU, params.run)
+    assert outcome.classifier is not None
+    assert outcome.classifier.head is not None
+    logits = outcome.classifier.head.logits(np.asarray(features.x["test"], dtype=np.float64))
+    assert outcome.predictions["prediction"].tolist() == logits.argmax(1).tolist()
+    assert np.abs(outcome.predictions["confidence"] - softmax(logits, axis=1).max(1)).max() < 1e-4
 
 
 def test_augmented_probe_learns_from_live_features_and_resumes_to_the_bit(
