@@ -24,7 +24,7 @@ from lgp.evaluate.selection import (
     unit,
 )
 from lgp.features.cache import Features, standardizer
-from lgp.params.evaluate import FewShotParams
+from lgp.params.evaluate import FeatureParams, FewShotParams
 from lgp.params.selection import Method
 
 FIXED = FewShotParams.model_validate(
@@ -262,6 +262,7 @@ def test_selection_is_by_ids_and_reads_training_images_alone(method: Method, x: 
         TrainingOnly({split: ids[rows] for split, rows in known.items()}),
         9,
         {},
+        FeatureParams(),
     )
     found = select(features, method, 9, 0, FIXED)
     assert found.images.tolist() == ids[METHODS[method](unit(5 * x), labels, 9, 0).images].tolist()

@@ -33,7 +33,7 @@ def source_of(images: int = 5000, side: int = 32, channels: int = 3, classes: in
     )  # fmt: skip
     labels = {f"c{i}": images // classes for i in range(classes)}
     parts = {"train": images, "val": images // 10, "test": images // 10}
-    return Inspection({"train": images, "val": 0, "test": 0}, labels, 0, 0, 0, parts, labels, [], [], [], sample)
+    return Inspection({"train": images, "val": 0, "test": 0}, labels, 0, 0, 0, parts, labels, [], [], [], [], sample)
 
 
 def proposed(params: Params, inspection: Inspection, minutes: float = 30, cuda: bool = False) -> Proposal:
