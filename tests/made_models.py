@@ -1,6 +1,5 @@
 """Small model folders with random weights: encoders, and classifiers of five classes as evaluations leave them."""
 
-import json
 from pathlib import Path
 
 import timm
@@ -10,8 +9,8 @@ from conftest import ROOT
 from torch import Tensor, nn
 
 from lgp.data.normalization import Normalization
-from lgp.models.encoder_folder import read_config, save_encoder, save_tensors
-from lgp.models.files import CONFIG, WEIGHTS
+from lgp.models.classifier_folder import Classifier, save_classifier
+from lgp.models.encoder_folder import read_config, save_encoder
 from lgp.models.vit import ARCHITECTURE, build_encoder
 from lgp.params.data import DataParams
 from lgp.params.model import ModelParams
@@ -34,16 +33,11 @@ def make_encoder(folder: Path, channels: int) -> Path:
 
 
 def make_classifier(folder: Path, encoder: Path) -> Path:
-    """Write a classifier with an encoder's configuration, as plain timm has it, and random weights."""
-    config = read_config(encoder)
-    config |= {"num_classes": len(CLASSES), "label_names": CLASSES, "temperature": TEMPERATURE}
-    config["pretrained_cfg"]["num_classes"] = len(CLASSES)
+    """Write a classifier of random weights as an evaluation does."""
     torch.manual_seed(9)
-    model = timm.create_model(ARCHITECTURE, num_classes=len(CLASSES), **config["model_args"])
+    model = timm.create_model(ARCHITECTURE, num_classes=len(CLASSES), **read_config(encoder)["model_args"])
     _randomise(model)
-    folder.mkdir(parents=True)
-    save_tensors(dict(model.state_dict()), folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(config))
+    save_classifier(folder, encoder, Classifier(TEMPERATURE, model=model.state_dict()), CLASSES, {"metrics": {}})
     return folder
 
 

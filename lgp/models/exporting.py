@@ -1,7 +1,8 @@
 """Export of a model folder to files that need no `lgp`: ONNX, torch's exported program, MAE's layout.
 
-A model folder is what plain timm loads: an encoder folder, or a classifier folder, which also has a head, the names of
-its classes and its temperature. All that is said of an encoder here holds for a classifier.
+A model folder is what plain timm loads: an encoder folder, or a classifier folder, which also has a head and the names
+of its classes. All that is said of an encoder here holds for a classifier. Its logits are already divided by its
+temperature, so their softmax has the probabilities.
 """
 
 import importlib.util
@@ -20,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lgp.errors import LgpError
+from lgp.models.classifier_folder import HEAD
 from lgp.models.encoder_folder import PIXELS, normalization_of, read_config
 from lgp.models.files import CONFIG, WEIGHTS
 from lgp.models.heads_file import load_heads
@@ -53,10 +55,16 @@ def load_model(folder: Path) -> VisionTransformer:
     """Load a model folder with its head, if it has one, as timm alone loads it. It is in evaluation mode.
 
     Raises:
-        LgpError: there is no model, it stands for raw pixels, or its tensors are not those of its configuration.
+        LgpError: there is no model, it stands for raw pixels, its head is none that timm knows, or its tensors are not
+            those of its configuration.
     """
     if read_config(folder)["architecture"] == PIXELS:
         raise LgpError(f"{folder} stands for raw pixels, which have no weights to export: choose another arm")
+    if (folder / HEAD).exists():
+        raise LgpError(
+            f"the head of {folder} has no place in timm (features.blocks above 1, or fewshot.scaling normalized): choose "
+            "another classifier, or export its encoder"
+        )
     try:
         model: VisionTransformer = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except (RuntimeError, SafetensorError) as e:
@@ -70,12 +78,11 @@ def about(config: dict[str, Any]) -> dict[str, Any]:
     """Return what a user of the model must know beside its weights, from its configuration.
 
     These are `input_size` (channels, height, width), `mean`, `std`, `interpolation` and `crop_pct` of its images, and
-    of a classifier the `label_names` and the `temperature` by which logits are divided before the softmax.
+    of a classifier the `label_names`.
     """
     cfg = config["pretrained_cfg"]
     of_images = {key: cfg[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
-    of_classes = {key: config[key] for key in ("label_names", "temperature") if key in config}
-    return of_images | of_classes
+    return of_images | ({"label_names": config["label_names"]} if "label_names" in config else {})
 
 
 def output_name(config: dict[str, Any]) -> str:

@@ -24,7 +24,12 @@ TRAININGS = {
 }
 MODES = {1: "L", 3: "RGB"}  # Pillow's names of pixels, by the number of channels
 MANY = 20  # classes: more are not listed
-TASKS = {"linear": "linear probe", "fewshot": "logistic regression on frozen features", "finetune": "fine-tuning"}
+TASKS = {
+    "linear": "linear probe",
+    "fewshot": "logistic regression on frozen features",
+    "propagate": "logistic regression on labels that spread to all training images",
+    "finetune": "fine-tuning",
+}
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,7 @@ def _snippet(subject: Subject) -> str:
         images = [f"images = torch.zeros(1, {channels}, {height}, {width})  # yours: normalised, see below"]
     if subject.is_classifier:
         outputs = [
-            f"    probabilities = (model(images) / {subject.config.get('temperature', 1.0)}).softmax(dim=1)",
+            "    probabilities = model(images).softmax(dim=1)",
             'names = model.pretrained_cfg["label_names"]',
             "print(names[probabilities[0].argmax()], probabilities[0].max().item())",
         ]

@@ -5,14 +5,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from made_models import CLASSES, TEMPERATURE, by_timm, make_classifier, make_encoder
+from made_models import CLASSES, by_timm, make_classifier, make_encoder
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lgp.errors import LgpError
 from lgp.models import exporting
+from lgp.models.classifier_folder import Classifier, Head, save_classifier
 from lgp.models.encoder_folder import save_tensors
 from lgp.models.exporting import export_mae, export_onnx, export_program, load_model, new_output
 from lgp.models.files import CONFIG, HEADS, WEIGHTS
@@ -55,7 +57,7 @@ def expected_about(name: str) -> dict[str, Any]:
         "interpolation": "bilinear",
         "crop_pct": 1.0,
     }
-    return of_images | ({"label_names": CLASSES, "temperature": TEMPERATURE} if name == "classifier" else {})
+    return of_images | ({"label_names": CLASSES} if name == "classifier" else {})
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -172,3 +174,12 @@ def test_new_output_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(LgpError, match=r"a\.onnx exists already: move it away"):
         fail_half_way(target)
     assert target.read_text() == "whole"
+
+
+def test_classifier_whose_head_timm_has_no_place_for_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    """Its folder loads as an encoder alone, which is not what was asked for."""
+    encoder = models["classifier"].parent.parent / "encoder"
+    head = Head(np.zeros((5, 16)), np.zeros(5), normalized=True)
+    save_classifier(tmp_path / "c", encoder, Classifier(1.0, head), CLASSES, {"metrics": {}})
+    with pytest.raises(LgpError, match="has no place in timm"):
+        load_model(tmp_path / "c")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from made_models import CLASSES, TEMPERATURE, by_timm, make_classifier, make_encoder
+from made_models import CLASSES, by_timm, make_classifier, make_encoder
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -103,7 +103,7 @@ def test_code_of_the_page_gives_features_and_probabilities(project: Path) -> Non
     encoder, classifier = Path("models/graft/encoder"), Path("models/graft/classifiers/linear")
     torch.testing.assert_close(by_name["timm"]["features"], by_timm(encoder, normalised(photo)))
     torch.testing.assert_close(by_name["program"]["features"], by_timm(encoder, normalised(photo)))
-    probabilities = (by_timm(classifier, normalised(photo)) / TEMPERATURE).softmax(dim=1)
+    probabilities = by_timm(classifier, normalised(photo)).softmax(dim=1)
     torch.testing.assert_close(by_name["classifier"]["probabilities"], probabilities, atol=1e-5, rtol=0)
     assert by_name["classifier"]["name"] == by_name["onnx"]["name"] == CLASSES[int(probabilities.argmax())]
     of_onnx = torch.from_numpy(by_name["onnx"]["probabilities"])
