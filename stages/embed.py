@@ -24,7 +24,7 @@ def embed(
 ) -> None:
     """Write path and features of each image of a folder."""
     from lgp.data.sources.opening import open_images
-    from lgp.data.table_files import table_writer
+    from lgp.data.table_writing import table_writer
     from lgp.errors import LgpError
     from lgp.models.files import present_encoder_digest
     from lgp.params.file import load_params
@@ -39,12 +39,11 @@ def embed(
         from lgp.features.of_source import embeddings, left_out
 
         device, images = choose_device(params.run), 0
-        with progress(len(offers), 0) as advance:
+        with progress(len(offers)) as advance:
             for table in embeddings(folder, offers, params.features, device, dtype):
                 write(table)
                 images += len(table)
-                for _ in range(len(table)):
-                    advance()
+                advance(len(table))
     unreadable = len(offers) - images
     print(f"embed: {images} images by {folder}, {unreadable} could not be read, {len(left_out(offers))} are no images")
     print(f"embed: {out} has them")

@@ -85,6 +85,15 @@ class Evaluation:
             print(f"warning: {warning}", flush=True)
 
 
+def check_labels(labels: str) -> None:
+    """Raise `LgpError` for an unknown name of few labels, before any work."""
+    from lgp.data.subset_files import load_subsets
+    from lgp.params.labels import ALL_LABELS
+
+    if labels != ALL_LABELS:
+        load_subsets(LABELS, labels)
+
+
 @contextmanager
 def evaluation(
     arm: str, task: str, sections: Sequence[str], params_file: Path, fresh: bool, resume: bool = False

@@ -1,8 +1,8 @@
 """Stage `finetune`: accuracy of an arm's encoder after all its weights are trained on few labels or on all."""
 
-from stages.evaluation import evaluation
+from stages.evaluation import check_labels, evaluation
 from stages.options import DEFAULT_PARAMS, Arm, Debug, Fresh, Labels, ParamsFile, Resume
-from stages.paths import LABELS, arm_folder
+from stages.paths import arm_folder
 
 
 def finetune(
@@ -14,16 +14,13 @@ def finetune(
     debug: Debug = False,
 ) -> None:
     """Fine-tune an arm's encoder on each of the subsets of that name, or with `all` labels."""
-    from lgp.data.subset_files import load_subsets
     from lgp.errors import LgpError
     from lgp.params.file import load_params
-    from lgp.params.labels import ALL_LABELS
 
     recipe = load_params(params_file).recipe(labels)
     if arm == "pixels":
         raise LgpError("the arm pixels has no encoder to fine-tune: choose another arm")
-    if labels != ALL_LABELS:
-        load_subsets(LABELS, labels)
+    check_labels(labels)
     sections = ["seed", f"finetune.{labels}"]
     with evaluation(arm, f"finetune-{labels}", sections, params_file, fresh, resume) as task:
         from lgp.evaluate.fine_tuning import finetune as fine_tune

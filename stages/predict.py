@@ -25,7 +25,7 @@ def predict(
 ) -> None:
     """Write class, probability, runner-up and margin of each image of a folder."""
     from lgp.data.sources.opening import open_images
-    from lgp.data.table_files import table_writer
+    from lgp.data.table_writing import table_writer
     from lgp.evaluate.prediction import find_classifier
     from lgp.params.file import load_params
 
@@ -36,20 +36,20 @@ def predict(
         from lgp.compute.device import choose_device
         from lgp.data.progress import progress
         from lgp.evaluate.prediction import predictions
+        from lgp.features.of_source import left_out
         from lgp.models.classifier_folder import load_classifier
 
         device = choose_device(settings)
         opened = load_classifier(folder, device)
         counts = dict.fromkeys(opened.classes, 0)
         without = 0
-        with progress(len(offers), 0) as advance:
+        with progress(len(offers) + len(left_out(offers))) as advance:
             for table in predictions(opened, offers, device):
                 write(table)
                 without += int((table["reason"] != "").sum())
                 for name, number in table["class"].value_counts().items():
                     counts[str(name)] += int(number)
-                for _ in range(len(table)):
-                    advance()
+                advance(len(table))
     print(f"predict: {sum(counts.values())} images by {folder}; {without} files without a prediction")
     print(f"predict: {', '.join(f'{name} {count}' for name, count in counts.items() if count)}")
     print(f"predict: {out} has them")

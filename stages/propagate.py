@@ -1,8 +1,7 @@
 """Stage `propagate`: accuracy of an arm's frozen encoder with few labels that spread to unlabelled images."""
 
-from stages.evaluation import evaluation
+from stages.evaluation import check_labels, evaluation
 from stages.options import DEFAULT_PARAMS, Arm, Debug, Fresh, Labels, ParamsFile
-from stages.paths import LABELS
 
 
 def propagate(
@@ -13,12 +12,9 @@ def propagate(
     debug: Debug = False,
 ) -> None:
     """Spread few labels over all training images by an arm's frozen features, and evaluate a classifier of these."""
-    from lgp.data.subset_files import load_subsets
-    from lgp.params.labels import ALL_LABELS
     from lgp.workflow.pipeline import SECTIONS
 
-    if labels != ALL_LABELS:
-        load_subsets(LABELS, labels)  # an unknown name is told before any work
+    check_labels(labels)
     with evaluation(arm, f"propagate-{labels}", SECTIONS["propagate"], params_file, fresh) as task:
         from lgp.compute.device import choose_device
         from lgp.evaluate.few_labels import evaluate_propagation

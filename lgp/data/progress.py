@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress(total: int, done: int) -> Iterator[Callable[[], None]]:
-    """Show images, rate and time left inside the block, where standard error is a terminal. Yield what counts one."""
+def progress(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show images, rate and time left inside the block, where standard error is a terminal. Yield what counts more."""
     if not sys.stderr.isatty():
-        yield lambda: None
+        yield lambda _: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,9 +23,9 @@ def progress(total: int, done: int) -> Iterator[Callable[[], None]]:
         started = latest = time.monotonic()
         now_done = done
 
-        def advance() -> None:
+        def advance(images: int) -> None:
             nonlocal now_done, latest
-            now_done += 1
+            now_done += images
             now = time.monotonic()
             if now - latest >= 0.5 or now_done == total:
                 latest = now

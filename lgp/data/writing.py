@@ -104,7 +104,7 @@ def store(
     with closing(images), closing(pieces), progress(len(positions), done) as advance:
         for position, image in zip(rest, images, strict=True):
             pieces.add(position, image)
-            advance()
+            advance(1)
         pieces.end()
     rows = pieces.rows()
     if not reference:

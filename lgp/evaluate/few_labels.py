@@ -6,7 +6,7 @@ val where a class has a single labelled image.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from lgp.evaluate.outcome import CALIBRATED_ON, Logits, Outcome, best_on_val, over_subsets, usable_temperature
+from lgp.evaluate.outcome import CALIBRATED_ON, Logits, Outcome, Scored, best_on_val, over_subsets, usable_temperature
 from lgp.evaluate.propagation import UNKNOWN, choose_propagation, find_neighbours
 from lgp.features.cache import Features, Standardizer, normalizer, standardizer
 from lgp.models.classifier_folder import Classifier, Head
@@ -43,21 +43,17 @@ def evaluate_fewshot(features: Features, subsets: list[np.ndarray], params: FewS
         params: scaling, and how the strength is chosen.
     """
     scale: Scale = SCALINGS[params.scaling](features.x["train"])  # scaling needs no labels
-    x = {split: scale(features.x[split]) for split in ("val", "test")}
-    outcomes, classifiers, chosen, unconverged = [], [], [], 0
+    x_val = scale(features.x["val"])
+    fitted, chosen, unconverged = [], [], 0
     for ids in subsets:
         rows = np.searchsorted(features.ids["train"], ids)
         x_few, y_few = scale(features.x["train"][rows]), features.y["train"][rows]
-        model, c = fit_logistic_regression(x_few, y_few, x["val"], features.y["val"], params)
+        model, c = fit_logistic_regression(x_few, y_few, x_val, features.y["val"], params)
         chosen.append(c)
         unconverged += not _converged(model)
-        head = head_of(model, features.classes)
-        logits = Logits({split: head.logits(of_split) for split, of_split in x.items()}, features.y, features.ids)
-        temperature = _temperature(x_few, y_few, c, features.classes, params) or logits.temperature_on_val()
-        outcomes.append(logits.scored(temperature))
-        kept = _on_raw(head, scale, features.params).divided_by(temperature)
-        classifiers.append(Classifier(temperature, kept))
-    outcome = over_subsets(outcomes, len(subsets[0]), classifiers[best_on_val(outcomes)])
+        temperature = _temperature(x_few, y_few, c, features.classes, params)
+        fitted.append(_scored(head_of(model, features.classes), scale, features, temperature))
+    outcome = _over(fitted, len(subsets[0]))
     if unconverged:
         print(f"warning: {unconverged} of {len(subsets)} regressions stopped after {MAX_ITER} steps, not converged")
     more = {"c": float(np.median(chosen)), "unconverged": float(unconverged)}
@@ -87,11 +83,10 @@ def evaluate_propagation(
         LgpError: there is no validation image.
     """
     scale: Scale = SCALINGS[fewshot.scaling](features.x["train"])
-    parts = ("train", "unlabeled") if len(features.ids["unlabeled"]) else ("train",)
-    x_all = np.concatenate([scale(features.x[part]) for part in parts])
-    x = {split: scale(features.x[split]) for split in ("val", "test")}
+    x_all = np.concatenate([scale(features.x[part]) for part in ("train", "unlabeled")])
+    x_val = scale(features.x["val"])
     neighbours = find_neighbours(x_all, max(propagation.k), device)
-    outcomes, classifiers, chosen = [], [], []
+    fitted, chosen = [], []
     for ids in subsets:
         rows = np.searchsorted(features.ids["train"], ids)
         known = np.full(len(x_all), UNKNOWN)
@@ -99,22 +94,40 @@ def evaluate_propagation(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             found = choose_propagation(
-                neighbours, x_all, known, x["val"], features.y["val"], features.classes, propagation
+                neighbours, x_all, known, x_val, features.y["val"], features.classes, propagation
             )
         chosen.append(found)
-        head = head_of([found.classifier], features.classes)
-        logits = Logits({split: head.logits(of_split) for split, of_split in x.items()}, features.y, features.ids)
-        temperature = logits.temperature_on_val()
-        outcomes.append(logits.scored(temperature))
-        kept = _on_raw(head, scale, features.params).divided_by(temperature)
-        classifiers.append(Classifier(temperature, kept))
-    outcome = over_subsets(outcomes, len(subsets[0]), classifiers[best_on_val(outcomes)])
+        fitted.append(_scored(head_of([found.classifier], features.classes), scale, features, None))
+    outcome = _over(fitted, len(subsets[0]))
     more = {
         "k": float(np.median([c.k for c in chosen])),
         "alpha": float(np.median([c.alpha for c in chosen])),
         "unlabelled": float(len(x_all) - len(subsets[0])),
     }
     return replace(outcome, metrics=outcome.metrics | more)
+
+
+def _scored(head: Head, scale: Scale, features: Features, temperature: float | None) -> tuple[Scored, Classifier]:
+    """Score a head on scaled features, and return it as a classifier of the encoder's own features.
+
+    Args:
+        head: with a logit for each class.
+        scale: of the features that it was fitted to.
+        features: of the encoder.
+        temperature: of its probabilities. None: the one that val asks for.
+    """
+    of_splits = {split: head.logits(scale(features.x[split])) for split in ("val", "test")}
+    logits = Logits(of_splits, features.y, features.ids)
+    if temperature is None:
+        temperature = logits.temperature_on_val()
+    kept = _on_raw(head, scale, features.params).divided_by(temperature)
+    return logits.scored(temperature), Classifier(temperature, kept)
+
+
+def _over(fitted: Sequence[tuple[Scored, Classifier]], labels: int) -> Outcome:
+    """Summarise the classifiers of all subsets, of `labels` images each. The best on val is kept."""
+    scored = [scores for scores, _ in fitted]
+    return over_subsets(scored, labels, fitted[best_on_val(scored)][1])
 
 
 def fit_logistic_regression(

@@ -1,6 +1,5 @@
 """The outcome of an evaluation: flat metrics, and a prediction for each test image and subset."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -97,9 +96,11 @@ class Logits:
 
     def scored(self, temperature: float) -> Scored:
         """Score the calibrated probabilities. The calibration error without the temperature is among the scores."""
-        scored = self.at(temperature).scored()
-        before = self.at(1.0).scored().scores.get("test/ece", math.nan)
-        return replace(scored, scores={**scored.scores, "test/ece_uncalibrated": before, "temperature": temperature})
+        scored, labels = self.at(temperature).scored(), self.labels["test"]
+        before = {}
+        if len(labels):
+            before["test/ece_uncalibrated"] = round(calibration_error(self.at(1.0).probabilities["test"], labels), 4)
+        return replace(scored, scores={**scored.scores, **before, "temperature": temperature})
 
 
 def usable_temperature(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,14 @@ def kept_classifiers(models: Path) -> list[Kept]:
     Of equally good ones the one with more labels comes first.
     """
     found = []
+    digest_of = cache(encoder_digest)
     for folder in sorted(models.glob(f"*/{CLASSIFIERS}/*")):
         files = (folder / WEIGHTS, folder / CONFIG, folder / PROVENANCE)
         if folder.name.startswith(".") or not all(file.exists() for file in files):
             continue
         metrics = json.loads((folder / PROVENANCE).read_text())["metrics"]
         encoder = folder.parent.parent / ENCODER
-        if (encoder / WEIGHTS).exists() and metrics["encoder"] == encoder_digest(encoder):
+        if (encoder / WEIGHTS).exists() and metrics["encoder"] == digest_of(encoder):
             found.append(Kept(folder, metrics))
     return sorted(found, key=lambda kept: (-np.nan_to_num(kept.metrics["val/top1"], nan=-1.0), -kept.metrics["labels"]))
 

@@ -59,11 +59,11 @@ class Head:
     def on_unscaled(self, mean: np.ndarray, std: np.ndarray) -> "Head":
         """Return the same classifier for features that are not standardised: its own are (features - mean) / std."""
         weight = self.weight / std
-        return Head(weight, self.bias - weight @ mean, self.pool, self.blocks, self.normalized)
+        return replace(self, weight=weight, bias=self.bias - weight @ mean)
 
     def divided_by(self, temperature: float) -> "Head":
         """Return the head with its logits divided by a temperature."""
-        return Head(self.weight / temperature, self.bias / temperature, self.pool, self.blocks, self.normalized)
+        return replace(self, weight=self.weight / temperature, bias=self.bias / temperature)
 
     @property
     def plain(self) -> bool:

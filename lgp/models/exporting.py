@@ -62,8 +62,8 @@ def load_model(folder: Path) -> VisionTransformer:
         raise LgpError(f"{folder} stands for raw pixels, which have no weights to export: choose another arm")
     if (folder / HEAD).exists():
         raise LgpError(
-            f"the head of {folder} has no place in timm (features.blocks above 1, or fewshot.scaling normalized): choose "
-            "another classifier, or export its encoder"
+            f"the head of {folder} has no place in timm (features.blocks above 1, or fewshot.scaling normalized): "
+            "choose another classifier, or export its encoder"
         )
     try:
         model: VisionTransformer = timm.create_model(f"local-dir:{folder}", pretrained=True)

@@ -16,7 +16,7 @@ from lgp.data.normalization import Normalization
 from lgp.data.sources.folder import folder_source
 from lgp.data.sources.opening import open_sources
 from lgp.data.squares import Form, squares
-from lgp.data.table_files import table_writer
+from lgp.data.table_writing import table_writer
 from lgp.errors import LgpError
 from lgp.evaluate.prediction import find_classifier, kept_classifiers, predictions
 from lgp.features.of_source import embeddings, form_of
