@@ -235,3 +235,33 @@ def test_head_has_the_probabilities_of_scikit_learn(fewshot: FewShotParams, clas
     probabilities = softmax(head_of(model, 4).logits(queries), axis=1)
     assert np.allclose(probabilities[:, classes], model.predict_proba(queries))
     assert np.allclose(probabilities.sum(1), 1)
+
+
+def test_classifier_of_the_subset_that_is_best_on_val_is_kept(
+    features: Features, fewshot: FewShotParams, prepared: LabelledImages
+) -> None:
+    subsets = prepared.subsets("1pct")
+    on_val = [evaluate_fewshot(features, [subset], fewshot).metrics["val/top1"] for subset in subsets]
+    worst_first = [subsets[i] for i in np.argsort(on_val)]
+    kept = evaluate_fewshot(features, worst_first, fewshot).classifier
+    assert kept is not None
+    assert kept.head is not None
+    right = kept.head.logits(np.asarray(features.x["val"], dtype=np.float64)).argmax(1) == features.y["val"]
+    assert min(on_val) < max(on_val)
+    assert 100 * right.mean() == pytest.approx(max(on_val), abs=1e-3)
+
+
+def test_temperature_is_found_within_the_labelled_images_or_on_val(
+    features: Features, fewshot: FewShotParams, prepared: LabelledImages
+) -> None:
+    """On val if that chooses the strength too, or if a class has a single labelled image."""
+    y = {**features.y, "val": np.roll(features.y["val"], 1)}
+
+    def moved_by_val(labels: str, choose: str) -> bool:
+        subsets, params = prepared.subsets(labels)[:1], changed(fewshot, choose=choose)
+        one, other = (evaluate_fewshot(f, subsets, params) for f in (features, replace(features, y=y)))
+        return one.metrics["temperature"] != other.metrics["temperature"]
+
+    assert not moved_by_val("10pct", "cross_validation")
+    assert moved_by_val("10pct", "validation")
+    assert moved_by_val("1pct", "cross_validation")

@@ -297,3 +297,9 @@ def test_normalised_features_have_mean_0_and_length_1_each() -> None:
     scaled = normalizer(x)(x)
     assert np.allclose(scaled.mean(axis=1), 0, atol=1e-6)
     assert np.allclose(np.linalg.norm(scaled, axis=1), 1, atol=1e-6)
+
+
+def test_features_say_how_they_were_made(prepared: LabelledImages, tmp_path: Path) -> None:
+    """A classifier that is fitted to them must be used with others of the same kind."""
+    params = FeatureParams(pool="average", by_depth=False)
+    assert FeatureCache(tmp_path, params, 1.0).features(pixel_source(), prepared).params == params
