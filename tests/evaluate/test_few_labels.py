@@ -255,7 +255,8 @@ def test_temperature_is_found_within_the_labelled_images_or_on_val(
     features: Features, fewshot: FewShotParams, prepared: LabelledImages
 ) -> None:
     """On val if that chooses the strength too, or if a class has a single labelled image."""
-    y = {**features.y, "val": np.roll(features.y["val"], 1)}
+    wrong = (features.y["val"] + (np.arange(len(features.y["val"])) % 4 == 0)) % features.classes
+    y = {**features.y, "val": wrong}
 
     def moved_by_val(labels: str, choose: str) -> bool:
         subsets, params = prepared.subsets(labels)[:1], changed(fewshot, choose=choose)
