@@ -32,6 +32,7 @@ from stages.report import report
 from stages.results import results
 from stages.reverse import reverse
 from stages.select import select
+from stages.selected import selected
 from stages.similar import similar
 from stages.suggest import suggest
 from stages.ui import ui
@@ -40,7 +41,7 @@ TOOLS = "Tools"
 
 app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 PANELS: dict[str, list[Callable[..., None]]] = {
-    "Pipeline": [prepare, mim, cl, graft, baseline, linear, fewshot, propagate, finetune, report],
+    "Pipeline": [prepare, mim, cl, graft, baseline, linear, fewshot, propagate, selected, finetune, report],
     "Controls of the paper": [joint, reverse],
     TOOLS: [init, results, predict, select, embed, similar, promote, ui, plan, conflict, suggest, export, bench],
 }

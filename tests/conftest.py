@@ -35,6 +35,7 @@ FOREIGN = Normalization((0.9,), (0.1,))
 
 SMALL = {
     "seed": 0,
+    "selected": ["1pct"],
     "data": {"max_train_images": 300},
     "model": {"width": 16, "depth": 3, "heads": 2},
     "contrastive": {"projector_hidden": 32, "projector_dim": 16, "predictor_hidden": 32},

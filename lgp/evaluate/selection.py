@@ -15,7 +15,7 @@ is linear in N: distances are computed in blocks. `coverage` computes N² of the
 import heapq
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import pairwise_distances_argmin_min, pairwise_distances_chunked
 from sklearn.neighbors import NearestNeighbors
 
+from lgp.compute.randomness import counted_seed
 from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
 from lgp.evaluate.few_labels import SCALINGS, fit_logistic_regression
@@ -79,20 +80,59 @@ def select(features: Features, method: Method, budget: int, seed: int, params: F
     ids = np.concatenate([features.ids[split] for split in ("train", "unlabeled")])
     labels = np.concatenate([features.y[split] for split in ("train", "unlabeled")])
     order = np.argsort(ids)  # where an image stands does not depend on the labels
-    x, labels = unit(np.concatenate([features.x[split] for split in ("train", "unlabeled")])[order]), labels[order]
+    x = unit(np.concatenate([features.x[split] for split in ("train", "unlabeled")])[order])
+    return _choose(x, labels[order], method, budget, seed, features.classes, params).of(ids[order])
+
+
+def _choose(
+    x: np.ndarray, labels: np.ndarray, method: Method, budget: int, seed: int, classes: int, params: FewShotParams
+) -> Selection:
+    """Choose images without a label (-1), by their rows."""
     known = labels >= 0
     match method:
         case Method.TYPICALITY:
-            chosen = typicality(x, known, budget, seed)
+            return typicality(x, known, budget, seed)
         case Method.COVERAGE:
-            chosen = coverage(x, known, budget, seed, features.classes or budget)
+            return coverage(x, known, budget, seed, classes or budget)
         case Method.CENTROID:
-            chosen = centroid(x, known, budget, seed)
+            return centroid(x, known, budget, seed)
         case Method.MARGIN:
-            chosen = margin(x, labels, budget, seed, params)
+            return margin(x, labels, budget, seed, params)
         case Method.RANDOM:
-            chosen = at_random(known, budget, seed)
-    return chosen.of(ids[order])
+            return at_random(known, budget, seed)
+
+
+def selected_subsets(
+    features: Features, random: Sequence[np.ndarray], method: Method, seed: int, params: FewShotParams
+) -> list[np.ndarray]:
+    """Choose the images of as many subsets as `random` has, each of the same number of images, by their ids.
+
+    Only labelled training images can be chosen, since the answer must be known. No label has a part in the choice. The
+    subsets differ by the seed of the choice. The random subsets have images of every class; a selection need not.
+
+    Args:
+        features: of an encoder.
+        random: arrays of image ids.
+        method: how to choose, without a label.
+        seed: of the run.
+        params: as for `select`.
+
+    Raises:
+        LgpError: the chosen images are of a single class.
+    """
+    x, ids_of_rows, labels = unit(features.x["train"]), features.ids["train"], features.y["train"]
+    hidden = np.full(len(x), -1)
+    found = []
+    for number, ids in enumerate(random):
+        of_subset = counted_seed(seed, "selected", number) % 2**32
+        rows = np.sort(_choose(x, hidden, method, len(ids), of_subset, features.classes, params).images)
+        if len(np.unique(labels[rows])) < 2:
+            raise LgpError(
+                f"the {len(ids)} images that {method} chose are all of one class, and evaluation needs two: drop these "
+                "labels from `selected`, or take more of them"
+            )
+        found.append(ids_of_rows[rows])
+    return found
 
 
 def unit(features: np.ndarray) -> np.ndarray:

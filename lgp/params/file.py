@@ -18,6 +18,7 @@ from lgp.params.model import ModelParams
 from lgp.params.pretrain import ClParams, ConflictParams, ContrastiveParams, JointParams, MimParams, ReverseParams
 from lgp.params.run import RunParams
 from lgp.params.section import ArmName, LabelsName, Section, Whole
+from lgp.params.selection import SelectionParams
 
 # key of an earlier version → its place now
 MOVED = {
@@ -31,6 +32,11 @@ MOVED = {
 }
 
 
+def selected_tasks(labels: str) -> tuple[str, str]:
+    """Return the tasks of selected images: regression on their labels, and on these labels propagated."""
+    return f"selected-{labels}", f"selected-{labels}-propagated"
+
+
 class Params(Section):
     """The whole file."""
 
@@ -38,6 +44,7 @@ class Params(Section):
     arms: Annotated[list[ArmName], Field(min_length=1)]
     few_labels: Annotated[list[LabelsName], Field(min_length=1)]
     propagated: list[LabelsName] = Field(default_factory=list)
+    selected: list[LabelsName] = Field(default_factory=list)
     finetuned: list[LabelsName]
     finetuned_arms: list[ArmName]
     data: DataParams
@@ -53,6 +60,7 @@ class Params(Section):
     linear: LinearParams
     fewshot: FewShotParams
     propagation: PropagationParams = PropagationParams()
+    selection: SelectionParams = SelectionParams()
     finetune: dict[LabelsName, FineTuneParams] = Field(default_factory=dict)
     conflict: ConflictParams = ConflictParams()
     run: RunParams = RunParams()
@@ -61,7 +69,9 @@ class Params(Section):
         """Return the names of an arm's tasks."""
         tuned = [f"finetune-{labels}" for labels in self.finetuned] if arm in self.finetuned_arms else []
         few = [f"fewshot-{labels}" for labels in self.few_labels]
-        return ["linear", *few, *(f"propagate-{labels}" for labels in self.propagated), *tuned]
+        propagated = [f"propagate-{labels}" for labels in self.propagated]
+        selected = [task for labels in self.selected for task in selected_tasks(labels)]
+        return ["linear", *few, *propagated, *selected, *tuned]
 
     def recipe(self, labels: str) -> FineTuneParams:
         """Return the recipe `finetune.LABELS`. If there is none, raise `LgpError` with the existing recipes."""
@@ -106,7 +116,8 @@ class Params(Section):
     @model_validator(mode="after")
     def _labels_are_there(self) -> Self:
         valid = [*self.labels.names, ALL_LABELS]
-        lists = {"few_labels": self.few_labels, "propagated": self.propagated, "finetuned": self.finetuned}
+        lists = {"few_labels": self.few_labels, "propagated": self.propagated, "selected": self.selected}
+        lists |= {"finetuned": self.finetuned}
         for key, names in lists.items():
             for name in names:
                 if name not in valid:

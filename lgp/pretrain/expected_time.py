@@ -36,7 +36,7 @@ def expected_minutes(
         start_s: seconds until a command begins its work.
     """
     names = params.few_labels, params.finetuned
-    of_each_arm = 1 + len(names[0]) + len(params.propagated)
+    of_each_arm = 1 + len(names[0]) + len(params.propagated) + len(params.selected)
     tasks = len(params.arms) * of_each_arm + len(params.finetuned_arms) * len(names[1])
     labelled = bool(inspection.train_labels)
     return {

@@ -98,7 +98,8 @@ def _labels(inspection: Inspection, params: Params) -> dict[str, Any]:
     few = suggest_few_labels(inspection)
     tuned = [name for name in params.finetuned if name in few.names] or few.names[-1:]
     spread = [name for name in params.propagated if name in few.names] or few.names[-1:]
-    values = {**label_values(few), "propagated": spread, "finetuned": tuned}
+    chosen = [name for name in params.selected if name in few.names]
+    values = {**label_values(few), "propagated": spread, "selected": chosen, "finetuned": tuned}
     recipe = params.finetune[FEW_SHOT_RECIPE].model_dump(mode="json", exclude_unset=True)
     return values | {f"finetune.{name}": recipe for name in tuned if name not in params.finetune}
 

@@ -12,39 +12,60 @@ from torch import Tensor
 from lgp.evaluate.calibration import Reliability
 
 COLOURS = {"pixels": "0.6", "random": "0.4", "mim": "tab:blue", "cl": "tab:orange", "graft": "tab:green"}
+# method → title of its plot
+METHODS = {
+    "fewshot": "frozen features",
+    "propagate": "labels propagated",
+    "selected": "images selected",
+    "selected, propagated": "selected and propagated",
+    "finetune": "fine-tuned",
+}
 DPI = 120
 SHOWN_CLASSES = 20
 MISTAKES_A_ROW = 8
+METHODS_A_ROW = 3
 
 
 def plot_label_efficiency(path: Path, table: pd.DataFrame, classes: int) -> None:
-    """Draw accuracy over labels per class with 95 % intervals.
+    """Draw accuracy over labels per class with 95 % intervals: a plot for each method, a line for each arm.
 
-    Lines are solid (frozen features), dotted (labels propagated) or dashed (fine-tuned).
+    The grey lines of a plot are those of logistic regression on frozen features.
     """
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
-    kinds = {"finetune": ("--", "s", ", fine-tuned"), "propagate": (":", "^", ", propagated")}
-    kind_of = table["task"].str.partition("-")[0]
-    for kind, (style, marker, said) in {"": ("-", "o", ""), **kinds}.items():
-        chosen = table[(table["task"] != "knn") & (kind_of == kind if kind else ~kind_of.isin(kinds))]
-        for arm, rows in chosen.groupby("arm", sort=False):
-            rows = rows.sort_values("labels")
+    method = table["task"].map(_method)
+    methods = [name for name in METHODS if (method == name).any()]
+    columns = min(len(methods), METHODS_A_ROW)
+    rows_of_plots = -(-len(methods) // columns)
+    figure = Figure(figsize=(1.2 + 2.6 * columns, 0.7 + 3 * rows_of_plots), layout="constrained")
+    all_axes = list(figure.subplots(rows_of_plots, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for axes in all_axes[len(methods) :]:
+        axes.remove()
+    for name, axes in zip(methods, all_axes, strict=False):
+        for _, rows in table[method == methods[0]].sort_values("labels").groupby("arm"):
+            axes.plot(rows["labels"] / classes, rows["top1_mean"], color="0.85", zorder=0)
+        for arm, rows in table[method == name].sort_values("labels", kind="stable").groupby("arm", sort=False):
             axes.errorbar(
                 rows["labels"] / classes,
                 rows["top1_mean"],
                 [rows["top1_mean"] - rows["top1_low"], rows["top1_high"] - rows["top1_mean"]],
-                label=f"{arm}{said}",
-                marker=marker,
-                linestyle=style,
+                label=str(arm),
+                marker="o",
                 capsize=3,
                 color=COLOURS.get(str(arm)),
             )
-    axes.set(xscale="log", xlabel="labels per class", ylabel="test top-1, %")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        axes.set_title(METHODS[name], fontsize=10)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+    figure.supxlabel("labels per class", fontsize=10)
+    figure.supylabel("test top-1, %", fontsize=10)
+    all_axes[0].legend()
     figure.savefig(path, dpi=DPI)
+
+
+def _method(task: str) -> str:
+    """Return the method of a task, of `METHODS`; k-NN has none."""
+    kind, _, labels = task.partition("-")
+    return f"{kind}, propagated" if labels.endswith("-propagated") else "fewshot" if kind == "linear" else kind
 
 
 def plot_reliability(path: Path, of_tasks: Mapping[str, Reliability], arm: str) -> None:

@@ -93,18 +93,23 @@ def confidence_by_subset(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def correct_by_subset(a: ArmOutcomes, b: ArmOutcomes, task: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each of two arms which predictions are right, as bool (subsets, images) of the same images.
+def correct_by_subset(a: Outcome, b: Outcome, said: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each of two outcomes which predictions are right, as bool (subsets, images) of the same images.
+
+    Args:
+        a: the first outcome.
+        b: the second.
+        said: what the two are, for the error.
 
     Raises:
-        LgpError: the predictions of the two arms are of different subsets or images.
+        LgpError: the predictions are of different subsets or images.
     """
-    rows = [x.tasks[task].predictions.sort_values(["subset", "id"], ignore_index=True) for x in (a, b)]
+    rows = [x.predictions.sort_values(["subset", "id"], ignore_index=True) for x in (a, b)]
     same = ["subset", "id", "label"]
     if not rows[0][same].equals(rows[1][same]):
         raise LgpError(
-            f"the predictions of {a.arm} and {b.arm} in {task} are of different subsets or test images: run "
-            f"{task.partition('-')[0]} of both again on the same prepared data"
+            f"the predictions of {said} are of different subsets or test images: run both evaluations again on the "
+            "same prepared data"
         )
     subsets = rows[0]["subset"].nunique()
     first, second = ((r["label"] == r["prediction"]).to_numpy().reshape(subsets, -1) for r in rows)

@@ -18,6 +18,7 @@ from lgp.evaluate.calibration import calibration_interval
 from lgp.evaluate.outcome import COVERAGES
 from lgp.models.files import ARM_METRICS
 from lgp.params.file import Params
+from lgp.report.gains import METHODS, Gain
 from lgp.report.outcomes import ArmOutcomes, confidence_by_subset, leader
 from lgp.report.pairs import Pair
 from lgp.report.table import task_name, wide_rows
@@ -64,28 +65,55 @@ def page_of(
         params: the parameters that ran.
         data: images and labels.
         arms: outcomes of all arms.
-        verdict: of `judge`; its sentence is the first line.
+        verdict: of `judge`; its first line is the first of the page.
         results: the table of `results_table`.
         folders: arm → folder of its pre-training.
         drawn: the pictures that were drawn, of `PICTURES`.
     """
     header, rows = wide_rows([{str(k): str(v) for k, v in row.items()} for row in results.to_dict("records")])
-    lines = [f"# {TITLE}", "", *_paragraph(f"**{verdict.sentence}**"), ""]
-    lines += [line for note in verdict.notes for line in (*_paragraph(note), "")]
+    first, *others = verdict.lines
+    lines = [f"# {TITLE}", "", *_paragraph(f"**{first}**"), ""]
+    lines += [line for note in others for line in (*_paragraph(note), "")]
+    if drawn:
+        lines += _picture(drawn[0])
     lines += [*_paragraph(_setting(params, data)), ""]
     lines += _paragraph(
         "Top-1 accuracy on test in percent, with its 95 % interval. The interval is over test images and subsets of "
         "labels together. Where there is one subset (k-NN, the linear probe) it is Wilson's. It covers one "
         f"pre-training of each arm. {_knn_variant(arms)}"
     )
-    lines += ["", *_table(header, rows), *_comparison(verdict.pairs), *_more_measures(arms)]
+    lines += ["", *_table(header, rows), *_added(verdict.gains), *_comparison(verdict.pairs), *_more_measures(arms)]
     leads = leader(arms)
     lines += [*(_probabilities(leads, params.seed) if leads else []), *_compute(folders), ""]
     if leads:
         lines += [f"The leader of the pictures (best validation accuracy at the fewest labels) is {leads.arm}.", ""]
-    for name in drawn:
-        lines += [f"**{PICTURES[name]}**", "", f"![{name.replace('_', ' ')}](figures/{name}.png)", ""]
+    for name in drawn[1:]:
+        lines += _picture(name)
     return "\n".join(lines)
+
+
+def _picture(name: str) -> list[str]:
+    return [f"**{PICTURES[name]}**", "", f"![{name.replace('_', ' ')}](figures/{name}.png)", ""]
+
+
+def _added(found: list[Gain]) -> list[str]:
+    if not found:
+        return []
+    lines = ["", "## What unlabelled images and chosen images add", ""]
+    lines += _paragraph(
+        "Points that a method adds to logistic regression on random images, with the same encoder and as many labels, "
+        "and their 95 % interval. Propagated: the labels spread to all training images over the graph of their "
+        "features. Selected: the features choose which images are labelled, where the random images are balanced by "
+        "class. Bold: p is below 0.05 after the correction for the comparisons of that row (Holm); the others are "
+        "undecided."
+    )
+    cells = {(g.arm, g.labels, g.method): f"**{g.interval()}**" if g.decided else g.interval() for g in found}
+    rows = dict.fromkeys((g.arm, g.labels) for g in found)
+    body = [
+        [arm, task_name(f"fewshot-{labels}"), *(cells.get((arm, labels, method), "–") for method in METHODS)]
+        for arm, labels in rows
+    ]
+    return [*lines, "", *_table(["arm", "labels", *METHODS], body)]
 
 
 def _knn_variant(arms: list[ArmOutcomes]) -> str:

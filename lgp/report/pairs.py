@@ -54,7 +54,7 @@ def compare(arms: list[ArmOutcomes], left_out: Collection[str] = ()) -> list[Pai
     found = []
     for task in dict.fromkeys(task for a in arms for task in a.tasks if task not in left_out):
         for a, b in itertools.combinations([x for x in reversed(arms) if task in x.tasks], 2):
-            of_a, of_b = correct_by_subset(a, b, task)
+            of_a, of_b = correct_by_subset(a.tasks[task], b.tasks[task], f"{a.arm} and {b.arm} in {task}")
             if of_a.mean() >= of_b.mean():
                 found.append((task, a.arm, b.arm, paired_gap(of_a, of_b)))
             else:

@@ -35,7 +35,7 @@ class Outputs:
 
     Attributes:
         table: results.csv.
-        verdict: verdict.txt, a line each: the verdict, then its notes.
+        verdict: verdict.txt, a line each: answer and verdict, then notes.
         classes: per_class.csv: arm, task, class, top-1 in percent.
         page: report.md, which names the pictures as `figures/…`.
         html: report.html, with the pictures in it.
@@ -55,7 +55,7 @@ def write_report(params: Params, data: LabelledImages, inputs: Inputs, out: Outp
     arms = inputs.read()
     results, verdict = results_table(arms), judge(arms, data)
     results.to_csv(out.table, index=False)
-    out.verdict.write_text("".join(f"{line}\n" for line in (verdict.sentence, *verdict.notes)))
+    out.verdict.write_text("".join(f"{line}\n" for line in verdict.lines))
     per_class_table(arms, data.classes).to_csv(out.classes, index=False)
     _draw_results(out.figures, arms, results, data)
     _draw_trainings(out.figures, inputs.arms)

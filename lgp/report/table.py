@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from lgp.report.outcomes import ArmOutcomes
 
+ADDED = ("propagate", "selected")  # stages whose tasks add unlabelled or chosen images to few labels
 COLUMNS = ["arm", "task", "labels", "top1_mean", "top1_std", "subsets", "top1_low", "top1_high"]
 
 
@@ -76,9 +77,12 @@ def read_verdict(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
-def wide_rows(results: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
-    """Turn rows of results.csv into a header and one line per arm: k-NN, linear, then the few labels."""
-    tasks = list(dict.fromkeys(r["task"] for r in results))
+def wide_rows(results: list[dict[str, str]], added: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Turn rows of results.csv into a header and one line per arm: k-NN, linear, few labels, fine-tuning.
+
+    `added` gives the other tasks instead: those that add unlabelled or chosen images to few labels.
+    """
+    tasks = [t for t in dict.fromkeys(r["task"] for r in results) if (t.partition("-")[0] in ADDED) == added]
     arms = list(dict.fromkeys(r["arm"] for r in results))
     header = ["arm", *(_heading(task, next(r["labels"] for r in results if r["task"] == task)) for task in tasks)]
     cells = {(r["arm"], r["task"]): _cell(r) for r in results}
@@ -91,8 +95,11 @@ def task_name(task: str) -> str:
     if task in names:
         return names[task]
     kind, _, labels = task.partition("-")
+    labels, _, spread = labels.partition("-")
     name = re.sub(r"^(\d+)shot$", r"\1 a class", re.sub(r"^(\d+)pct$", r"\1 %", labels))
-    return {"finetune": f"fine-tuned, {name}", "propagate": f"{name}, propagated"}.get(kind, name)
+    chosen = f"{name}, selected{' and propagated' if spread else ''}"
+    names |= {"finetune": f"fine-tuned, {name}", "propagate": f"{name}, propagated", "selected": chosen}
+    return names.get(kind, name)
 
 
 def _heading(task: str, labels: str) -> str:

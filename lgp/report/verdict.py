@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 from lgp.data.labels import LabelledImages
 from lgp.evaluate.validation import small_validation
+from lgp.report.gains import Gain, answer, gains
 from lgp.report.outcomes import ArmOutcomes, fewest_labels, leader
 from lgp.report.pairs import Pair, compare
 from lgp.report.table import task_name
 
 FEW = "fewshot-"  # tasks on frozen features with few labels
+SELECTED = "selected-"
 KNN, TOP1 = "test/knn_top1", "test/top1"
 
 
@@ -20,14 +22,24 @@ class Verdict:
     Attributes:
         champion: the leader, if it beats every baseline with the fewest labels; None: nobody is crowned.
         sentence: who is the champion, or why nobody is.
+        answer: how good the leader is; empty where no arm may lead.
         notes: what else a reader must know before the numbers.
         pairs: the comparisons that it rests on.
+        gains: what unlabelled and chosen images add.
     """
 
     champion: str | None
     sentence: str
+    answer: str
     notes: list[str]
     pairs: list[Pair]
+    gains: list[Gain]
+
+    @property
+    def lines(self) -> list[str]:
+        """What a reader must know before the numbers. The answer comes first, unless nobody is crowned."""
+        first = [self.answer, self.sentence] if self.champion else [self.sentence, self.answer]
+        return [line for line in (*first, *self.notes) if line]
 
 
 def judge(arms: list[ArmOutcomes], data: LabelledImages) -> Verdict:
@@ -37,7 +49,9 @@ def judge(arms: list[ArmOutcomes], data: LabelledImages) -> Verdict:
     these comparisons to be decided, so it needs no correction for their number (intersection-union test, Berger 1982).
     """
     repeats = repeated(arms, data)
-    pairs = compare(arms, repeats)
+    # what choosing adds is compared within each arm
+    pairs = compare(arms, [*repeats, *(task for a in arms for task in a.tasks if task.startswith(SELECTED))])
+    found = gains(arms)
     fewest, best = fewest_labels(arms), leader(arms)
     unbeaten = "" if best is None else _unbeaten_by(best, arms, fewest, pairs)
     champion = None if best is None or unbeaten else best.arm
@@ -46,7 +60,8 @@ def judge(arms: list[ArmOutcomes], data: LabelledImages) -> Verdict:
     notes += [f"{task_name(task)} has the same images as {task_name(of)}." for task, of in repeats.items()]
     if warning := small_validation(len(data.ids("val"))):
         notes.append(f"Warning: {warning}.")
-    return Verdict(champion, _sentence(champion, arms, fewest, unbeaten), notes, pairs)
+    sentence = _sentence(champion, arms, fewest, unbeaten)
+    return Verdict(champion, sentence, answer(arms, found), notes, pairs, found)
 
 
 def repeated(arms: list[ArmOutcomes], data: LabelledImages) -> dict[str, str]:
@@ -99,7 +114,8 @@ def _ahead_of_all(arms: list[ArmOutcomes], measured: Mapping[str, float]) -> str
 def _compared(arms: list[ArmOutcomes], fewest: str, repeats: Mapping[str, str]) -> list[str]:
     """Return the tasks besides `fewest` that a note may be about: k-NN, and those that a baseline was measured in."""
     measured = dict.fromkeys(task for a in arms if a.is_baseline for task in a.tasks)
-    return ["knn", *(task for task in measured if task != fewest and task not in repeats)]
+    left_out = [fewest, *repeats]
+    return ["knn", *(t for t in measured if t not in left_out and not t.startswith(SELECTED))]
 
 
 def _note(arms: list[ArmOutcomes], task: str, pairs: list[Pair]) -> str:

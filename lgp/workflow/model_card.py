@@ -28,6 +28,7 @@ TASKS = {
     "linear": "linear probe",
     "fewshot": "logistic regression on frozen features",
     "propagate": "logistic regression on labels that spread to all training images",
+    "selected": "logistic regression on images that the features chose",
     "finetune": "fine-tuning",
 }
 
@@ -246,7 +247,8 @@ def _results(subject: Subject) -> str:
 
 def _named(task: str) -> str:
     kind, _, labels = task.partition("-")
-    return f"{TASKS.get(kind, kind)}{f' ({labels})' if labels else ''}"
+    name, spread = labels.removesuffix("-propagated"), labels.endswith("-propagated")
+    return f"{TASKS.get(kind, kind)}{', labels spread' if spread else ''}{f' ({name})' if name else ''}"
 
 
 def _accuracy(metrics: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "linear": ("seed", "features", "linear"),
     "fewshot": ("features", "fewshot"),
     "propagate": ("features", "fewshot", "propagation"),
+    "selected": ("seed", "features", "fewshot", "propagation", "selection"),
     "finetune": ("seed", "finetune"),
-    "report": ("seed", "arms", "few_labels", "propagated", "finetuned", "finetuned_arms", "data", "model"),
+    "report": ("seed", "arms", "few_labels", "propagated", "selected", "finetuned", "finetuned_arms", "data", "model"),
 }

@@ -10,6 +10,8 @@ from sklearn.datasets import make_blobs
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_rand_score
 
+from lgp.compute.randomness import counted_seed
+from lgp.errors import LgpError
 from lgp.evaluate import selection as module
 from lgp.evaluate.selection import (
     Selection,
@@ -20,6 +22,7 @@ from lgp.evaluate.selection import (
     mean_distances,
     pure_radius,
     select,
+    selected_subsets,
     typicality,
     unit,
 )
@@ -267,3 +270,45 @@ def test_selection_is_by_ids_and_reads_training_images_alone(method: Method, x: 
     found = select(features, method, 9, 0, FIXED)
     assert found.images.tolist() == ids[METHODS[method](unit(5 * x), labels, 9, 0).images].tolist()
     assert np.isin(found.images, features.ids["unlabeled"]).all()
+
+
+def labelled(x: np.ndarray, y: np.ndarray) -> Features:
+    """Features of labelled training images with the ids 100, 102, …, and of images that no selection may see."""
+    parts = {"train": x, "unlabeled": np.full((3, x.shape[1]), np.nan), "val": x + np.nan, "test": x + np.nan}
+    labels = {"train": y, "unlabeled": np.full(3, -1), "val": y, "test": y}
+    ids = {"train": 100 + 2 * np.arange(len(x)), "unlabeled": np.arange(3), "val": np.arange(60), "test": np.arange(60)}
+    return Features(parts, labels, ids, 2, {}, FeatureParams())
+
+
+RANDOM = [np.arange(100, 110, 2), np.arange(110, 120, 2), np.arange(120, 136, 2)]
+
+
+@pytest.mark.parametrize("method", [Method.TYPICALITY, Method.COVERAGE, Method.CENTROID, Method.RANDOM])
+def test_selected_subsets_are_as_large_as_the_random_ones_and_see_no_label(x: np.ndarray, method: Method) -> None:
+    y = np.arange(60) % 2
+    found = selected_subsets(labelled(x, y), RANDOM, method, 3, FIXED)
+    assert [len(ids) for ids in found] == [5, 5, 8]
+    for ids in found:
+        assert len(set(ids)) == len(ids)
+        assert set(ids) <= set(100 + 2 * np.arange(60))
+        assert (np.diff(ids) > 0).all()
+    others = selected_subsets(labelled(x, np.roll(y, 1)), RANDOM, method, 3, FIXED)
+    assert [ids.tolist() for ids in others] == [ids.tolist() for ids in found]
+
+
+def test_selected_subsets_are_those_of_the_method_without_any_label(x: np.ndarray) -> None:
+    features = labelled(x, np.arange(60) % 2)
+    for number, ids in enumerate(selected_subsets(features, RANDOM, Method.TYPICALITY, 3, FIXED)):
+        seed = counted_seed(3, "selected", number) % 2**32
+        slow = typicality(x, NOTHING, len(RANDOM[number]), seed).images
+        assert ids.tolist() == sorted(100 + 2 * slow)
+    of_seeds = [selected_subsets(features, RANDOM[:2], Method.RANDOM, seed, FIXED) for seed in (3, 3, 4)]
+    assert [ids.tolist() for ids in of_seeds[0]] == [ids.tolist() for ids in of_seeds[1]]
+    assert [ids.tolist() for ids in of_seeds[0]] != [ids.tolist() for ids in of_seeds[2]]
+    assert of_seeds[0][0].tolist() != of_seeds[0][1].tolist()
+
+
+def test_selection_of_a_single_class_is_refused(x: np.ndarray) -> None:
+    y = np.zeros(60, dtype=np.int64)
+    with pytest.raises(LgpError, match="the 5 images that typicality chose are all of one class"):
+        selected_subsets(labelled(x, y), RANDOM, Method.TYPICALITY, 3, FIXED)

@@ -124,7 +124,7 @@ def test_an_arm_goes_through_the_tasks_of_its_kind(values: dict[str, Any]) -> No
     params = Params.model_validate(
         merged(values, {"finetuned_arms": ["graft"], "few_labels": ["10pct", "1pct"], "propagated": ["1pct"]})
     )
-    frozen = ["linear", "fewshot-10pct", "fewshot-1pct", "propagate-1pct"]
+    frozen = ["linear", "fewshot-10pct", "fewshot-1pct", "propagate-1pct", "selected-1pct", "selected-1pct-propagated"]
     assert {arm: params.tasks_of(arm) for arm in params.arms} == {
         "pixels": frozen,
         "random": frozen,

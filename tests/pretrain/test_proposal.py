@@ -156,8 +156,8 @@ def test_whole_time_is_the_sum_of_said_parts(cifar: Params) -> None:
     assert parts["prepare"] == pytest.approx(5000 * 0.01 / 60)
     # three arms, five subsets, 30 epochs of 50 and of 500 images
     assert parts["fine-tuning"] == pytest.approx(3 * 5 * 30 * 550 * 3 / 8 / 100 / 60)
-    # prepare, labels, report, an arm each; 5 linear, 10 few-label, 10 propagated, 6 fine-tuned
-    assert parts["start of commands"] == pytest.approx((3 + 5 + 31) * 0.1)
+    # prepare, labels, report, an arm each; 5 linear, 10 few-label, 10 propagated, 10 selected, 6 fine-tuned
+    assert parts["start of commands"] == pytest.approx((3 + 5 + 41) * 0.1)
     assert 0 < parts["evaluation"] < 27
 
 

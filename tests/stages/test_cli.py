@@ -73,6 +73,7 @@ COMMANDS = [
     *(["linear", arm] for arm in (*BASELINES, *TRAINED)),
     *(["fewshot", arm, share] for arm in (*BASELINES, *TRAINED) for share in ("1pct", "10pct")),
     *(["propagate", arm, share] for arm in (*BASELINES, *TRAINED) for share in ("1pct", "10pct")),
+    *(["selected", arm, "1pct"] for arm in (*BASELINES, *TRAINED)),
     *(["finetune", arm, "10pct"] for arm in TRAINED),
     ["report"],
 ]
@@ -102,7 +103,7 @@ def test_stages_by_hand_end_in_a_report(finished: Path) -> None:
     table = (finished / "reports" / "results.csv").read_text().splitlines()
     assert table[0] == "arm,task,labels,top1_mean,top1_std,subsets,top1_low,top1_high"
     assert {line.split(",")[0] for line in table[1:]} == {"pixels", "random", "mim", "cl", "graft"}
-    assert len(table) == 1 + 5 * 6 + 3
+    assert len(table) == 1 + 5 * 8 + 3
     page = (finished / "reports" / "report.md").read_text()
     html = (finished / "reports" / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', html)
@@ -394,7 +395,8 @@ def test_exported_checkpoint_comes_in_as_an_arm_and_is_grafted_on(
     assert normalization_of(Path("models/mae/encoder")) == normalization_of(finished / "models/mim/encoder")
     arms = {"arms": ["mae", "graft"], "finetuned_arms": ["mae", "graft"]}
     write(merged(values, {**arms, "graft": {"start": "mae", "end": "mae"}}))
-    tasks = ["linear", "fewshot-1pct", "fewshot-10pct", "propagate-1pct", "propagate-10pct", "finetune-10pct"]
+    tasks = ["linear", "fewshot-1pct", "fewshot-10pct", "propagate-1pct", "propagate-10pct", "selected-1pct"]
+    tasks += ["finetune-10pct"]
     evaluations = [[t.split("-")[0], arm, *t.split("-")[1:]] for arm in ("mae", "graft") for t in tasks]
     for command in [["graft"], *evaluations, ["report"]]:
         result = lgp(*command)
@@ -798,6 +800,7 @@ LISTED = [
     "preset",
     "data",
     "propagate",
+    "selected",
     "predict",
     "embed",
     "similar",

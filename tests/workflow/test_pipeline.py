@@ -30,11 +30,12 @@ CHOICES = {
     "${finetuned_arms}": TRAINED,
     "${few_labels}": ("1pct", "10pct"),
     "${propagated}": ("1pct", "10pct"),
+    "${selected}": ("1pct", "10pct"),
     "${finetuned}": ("10pct",),
 }
 DVC = [sys.executable, "-m", "dvc"]
 
-FEW = [(task, share) for task in ("fewshot", "propagate") for share in ("-1pct", "-10pct")]
+FEW = [(task, share) for task in ("fewshot", "propagate", "selected") for share in ("-1pct", "-10pct")]
 FROZEN = [f"{task}@{arm}{share}" for arm in (*ARMS, "joint", "reverse") for task, share in [("linear", ""), *FEW]]
 TUNED = [f"finetune@{arm}-10pct" for arm in (*TRAINED, "joint", "reverse")]
 
@@ -45,6 +46,7 @@ def of_arm(*arms: str) -> set[str]:
 
 FEWSHOT = {s for s in of_arm(*ARMS) if s.startswith("fewshot")}
 PROPAGATE = {s for s in of_arm(*ARMS) if s.startswith("propagate")}
+SELECTED = {s for s in of_arm(*ARMS) if s.startswith("selected")}
 FINETUNE = {s for s in of_arm(*ARMS) if s.startswith("finetune")}
 LINEAR = {s for s in of_arm(*ARMS) if s.startswith("linear")}
 BASELINE = {f"baseline@{name}" for name in BASELINES}
@@ -194,11 +196,13 @@ def changed(folder: Path) -> tuple[set[str], set[str]]:
     ("change", "expected"),
     [
         ({}, set()),
-        ({"fewshot": {"c_fixed": 0.5}}, FEWSHOT | PROPAGATE | {"report"}),
-        ({"propagation": {"gamma": 2}}, PROPAGATE | {"report"}),
+        ({"fewshot": {"c_fixed": 0.5}}, FEWSHOT | PROPAGATE | SELECTED | {"report"}),
+        ({"propagation": {"gamma": 2}}, PROPAGATE | SELECTED | {"report"}),
+        ({"selection": {"method": "random"}}, SELECTED | {"report"}),
         ({"propagated": ["1pct"]}, {"report"}),
+        ({"selected": ["1pct"]}, {"report"}),
         ({"linear": {"knn_k": 5}}, LINEAR | {"report"}),
-        ({"features": {"pool": "average"}}, FEWSHOT | PROPAGATE | LINEAR | {"report"}),
+        ({"features": {"pool": "average"}}, FEWSHOT | PROPAGATE | SELECTED | LINEAR | {"report"}),
         ({"finetune": {"10pct": {"epochs": 7}}}, FINETUNE | {"report"}),
         ({"finetune": {"all": {"epochs": 7}}}, set()),
         ({"few_labels": ["1pct"]}, {"report"}),
@@ -323,7 +327,8 @@ def test_changed_file_of_images_prepares_them_again(edited: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mim", "cl", "graft", "joint", "reverse", "baseline", "linear", "fewshot", "propagate", "finetune"]
+    "name",
+    ["mim", "cl", "graft", "joint", "reverse", "baseline", "linear", "fewshot", "propagate", "selected", "finetune"],
 )
 def test_training_and_evaluation_depend_on_the_digest_of_the_images(name: str) -> None:
     """So the same images from another layout, or under other names, train nothing again."""
