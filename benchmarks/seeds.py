@@ -19,6 +19,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -58,6 +59,7 @@ VARIANTS = {
     "graft": "graft, lower two thirds at 0.1 of the rate",
     "graft_one_rate": "graft, one rate (the preset)",
 }
+STEPS = (("mim", "cl"), ("graft", "graft_one_rate"))  # grafts start from mim
 TASKS = {
     "linear": ["linear"],
     "fewshot-1pct": ["fewshot", "1pct"],
@@ -140,6 +142,7 @@ def project(folder: Path, seed: int, changes: dict[str, Any], shared: dict[str, 
     """Make a project folder of the preset `digits`. `shared` says which of its folders come from another project."""
     folder.mkdir(parents=True, exist_ok=True)
     values = yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text()) | {"seed": seed}
+    values["run"] |= {"precision": "fp32"}  # on every device
     for section, keys in changes.items():
         values[section] |= keys
     text = yaml.safe_dump(values)
@@ -172,17 +175,18 @@ def tune(root: Path, jobs: int) -> pd.DataFrame:
     best_mim = 0.0
     for seed in TUNED_ON:  # all trials of a seed take images and labels from its first
         project(trial_folder(root, seed, "mim", RATES[0]), seed, changes_of("mim", RATES[0]), {})
-    for variant in [v for v in VARIANTS if v != PIXELS]:
-        pairs = list(itertools.product(RATES, TUNED_ON))
+    for variants in STEPS:  # grafts start from the best MAE
+        trials = list(itertools.product(variants, RATES, TUNED_ON))
         with ThreadPoolExecutor(jobs) as pool:
-            found = list(pool.map(lambda pair: validated(root, variant, pair[0], best_mim, pair[1]), pairs))  # noqa: B023 - called before both change
-        on_val = np.reshape(found, (len(RATES), len(TUNED_ON))).mean(axis=1).round(2)
-        chosen = int(on_val.argmax())
-        best_mim = RATES[chosen] if variant == "mim" else best_mim
-        rows += [
-            {"variant": variant, "rate": rate, "val": top1, "chosen": number == chosen}
-            for number, (rate, top1) in enumerate(zip(RATES, on_val, strict=True))
-        ]
+            found = list(pool.map(lambda trial: validated(root, trial, best_mim), trials))  # noqa: B023 - called before it changes
+        on_val = np.reshape(found, (len(variants), len(RATES), len(TUNED_ON))).mean(axis=2).round(2)
+        for variant, of_rates in zip(variants, on_val, strict=True):
+            chosen = int(of_rates.argmax())
+            best_mim = RATES[chosen] if variant == "mim" else best_mim
+            rows += [
+                {"variant": variant, "rate": rate, "val": top1, "chosen": number == chosen}
+                for number, (rate, top1) in enumerate(zip(RATES, of_rates, strict=True))
+            ]
     return pd.DataFrame(rows)
 
 
@@ -191,8 +195,12 @@ def trial_folder(root: Path, seed: int, variant: str, rate: float) -> Path:
     return root / f"tune{seed}-{variant}-{rate:g}"
 
 
-def validated(root: Path, variant: str, rate: float, best_mim: float, seed: int) -> float:
-    """Return the accuracy on val of one trial, 0 where it did not train. A graft starts from the MAE of `best_mim`."""
+def validated(root: Path, trial: tuple[str, float, int], best_mim: float) -> float:
+    """Return the accuracy on val of a trial (variant, rate, seed), 0 where it did not train.
+
+    A graft starts from the MAE of `best_mim`.
+    """
+    variant, rate, seed = trial
     first, mim = (trial_folder(root, seed, "mim", of_mim) for of_mim in (RATES[0], best_mim))
     folder = trial_folder(root, seed, variant, rate)
     shared = {"data": first if folder != first else None, "models/mim": mim if arm_of(variant) == "graft" else None}
@@ -205,19 +213,27 @@ def validated(root: Path, variant: str, rate: float, best_mim: float, seed: int)
     return sum(found[task]["val/top1"] for task in CHOSEN_BY) / len(CHOSEN_BY)
 
 
-def of_seed(root: Path, seed: int, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """Return a row per variant."""
+def seeds_of(root: Path, seeds: Sequence[int], rates: dict[str, float], jobs: int) -> list[dict[str, Any]]:
+    """Return a row per variant and seed."""
+    for seed in seeds:
+        project(root / f"seed{seed}-{PIXELS}", seed, {}, {})
     rows = []
-    first: Path | None = None
-    mim: Path | None = None
-    for variant in VARIANTS:
-        shared = {"data": first, "models/mim": mim if arm_of(variant) == "graft" else None}
-        folder = project(root / f"seed{seed}-{variant}", seed, changes_of(variant, rates.get(variant, 0)), shared)
-        first, mim = first or folder, folder if variant == "mim" else mim
-        metrics = metrics_of(folder, arm_of(variant), tuple(t for t in TASKS if variant != PIXELS or t != TUNED))
-        of_task = {name: metrics[task][key] for name, (task, key) in MEASURES.items() if task in metrics}
-        rows.append({"variant": variant, "seed": seed, **of_task, "tuned_lr": metrics.get(TUNED, {}).get("base_lr")})
+    for variants in ((PIXELS, *STEPS[0]), STEPS[1]):
+        with ThreadPoolExecutor(jobs) as pool:
+            pairs = itertools.product(variants, seeds)
+            rows += list(pool.map(lambda pair: of_seed(root, pair[0], pair[1], rates.get(pair[0], 0.0)), pairs))
     return rows
+
+
+def of_seed(root: Path, variant: str, seed: int, rate: float) -> dict[str, Any]:
+    """Train and evaluate a variant, and return its row. A graft starts from the MAE of the seed."""
+    first, mim = (root / f"seed{seed}-{name}" for name in (PIXELS, "mim"))
+    folder = root / f"seed{seed}-{variant}"
+    shared = {"data": first if folder != first else None, "models/mim": mim if arm_of(variant) == "graft" else None}
+    project(folder, seed, changes_of(variant, rate), shared)
+    metrics = metrics_of(folder, arm_of(variant), tuple(t for t in TASKS if variant != PIXELS or t != TUNED))
+    of_task = {name: metrics[task][key] for name, (task, key) in MEASURES.items() if task in metrics}
+    return {"variant": variant, "seed": seed, **of_task, "tuned_lr": metrics.get(TUNED, {}).get("base_lr")}
 
 
 def mean_and_half_interval(values: list[float]) -> tuple[float, float]:
@@ -285,9 +301,7 @@ def main() -> None:
     if len(given.seeds) < 2:
         parser.error("--seeds: two or more, for an interval")
     rates = tuned_rates(version)
-    with ThreadPoolExecutor(given.jobs) as pool:
-        of_seeds = list(pool.map(lambda seed: of_seed(root, seed, rates), given.seeds))
-    rows = pd.DataFrame([row for of_one in of_seeds for row in of_one]).assign(code=version)
+    rows = pd.DataFrame(seeds_of(root, given.seeds, rates, given.jobs)).assign(code=version)
     rows.to_csv(OUT, index=False)
     OUT.with_suffix(".md").write_text(page(rows))
     print(OUT.with_suffix(".md").read_text())
