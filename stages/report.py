@@ -26,14 +26,22 @@ def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
     champion = REPORTS / "champion.json"
     writes = [*outputs, champion]
     with stage(StageSpec("report", SECTIONS["report"], reads, writes, "all", "report"), params_file, fresh) as run:
+        from lgp.compute.device import choose_device
         from lgp.data.labels import LabelledImages
         from lgp.evaluate.prediction import best_plain_classifier
+        from lgp.features.cache import Features
+        from lgp.features.of_encoder import encoder_features
         from lgp.models.files import encoder_digest
         from lgp.report.outcomes import Inputs
         from lgp.report.report import Outputs, write_report
 
         out = Outputs(*(run.out(path) for path in outputs))
-        best = write_report(run.params, LabelledImages(PREPARED, LABELS), Inputs(metrics, predictions, folders), out)
+        data, device = LabelledImages(PREPARED, LABELS), choose_device(run.params.run)
+
+        def features_of(arm: str) -> Features:
+            return encoder_features(encoder_folder(arm), data, run.params, device)
+
+        best = write_report(run.params, data, Inputs(metrics, predictions, folders), features_of, out)
         for picture in sorted(out.figures.iterdir()):
             run.tracker.log_figure(picture)
         digest = None if best is None else encoder_digest(encoder_folder(best))

@@ -28,6 +28,7 @@ TITLE = "Label efficiency"
 # file → what it shows, in the order of the page
 PICTURES = {
     "label_efficiency": "Accuracy over labels per class, with 95 % intervals",
+    "map": "The leader's features of the test images and its mistakes, linear probe (t-SNE: only near points say much)",
     "accuracy_by_depth": "k-NN accuracy of the features after each block, all labels",
     "accuracy_per_class": "Accuracy per class at the fewest labels, sorted by the leader's (all: per_class.csv)",
     "reliability": "How often the leader is right, over how sure it is, for each of its tasks",
@@ -211,19 +212,22 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
 
 
-def to_html(markdown: str, title: str, folder: Path) -> str:
+def to_html(markdown: str, title: str, folder: Path, live: Mapping[str, str] | None = None) -> str:
     """Render Markdown to one HTML file that contains its pictures.
 
     Args:
         markdown: with tables.
         title: of the window.
         folder: the pictures' paths are relative to it. Every picture exists.
+        live: name of a picture → HTML in its place.
     """
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
 
     def inlined(found: re.Match[str]) -> str:
         return f'src="data:image/png;base64,{base64.b64encode((folder / found[1]).read_bytes()).decode()}"'
 
+    for name, html in (live or {}).items():
+        body = re.sub(rf'<p><img src="(?:[^"]*/)?{name}\.png"[^>]*></p>', lambda _: html, body)  # noqa: B023 - called at once
     body = re.sub(r'src="([^"]+\.png)"', inlined, body)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}</body></html>\n'

@@ -1,6 +1,6 @@
 """The report: tables, one page as Markdown and as HTML, pictures."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 
 from lgp.data.labels import LabelledImages
 from lgp.evaluate.calibration import reliability
+from lgp.features.cache import Features
 from lgp.models.files import CURVES, RECONSTRUCTIONS
 from lgp.params.file import Params
 from lgp.report import figures
+from lgp.report.embedding import EmbeddingMap, embedding_map
 from lgp.report.outcomes import (
     ArmOutcomes,
     Inputs,
@@ -50,8 +52,18 @@ class Outputs:
     figures: Path
 
 
-def write_report(params: Params, data: LabelledImages, inputs: Inputs, out: Outputs) -> str | None:
-    """Write the tables, the verdict, the page twice and the pictures; return the champion, None where nobody is."""
+def write_report(
+    params: Params, data: LabelledImages, inputs: Inputs, features_of: Callable[[str], Features], out: Outputs
+) -> str | None:
+    """Write the tables, the verdict, the page twice and the pictures; return the champion, None where nobody is.
+
+    Args:
+        params: the parameters that ran.
+        data: images and labels.
+        inputs: the files to read.
+        features_of: returns the features of an arm.
+        out: the files to write.
+    """
     arms = inputs.read()
     results, verdict = results_table(arms), judge(arms, data)
     results.to_csv(out.table, index=False)
@@ -59,12 +71,21 @@ def write_report(params: Params, data: LabelledImages, inputs: Inputs, out: Outp
     per_class_table(arms, data.classes).to_csv(out.classes, index=False)
     _draw_results(out.figures, arms, results, data)
     _draw_trainings(out.figures, inputs.arms)
+    best, live = leader(arms), {}
+    if best and (drawn_map := _map(best, features_of(best.arm), data, params.seed)):
+        drawn_map.draw(out.figures / "map.png", best.arm)
+        live["map"] = drawn_map.page(data)
     drawn = [name for name in PICTURES if (out.figures / f"{name}.png").exists()]
     text = page_of(params, data, arms, verdict, results, inputs.arms, drawn)
     out.page.write_text(text)
     # the pictures are still in the place where a stage writes them first
-    out.html.write_text(to_html(text.replace("](figures/", f"]({out.figures.name}/"), TITLE, out.figures.parent))
+    text = text.replace("](figures/", f"]({out.figures.name}/")
+    out.html.write_text(to_html(text, TITLE, out.figures.parent, live))
     return verdict.champion
+
+
+def _map(best: ArmOutcomes, features: Features, data: LabelledImages, seed: int) -> EmbeddingMap | None:
+    return embedding_map(features, best.tasks["linear"].predictions, data.classes, seed)
 
 
 def _draw_results(folder: Path, arms: list[ArmOutcomes], results: pd.DataFrame, data: LabelledImages) -> None:

@@ -25,5 +25,16 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "propagate": ("features", "fewshot", "propagation"),
     "selected": ("seed", "features", "fewshot", "propagation", "selection"),
     "finetune": ("seed", "finetune"),
-    "report": ("seed", "arms", "few_labels", "propagated", "selected", "finetuned", "finetuned_arms", "data", "model"),
+    "report": (
+        "seed",
+        "arms",
+        "few_labels",
+        "propagated",
+        "selected",
+        "finetuned",
+        "finetuned_arms",
+        "data",
+        "model",
+        "features",
+    ),
 }

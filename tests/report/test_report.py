@@ -13,6 +13,8 @@ from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
 from lgp.evaluate.outcome import Outcome, Predicted, over_subsets
 from lgp.evaluate.statistics import Gap, holm, paired_gap
+from lgp.features.cache import Features
+from lgp.params.evaluate import FeatureParams
 from lgp.params.file import Params
 from lgp.report.figures import plot_label_efficiency
 from lgp.report.outcomes import (
@@ -279,6 +281,13 @@ def test_absent_results_say_what_to_run(tmp_path: Path) -> None:
         read_results(tmp_path / "results.csv")
 
 
+def features_of(arm: str) -> Features:
+    """Features of the test images, and of no others."""
+    assert arm == "cl"  # the leader
+    x = np.random.default_rng(0).normal(size=(IMAGES, 8)).astype(np.float32)
+    return Features({"test": x}, {}, {"test": 100 + np.arange(IMAGES)}, CLASSES, {}, FeatureParams())
+
+
 def written(folder: Path, arms: list[ArmOutcomes]) -> tuple[Inputs, Outputs]:
     """Write the outcomes as the stages do, and name the files of the report."""
     metrics, predictions, folders = {}, {}, {}
@@ -301,7 +310,7 @@ def written(folder: Path, arms: list[ArmOutcomes]) -> tuple[Inputs, Outputs]:
 
 def test_report_is_written_whole(tmp_path: Path, params: Params, prepared: LabelledImages) -> None:
     inputs, out = written(tmp_path, [arm("pixels", 0.05, 1.0, 3), *ARMS])
-    assert write_report(params, prepared, inputs, out) == "cl"
+    assert write_report(params, prepared, inputs, features_of, out) == "cl"
     page, html = out.page.read_text(), out.html.read_text()
     verdict = read_verdict(out.verdict)
     assert verdict[1].startswith("cl is the champion: it has the best validation accuracy with the fewest labels (1 %)")
@@ -311,9 +320,10 @@ def test_report_is_written_whole(tmp_path: Path, params: Params, prepared: Label
     assert "k-NN is of 20 neighbours, by the cosine of the features that" in " ".join(page.split())
     assert "The table makes 21 comparisons" in " ".join(page.split())
     named = re.findall(r"\]\(figures/(\w+)\.png\)", page)
-    assert named == ["label_efficiency", "accuracy_per_class", "reliability", "confusion", "worst_mistakes"]
+    assert named == ["label_efficiency", "map", "accuracy_per_class", "reliability", "confusion", "worst_mistakes"]
     assert sorted(f.stem for f in out.figures.iterdir()) == sorted(named)
-    assert html.count('src="data:image/png;base64,') == 5
+    assert html.count('src="data:image/png;base64,') == 5  # the map is live
+    assert html.count('<div id="map">') == 1
     header, rows = wide_rows(read_results(out.table))
     assert f"| {' | '.join(header)} |" in page
     assert [row[0] for row in rows] == ["pixels", "mim", "cl", "graft"]
@@ -325,7 +335,7 @@ def test_report_is_written_whole(tmp_path: Path, params: Params, prepared: Label
 
 def test_report_crowns_nobody_where_pixels_are_ahead(tmp_path: Path, params: Params, prepared: LabelledImages) -> None:
     inputs, out = written(tmp_path, [arm("pixels", 1.0, 1.0, 3), *ARMS])
-    assert write_report(params, prepared, inputs, out) is None
+    assert write_report(params, prepared, inputs, features_of, out) is None
     said = read_verdict(out.verdict)[0]
     assert said.startswith(
         "Nobody is crowned. With the fewest labels (1 %), pixels (100.0 %) is ahead of every trained"
@@ -337,7 +347,7 @@ def test_report_without_any_trained_arm_has_no_pictures_of_a_leader(
     tmp_path: Path, params: Params, prepared: LabelledImages
 ) -> None:
     inputs, out = written(tmp_path, [ArmOutcomes(a.arm, a.tasks, trained=False) for a in ARMS])
-    assert write_report(params, prepared, inputs, out) is None
+    assert write_report(params, prepared, inputs, features_of, out) is None
     said = read_verdict(out.verdict)
     assert said[0] == "Nobody is crowned. No arm has a training that passed its checks."
     assert "mim is not trained: its checks failed. It is never the champion." in said
