@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lgp.errors import LgpError
 from lgp.models.files import CLASSIFIERS
 
 PREPARED = Path("data/prepared")
@@ -11,6 +12,7 @@ MODELS = Path("models")
 METRICS = Path("metrics")
 PREDICTIONS = Path("predictions")
 REPORTS = Path("reports")
+ARMS = ("graft", "cl", "mim")  # the first that has an encoder is the default of a tool
 
 
 def arm_folder(arm: str) -> Path:
@@ -26,6 +28,17 @@ def encoder_folder(arm: str) -> Path:
 def encoder_files(arm: str) -> list[Path]:
     """The files of an encoder folder that decide its features."""
     return [encoder_folder(arm) / "model.safetensors", encoder_folder(arm) / "config.json"]
+
+
+def default_arm() -> str:
+    """The arm whose encoder a tool takes if none is named. Raise `LgpError` without any."""
+    for arm in ARMS:
+        if all(file.exists() for file in encoder_files(arm)):
+            return arm
+    raise LgpError(
+        f"none of {', '.join(ARMS)} has an encoder yet: run `dvc repro mim cl graft`, or give another arm, for example "
+        "`--arm pixels` after `lgp baseline pixels`"
+    )
 
 
 def heads_file(arm: str) -> Path:

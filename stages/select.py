@@ -7,9 +7,8 @@ import typer
 
 from lgp.params.selection import Method
 from stages.options import DEFAULT_PARAMS, Debug, OptionalArm, ParamsFile
-from stages.paths import LABELS, PREPARED, encoder_files, encoder_folder
+from stages.paths import LABELS, PREPARED, default_arm, encoder_folder
 
-ARMS = ("graft", "cl", "mim")  # the first that has an encoder is the default
 Budget = Annotated[int, typer.Option(min=1, help="Number of images to choose.")]
 How = Annotated[Method, typer.Option("--method", help="How to choose them; margin needs labels.")]
 Out = Annotated[Path, typer.Option(help="The CSV to write. A page of the same name shows the images.")]
@@ -35,7 +34,7 @@ def select(
 
     params = load_params(params_file)
     check_unfilled(out)
-    arm = arm or _default_arm()
+    arm = arm or default_arm()
     folder, data = encoder_folder(arm), LabelledImages(PREPARED, LABELS)
     check_selectable(data, method, budget)
     features = encoder_features(folder, data, params, choose_device(params.run))
@@ -49,15 +48,3 @@ def select(
     unlabelled = len(data.ids("unlabeled"))
     print(f"select: {budget} of {unlabelled} unlabelled training images, by {method} of the features of {arm}")
     print(f"select: {page} shows them; fill in {out}, then `lgp labels add {out}`")
-
-
-def _default_arm() -> str:
-    from lgp.errors import LgpError
-
-    for arm in ARMS:
-        if all(file.exists() for file in encoder_files(arm)):
-            return arm
-    raise LgpError(
-        f"none of {', '.join(ARMS)} has an encoder yet: run `dvc repro mim cl graft`, or give another arm, for example "
-        "`--arm pixels` after `lgp baseline pixels`"
-    )

@@ -1,28 +1,16 @@
 """A selection of images as files: a table that a person fills in, and a page that shows the images."""
 
-import base64
 import csv
 import io
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import numpy as np
-
-from lgp.data.contact_sheet import thumbnail
 from lgp.data.labels import LabelledImages
 from lgp.data.sources.manifest import read_table
 from lgp.errors import LgpError
 from lgp.evaluate.selection import Selection
-
-SIDE = 160  # of a thumbnail, in pixels
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-section { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; width: 160px; }
-figcaption { font-size: .8rem; overflow-wrap: anywhere; }
-@media (prefers-color-scheme: dark) { body { background: #1c1c1c; color: #ddd; } }
-"""
+from lgp.report.thumbnails import figure, thumbnail_page
 
 
 @dataclass(frozen=True)
@@ -71,20 +59,6 @@ def selection_page(selection: Selection, data: LabelledImages, origin: Origin, t
     ]
     for cluster in dict.fromkeys(selection.clusters.tolist()):
         images = selection.images[selection.clusters == cluster].tolist()
-        figures = [_figure(data.pixels(image), data.paths[image]) for image in images]
+        figures = [figure(data.pixels(image), data.paths[image]) for image in images]
         body += [f"<h2>Cluster {cluster}</h2>", "<section>", *figures, "</section>"]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Images to label</title>'
-    return "\n".join(
-        [
-            f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>',
-            *body,
-            "</body></html>\n",
-        ]
-    )
-
-
-def _figure(pixels: np.ndarray, path: str) -> str:
-    file = io.BytesIO()
-    thumbnail(pixels, SIDE).save(file, "JPEG", quality=90)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<figure><img src="data:image/jpeg;base64,{data}" alt=""><figcaption>{escape(path)}</figcaption></figure>'
+    return thumbnail_page("Images to label", body)
