@@ -22,6 +22,7 @@ import pandas as pd
 
 from lgp.compute.processes import pool
 from lgp.data.held_out import Draw, HeldOut, draw_held_out, read_held_out
+from lgp.data.label_notes import notes_on_equal_pixels, notes_on_names
 from lgp.data.leaks import find_leaks
 from lgp.data.sources.offers import Offers, Skipped
 from lgp.data.sources.opening import open_sources, said
@@ -35,7 +36,7 @@ from lgp.params.data import DataParams
 NOT_MEASURED = {"test": "accuracy is not measured", "val": "nothing can be chosen by validation"}
 STATISTICS_IMAGES, STATISTICS_CHUNK = 10_000, 256
 SKIPPED = "skipped.csv"
-SAID = 20  # of these a run prints
+SAID = 3  # of these a run prints
 SHOWN = 100  # skipped files that the metrics list; SKIPPED has all
 FEW_FILES = 3  # so many unreadable files are no reason to stop, whatever their share
 
@@ -94,6 +95,8 @@ def prepare(
     if len(positions) < len(offers):
         notes.append(f"{len(offers) - len(positions)} images are left out by data.max_train_images or max_test_images")
     notes += notes_on_classes(counts, bool(kept.images or kept.groups))
+    notes += notes_on_names(offers.labels)
+    notes += notes_on_equal_pixels(index["content"].tolist(), labels[order].tolist(), index["path"].tolist())
     index.to_parquet(folder / INDEX, index=False)
     skipped = [*stored.unreadable, *offers.skipped, *offers.clutter]
     _write_skipped(folder / SKIPPED, skipped)
@@ -115,10 +118,17 @@ def describe(metrics: dict[str, Any]) -> list[str]:
     counts = ", ".join(f"{metrics[f'images/{part}']} {part}" for part in PARTS)
     lines = [f"{counts} images", *metrics["notes"]]
     listed = [*metrics["unreadable"], *metrics["skipped"]]
-    lines += [f"left out {skip['path']} ({skip['reason']})" for skip in listed[:SAID]]
-    if metrics["skipped_files"] > SAID:
-        lines.append(f"left out {metrics['skipped_files']} files in all: data/prepared/{SKIPPED} lists them")
+    if listed:
+        said = _examples([Skipped(**skip) for skip in listed])
+        lines.append(f"left out {metrics['skipped_files']} files and rows: {said}: data/prepared/{SKIPPED} lists all")
     return lines
+
+
+def _examples(skipped: Sequence[Skipped]) -> str:
+    """Return some of what was left out, of different reasons where there are several."""
+    first_of_reason = list({skip.reason: skip for skip in reversed(skipped)}.values())[::-1]
+    examples = list(dict.fromkeys([*first_of_reason, *skipped]))[:SAID]
+    return "; ".join(f"{path} ({reason})" for path, reason in examples) + ("; …" if len(skipped) > SAID else "")
 
 
 def _read(

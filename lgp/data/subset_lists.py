@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lgp.data.sources.cells import text_of
 from lgp.errors import LgpError
 
 SHOWN = 5  # names in a message
@@ -43,11 +44,11 @@ def read_subset_list(
     """
     file = list_file(path)
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
+        text = text_of(file.read_bytes())
+    except (OSError, ValueError) as e:
         raise LgpError(
-            f"cannot read the list of images {file.absolute()} ({getattr(e, 'strerror', 'not text')}): mend "
-            "labels.lists"
+            f"cannot read the list of images {file.absolute()} ({getattr(e, 'strerror', None) or e}): mend "
+            "labels.lists, or the file"
         ) from None
     lines = [(number, line.strip(", \t")) for number, line in enumerate(text.splitlines(), 1) if line.strip(", \t")]
     if not lines:

@@ -77,7 +77,7 @@ def open_sources(
         found = read_rows(_local(file))
         table = table_of(found, found.known(usual)).in_split(split_word(Path(file).name))
         offers = listed(*label_offers(offers, table), table)
-    return offers
+    return replace(offers, notes=list(dict.fromkeys(offers.notes)))  # tables in several folders may say the same
 
 
 def _labelled_by(table: Table, before: Offers) -> tuple[Offers, Offers]:
@@ -88,7 +88,7 @@ def _labelled_by(table: Table, before: Offers) -> tuple[Offers, Offers]:
     labelled, named = label_offers(before, table)
     rest = [row for row, image in enumerate(named) if image is None]
     more = table_source(table.rows(rest), table.file.parent, forgiven=len(named) - len(rest))
-    return labelled, replace(more, notes=note_of(table, more.skipped, len(named)))
+    return labelled, replace(more, notes=[*table.notes, *note_of(table, more.skipped, len(named))])
 
 
 def _of_table(table: Table, spec: SourceParams, behind: Sequence[SourceParams]) -> Offers:
