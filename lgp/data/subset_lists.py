@@ -1,6 +1,5 @@
 """Published few-label subsets. A file has one image per line: its path or name, with or without its label."""
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -9,15 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from lgp.data.sources.cells import text_of
+from lgp.data.sources.states import list_file
 from lgp.errors import LgpError
 
 SHOWN = 5  # names in a message
 LABELLED = re.compile(r"(.*\S)\s*[,\s]\s*(\S+)")
-
-
-def list_file(path: Path) -> Path:
-    """Return the path of a list. A relative path starts at the project, also if an experiment runs in a copy of it."""
-    return Path(os.environ.get("DVC_ROOT", ".")) / path.expanduser()
 
 
 def read_subset_list(
