@@ -2,6 +2,7 @@
 
     python benchmarks/preparation.py FOLDER [--size 32] [--storage copy]    # an image folder
     python benchmarks/preparation.py FOLDER --make 60000 [--size 32]        # writes one first, of noisy waves
+    python benchmarks/preparation.py FOLDER --make 1000 --size 384 --image-size 224    # JPEG of 80 kB
 
 Both read the same files in turn, after one reading that fills the cache of the disk. Prints a line of JSON: seconds of
 both and their ratio; seconds of the same command for ten images, most of which are imports, and the ratio without
@@ -77,21 +78,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--make", type=int, metavar="IMAGES")
-    parser.add_argument("--size", type=int, default=32, help="side of the images, which is the model's")
+    parser.add_argument("--size", type=int, default=32, help="side of the images that are made")
+    parser.add_argument("--image-size", type=int, help="the model's; default: --size")
     parser.add_argument("--storage", default="copy", choices=["copy", "reference"])
     given = parser.parse_args()
+    image_size = given.image_size or given.size
     if given.make:
         make(given.folder, given.make, given.size)
     seconds_of_decoding(given.folder)
     project = Path(tempfile.mkdtemp())
     try:
         make(project / "few", 10, given.size)
-        few = {"source": "few", "image_size": given.size, "test_share": 0, "val_share": 0}
+        few = {"source": "few", "image_size": image_size, "test_share": 0, "val_share": 0}
         prepare(project, **few)
         start = prepare(project, **few)
         decoding = seconds_of_decoding(given.folder)
         source = str(given.folder.resolve())
-        preparing = prepare(project, source=source, image_size=given.size, storage=given.storage)
+        preparing = prepare(project, source=source, image_size=image_size, storage=given.storage)
         written = [file for file in (project / "data" / "prepared").iterdir() if file.is_file()]
         found = {
             "decoding_s": round(decoding, 2),

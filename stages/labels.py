@@ -34,7 +34,7 @@ def labels(
         write_metrics(run, run.out(metrics_path), metrics)
         for line in describe(metrics, params.labels):
             print(f"labels: {line}", flush=True)
-        if warning := small_validation(metrics["images/val"]):
+        if metrics["classes"] and (warning := small_validation(metrics["images/val"])):
             print(f"labels: warning: {warning}", flush=True)
 
 

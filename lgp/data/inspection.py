@@ -18,6 +18,7 @@ from PIL import Image
 from lgp.compute.processes import pool
 from lgp.data.conversion import FORMATS, TIFF_STARTS, Undecodable, decode, plain
 from lgp.data.held_out import Draw, HeldOut, draw_held_out
+from lgp.data.label_notes import notes_on_names
 from lgp.data.preparation import class_indices, faults_of, given_parts
 from lgp.data.reading import content_of
 from lgp.data.sources.offers import Offers, Read, Skipped
@@ -143,7 +144,7 @@ def inspect(offers: Offers, params: DataParams, sample: int = SAMPLE) -> Inspect
         parts={part: int((parts == part).sum()) for part in ("train", "val", "test")},
         train_labels={name: count for name, count in _counts(in_train, offers.classes).items() if count},
         faults=_faults(offers, labels, given),
-        notes=offers.notes,
+        notes=[*offers.notes, *notes_on_names(offers.labels)],
         skipped=offers.skipped,
         clutter=offers.clutter,
         sample=_sample(offers, even(len(offers), sample)),

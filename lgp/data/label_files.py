@@ -5,14 +5,18 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
+from lgp.data.label_notes import notes_on_names
 from lgp.data.sources.manifest import SHOWN, label_offers, read_rows, read_table, table_of
-from lgp.data.sources.offers import Columns, Offers
+from lgp.data.sources.offers import USUAL, Columns, Offers
 from lgp.data.sources.states import can_hold_out
+from lgp.data.splits import few_names
 from lgp.errors import LgpError
 
 LABELS_FILE = "added_labels.csv"  # the project's own: no name that a user's table has
+NEAR = 0.75  # likeness of two names from which one may be meant for the other
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,12 @@ class Added:
         changed: number of images whose label is now another.
         same: number of images that had this label.
         empty: number of rows without a label.
+        kept: number of these whose image has a label, which stays.
+        examples: some of the changed labels.
+        classes: new class → the class before that has nearly its name, None without one. Empty for the first labels.
+        gone: classes that lost their last label.
         counts: class → number of its labelled images afterwards.
+        notes: what else is to be told of the table, and of the names of classes.
         first: whether images can be held out only now.
         labels: path → label of the images that the table labels.
     """
@@ -33,17 +42,35 @@ class Added:
     changed: int
     same: int
     empty: int
+    kept: int
+    examples: list[str]
+    classes: dict[str, str | None]
+    gone: list[str]
     counts: dict[str, int]
+    notes: list[str]
     first: bool
     labels: dict[str, str]
 
     def said(self) -> list[str]:
         """Return it as text, a line each."""
         lines = [
-            f"{self.new} new labels, {self.changed} changed, {self.same} as before, {self.empty} rows without a label"
+            f"{self.new} new labels, {self.changed} changed, none removed, {self.same} as before, {self.empty} rows "
+            "without a label"
         ]
+        if self.kept:
+            lines.append(
+                f"{self.kept} rows without a label are of labelled images, which keep theirs: to remove a label, "
+                f"remove it where it was given (a table, or {LABELS_FILE})"
+            )
+        if self.examples:
+            lines.append(f"changed: {', '.join(self.examples)}{', …' if self.changed > len(self.examples) else ''}")
+        if self.classes:
+            names = [name + (f" (did you mean {near}?)" if near else "") for name, near in self.classes.items()]
+            lines.append(f"new classes: {few_names(names)}")
+        if self.gone:
+            lines.append(f"classes without a label now: {few_names(self.gone)}")
         lines += [f"{name}: {count} labelled images" for name, count in self.counts.items()]
-        return lines
+        return [*lines, *self.notes]
 
 
 def added_labels(offers: Offers, file: Path, columns: Columns) -> Added:
@@ -53,7 +80,13 @@ def added_labels(offers: Offers, file: Path, columns: Columns) -> Added:
         LgpError: the table cannot be read, a row names no image or several, or no row has a label.
     """
     rows = read_rows(file)
-    table = table_of(rows, rows.known(columns))
+    known = rows.known(columns)
+    table = table_of(rows, known)
+    if rows.column("label", known) is None:
+        raise LgpError(
+            f"{file} has the columns {', '.join(map(str, rows.header))}, none of them of labels: call one `label`, or "
+            f"name it with data.columns: {{label: COLUMN}} (usual names are {', '.join(USUAL['label'])})"
+        )
     if any(table.splits) or any(table.groups):
         raise LgpError(
             f"{file} has splits or groups, which `lgp labels add` does not take: remove these columns, or name the "
@@ -69,19 +102,33 @@ def added_labels(offers: Offers, file: Path, columns: Columns) -> Added:
     labelled = [i for i, label in zip(named, table.labels, strict=True) if i is not None and label is not None]
     if not labelled:
         raise LgpError(f"{file} labels no image: fill in its column of labels")
-    before = [offers.labels[i] for i in dict.fromkeys(labelled)]
     now = {i: str(after.labels[i]) for i in dict.fromkeys(labelled)}
-    same = sum(old == new for old, new in zip(before, now.values(), strict=True))
-    counts = Counter(label for label in after.labels if label is not None)
+    before = {i: offers.labels[i] for i in now}
+    new = [i for i in now if before[i] is None]
+    changed = [i for i in now if before[i] not in (None, now[i])]
+    left = {i for i in named if i is not None} - now.keys()
+    counts, old = (Counter(label for label in of.labels if label is not None) for of in (after, offers))
     return Added(
-        new=before.count(None),
-        changed=len(now) - same - before.count(None),
-        same=same,
+        new=len(new),
+        changed=len(changed),
+        same=len(now) - len(new) - len(changed),
         empty=len(table.paths) - len(labelled),
+        kept=sum(offers.labels[i] is not None for i in left),
+        examples=[f"{offers.paths[i]} {before[i]} → {now[i]}" for i in changed[:SHOWN]],
+        classes={name: _near(name, list(old)) for name in after.classes if old and counts[name] and not old[name]},
+        gone=[name for name in old if not counts[name]],
         counts={name: counts[name] for name in after.classes if counts[name]},
+        notes=[*table.notes, *notes_on_names(after.labels)],
         first=can_hold_out(after) and not can_hold_out(offers),
         labels={offers.paths[i]: label for i, label in now.items()},
     )
+
+
+def _near(name: str, classes: Sequence[str]) -> str | None:
+    """Return the class that has nearly this name, None without one. Numbers are near to none."""
+    by_text = {other.casefold(): other for other in classes}
+    close = [] if name.isdecimal() else get_close_matches(name.casefold(), list(by_text), n=1, cutoff=NEAR)
+    return by_text[close[0]] if close else None
 
 
 def write_labels_file(file: Path, labels: dict[str, str]) -> None:

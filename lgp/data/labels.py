@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lgp.data.label_notes import notes_on_equal_pixels, notes_on_names
 from lgp.data.leaks import EXACT, Leak, find_leaks
 from lgp.data.preparation import class_indices, faults_of, given_parts, groups_of, identities_of
 from lgp.data.published_lists import check_published
@@ -108,7 +109,9 @@ def _labels_of(images: Images, offers: Offers, data: DataParams) -> tuple[np.nda
         raise LgpError(f"the only class is {classes[0]!r}: evaluation needs two or more, add images of another class")
     number = np.full(len(offers.classes) + 1, -1, dtype=np.int64)  # the last is for images without a label
     number[there] = np.arange(len(there))
-    return number[labels], classes, _left_out(labels, images.parts, there, offers.classes)
+    notes = [*_left_out(labels, images.parts, there, offers.classes), *notes_on_names(offers.labels)]
+    notes += notes_on_equal_pixels(images.index["content"].tolist(), labels.tolist(), images.paths)
+    return number[labels], classes, notes
 
 
 def _check_same_images(images: Images, offers: Offers, data: DataParams) -> None:

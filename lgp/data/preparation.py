@@ -20,22 +20,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lgp.compute.processes import pool
 from lgp.data.held_out import Draw, HeldOut, draw_held_out, read_held_out
+from lgp.data.label_notes import notes_on_equal_pixels, notes_on_names
 from lgp.data.leaks import find_leaks
 from lgp.data.sources.offers import Offers, Skipped
 from lgp.data.sources.opening import open_sources, said
 from lgp.data.sources.states import STATE, images_state
 from lgp.data.splits import cap, notes_on_classes
+from lgp.data.statistics import of_stored, of_sums
 from lgp.data.stored import ARRAY, INDEX, META, PARTS, StoredImages, shards_in
 from lgp.data.writing import Stored, store
 from lgp.errors import LgpError
 from lgp.params.data import DataParams
 
 NOT_MEASURED = {"test": "accuracy is not measured", "val": "nothing can be chosen by validation"}
-STATISTICS_IMAGES, STATISTICS_CHUNK = 10_000, 256
 SKIPPED = "skipped.csv"
-SAID = 20  # of these a run prints
+SAID = 3  # of these a run prints
 SHOWN = 100  # skipped files that the metrics list; SKIPPED has all
 FEW_FILES = 3  # so many unreadable files are no reason to stop, whatever their share
 
@@ -79,7 +79,7 @@ def prepare(
         kept, _ = _held_out(index, labels, given, kept, offers, held_out)
     if work is None:
         shutil.rmtree(pieces)
-    order = index.pop("position").to_numpy()
+    order, sums = index.pop("position").to_numpy(), index.pop("sums")
     notes += of_parts
     index["part"] = _parts(index, given[order], kept, notes)
     if params.drop_near_test_bits is not None:
@@ -94,6 +94,8 @@ def prepare(
     if len(positions) < len(offers):
         notes.append(f"{len(offers) - len(positions)} images are left out by data.max_train_images or max_test_images")
     notes += notes_on_classes(counts, bool(kept.images or kept.groups))
+    notes += notes_on_names(offers.labels)
+    notes += notes_on_equal_pixels(index["content"].tolist(), labels[order].tolist(), index["path"].tolist())
     index.to_parquet(folder / INDEX, index=False)
     skipped = [*stored.unreadable, *offers.skipped, *offers.clutter]
     _write_skipped(folder / SKIPPED, skipped)
@@ -106,7 +108,7 @@ def prepare(
         "skipped": [skip._asdict() for skip in [*offers.skipped, *offers.clutter][:SHOWN]],
         "skipped_files": len(skipped),
         "notes": notes,
-        "digest": _write_meta(folder, index, params),
+        "digest": _write_meta(folder, index, sums, params),
     }, kept
 
 
@@ -115,10 +117,17 @@ def describe(metrics: dict[str, Any]) -> list[str]:
     counts = ", ".join(f"{metrics[f'images/{part}']} {part}" for part in PARTS)
     lines = [f"{counts} images", *metrics["notes"]]
     listed = [*metrics["unreadable"], *metrics["skipped"]]
-    lines += [f"left out {skip['path']} ({skip['reason']})" for skip in listed[:SAID]]
-    if metrics["skipped_files"] > SAID:
-        lines.append(f"left out {metrics['skipped_files']} files in all: data/prepared/{SKIPPED} lists them")
+    if listed:
+        said = _examples([Skipped(**skip) for skip in listed])
+        lines.append(f"left out {metrics['skipped_files']} files and rows: {said}: data/prepared/{SKIPPED} lists all")
     return lines
+
+
+def _examples(skipped: Sequence[Skipped]) -> str:
+    """Return some of what was left out, of different reasons where there are several."""
+    first_of_reason = list({skip.reason: skip for skip in reversed(skipped)}.values())[::-1]
+    examples = list(dict.fromkeys([*first_of_reason, *skipped]))[:SAID]
+    return "; ".join(f"{path} ({reason})" for path, reason in examples) + ("; …" if len(skipped) > SAID else "")
 
 
 def _read(
@@ -355,8 +364,10 @@ def _write_skipped(file: Path, skipped: Sequence[Skipped]) -> None:
         writer.writerows(skipped)
 
 
-def _write_meta(folder: Path, index: pd.DataFrame, params: DataParams) -> str:
+def _write_meta(folder: Path, index: pd.DataFrame, sums: pd.Series, params: DataParams) -> str:
     """Write the properties common to all images, and a digest of everything prepared. Return the digest.
+
+    `sums` are those of each image, as `Stored` has them.
 
     The digest is of pixels, parts and statistics. Where the images came from does not change it.
     """
@@ -369,7 +380,8 @@ def _write_meta(folder: Path, index: pd.DataFrame, params: DataParams) -> str:
     }
     (folder / META).write_text(json.dumps(meta))
     if params.mean is None or params.std is None:
-        mean, std = _statistics(StoredImages(folder))
+        of_train = [of_image for of_image in sums[index["part"] == "train"] if of_image]
+        mean, std = of_sums(of_train, params.image_size**2) if of_train else of_stored(StoredImages(folder))
         meta |= {"mean": params.mean or mean, "std": params.std or std}
     digest = hashlib.sha256(b"".join(index["content"]))
     digest.update(index[["height", "width", "part"]].to_csv(index=False).encode())
@@ -379,31 +391,3 @@ def _write_meta(folder: Path, index: pd.DataFrame, params: DataParams) -> str:
     meta["digest"] = digest.hexdigest()
     (folder / META).write_text(json.dumps(meta, indent=2))
     return digest.hexdigest()
-
-
-def _statistics(images: StoredImages) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation per channel of the training images or a sample. Pixels are in [0, 1]."""
-    ids = images.pretraining_ids
-    ids = ids[:: max(1, len(ids) // STATISTICS_IMAGES)]
-    parts = np.array_split(ids, max(1, len(ids) // STATISTICS_CHUNK))
-    count = partial(_counts, images.folder)
-    if len(parts) == 1 or (images.folder / ARRAY).exists():
-        counts = np.sum(list(map(count, parts)), axis=0)
-    else:
-        with pool() as processes:
-            counts = np.sum(list(processes.map(count, parts)), axis=0)
-    values, pixels = np.arange(256), counts[0].sum()
-    mean = counts @ values / pixels / 255
-    std = np.sqrt(np.maximum(counts @ values**2 / pixels / 255**2 - mean**2, 0))
-    # constant images (one flat colour) must not cause a division by zero
-    return [round(float(m), 6) for m in mean], [round(max(float(s), 1e-3), 6) for s in std]
-
-
-def _counts(folder: Path, ids: np.ndarray) -> np.ndarray:
-    """Return how often each value occurs in the channels of some images, (C, 256)."""
-    images = StoredImages(folder)
-    counts = np.zeros((images.channels, 256), dtype=np.int64)
-    for start in range(0, len(ids), 64):
-        pixels = images.squares(ids[start : start + 64])
-        counts += [np.bincount(pixels[..., c].ravel(), minlength=256) for c in range(images.channels)]
-    return counts

@@ -16,6 +16,8 @@ from lgp.compute.processes import cores, pool
 from lgp.data.conversion import as_image, decode, encode, plain, shrink
 from lgp.data.leaks import perceptual_hashes
 from lgp.data.sources.offers import Read, bytes_of, read_file
+from lgp.data.statistics import sums_of
+from lgp.data.stored import RESAMPLING, square
 from lgp.errors import LgpError
 
 FEW = 256  # images for which no process is started
@@ -36,6 +38,7 @@ class Wanted:
         short_side: images whose shorter side is larger are made smaller. None: images stay as they are.
         pixels: whether those of images of the model's size come along.
         reference: whether, in place of the image, the path and state of its file come along.
+        shorter: the shorter side of images whose middle square is summed. None: nothing is.
     """
 
     channels: int
@@ -43,6 +46,7 @@ class Wanted:
     short_side: int | None
     pixels: bool
     reference: bool
+    shorter: int | None
 
 
 class Converted(NamedTuple):
@@ -57,6 +61,7 @@ class Converted(NamedTuple):
         file: its absolute path as the system has it, if it is kept by reference.
         size: of that file, in bytes.
         mtime_ns: when that file was last changed.
+        sums: those of its square by `statistics.sums_of`, as bytes, if they are wanted.
         data: the encoded image.
         pixels: (S, S, C) uint8 as bytes, if they are wanted.
     """
@@ -69,6 +74,7 @@ class Converted(NamedTuple):
     file: bytes | None = None
     size: int = 0
     mtime_ns: int = 0
+    sums: bytes = b""
     data: bytes = b""
     pixels: bytes = b""
 
@@ -185,7 +191,14 @@ def _described(images: list[_Decoded], wanted: Wanted) -> Iterator[Converted]:
         height, width, _ = pixels.shape
         along = pixels.tobytes() if wanted.pixels and height == width == wanted.image_size else b""
         content = content_of(pixels)
-        yield Converted(None, height, width, content, next(hashes), file, size, mtime_ns, data, along)
+        sums = _sums_of_square(pixels, wanted)
+        yield Converted(None, height, width, content, next(hashes), file, size, mtime_ns, sums, data, along)
+
+
+def _sums_of_square(pixels: np.ndarray, wanted: Wanted) -> bytes:
+    if wanted.shorter is None:
+        return b""
+    return sums_of(square(pixels, wanted.shorter, wanted.image_size, RESAMPLING["bilinear"])).tobytes()
 
 
 def _as_stored(data: bytes | np.ndarray, wanted: Wanted) -> tuple[bytes, np.ndarray]:

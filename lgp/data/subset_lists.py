@@ -1,6 +1,5 @@
 """Published few-label subsets. A file has one image per line: its path or name, with or without its label."""
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,15 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from lgp.data.sources.cells import text_of
+from lgp.data.sources.states import list_file
 from lgp.errors import LgpError
 
 SHOWN = 5  # names in a message
 LABELLED = re.compile(r"(.*\S)\s*[,\s]\s*(\S+)")
-
-
-def list_file(path: Path) -> Path:
-    """Return the path of a list. A relative path starts at the project, also if an experiment runs in a copy of it."""
-    return Path(os.environ.get("DVC_ROOT", ".")) / path.expanduser()
 
 
 def read_subset_list(
@@ -43,11 +39,11 @@ def read_subset_list(
     """
     file = list_file(path)
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
+        text = text_of(file.read_bytes())
+    except (OSError, ValueError) as e:
         raise LgpError(
-            f"cannot read the list of images {file.absolute()} ({getattr(e, 'strerror', 'not text')}): mend "
-            "labels.lists"
+            f"cannot read the list of images {file.absolute()} ({getattr(e, 'strerror', None) or e}): mend "
+            "labels.lists, or the file"
         ) from None
     lines = [(number, line.strip(", \t")) for number, line in enumerate(text.splitlines(), 1) if line.strip(", \t")]
     if not lines:

@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from lgp.data.progress import progress
 from lgp.data.reading import Converted, Wanted, converted, path_of
 from lgp.data.sources.offers import Offers, Read, Skipped
+from lgp.data.statistics import takes_all
 from lgp.data.stored import ARRAY, BATCH_ROWS, SHARDS, encoded_batch
 from lgp.errors import LgpError, check_disk_space
 from lgp.params.data import DataParams
@@ -50,6 +51,7 @@ ROWS = pa.schema(
         ("content", pa.binary()),
         ("hash", pa.uint64()),
         *OF_FILE,
+        ("sums", pa.binary()),
     ]
 )
 
@@ -60,8 +62,8 @@ class Stored:
 
     Attributes:
         table: a row per stored image, in the order of the store: position (in the source), height, width, content
-            (SHA-256 of shape and pixels, bytes) and hash (perceptual, uint64). By reference also file, size and
-            mtime_ns.
+            (SHA-256 of shape and pixels, bytes), hash (perceptual, uint64) and sums (of `Converted`, empty for many
+            images or given statistics). By reference also file, size and mtime_ns.
         unreadable: the images that were left out.
     """
 
@@ -95,7 +97,9 @@ def store(
     positions = [int(position) for position in positions]
     form = (params.image_size, params.image_size, params.channels)
     fit = not reference and len(positions) * math.prod(form) <= ARRAY_BYTES
-    wanted = Wanted(params.channels, params.image_size, params.store_short_side, fit, reference)
+    summed = (params.mean is None or params.std is None) and takes_all(len(positions))
+    shorter = int(params.image_size / params.eval_crop) if summed else None  # as `StoredImages.squares` rounds it
+    wanted = Wanted(params.channels, params.image_size, params.store_short_side, fit, reference, shorter)
     pieces = _Pieces(work, reference, fit, math.prod(form))
     done = pieces.resume(_plan(offers, positions, wanted))
     rest = positions[done:]

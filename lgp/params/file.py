@@ -1,9 +1,11 @@
 """The parameter file: loading and checking. The whole file is checked before any work."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -30,6 +32,14 @@ MOVED = {
     "data.near_duplicate_bits": "labels.near_duplicate_bits",
     "report": "arms, which names pixels and random too",
 }
+# what a union's branch takes, by pydantic's error where another kind is given
+KINDS = {
+    "string_type": "a path, a name",
+    "model_type": "a mapping such as {folder: raw/}",
+    "float_type": "a number",
+    "list_type": "a list of numbers",
+}
+Loc = tuple[str | int, ...]
 
 
 def selected_tasks(labels: str) -> tuple[str, str]:
@@ -230,12 +240,34 @@ def load_params(path: Path) -> Params:
     try:
         return Params.model_validate(values)
     except ValidationError as e:
-        raise LgpError(f"{path}: " + "; ".join(_explain(error) for error in e.errors())) from None
+        raise LgpError(f"{path}: " + "; ".join(_explain(error, values) for error in _fitting(e.errors()))) from None
 
 
-def _explain(error: Any) -> str:
+def _fitting(errors: Sequence[Any]) -> list[Any]:
+    """Return pydantic's errors, one branch of each union: that of the kind that was given.
+
+    Pydantic tries every branch, and reports the errors of all.
+    """
+    of_union: dict[Loc, list[Any]] = {}
+    for error in errors:
+        branch = _branch_at(error["loc"])
+        of_union.setdefault(error["loc"] if branch is None else error["loc"][:branch], []).append(error)
+    return list(chain.from_iterable(_of_one_branch(place, found) for place, found in of_union.items()))
+
+
+def _of_one_branch(place: Loc, errors: list[Any]) -> list[Any]:
+    kinds = [error for error in errors if len(error["loc"]) == len(place) + 1 and error["type"].endswith("_type")]
+    if not kinds or errors[0]["loc"] == place:
+        return errors
+    if len(kinds) < len(errors):
+        return [error for error in errors if error not in kinds]
+    valid = " or ".join(KINDS.get(error["type"], error["msg"]) for error in kinds)
+    return [{"loc": place, "type": "kind", "msg": f"give {valid}", "input": errors[0]["input"]}]
+
+
+def _explain(error: Any, values: Any) -> str:
     """Return one pydantic error as `section.key: what is wrong, what is valid`."""
-    key = ".".join(str(part) for part in error["loc"])
+    key = _key(error["loc"], values)
     if error["type"] == "extra_forbidden":
         if key in MOVED:
             return f"unknown key {key!r}: it is now {MOVED[key]}"
@@ -251,7 +283,41 @@ def _explain(error: Any) -> str:
     return f"{key}: {given}{message}" if key else message
 
 
-def _section_at(loc: tuple[str | int, ...]) -> type[Section]:
+def _key(loc: Loc, values: Any) -> str:
+    """Return the key of an error, as in the file. A single value that stands for a list has no number."""
+    branch, parts = _branch_at(loc), []
+    for place, part in enumerate(loc):
+        if place == branch or (isinstance(part, int) and not isinstance(values, list)):
+            continue
+        parts.append(str(part))
+        if isinstance(values, list):
+            values = values[part] if isinstance(part, int) else None
+        else:
+            values = values.get(part) if isinstance(values, dict) else None
+    return ".".join(parts)
+
+
+def _branch_at(loc: Loc) -> int | None:
+    """Return the place in an error's path that names a branch of a union, None if there is none."""
+    kind: Any = Params
+    for place, part in enumerate(loc):
+        branches = [_bare(branch) for branch in get_args(kind) if branch is not NoneType]
+        if get_origin(kind) in (Union, UnionType) and len(branches) > 1:
+            return place
+        kind = branches[0] if get_origin(kind) in (Union, UnionType) else kind
+        if isinstance(kind, type) and issubclass(kind, Section):
+            field = kind.model_fields.get(str(part))
+            kind = _bare(field.annotation) if field else None
+        else:  # of a list, or of a mapping with free names
+            kind = _bare(get_args(kind)[-1]) if get_args(kind) else None
+    return None
+
+
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _section_at(loc: Loc) -> type[Section]:
     section: type[Section] = Params
     for part in loc:
         if str(part) not in section.model_fields:  # a name that the user chose, e.g. of a recipe

@@ -15,8 +15,8 @@ from lgp.errors import LgpError, NoSource
 from lgp.workflow.code_digest import code_digests
 
 FOLDER, PARAMS_FILE = Path("inputs"), Path("params.yaml")
-PREPARED, LABELS = Path("data/prepared"), Path("data/labels")
 DIGITS = "digits"  # the built-in images, whose labels never change
+PREPARED, LABELS = Path("data/prepared"), Path("data/labels")
 
 
 def write_inputs(folder: Path, params_file: Path, root: Path) -> None:
@@ -45,17 +45,11 @@ def _states(params_file: Path) -> tuple[str, str]:
         return DIGITS, DIGITS
     from lgp.data.sources.opening import open_sources
     from lgp.data.sources.states import STATE, images_state, labelling_state
-    from lgp.params.data import DataParams
 
+    sources, columns, tables, noticed_by = _plain(data) or _checked(data, params_file)
     try:
-        params = DataParams.model_validate(data)
-    except ValueError:
-        from lgp.params.file import load_params
-
-        params = load_params(params_file).data  # raises an error that says what is wrong
-    try:
-        offers = open_sources(params.source, params.columns, params.labels)
-        return images_state(offers, params.noticed_by, params.source), labelling_state(offers, lists)
+        offers = open_sources(sources, columns, tables)
+        return images_state(offers, noticed_by, sources), labelling_state(offers, lists)
     except NoSource as e:
         # a machine that only trains needs prepared data, not the source
         print(f"{' '.join(str(e).split())}: prepared images and labels are taken as they are", flush=True)
@@ -64,6 +58,38 @@ def _states(params_file: Path) -> tuple[str, str]:
         return states[0], states[1]
     except LgpError as e:
         return _said(e), _said(e)  # the stages `prepare` and `labels` run, and fail with what is wrong
+
+
+def _plain(data: dict[str, Any]) -> tuple[list[Any], Any, list[str], str] | None:
+    """Return sources, columns, tables and `noticed_by` if all of them are text. None: they need checking.
+
+    Pydantic takes more time to import than a small source takes to list. The stage `prepare` checks every key.
+    """
+    from lgp.data.sources.offers import Columns
+
+    sources, columns, tables = data["source"], data.get("columns") or {}, data.get("labels") or []
+    sources, tables = ([value] if isinstance(value, str) else value for value in (sources, tables))
+    noticed_by = data.get("noticed_by", "time")
+    known = isinstance(columns, dict) and columns.keys() <= set(Columns._fields) and noticed_by in ("time", "digest")
+    if not (known and isinstance(sources, list) and sources and isinstance(tables, list)):
+        return None
+    texts = [*sources, *tables, *(name for name in columns.values() if name is not None)]
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    return sources, Columns(**columns), tables, noticed_by
+
+
+def _checked(data: dict[str, Any], params_file: Path) -> tuple[list[Any], Any, list[str], str]:
+    """Return the same of any valid section `data`. Raise `LgpError` for one that is not."""
+    from lgp.params.data import DataParams
+
+    try:
+        params = DataParams.model_validate(data)
+    except ValueError:
+        from lgp.params.file import load_params
+
+        params = load_params(params_file).data  # raises an error that says what is wrong
+    return params.source, params.columns, list(params.labels), params.noticed_by
 
 
 def _data_and_lists(params_file: Path) -> tuple[dict[str, Any], list[str]]:

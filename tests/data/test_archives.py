@@ -180,12 +180,24 @@ def test_a_list_without_labels_leaves_those_of_folders(opened: Opened) -> None:
     assert (offers.labels, offers.splits) == (["d", "e"], ["test", "train"])
     offers = opened({"labels.csv": b"id,colour\n1,red\n", "d/x.png": png(), "e/y.png": png()})
     assert (offers.labels, reasons(offers)) == (["d", "e"], {"labels.csv": "names no images"})
+    assert offers.notes == []
+
+
+def test_columns_of_a_list_that_are_not_read_are_told(opened: Opened) -> None:
+    offers = opened({"labels.csv": b"file,label,fold\nx.png,red,1\n", "x.png": png()})
+    assert offers.notes[0].startswith(
+        "labels.csv: image from 'file', label from 'label'; no split and no group; not re"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("labels.csv", b"file,label\na.png,\xff\n", r"labels\.csv cannot be read"),
+        (
+            "labels.csv",
+            b"file,label\na.png,\xff\n",
+            r"labels\.csv cannot be read: it is not UTF-8 \(byte 0xff in line 2",
+        ),
         ("metadata.jsonl", b'{"file_name": "a.png"}\n[1]\n', "a row is no object"),
         ("labels.csv", b"file,label\na.png,x\na.png,y\n", r"row 1 says something else of a\.png"),
         ("labels.csv", b"file,split\na.png,fold1\n", r"labels\.csv: row 0 has the split 'fold1'"),

@@ -11,6 +11,7 @@ from made_sources import folder, png
 
 from lgp.data.sources.offers import Offers
 from lgp.data.sources.opening import open_sources, specified
+from lgp.data.sources.specs import Spec
 from lgp.data.sources.states import images_state, labels_state
 from lgp.errors import LgpError
 from lgp.params.data import ColumnsParams, DataParams, SourceParams
@@ -158,9 +159,9 @@ def test_layout_is_found_by_name_and_content(tmp_path: Path) -> None:
         "t.csv": "csv", "t.TSV": "tsv", "t.jsonl": "jsonl", "t.parquet": "parquet", "t.tar": "tar", "t.tar.gz": "tar",
         "t.zip": "zip", "t.npz": "npz", "t.arrow": "arrow",
     }  # fmt: skip
-    assert specified("hf:beans").hf == "beans"
-    assert specified("torchvision:CIFAR10").torchvision == "CIFAR10"
-    assert specified("digits").builtin == "digits"
+    assert specified("hf:beans") == Spec("hf", "beans")
+    assert specified("torchvision:CIFAR10") == Spec("torchvision", "CIFAR10")
+    assert specified("digits") == Spec("builtin", "digits")
 
 
 @pytest.mark.parametrize(

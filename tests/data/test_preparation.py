@@ -11,7 +11,7 @@ import pytest
 from made_sources import both_from, data_params, folder, images_from, labels_from, png, write_parquet
 from PIL import Image
 
-from lgp.data import preparation
+from lgp.data import preparation, statistics
 from lgp.data.labels import LabelledImages, describe
 from lgp.data.preparation import prepare
 from lgp.data.storage import Images
@@ -468,18 +468,32 @@ def test_files_that_a_table_names_in_vain_count_as_unreadable(tmp_path: Path, pa
     assert (len(images.paths), len(metrics["unreadable"])) == (20, 12)
 
 
-def test_statistics_are_the_same_from_several_processes(
-    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("sample", [10_000, 12])
+def test_statistics_are_those_of_the_training_images(
+    tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch, sample: int
 ) -> None:
-    monkeypatch.setattr(preparation, "STATISTICS_CHUNK", 5)
-    metrics, images = images_from(
-        folder(tmp_path / "source", {"ant": 10, "bee": 10}, size=(9, 11)), tmp_path / "out", params
-    )
+    """Of few images, sums are taken as they are decoded. Of many, stored ones are decoded again, in processes."""
+    monkeypatch.setattr(statistics, "CHUNK", 5)
+    monkeypatch.setattr(statistics, "SAMPLE", sample)
+    again = []
+    monkeypatch.setattr(preparation, "of_stored", lambda images: again.append(1) or statistics.of_stored(images))
+    source = folder(tmp_path / "source", {"ant": 12, "bee": 12}, size=(9, 11))
+    metrics, images = images_from(source, tmp_path / "out", params, eval_crop=0.875)
+    assert bool(again) == (sample == 12)
     assert metrics["images/train"] > 10
     assert not (images.folder / ARRAY).exists()
     pixels = images.whole(images.pretraining_ids).double() / 255
     assert images.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-6)
     assert images.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"eval_crop": 0.5}, {"store_short_side": 8}, {"storage": "reference"}])
+def test_statistics_of_the_first_decoding_are_those_of_stored_images(
+    tmp_path: Path, params: Params, changes: dict[str, Any]
+) -> None:
+    source = folder(tmp_path / "source", {"ant": 12, "bee": 12}, size=(9, 13))
+    _, images = images_from(source, tmp_path / "out", params, **changes)
+    assert (images.mean, images.std) == statistics.of_stored(images)
 
 
 def test_what_the_sources_say_is_told(tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:

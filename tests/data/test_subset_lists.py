@@ -74,6 +74,12 @@ def test_list_that_does_not_fit_says_what_and_where(tmp_path: Path, text: str, m
         read(tmp_path, text)
 
 
+def test_list_that_is_not_utf_8_is_told_the_place_and_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes("cat/1.jpg\ncat/H\u00fcte.jpg\n".encode("latin1"))
+    with pytest.raises(LgpError, match=r"not UTF-8 \(byte 0xfc in line 2\); convert it: iconv -f latin1 -t utf-8 OLD"):
+        read_subset_list(tmp_path / "list.txt", PATHS, LABELS, SPLITS, CLASSES)
+
+
 def test_absent_list_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(LgpError, match=r"cannot read the list of images .*none.txt .*mend labels.lists"):
         read_subset_list(tmp_path / "none.txt", PATHS, LABELS, SPLITS, CLASSES)

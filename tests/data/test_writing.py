@@ -42,7 +42,7 @@ def test_images_of_the_models_size_become_one_array(tmp_path: Path) -> None:
     result, out = stored(tmp_path, offers_from([encode(image) for image in pixels]), data_params())
     assert [path.name for path in out.iterdir()] == ["images.npy"]
     assert np.array_equal(np.load(out / "images.npy"), np.stack(pixels))
-    assert list(result.table) == ["position", "height", "width", "content", "hash"]
+    assert list(result.table) == ["position", "height", "width", "content", "hash", "sums"]
     assert result.table["position"].tolist() == list(range(5))
     assert result.table["content"].tolist() == [content_of(image) for image in pixels]
     assert result.table["hash"].tolist() == perceptual_hashes(pixels).tolist()

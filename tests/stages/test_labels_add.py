@@ -47,7 +47,7 @@ def prepared(project: Path) -> LabelledImages:
 
 def test_first_labels_hold_images_out_and_later_ones_train(project: Path) -> None:
     said = lgp("labels", "add", "first.csv").output.splitlines()
-    assert said[0] == "labels: 40 new labels, 0 changed, 0 as before, 0 rows without a label"
+    assert said[0] == "labels: 40 new labels, 0 changed, none removed, 0 as before, 0 rows without a label"
     assert said[1:3] == ["labels: ant: 20 labelled images", "labels: bee: 20 labelled images"]
     assert "added_labels.csv has them now; `dvc repro`: these are the first labels" in said[3]
     assert load_params(project / "params.yaml").data.labels == ("added_labels.csv",)
@@ -57,7 +57,7 @@ def test_first_labels_hold_images_out_and_later_ones_train(project: Path) -> Non
     rows = ["40.png,ant", "41.png,bee", "42.png,", "0.png,ant", "1.png,ant"]
     (project / "selected.csv").write_text("\n".join(["path,label", *rows]))
     said = lgp("labels", "add", "selected.csv").output.splitlines()
-    assert said[0] == "labels: 2 new labels, 1 changed, 1 as before, 1 rows without a label"
+    assert said[0] == "labels: 2 new labels, 1 changed, none removed, 1 as before, 1 rows without a label"
     assert said[-1].endswith("labels, evaluations and report run again; images and encoders stay")
     digest = before.meta["digest"]
     after = prepared(project)
@@ -84,6 +84,16 @@ def test_table_with_a_fault_changes_nothing(project: Path, text: str, message: s
     assert message in result.stderr
     assert not (project / "added_labels.csv").exists()
     assert (project / "params.yaml").read_text() == before
+
+
+def test_validation_part_of_images_without_any_label_is_no_reason_to_warn(project: Path) -> None:
+    assert lgp("prepare").exit_code == 0
+    result = lgp("labels")
+    assert result.exit_code == 0, result.output
+    assert "val_share" not in result.output
+    lgp("labels", "add", "first.csv")
+    prepared(project)
+    assert "raise data.val_share" in lgp("labels").output
 
 
 def test_prepare_says_what_came_went_and_changed(project: Path) -> None:

@@ -96,7 +96,7 @@ def test_selection_is_filled_in_and_comes_back_as_labels(
     assert "selection.csv has labels: `lgp labels add selection.csv` adds them" in refused.stderr
     added = lgp("labels", "add", "selection.csv")
     assert added.exit_code == 0, added.output
-    assert "10 new labels, 0 changed, 0 as before, 2 rows without a label" in added.output
+    assert "10 new labels, 0 changed, none removed, 0 as before, 2 rows without a label" in added.output
 
     after = add_labels()
     assert np.isin(chosen[:10], after.ids("train")).all()

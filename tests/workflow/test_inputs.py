@@ -1,6 +1,8 @@
 """The stage `inputs`: what it writes where the source of the images is there, gone, or never was."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,14 @@ import pytest
 import yaml
 from conftest import merged
 
+from lgp.data.sources import specs
+from lgp.data.sources.specs import columns_of
 from lgp.data.sources.states import STATE
-from lgp.workflow.inputs import LABELS, PREPARED, write_inputs
+from lgp.params.data import TABLES
+from lgp.workflow.inputs import LABELS, PREPARED, _checked, _plain, write_inputs
 from lgp.workflow.pipeline import SECTIONS
+
+HEAVY = {"numpy", "pandas", "pyarrow", "pydantic", "torch"}
 
 
 @pytest.fixture
@@ -97,3 +104,52 @@ def test_wrong_parameter_file_is_an_error(project: Path) -> None:
     (project / "params.yaml").write_text("seed: [")
     with pytest.raises(Exception, match="not valid YAML"):
         labels_after(project)
+
+
+def test_folder_with_a_table_is_looked_at_without_heavy_imports(project: Path, values: dict[str, Any]) -> None:
+    (project / "raw").mkdir()
+    (project / "raw" / "0.png").write_bytes(b"x")
+    (project / "labels.csv").write_text("bild,label\n0.png,a\n")
+    data = {"source": "raw", "labels": "labels.csv", "columns": {"image": "bild"}}
+    (project / "params.yaml").write_text(yaml.safe_dump(merged(values, {"data": data})))
+    code = "import sys, lgp.workflow.inputs as i; i.main(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stdout.split())
+    state = (project / "inputs" / "labels").read_text()
+    assert not state.startswith("unreadable")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"source": "raw"},
+        {"source": ["raw", "more.csv"], "columns": {"image": "bild", "label": None}, "noticed_by": "digest"},
+        {"source": "raw", "labels": ["more.csv"], "columns": {}},
+    ],
+)
+def test_sources_that_are_text_are_read_as_the_checked_ones(
+    project: Path, values: dict[str, Any], data: dict[str, Any]
+) -> None:
+    section = merged(values, {"data": data})["data"]
+    sources, columns, tables, noticed_by = _checked(section, project / "params.yaml")
+    assert _plain(section) == (sources, columns_of(columns), tables, noticed_by)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"source": [{"folder": "raw"}]},
+        {"source": 5},
+        {"source": []},
+        {"source": "raw", "columns": {"imag": "x"}},
+        {"source": "raw", "columns": {"image": 3}},
+        {"source": "raw", "labels": [3]},
+        {"source": "raw", "noticed_by": "size"},
+    ],
+)
+def test_other_sources_are_checked(data: dict[str, Any]) -> None:
+    assert _plain(data) is None
+
+
+def test_kinds_of_tables_are_those_of_the_parameters() -> None:
+    assert specs.TABLES == TABLES

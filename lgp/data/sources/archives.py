@@ -24,7 +24,7 @@ from lgp.data.sources.archive_files import (
 from lgp.data.sources.cells import is_clutter, one_line, printable, split_word
 from lgp.data.sources.image_cells import state_of
 from lgp.data.sources.listing import LISTS, Listing, OfFolders, by_folders
-from lgp.data.sources.member_labels import SIDECARS, Said, in_manifest, in_sidecar
+from lgp.data.sources.member_labels import SIDECARS, Said, in_manifest, in_sidecar, manifest_rows, notes_on_manifest
 from lgp.data.sources.offers import Columns, Offers, Read, Skipped
 from lgp.errors import LgpError
 
@@ -242,7 +242,9 @@ def _listed(archive: _Archive, columns: Columns, listing: Listing) -> dict[str, 
     folders = []  # of lists that give labels: the folders below them name no classes
     for path, data in archive.lists.items():
         where, rows = archive.prefix + path, 0
-        for number, image, said in in_manifest(where, posixpath.dirname(path), data, columns):
+        of_list = manifest_rows(where, data)
+        listing.notes += notes_on_manifest(where, of_list, columns)
+        for number, image, said in in_manifest(where, posixpath.dirname(path), of_list, columns):
             rows += 1
             if image not in archive.members:
                 listing.skipped.append(Skipped(f"{where}#{number}", f"names {image!r}, which the archive lacks"))

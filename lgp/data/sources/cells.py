@@ -1,5 +1,6 @@
 """What a cell, a word or a name means, whatever layout it stands in; and tables of text as rows."""
 
+import codecs
 import csv
 import io
 import json
@@ -7,7 +8,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ CLUTTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__mac
 SAID = {"", *SPLITS}
 WHOLE = re.compile(r"-?\d+\.0+")
 DELIMITERS = ",;\t"
+MOST_NAMED = 8  # columns in a message
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 
 
@@ -40,7 +42,7 @@ def cells_of(name: str, data: bytes) -> Cells:
     suffix = PurePosixPath(name).suffix.lower()
     if suffix == ".parquet":
         return _of_parquet(data)
-    text = data.decode("utf-8-sig")
+    text = text_of(data)
     if suffix in JSON_ENDINGS:
         numbers, rows = _objects(text)
         names = dict.fromkeys(key for row in rows for key in row)
@@ -52,9 +54,26 @@ def cells_of(name: str, data: bytes) -> Cells:
 def rows_of(name: str, data: bytes) -> list[dict[str, Any]]:
     """Return the rows of a table, which `cells_of` reads. A row of JSON has the names that it gives itself."""
     if PurePosixPath(name).suffix.lower() in JSON_ENDINGS:
-        return _objects(data.decode("utf-8-sig"))[1]
+        return _objects(text_of(data))[1]
     columns = cells_of(name, data).columns
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def text_of(data: bytes) -> str:
+    """Return the content of a text file. It is UTF-8, with or without a mark at its beginning.
+
+    Raises:
+        ValueError: it is not. The message says where, and how to convert the file.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = data.count(b"\n", 0, e.start) + 1
+        code = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
+        raise ValueError(
+            f"it is not UTF-8 (byte 0x{data[e.start]:02x} in line {line}); convert it: "
+            f"iconv -f {code} -t utf-8 OLD > NEW"
+        ) from None
 
 
 def _of_parquet(data: bytes) -> Cells:
@@ -116,6 +135,25 @@ def column_of(present: Sequence[str], columns: Columns, role: str) -> str | None
         return given if given in present else None
     by_name = {str(name).strip().lower(): name for name in reversed(present)}
     return next((by_name[name] for name in USUAL[role] if name in by_name), None)
+
+
+def note_on_columns(name: str, present: Sequence[str], read: Mapping[str, str | None]) -> list[str]:
+    """Return a line that says what the columns of a table were read as, if one of them was not read.
+
+    Args:
+        name: of the table.
+        present: names of its columns.
+        read: role → name of the column, None without one.
+    """
+    unread = [str(column) for column in present if column not in read.values() and str(column).strip()]
+    if not unread:
+        return []
+    roles = ", ".join(f"{role} from {column!r}" for role, column in read.items() if column is not None)
+    missing = [role for role in ("label", "split", "group") if read.get(role) is None]
+    hint = f"; data.columns: {{{missing[-1]}: COLUMN}} reads one" if missing else ""
+    without = f"; no {' and no '.join(missing)}" if missing else ""
+    more = f" and {len(unread) - MOST_NAMED} more" if len(unread) > MOST_NAMED else ""
+    return [f"{name}: {roles}{without}; not read: {', '.join(unread[:MOST_NAMED])}{more}{hint}"]
 
 
 def plain_text(value: object) -> str | None:

@@ -16,14 +16,14 @@ from pathlib import Path
 from lgp.compute.processes import cores
 from lgp.data.sources.offers import Offers, state_text
 from lgp.data.sources.opening import DOWNLOADS, SUFFIXES
+from lgp.data.sources.specs import TABLES, Source
 from lgp.errors import LgpError
-from lgp.params.data import TABLES, SourceParams
 
 CACHE = Path(".lgp") / "file_digests.json"
 OF_FILE = re.compile(r"\d+-\d+")  # what `state_text` returns, at the beginning of a state
 
 
-def by_contents(offers: Offers, sources: Sequence[str | SourceParams]) -> list[str]:
+def by_contents(offers: Offers, sources: Sequence[Source]) -> list[str]:
     """Return the state of each image, with the digest of its file in place of the size and time.
 
     Files are looked for at the places of the sources. A state whose file lies elsewhere (a data set of the hub) stays
@@ -82,7 +82,7 @@ def _digest(file: str) -> str:
         return f"cannot be read: {e.strerror}"
 
 
-def _files(sources: Sequence[str | SourceParams]) -> Iterator[tuple[str, os.stat_result]]:
+def _files(sources: Sequence[Source]) -> Iterator[tuple[str, os.stat_result]]:
     """Yield the files, by their absolute paths, at the places of the sources, each place in the order of its names."""
     seen: set[str] = set()
     for place in dict.fromkeys(place for source in sources for place in _places(source)):
@@ -96,7 +96,7 @@ def _files(sources: Sequence[str | SourceParams]) -> Iterator[tuple[str, os.stat
                 continue
 
 
-def _places(source: str | SourceParams) -> Iterator[Path]:
+def _places(source: Source) -> Iterator[Path]:
     """Yield the files and folders that a source may read. Paths of a table start at its folder, or at `root`."""
     root = Path(os.environ.get("DVC_ROOT", "."))
     text = source if isinstance(source, str) else source.place
@@ -108,7 +108,7 @@ def _places(source: str | SourceParams) -> Iterator[Path]:
     yield from files
     if any(SUFFIXES.get(file.suffix.lower()) in (*TABLES, "parquet") for file in files if file.is_file()):
         yield path.parent
-    if isinstance(source, SourceParams) and source.root is not None:
+    if not isinstance(source, str) and source.root is not None:
         yield root / Path(source.root).expanduser()
 
 

@@ -3,13 +3,14 @@
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from lgp.data.sources.cells import one_line
 from lgp.data.sources.listing import fail
 from lgp.data.sources.offers import Read, read_file, state_text
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def inside(root: Path, folder: Path, path: str) -> Path | None:
@@ -59,8 +60,10 @@ def same(data: bytes) -> bytes:
     return data
 
 
-def _of_numbers(value: list[Any]) -> bytes | np.ndarray:
+def _of_numbers(value: list[Any]) -> "bytes | np.ndarray":
     """Return a list of bytes as encoded bytes, and lists of lists as pixels."""
+    import numpy as np
+
     numbers = np.array(value)
     if numbers.dtype.kind not in "iu" or numbers.min(initial=0) < 0 or numbers.max(initial=0) > 255:
         raise ValueError("its numbers are not whole ones from 0 to 255")

@@ -23,6 +23,7 @@ class Listing:
     states: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     clutter: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, path: str, word: str | None, label: str | None, group: object, state: str) -> None:
         """Add an image. `word` is the word of `SPLITS` that its split has in the source, None for unknown."""
@@ -55,6 +56,7 @@ class Listing:
             self.skipped,
             self.clutter,
             declared=bool(names),
+            notes=self.notes,
         )
 
 

@@ -25,6 +25,7 @@ from lgp.data.sources.cells import (
     class_name,
     column_of,
     meanings,
+    note_on_columns,
     one_line,
     plain_text,
     printable,
@@ -59,7 +60,7 @@ ODD = re.compile(r"(^|/)\.{0,2}(/|$)")  # `./`, `../`, `//`, and the beginning o
 class Table:
     """The rows of a table, as columns of text. None: the table has no such column, or the row no value.
 
-    `paths` are as the file has them. `numbers` says where each row stands, for messages.
+    `paths` are as the file has them. `numbers` says where each row stands, for messages. `notes` are to be told.
     """
 
     file: Path
@@ -68,6 +69,7 @@ class Table:
     splits: list[str | None]
     groups: list[str | None]
     numbers: Sequence[int]
+    notes: tuple[str, ...] = ()
 
     def place(self, row: int) -> str:
         """Return where a row stands, for messages."""
@@ -162,6 +164,9 @@ def table_of(rows: Rows, columns: Columns) -> Table:
         meanings(values("group"), lambda value, _: plain_text(value)),
         numbers,
     )
+    if not any(table.splits) and any(meanings(values("split"), lambda value, _: plain_text(value))):
+        named["split"] = None  # a column that has the name of splits by chance
+    table = replace(table, notes=tuple(note_on_columns(file.name, rows.header, named)))
     _refuse_regression(table)
     _refuse_several_labels(table)
     return table
@@ -240,7 +245,7 @@ def table_source(table: Table, root: Path, forgiven: int = 0) -> Offers:
     Rows that lead to no file are images that cannot be read, of which `data.max_unreadable_share` allows few. Up to
     `forgiven` of them are listed as skipped instead.
     """
-    listing, above = Listing(), os.path.abspath(root)
+    listing, above = Listing(notes=list(table.notes)), os.path.abspath(root)
     names: list[str] = []
     faults: dict[int, _Row] = {}
     reasons: dict[int, str] = {}
@@ -465,7 +470,7 @@ def listed(offers: Offers, named: Sequence[int | None], table: Table) -> Offers:
     unknown = [
         Skipped(table.said(row), "names no image of the source") for row, image in enumerate(named) if image is None
     ]
-    notes = [*offers.notes, *note_of(table, unknown, len(named))]
+    notes = [*offers.notes, *table.notes, *note_of(table, unknown, len(named))]
     return replace(offers, skipped=[*offers.skipped, *unknown], notes=notes)
 
 

@@ -3,10 +3,19 @@
 import csv
 import json
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lgp.data.sources.cells import class_name, column_of, one_line, plain_text, rows_of, split_of_cell
+from lgp.data.sources.cells import (
+    class_name,
+    column_of,
+    note_on_columns,
+    one_line,
+    plain_text,
+    rows_of,
+    split_of_cell,
+    text_of,
+)
 from lgp.data.sources.offers import Columns
 from lgp.errors import LgpError
 
@@ -36,7 +45,7 @@ def in_sidecar(name: str, data: bytes, columns: Columns) -> Said | None:
         LgpError: it cannot be read, or has a label that is not of one class.
     """
     try:
-        text = data.decode("utf-8-sig").strip()
+        text = text_of(data).strip()
         if name.lower().endswith(".cls"):
             return Said(class_name(text, name), labels=True)
         fields = json.loads(text)
@@ -46,7 +55,28 @@ def in_sidecar(name: str, data: bytes, columns: Columns) -> Said | None:
     return None if said == Said() else said
 
 
-def in_manifest(name: str, folder: str, data: bytes, columns: Columns) -> Iterator[tuple[int, str, Said]]:
+def manifest_rows(name: str, data: bytes) -> list[dict[str, Any]]:
+    """Return the rows of a list of images: CSV with a line of column names, JSON lines or Parquet, by its name.
+
+    Raises:
+        LgpError: it cannot be read.
+    """
+    try:
+        return rows_of(name, data)
+    except (ValueError, RecursionError, csv.Error) as e:
+        raise LgpError(f"{name} cannot be read: {one_line(e)}; mend or remove it") from None
+
+
+def notes_on_manifest(name: str, rows: Sequence[dict[str, Any]], columns: Columns) -> list[str]:
+    """Return what is to be told of columns that are not read. A list without a column of paths says nothing anyway."""
+    present = list(dict.fromkeys(column for row in rows for column in row))
+    read = {role: column_of(present, columns, role) for role in Columns._fields}
+    return [] if read["image"] is None else note_on_columns(name, present, read)
+
+
+def in_manifest(
+    name: str, folder: str, rows: Sequence[dict[str, Any]], columns: Columns
+) -> Iterator[tuple[int, str, Said]]:
     """Iterate over the rows of a list of images: number, path in the archive, and what the row says.
 
     A list without a column of paths has no rows.
@@ -54,16 +84,12 @@ def in_manifest(name: str, folder: str, data: bytes, columns: Columns) -> Iterat
     Args:
         name: of the list, for messages.
         folder: where its paths start.
-        data: the file: CSV with a line of column names, JSON lines or Parquet, by its name.
+        rows: as `manifest_rows` returns them.
         columns: given names of columns.
 
     Raises:
-        LgpError: it cannot be read, or has a label that is not of one class.
+        LgpError: a label is not of one class.
     """
-    try:
-        rows = rows_of(name, data)
-    except (ValueError, RecursionError, csv.Error) as e:
-        raise LgpError(f"{name} cannot be read: {one_line(e)}; mend or remove it") from None
     for number, row in enumerate(rows):
         image = column_of(list(row), columns, "image")
         if image is not None:

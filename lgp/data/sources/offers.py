@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 SPLITS = {
     **dict.fromkeys(("train", "training", "unlabeled", "unlabelled"), "train"),
@@ -18,7 +19,7 @@ SPLITS = {
 }
 UNLABELED = ("unlabeled", "unlabelled")  # images of training whose folders are no classes
 
-Read = Callable[[], bytes | np.ndarray]
+Read = Callable[[], "bytes | np.ndarray"]
 """Reads one image: the encoded bytes, or pixels (H, W) or (H, W, C) of numbers. It can be pickled. It may raise."""
 
 
@@ -40,14 +41,16 @@ def bytes_of(read: Read) -> int | None:
             return os.stat(read.args[0]).st_size
         except (OSError, ValueError):  # a path with a null character is a ValueError
             return 0
+    import numpy as np
+
     held = [_bytes_in(value) for value in read.args if isinstance(value, bytes | np.ndarray | list)]
     return sum(held) if held else read.keywords.get("size")
 
 
-def _bytes_in(value: bytes | np.ndarray | list[Any]) -> int:
+def _bytes_in(value: "bytes | np.ndarray | list[Any]") -> int:
     if isinstance(value, list):
         return sum(map(_bytes_in, value)) if value and isinstance(value[0], list) else 8 * len(value)
-    return value.nbytes if isinstance(value, np.ndarray) else len(value)
+    return len(value) if isinstance(value, bytes) else value.nbytes
 
 
 def state_text(about: os.stat_result) -> str:

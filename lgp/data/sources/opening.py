@@ -7,8 +7,8 @@ from functools import partial
 from hashlib import sha256
 from itertools import chain, combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lgp.data.sources.arrays import DIGITS
 from lgp.data.sources.cells import is_clutter, printable, split_word
 from lgp.data.sources.folder import folder_offers, single_image, walk_folder
 from lgp.data.sources.manifest import (
@@ -24,8 +24,11 @@ from lgp.data.sources.manifest import (
     table_source,
 )
 from lgp.data.sources.offers import SPLITS, UNLABELED, Columns, Offers, Read, Skipped
+from lgp.data.sources.specs import DIGITS, TABLES, Source, Spec, columns_of, spec_of
 from lgp.errors import LgpError, NoSource
-from lgp.params.data import TABLES, ColumnsParams, SourceParams
+
+if TYPE_CHECKING:
+    from lgp.params.data import ColumnsParams
 
 SUFFIXES = {
     ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet",
@@ -39,7 +42,7 @@ DOWNLOADS = Path(".lgp") / "downloads"
 
 
 def open_sources(
-    sources: Sequence[str | SourceParams], columns: ColumnsParams | None = None, tables: Sequence[str] = ()
+    sources: Sequence[Source], columns: "ColumnsParams | Columns | None" = None, tables: Sequence[str] = ()
 ) -> Offers:
     """Open all sources as one. A table behind other sources labels their images; its other rows are more images.
 
@@ -51,9 +54,9 @@ def open_sources(
     Raises:
         LgpError: a source does not exist, has no known layout, or contradicts itself.
     """
-    usual = Columns(**(columns or ColumnsParams()).model_dump())
+    usual = columns_of(columns)
     specs = [specified(source, usual) for source in sources]
-    given = [Columns(**spec.columns.model_dump()) if spec.columns else usual for spec in specs]
+    given = [spec.columns or usual for spec in specs]
     rows = [_table_of(spec, given[number], specs, number > 0) for number, spec in enumerate(specs)]
     opened: list[Offers] = []
     names: list[str] = []
@@ -77,7 +80,7 @@ def open_sources(
         found = read_rows(_local(file))
         table = table_of(found, found.known(usual)).in_split(split_word(Path(file).name))
         offers = listed(*label_offers(offers, table), table)
-    return offers
+    return replace(offers, notes=list(dict.fromkeys(offers.notes)))  # tables in several folders may say the same
 
 
 def _labelled_by(table: Table, before: Offers) -> tuple[Offers, Offers]:
@@ -88,10 +91,10 @@ def _labelled_by(table: Table, before: Offers) -> tuple[Offers, Offers]:
     labelled, named = label_offers(before, table)
     rest = [row for row, image in enumerate(named) if image is None]
     more = table_source(table.rows(rest), table.file.parent, forgiven=len(named) - len(rest))
-    return labelled, replace(more, notes=note_of(table, more.skipped, len(named)))
+    return labelled, replace(more, notes=[*table.notes, *note_of(table, more.skipped, len(named))])
 
 
-def _of_table(table: Table, spec: SourceParams, behind: Sequence[SourceParams]) -> Offers:
+def _of_table(table: Table, spec: Spec, behind: Sequence[Spec]) -> Offers:
     """Open the images that a table names itself."""
     root = _root(spec, table)
     if behind and not leads_anywhere(table, root):
@@ -102,9 +105,7 @@ def _of_table(table: Table, spec: SourceParams, behind: Sequence[SourceParams]) 
     return table_source(table, root)
 
 
-def _refuse_files_of_two(
-    apart: Sequence[Offers], specs: Sequence[SourceParams], tables: Sequence[Table | None]
-) -> None:
+def _refuse_files_of_two(apart: Sequence[Offers], specs: Sequence[Spec], tables: Sequence[Table | None]) -> None:
     """Refuse a table that opens files which another source offers too: each would be an image twice."""
     files: dict[int, set[str]] = {}
     for one, other in combinations(range(len(apart)), 2):
@@ -132,7 +133,7 @@ def _real_files(offers: Offers) -> Iterator[str]:
         yield f"{folders[folder]}/{name}"
 
 
-def _of_its_name(offers: Offers, spec: SourceParams, specs: Sequence[SourceParams]) -> Offers:
+def _of_its_name(offers: Offers, spec: Spec, specs: Sequence[Spec]) -> Offers:
     """Return one of several sources with the split that its name says (`test.tar`), if its images say none."""
     word = split_word(_name(spec)) if len(specs) > 1 else None
     if word is None or set(offers.splits) != {"train"}:
@@ -141,25 +142,25 @@ def _of_its_name(offers: Offers, spec: SourceParams, specs: Sequence[SourceParam
     return replace(offers, splits=[SPLITS[word]] * len(offers), labels=labels)
 
 
-def specified(source: str | SourceParams, columns: Columns = Columns()) -> SourceParams:
+def specified(source: Source, columns: Columns = Columns()) -> Spec:
     """Return a source with its layout. That of a text is found by its name, and by what it leads to.
 
     Raises:
         LgpError: it leads nowhere, or to no known layout.
     """
-    if isinstance(source, SourceParams):
-        return source
+    if not isinstance(source, str):
+        return spec_of(source)
     if source == DIGITS:
         if _local(DIGITS).exists():
             raise LgpError(
                 "data.source digits is the built-in set, and a folder here has the same name: write ./digits for the "
                 "folder, or {builtin: digits}"
             )
-        return SourceParams(builtin="digits")
+        return Spec("builtin", DIGITS)
     for prefix in ("hf", "torchvision"):
         if source.startswith(f"{prefix}:"):
-            return SourceParams.model_validate({prefix: source.removeprefix(f"{prefix}:")})
-    return SourceParams.model_validate({_kind_of(source, columns): source})
+            return Spec(prefix, source.removeprefix(f"{prefix}:"))
+    return Spec(_kind_of(source, columns), source)
 
 
 def _kind_of(source: str, columns: Columns) -> str:
@@ -193,9 +194,11 @@ def _kind_of_folder(folder: Path, columns: Columns) -> str:
 
 
 def _image_tables(folder: Path, columns: Columns) -> list[Path]:
+    files = sorted(Path(file) for file in _visible_files(folder) if file.endswith(".parquet") and os.path.isfile(file))
+    if not files:
+        return []
     from lgp.data.sources.tables import is_image_table
 
-    files = sorted(Path(file) for file in _visible_files(folder) if file.endswith(".parquet") and os.path.isfile(file))
     return [file for file in files if is_image_table(file, columns)]
 
 
@@ -225,11 +228,11 @@ def _local(source: str) -> Path:
     return root / Path(source).expanduser()
 
 
-def _name(spec: SourceParams) -> str:
+def _name(spec: Spec) -> str:
     return spec.place.rstrip("/").rpartition("/")[2].partition(".")[0] or spec.kind
 
 
-def _table_of(spec: SourceParams, columns: Columns, specs: Sequence[SourceParams], behind: bool) -> Table | None:
+def _table_of(spec: Spec, columns: Columns, specs: Sequence[Spec], behind: bool) -> Table | None:
     """Return the rows of a table of paths, None for any other source. `behind`: other sources stand before it.
 
     The name of one of several sources says the split of the rows that say none.
@@ -243,7 +246,7 @@ def _table_of(spec: SourceParams, columns: Columns, specs: Sequence[SourceParams
     return read_table(file, columns).in_split(split_word(_name(spec)) if len(specs) > 1 else None)
 
 
-def _is_parquet_of_paths(spec: SourceParams, columns: Columns, behind: bool) -> bool:
+def _is_parquet_of_paths(spec: Spec, columns: Columns, behind: bool) -> bool:
     """Return whether a Parquet file holds paths. One that stands alone may be read as a data set, by its own rules."""
     file = _local(spec.place)
     if spec.kind != "parquet" or not file.is_file():
@@ -253,14 +256,14 @@ def _is_parquet_of_paths(spec: SourceParams, columns: Columns, behind: bool) -> 
     return holds_paths(file, columns) if behind else not is_image_table(file, columns)
 
 
-def _root(spec: SourceParams, table: Table) -> Path:
+def _root(spec: Spec, table: Table) -> Path:
     root = _local(spec.root) if spec.root else table.file.parent
     if not root.is_dir():
         raise NoSource(f"data.source root: {spec.root} is no folder (looked at {root.absolute()}): mend the path")
     return root
 
 
-def _existing(spec: SourceParams) -> Path:
+def _existing(spec: Spec) -> Path:
     path = _local(spec.place)
     if not path.exists():
         raise NoSource(
@@ -269,7 +272,7 @@ def _existing(spec: SourceParams) -> Path:
     return path
 
 
-def _files(spec: SourceParams) -> list[Path]:
+def _files(spec: Spec) -> list[Path]:
     """Return the files of a pattern, of a folder of such files, or the single file."""
     from lgp.data.sources.archives import expand
 
@@ -280,7 +283,7 @@ def _files(spec: SourceParams) -> list[Path]:
     return [path] if path.is_file() else expand(str(path))
 
 
-def _opened(spec: SourceParams, columns: Columns, labelling: Sequence[Table]) -> Offers:
+def _opened(spec: Spec, columns: Columns, labelling: Sequence[Table]) -> Offers:
     """Open a source that has images itself. `labelling`: the tables behind it, which may label them."""
     match spec.kind:
         case "builtin":
@@ -382,7 +385,7 @@ def _reads_of(opened: Sequence[Offers], positions: Sequence[int]) -> Iterator[Re
         start = end
 
 
-def said(sources: Sequence[str | SourceParams]) -> str:
+def said(sources: Sequence[Source]) -> str:
     """Return sources as text, for messages."""
     texts = (source if isinstance(source, str) else f"{source.kind}: {source.place}" for source in sources)
     return ", ".join(texts)

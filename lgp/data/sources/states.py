@@ -3,17 +3,25 @@
 The stage `inputs` computes them with every `dvc repro`, so this module imports little.
 """
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lgp.data.sources.offers import Offers
-from lgp.data.subset_lists import list_file
-from lgp.params.data import SourceParams
+
+if TYPE_CHECKING:
+    from lgp.data.sources.specs import Source
 
 TIME, DIGEST = "time", "digest"
 STATE = "source_state"  # the file in the results of a stage that has the state that they were made from
+
+
+def list_file(path: Path) -> Path:
+    """Return the path of a list. A relative path starts at the project, also if an experiment runs in a copy of it."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / path.expanduser()
 
 
 def can_hold_out(offers: Offers) -> bool:
@@ -23,7 +31,7 @@ def can_hold_out(offers: Offers) -> bool:
     return any(count > 1 for count in counts.values())
 
 
-def images_state(offers: Offers, noticed_by: str = TIME, sources: Sequence[str | SourceParams] = ()) -> str:
+def images_state(offers: Offers, noticed_by: str = TIME, sources: Sequence["Source"] = ()) -> str:
     """Return a digest of what `prepare` depends on: each image's name, split, group and state, and if any is labelled.
 
     A label that comes or changes leaves it as it is, except the first of a split, and the second of a class, from
@@ -47,7 +55,7 @@ def images_state(offers: Offers, noticed_by: str = TIME, sources: Sequence[str |
     return start + state.hexdigest()
 
 
-def is_state(noted: str, offers: Offers, sources: Sequence[str | SourceParams]) -> bool:
+def is_state(noted: str, offers: Offers, sources: Sequence["Source"]) -> bool:
     """Return whether a state that `images_state` gave is that of the images now, looked at in the same way."""
     return noted == images_state(offers, DIGEST if noted.startswith(DIGEST) else TIME, sources)
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from lgp.data.sources.cells import (
     class_name,
     column_of,
     is_clutter,
+    note_on_columns,
     one_line,
     printable,
     split_word,
@@ -243,7 +245,18 @@ def _offers(
         rows.append(kept)
         of_table.append(np.full(len(kept), number))
     reads = partial(_reads, root, tables, np.concatenate(of_table), np.concatenate(rows))
+    listing.notes += _notes_on_columns(root, tables)
     return listing.offers(reads, (name for table in tables for name in table.names))
+
+
+def _notes_on_columns(root: Path, tables: list[_Table]) -> list[str]:
+    """Return what is to be told of columns that no table is read for. Most tables of a source have the same."""
+    name = tables[0].name if len(tables) == 1 else f"{len(tables)} tables of {root.name}"
+    roles = {role: [t.found[i] for t in tables if t.found[i] is not None] for i, role in enumerate(Columns._fields)}
+    read = {role: columns[0] if columns else None for role, columns in roles.items()}
+    also_read = set(chain.from_iterable(roles.values())) - set(read.values()) | {table.by_path for table in tables}
+    present = dict.fromkeys(chain.from_iterable(table.file.schema.names for table in tables))
+    return note_on_columns(name, [column for column in present if column not in also_read], read)
 
 
 def _why(listing: Listing) -> str:
