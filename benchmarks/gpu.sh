@@ -13,7 +13,8 @@
 #   CIFAR          folder with CIFAR-10 as Parquet or as train/CLASS/*.png (.cifar, else data/cifar10)
 #   PYTHON         Python with the packages of pyproject.toml (.venv/bin/python, else python3)
 #   LIMIT          seconds of a piece (540)
-#   BENCH_S        seconds of `bench` (120), BENCH_OPTIONS for more options of gpu_speed.py
+#   TESTS_OPTIONS  more options of pytest, e.g. "-n 4" with pytest-xdist
+#   BENCH_S        seconds after which `bench` begins no other row (90), BENCH_OPTIONS: more options of gpu_speed.py
 #   CIFAR_OPTIONS  options of gpu_cifar.py, e.g. "--train-seconds 200 --limit 400" or "--epochs 50 40 25"
 set -u
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -30,26 +31,30 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=$here/.venv/bin/python
     [ -x "$PYTHON" ] || PYTHON=python3
 fi
-export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONUTF8=1
 # what one process compiles, the next one finds
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$WORK/compiled}
 cd "$here"
 
 # A warning is an error in the project's own tests. Here the versions are those of the machine.
 piece_tests() {
+    # shellcheck disable=SC2086
     timeout -k 20 "$LIMIT" "$PYTHON" -m pytest tests/cuda -m cuda -W default -p no:cacheprovider --tb=short \
-        --durations=10 -rA --junitxml="$OUT/tests.xml"
+        --durations=10 -rA --junitxml="$OUT/tests.xml" ${TESTS_OPTIONS:-}
 }
 
 piece_bench() {
     # shellcheck disable=SC2086
-    timeout -k 20 "$LIMIT" "$PYTHON" benchmarks/gpu_speed.py "$OUT" --seconds "${BENCH_S:-120}" ${BENCH_OPTIONS:-}
+    timeout -k 20 "$LIMIT" "$PYTHON" benchmarks/gpu_speed.py "$OUT" --seconds "${BENCH_S:-90}" ${BENCH_OPTIONS:-}
+    local code=$?
+    [ ! -e "$OUT/speeds.json" ] || cp "$OUT/speeds.json" "$WORK/" # for `cifar`, whatever becomes of $OUT
+    return "$code"
 }
 
 piece_cifar() {
     # shellcheck disable=SC2086
     timeout -k 20 "$LIMIT" "$PYTHON" benchmarks/gpu_cifar.py "$CIFAR" "$WORK/cifar10" \
-        --speeds "$OUT/speeds.json" --packed "$OUT/cifar10.tar.xz" --limit $((LIMIT - 60)) ${CIFAR_OPTIONS:-}
+        --speeds "$WORK/speeds.json" --packed "$OUT/cifar10.tar.xz" --limit $((LIMIT - 60)) ${CIFAR_OPTIONS:-}
 }
 
 worst=0
@@ -66,7 +71,7 @@ for piece in "${@:-tests bench cifar}"; do
         began=$SECONDS
         "piece_$one" 2>&1 | tee "$OUT/$one.log"
         code=${PIPESTATUS[0]}
-        echo "== $one: $((SECONDS - began)) s, exit $code" | tee -a "$OUT/times.txt"
+        echo "== $one: $((SECONDS - began)) s, exit $code" | tee -a "$OUT/$one.log"
         [ "$code" -eq 0 ] || worst=$code
     done
 done

@@ -230,14 +230,16 @@ def report(folder: Path, params: Params, runner: Runner) -> None:
     def complete(task: str, names: list[str], of: list[str]) -> list[str]:
         return [n for n in names if all((folder / f"metrics/{arm}-{task}-{n}.json").exists() for arm in of)]
 
-    if not arms:
+    few = complete("fewshot", list(FEW), arms)
+    if not arms or not few:
+        print("no report: no evaluation with few labels is done for every arm", flush=True)
         return
     tuned = [arm for arm in arms if arm != "pixels"]
     file = folder / "params-report.yaml"
     file.write_text((folder / "params.yaml").read_text())
     values = {
         "arms": arms,
-        "few_labels": complete("fewshot", list(FEW), arms),
+        "few_labels": few,
         "propagated": complete("propagate", list(FEW), arms),
         "finetuned": complete("finetune", list(params.finetuned), tuned),
         "finetuned_arms": tuned,
@@ -275,7 +277,8 @@ def main() -> None:
     (args.folder / "logs").mkdir(parents=True, exist_ok=True)
     params = write_params(args)
     runner.run(jobs(bool(args.finetune_epochs)))
-    runner.deadline += 30
+    pack(args.folder, args.packed)  # at once: the report may take too long
+    runner.deadline = time.monotonic() + 25
     report(args.folder, params, runner)
     pack(args.folder, args.packed)
 
