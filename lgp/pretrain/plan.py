@@ -222,9 +222,13 @@ def graft_rates_by_part(params: Params) -> list[PartRates]:
 
 
 def matrix_tflops(
-    device: torch.device, dtype: torch.dtype = torch.float32, size: int = 2048, seconds: float = 1.0
+    device: torch.device, dtype: torch.dtype = torch.float32, size: int | None = None, seconds: float = 1.0
 ) -> float:
-    """Measure the speed of matrix products of `dtype` on a device, in 10¹² FLOP/s."""
+    """Measure the speed of matrix products of `dtype` on a device, in 10¹² FLOP/s.
+
+    Without a `size` the products are 8192 wide on CUDA, where those of 2048 take as long as a wait for them.
+    """
+    size = size or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(size, size, device=device).to(dtype)
 
     def wait() -> None:
