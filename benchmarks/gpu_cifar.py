@@ -32,6 +32,7 @@ from lgp.workflow.presets import FOLDER as PRESETS
 CORES = os.cpu_count() or 1
 ARMS = ("pixels", "mim", "cl", "graft")
 FEW = ("1pct", "10pct")
+SELECTED = "1pct"
 STARTS_S = 60.0  # Python, data, and the compilation of a training
 COMPILED_GAIN = 1.1  # a compiled training must be faster by this factor
 PACKED = ("params.yaml", "times.json", "metrics", "predictions", "models/*/metrics.json", "models/*/curves.csv",
@@ -163,6 +164,7 @@ def write_params(args: argparse.Namespace) -> Params:
     file.write_text((PRESETS / "cifar10.yaml").read_text())
     values: dict[str, Any] = {
         "arms": list(ARMS),
+        "selected": [SELECTED],
         "finetuned": ["all"] if args.finetune_epochs else [],
         "data.source": str(args.source.resolve()),
         "data.max_train_images": args.images,
@@ -212,6 +214,7 @@ def jobs(finetuned: bool) -> list[Job]:
     for arm in ARMS:
         nice, threads = (10, 3) if arm == "pixels" else (10, 2) if arm == "mim" else (0, 2)
         tasks = [("linear",), *(("fewshot", few) for few in FEW), *(("propagate", few) for few in FEW)]
+        tasks.append(("selected", SELECTED))
         if finetuned and arm != "pixels":
             tasks.append(("finetune", "all"))
         for task in tasks:
@@ -241,6 +244,7 @@ def report(folder: Path, params: Params, runner: Runner) -> None:
         "arms": arms,
         "few_labels": few,
         "propagated": complete("propagate", list(FEW), arms),
+        "selected": complete("selected", [SELECTED], arms),
         "finetuned": complete("finetune", list(params.finetuned), tuned),
         "finetuned_arms": tuned,
     }
