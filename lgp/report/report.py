@@ -24,7 +24,7 @@ from lgp.report.outcomes import (
 )
 from lgp.report.page import PICTURES, TITLE, page_of, to_html
 from lgp.report.table import per_class_table, results_table, task_name
-from lgp.report.verdict import judge
+from lgp.report.verdict import Verdict, judge
 
 MISTAKES = 24
 
@@ -50,8 +50,8 @@ class Outputs:
     figures: Path
 
 
-def write_report(params: Params, data: LabelledImages, inputs: Inputs, out: Outputs) -> str | None:
-    """Write the tables, the verdict, the page twice and the pictures; return the champion, None where nobody is."""
+def write_report(params: Params, data: LabelledImages, inputs: Inputs, out: Outputs) -> Verdict:
+    """Write the tables, the verdict, the page twice and the pictures."""
     arms = inputs.read()
     results, verdict = results_table(arms), judge(arms, data)
     results.to_csv(out.table, index=False)
@@ -64,7 +64,7 @@ def write_report(params: Params, data: LabelledImages, inputs: Inputs, out: Outp
     out.page.write_text(text)
     # the pictures are still in the place where a stage writes them first
     out.html.write_text(to_html(text.replace("](figures/", f"]({out.figures.name}/"), TITLE, out.figures.parent))
-    return verdict.champion
+    return verdict
 
 
 def _draw_results(folder: Path, arms: list[ArmOutcomes], results: pd.DataFrame, data: LabelledImages) -> None:
