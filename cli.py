@@ -9,6 +9,7 @@ from stages.audit import audit
 from stages.baseline import baseline
 from stages.bench import bench
 from stages.cl import cl
+from stages.compare import compare
 from stages.conflict import conflict
 from stages.data import data_app
 from stages.embed import embed
@@ -44,7 +45,23 @@ app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False,
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Pipeline": [prepare, mim, cl, graft, baseline, linear, fewshot, propagate, selected, finetune, report],
     "Controls of the paper": [joint, reverse],
-    TOOLS: [init, results, predict, select, audit, embed, similar, promote, ui, plan, conflict, suggest, export, bench],
+    TOOLS: [
+        init,
+        results,
+        predict,
+        select,
+        audit,
+        embed,
+        similar,
+        promote,
+        ui,
+        compare,
+        plan,
+        conflict,
+        suggest,
+        export,
+        bench,
+    ],
 }
 for panel, commands in PANELS.items():
     for command in commands:

@@ -1,9 +1,14 @@
 """The paths of the files that the stages write and read."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lgp.errors import LgpError
 from lgp.models.files import CLASSIFIERS
+
+if TYPE_CHECKING:
+    from lgp.params.file import Params
+    from lgp.workflow.restored import KeptResult
 
 PREPARED = Path("data/prepared")
 LABELS = Path("data/labels")
@@ -59,6 +64,24 @@ def predictions_file(arm: str, task: str) -> Path:
 def classifier_folder(arm: str, task: str) -> Path:
     """The classifier of an arm and task, which timm loads."""
     return arm_folder(arm) / CLASSIFIERS / task
+
+
+def kept_results(params: "Params") -> "list[KeptResult]":
+    """The files of every evaluation that the parameters name."""
+    from lgp.workflow.restored import KeptResult
+
+    return [
+        KeptResult(
+            arm,
+            task,
+            metrics_file(arm, task),
+            predictions_file(arm, task),
+            classifier_folder(arm, task),
+            encoder_folder(arm),
+        )
+        for arm in params.arms
+        for task in params.tasks_of(arm)
+    ]
 
 
 def conflict_file(arm: str) -> Path:

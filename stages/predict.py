@@ -1,17 +1,21 @@
 """Tool `predict`: classes and probabilities of any images, by a classifier that an evaluation kept."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stages.options import DEFAULT_PARAMS, Debug, ParamsFile
 from stages.paths import MODELS
 
+if TYPE_CHECKING:
+    from lgp.params.run import RunParams
+
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder of images, or any other data source.")]
 With = Annotated[
     str | None,
-    typer.Option("--with", metavar="CLASSIFIER", help="ARM/TASK, or a classifier's folder; default: the best on val."),
+    typer.Option("--with", metavar="CLASSIFIER", help="ARM/TASK, or a classifier's folder; default: the champion."),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="FILE", help="A .csv or .parquet to write.")]
 
@@ -30,7 +34,7 @@ def predict(
     from lgp.params.file import load_params
 
     settings = load_params(params_file).run
-    folder = find_classifier(MODELS, classifier)
+    folder = _champion(settings) if classifier is None else find_classifier(MODELS, classifier)
     with table_writer(out) as write:
         offers = open_images(source)
         from lgp.compute.device import choose_device
@@ -53,3 +57,23 @@ def predict(
     print(f"predict: {sum(counts.values())} images by {folder}; {without} files without a prediction")
     print(f"predict: {', '.join(f'{name} {count}' for name, count in counts.items() if count)}")
     print(f"predict: {out} has them")
+
+
+def _champion(settings: "RunParams") -> Path:
+    """Return the registry's champion among classifiers. Without one it is the best on val, and the output says so."""
+    from lgp.evaluate.prediction import find_classifier
+    from lgp.workflow.tracking import has_store, store_uri, visitor
+
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    if has_store(store_uri(settings.tracking_uri, root)):
+        champion = visitor(settings.tracking_uri, settings.experiment, root).champion_classifier(MODELS)
+        if champion is not None:
+            print(f"predict: {champion} is the champion of the registry", flush=True)
+            return champion
+    folder = find_classifier(MODELS, None)
+    print(
+        "predict: no champion is registered (`lgp report` crowns a clear winner, `lgp promote ARM` any arm), "
+        f"so {folder} is taken, the best on val",
+        flush=True,
+    )
+    return folder

@@ -22,8 +22,9 @@ def promote(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS, debug: Debug = F
     digest = present_encoder_digest(folder)
     check_trained(folder)
     root = Path(os.environ.get("DVC_ROOT", "."))
-    about = tracking.Description(arm, "promote", {"arm": arm, "task": "promote"}, {}, run.tracking_uri, run.experiment)
+    tags = {"arm": arm, "task": "promote"}
+    about = tracking.Description(arm, "promote", tags, {}, run.tracking_uri, run.experiment, f"{arm} / promote")
     with tracking.tracked(about, root, root / ".lgp" / "promote.run") as tracker:
-        tracker.set_champions(folder, arm, digest, best_plain_classifier(MODELS, arm))
+        tracker.set_champions(folder, arm, digest, best_plain_classifier(MODELS, arm), "promoted by hand")
     (root / ".lgp" / "promote.run").unlink(missing_ok=True)
     print(f"promote: {arm} is the champion now, until `lgp report` runs again")

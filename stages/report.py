@@ -4,7 +4,17 @@ import json
 import os
 
 from stages.options import DEFAULT_PARAMS, Debug, Fresh, ParamsFile
-from stages.paths import LABELS, MODELS, PREPARED, REPORTS, arm_folder, encoder_folder, metrics_file, predictions_file
+from stages.paths import (
+    LABELS,
+    MODELS,
+    PREPARED,
+    REPORTS,
+    arm_folder,
+    encoder_folder,
+    kept_results,
+    metrics_file,
+    predictions_file,
+)
 
 
 def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug: Debug = False) -> None:
@@ -34,6 +44,7 @@ def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
         from lgp.models.files import encoder_digest
         from lgp.report.outcomes import Inputs
         from lgp.report.report import Outputs, write_report
+        from lgp.workflow.restored import log_restored
 
         out = Outputs(*(run.out(path) for path in outputs))
         data, device = LabelledImages(PREPARED, LABELS), choose_device(run.params.run)
@@ -41,7 +52,8 @@ def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
         def features_of(arm: str) -> Features:
             return encoder_features(encoder_folder(arm), data, run.params, device)
 
-        best = write_report(run.params, data, Inputs(metrics, predictions, folders), features_of, out)
+        verdict = write_report(run.params, data, Inputs(metrics, predictions, folders), features_of, out)
+        best = verdict.champion
         for picture in sorted(out.figures.iterdir()):
             run.tracker.log_figure(picture)
         digest = None if best is None else encoder_digest(encoder_folder(best))
@@ -51,4 +63,6 @@ def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
         elif best is None or digest is None:
             run.tracker.remove_champion()
         else:
-            run.tracker.set_champions(encoder_folder(best), best, digest, best_plain_classifier(MODELS, best))
+            classifier = best_plain_classifier(MODELS, best)
+            run.tracker.set_champions(encoder_folder(best), best, digest, classifier, verdict.crown)
+        log_restored(kept_results(params), run.tracker, params_file)

@@ -227,6 +227,11 @@ def load_params(path: Path) -> Params:
             f"cannot read the parameter file {path} ({getattr(e, 'strerror', 'not text')}): go to the project's "
             "folder, run `lgp preset use digits` there if it has none, or pass --params FILE"
         ) from None
+    return parse_params(text, path)
+
+
+def parse_params(text: str, path: Path) -> Params:
+    """Check the text of a parameter file. `LgpError` says what is wrong in `path`."""
     try:
         values = yaml.load(text, _UniqueKeys)
     except yaml.MarkedYAMLError as e:

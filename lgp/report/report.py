@@ -26,7 +26,7 @@ from lgp.report.outcomes import (
 )
 from lgp.report.page import PICTURES, TITLE, page_of, to_html
 from lgp.report.table import per_class_table, results_table, task_name
-from lgp.report.verdict import judge
+from lgp.report.verdict import Verdict, judge
 
 MISTAKES = 24
 
@@ -54,8 +54,8 @@ class Outputs:
 
 def write_report(
     params: Params, data: LabelledImages, inputs: Inputs, features_of: Callable[[str], Features], out: Outputs
-) -> str | None:
-    """Write the tables, the verdict, the page twice and the pictures; return the champion, None where nobody is.
+) -> Verdict:
+    """Write the tables, the verdict, the page twice and the pictures.
 
     Args:
         params: the parameters that ran.
@@ -81,7 +81,7 @@ def write_report(
     # the pictures are still in the place where a stage writes them first
     text = text.replace("](figures/", f"]({out.figures.name}/")
     out.html.write_text(to_html(text, TITLE, out.figures.parent, live))
-    return verdict.champion
+    return verdict
 
 
 def _map(best: ArmOutcomes, features: Features, data: LabelledImages, seed: int) -> EmbeddingMap | None:

@@ -26,6 +26,7 @@ class Verdict:
         notes: what else a reader must know before the numbers.
         pairs: the comparisons that it rests on.
         gains: what unlabelled and chosen images add.
+        crown: what the registry says of the champion: metric, interval and runner-up; empty without one.
     """
 
     champion: str | None
@@ -34,6 +35,7 @@ class Verdict:
     notes: list[str]
     pairs: list[Pair]
     gains: list[Gain]
+    crown: str
 
     @property
     def lines(self) -> list[str]:
@@ -61,7 +63,8 @@ def judge(arms: list[ArmOutcomes], data: LabelledImages) -> Verdict:
     if warning := small_validation(len(data.ids("val"))):
         notes.append(f"Warning: {warning}.")
     sentence = _sentence(champion, arms, fewest, unbeaten)
-    return Verdict(champion, sentence, answer(arms, found), notes, pairs, found)
+    crown = _crown(champion, arms, fewest, pairs) if champion else ""
+    return Verdict(champion, sentence, answer(arms, found), notes, pairs, found, crown)
 
 
 def repeated(arms: list[ArmOutcomes], data: LabelledImages) -> dict[str, str]:
@@ -85,6 +88,23 @@ def _sentence(champion: str | None, arms: list[ArmOutcomes], fewest: str, unbeat
         return f"{chosen}. No baseline is among the arms, so nothing shows what the training is worth."
     ahead = f"on test it is ahead of {' and '.join(baselines)} there, and no interval holds a tie"
     return f"{chosen} ({task_name(fewest)}); {ahead}."
+
+
+def _crown(champion: str, arms: list[ArmOutcomes], task: str, pairs: list[Pair]) -> str:
+    """Return the champion's accuracy on test with its interval, and the runner-up: the next trained arm on val."""
+    of_task = {a.arm: a.tasks[task].metrics for a in arms}
+    others = [a.arm for a in arms if a.may_win and a.arm != champion]
+    said = f"{TOP1} of {task}: {_measured(of_task[champion])}"
+    if not others:
+        return f"{said}; no other trained arm"
+    second = max(others, key=lambda arm: of_task[arm]["val/top1"])
+    pair = next(p for p in pairs if p.task == task and {p.ahead, p.behind} == {champion, second})
+    gap = f"{pair.sentence(pair.gap.decided)} {pair.interval()}"
+    return f"{said}; runner-up {second}: {_measured(of_task[second])}; {gap}"
+
+
+def _measured(metrics: Mapping[str, float]) -> str:
+    return f"{metrics[TOP1]:.1f} [{metrics[f'{TOP1}_low']:.1f}, {metrics[f'{TOP1}_high']:.1f}]"
 
 
 def _unbeaten_by(arm: ArmOutcomes, arms: list[ArmOutcomes], task: str, pairs: list[Pair]) -> str:

@@ -22,6 +22,7 @@ from lgp.params.file import Params, load_params, restricted, section_values
 from lgp.training.resume_states import StateStore
 from lgp.workflow import tracking
 from lgp.workflow.code_digest import code_digests
+from lgp.workflow.origins import committed_values, encoder_values, flatten, run_name, values_behind
 from lgp.workflow.provenance import git_state, input_digest, params_digest
 from lgp.workflow.source_tree import source_root
 
@@ -68,8 +69,14 @@ class StageRun:
         return self._partial[path]
 
     def tag_upstream(self, encoder: Path) -> None:
-        """Tag the tracked run with the one that trained the encoder in this folder."""
-        self.tracker.tag_upstream(encoder_digest(encoder))
+        """Tag the tracked run with the one that trained the encoder in this folder.
+
+        Where it is the encoder of the run's own arm, the run evaluates it: its metrics are linked to it.
+        """
+        digest = encoder_digest(encoder)
+        self.tracker.tag_upstream(digest)
+        if encoder.parent.name == self.spec.arm:
+            self.tracker.will_link(tracking.Evaluated(encoder, digest, self.provenance["digests"]["inputs"]))
 
 
 @contextmanager
@@ -98,7 +105,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
     for path in spec.reads:
         if not path.exists():
             raise LgpError(f"{spec.name} needs {path}, which does not exist: {_remedy(path)}, or `dvc repro`")
-    checked = [check_trained(path.parent) for path in spec.reads if path.name == WEIGHTS]
+    checked = [check_trained(encoder) for encoder in _encoders(spec)]
     if spec.trains and params.run.processes > 1 and not launched():
         launch(spec.name, params.run.processes)
     visible = restricted(params, spec.sections)
@@ -130,7 +137,8 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
         if store.adopted():
             provenance["resumed_from_code"] = store.adopted()
         partial = {path: _start_output(path) for path in spec.writes}
-        with tracking.tracked(_description(spec, params, before, git), root, store.run_id_file) as tracker:
+        about = _description(spec, params, before, git, committed_values(params_file))
+        with tracking.tracked(about, root, store.run_id_file) as tracker:
             failure = None
             try:
                 yield StageRun(spec, visible, provenance, tracker, store, partial)
@@ -141,8 +149,9 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
                 _publish(written, path)
             if failure is not None:
                 raise failure
-            # an encoder is registered only after it is checked and published
+            # an encoder is registered, and a result identified, only after it is checked and published
             tracker.register()
+            tracker.log_result(spec.writes)
         succeeded = True
     finally:
         for written in partial.values():
@@ -162,8 +171,20 @@ def _choose_state(store: StateStore, name: str, fresh: bool, resume: bool) -> No
         store.run_id_file.unlink(missing_ok=True)
 
 
-def _description(spec: StageSpec, params: Params, digests: dict[str, Any], git: dict[str, Any]) -> tracking.Description:
-    """Describe the run for tracking: name, tags, and the parameters that the stage reads."""
+def _description(
+    spec: StageSpec, params: Params, digests: dict[str, Any], git: dict[str, Any], committed: dict[str, str]
+) -> tracking.Description:
+    """Describe the run for tracking: name, tags, and the parameters that the stage reads.
+
+    The seed of an evaluation is that of its encoder.
+    """
+    own, encoders = flatten(section_values(params, spec.sections)), _encoders(spec)
+    evaluated = [encoder for encoder in encoders if encoder.parent.name == spec.arm]
+    behind: dict[str, str] = {}
+    for encoder in encoders:
+        behind |= values_behind(encoder)
+    made_with = own | behind if evaluated else behind | own
+    of_encoder = encoder_values(behind, encoder_digest(evaluated[0])) if evaluated else {}
     tags = {
         "stage": spec.name,
         "arm": spec.arm,
@@ -173,12 +194,19 @@ def _description(spec: StageSpec, params: Params, digests: dict[str, Any], git: 
         "params_digest": digests["parameters"],
         "code_digest": digests["code"],
         "data_digest": next((d for p, d in digests["inputs"].items() if p.endswith("prepared")), ""),
+        "encoder_params": json.dumps(behind) if evaluated else "",
         "dvc_experiment": os.environ.get("DVC_EXP_NAME", ""),
         "mlflow.source.name": f"lgp {spec.name}",
     }
-    values = tracking.flatten(section_values(params, spec.sections)) | {"arm": spec.arm, "task": spec.task}
+    values = own | of_encoder | {"arm": spec.arm, "task": spec.task}
     tags = {name: value for name, value in tags.items() if value}
-    return tracking.Description(spec.arm, spec.task, tags, values, params.run.tracking_uri, params.run.experiment)
+    name = run_name(spec.arm, spec.task, made_with, committed)
+    return tracking.Description(spec.arm, spec.task, tags, values, params.run.tracking_uri, params.run.experiment, name)
+
+
+def _encoders(spec: StageSpec) -> list[Path]:
+    """Return the folders of the encoders that a stage reads."""
+    return [path.parent for path in spec.reads if path.name == WEIGHTS]
 
 
 def _as_worker(spec: StageSpec, params: Params, root: Path) -> Iterator[StageRun]:

@@ -310,7 +310,8 @@ def written(folder: Path, arms: list[ArmOutcomes]) -> tuple[Inputs, Outputs]:
 
 def test_report_is_written_whole(tmp_path: Path, params: Params, prepared: LabelledImages) -> None:
     inputs, out = written(tmp_path, [arm("pixels", 0.05, 1.0, 3), *ARMS])
-    assert write_report(params, prepared, inputs, features_of, out) == "cl"
+    judged = write_report(params, prepared, inputs, features_of, out)
+    assert judged.champion == "cl"
     page, html = out.page.read_text(), out.html.read_text()
     verdict = read_verdict(out.verdict)
     assert verdict[1].startswith("cl is the champion: it has the best validation accuracy with the fewest labels (1 %)")
@@ -335,7 +336,7 @@ def test_report_is_written_whole(tmp_path: Path, params: Params, prepared: Label
 
 def test_report_crowns_nobody_where_pixels_are_ahead(tmp_path: Path, params: Params, prepared: LabelledImages) -> None:
     inputs, out = written(tmp_path, [arm("pixels", 1.0, 1.0, 3), *ARMS])
-    assert write_report(params, prepared, inputs, features_of, out) is None
+    assert write_report(params, prepared, inputs, features_of, out).champion is None
     said = read_verdict(out.verdict)[0]
     assert said.startswith(
         "Nobody is crowned. With the fewest labels (1 %), pixels (100.0 %) is ahead of every trained"
@@ -347,7 +348,7 @@ def test_report_without_any_trained_arm_has_no_pictures_of_a_leader(
     tmp_path: Path, params: Params, prepared: LabelledImages
 ) -> None:
     inputs, out = written(tmp_path, [ArmOutcomes(a.arm, a.tasks, trained=False) for a in ARMS])
-    assert write_report(params, prepared, inputs, features_of, out) is None
+    assert write_report(params, prepared, inputs, features_of, out).champion is None
     said = read_verdict(out.verdict)
     assert said[0] == "Nobody is crowned. No arm has a training that passed its checks."
     assert "mim is not trained: its checks failed. It is never the champion." in said

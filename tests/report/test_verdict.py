@@ -1,5 +1,6 @@
 """Who is crowned, and what a reader is told before the numbers."""
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -57,6 +58,22 @@ def test_leader_that_beats_every_baseline_is_crowned() -> None:
         "graft is the champion: it has the best validation accuracy with the fewest labels (1 %); on test it is ahead "
         "of pixels and random there, and no interval holds a tie."
     )
+
+
+def test_crown_has_metric_interval_and_the_runner_up_on_val() -> None:
+    others = arm("cl", {"fewshot-1pct": 40}, val=0.8), arm("mim", {"fewshot-1pct": 45}, val=0.6)
+    found = judged(arm("pixels", WEAK, val=0.85), *others, arm("graft", {"fewshot-1pct": 70}, val=0.9))
+    measured = r"[\d.]+ \[[\d.]+, [\d.]+\]"
+    assert re.fullmatch(
+        rf"test/top1 of fewshot-1pct: {measured}; runner-up cl: {measured}; graft beats cl by 30.0 points "
+        r"\[\+[\d.]+, \+[\d.]+\]",
+        found.crown,
+    )
+    assert found.crown.startswith("test/top1 of fewshot-1pct: 70.0 [")
+    assert "runner-up cl: 40.0 [" in found.crown
+    alone = judged(arm("pixels", WEAK), arm("graft", {"fewshot-1pct": 70}))
+    assert alone.crown.endswith("]; no other trained arm")
+    assert judged(arm("pixels", {"fewshot-1pct": 90}), arm("graft", {})).crown == ""
 
 
 def test_baseline_ahead_of_every_arm_is_said() -> None:

@@ -204,7 +204,9 @@ def test_every_stage_has_a_run_with_the_contracts_tags(finished: Path) -> None:
 
     client = mlflow.MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("lgp")
-    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id], max_results=100)}
+    found = client.search_runs([experiment.experiment_id], max_results=100)
+    runs = {f"{r.data.tags['arm']} / {r.data.tags['task']}": r for r in found}
+    assert runs["graft / fewshot-1pct"].info.run_name == "graft / fewshot-1pct · seed 0"
     assert len(runs) == len(COMMANDS)
     assert all(r.info.status == "FINISHED" for r in runs.values())
     graft, evaluation = runs["graft / pretrain"], runs["graft / fewshot-1pct"]
@@ -232,7 +234,8 @@ def test_crown_of_the_report_is_the_registrys(
 
     judge = module.judge
     monkeypatch.chdir(finished)
-    monkeypatch.setattr(module, "judge", lambda *given: dataclasses.replace(judge(*given), champion=crowned))
+    win = {"champion": crowned, "crown": "by a clear win"}
+    monkeypatch.setattr(module, "judge", lambda *given: dataclasses.replace(judge(*given), **win))
     assert lgp("report").exit_code == 0
     client = mlflow.MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
     aliases = client.get_registered_model("lgp-encoder").aliases
@@ -244,7 +247,7 @@ def test_crown_of_the_report_is_the_registrys(
         tags = client.get_model_version("lgp-encoder", str(aliases["champion"])).tags
         weights = (finished / "models" / crowned / "encoder" / "model.safetensors").read_bytes()
         assert written == {"arm": crowned, "encoder_digest": hashlib.sha256(weights).hexdigest()}
-        assert tags == written
+        assert tags == {**written, "champion": "by a clear win"}
 
 
 def test_promotion_by_hand_moves_the_aliases_and_an_experiment_does_not(
@@ -792,6 +795,7 @@ LISTED = [
     "results",
     "ui",
     "plan",
+    "compare",
     "conflict",
     "suggest",
     "select",

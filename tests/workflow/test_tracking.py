@@ -8,7 +8,7 @@ import pytest
 
 from lgp.workflow.tracking import Description, Tracker, store_uri, tracked
 
-ABOUT = Description("graft", "linear", {"stage": "linear"}, {"linear.knn_k": "20"}, None, "lgp")
+ABOUT = Description("graft", "linear", {"stage": "linear"}, {"linear.knn_k": "20"}, None, "lgp", "graft / linear")
 
 
 def run_in(root: Path) -> mlflow.entities.Run:
