@@ -35,7 +35,7 @@ from lgp.workflow.code_digest import code_digests
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "digits-seeds.csv"
 TUNING = ROOT / "benchmarks" / "digits-tuning.csv"
-TUNED_ON = (0, 1, 2)  # one seed of 143 validation images cannot tell rates apart that differ by a point
+TUNED_ON = (0, 1)  # one seed of 143 validation images cannot tell rates apart that differ by a point
 SEEDS = (5, 6, 7, 8, 9)
 RATES = (4e-3, 8e-3, 1.6e-2)  # MIM loses 20 points at 3.2e-2, on each of three seeds
 STAGES = (

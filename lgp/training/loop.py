@@ -179,7 +179,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         batch = self.crops.batch(step, crops)
         if step == 0:
-            with FlopCounterMode(display=False) as counter:
+            # torch 2.11 never compiles a block that is first called while operations are counted
+            with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
                 loss = self._backward(batch)
             self.now.train_flops = counter.get_total_flops() * world_size() * total
         else:

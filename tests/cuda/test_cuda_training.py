@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import Silent, merged
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry
 
 from lgp.compute.precision import choose_precision, place
 from lgp.compute.randomness import generator
@@ -177,7 +178,10 @@ def test_whole_training_has_the_losses_of_the_cpu_and_returns_to_it(
     assert losses_of(there) == pytest.approx(losses_of(here), rel=0.01)
     assert there.computed["device"] == CARD.type
     assert {t.device.type for t in there.model.state_dict().values()} == {"cpu"}
-    assert there.progression.train_flops == here.progression.train_flops > 0
+    # older versions of torch do not count attention on a CPU
+    counted = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu in flop_registry
+    assert there.progression.train_flops >= here.progression.train_flops > 0
+    assert not counted or there.progression.train_flops == here.progression.train_flops
     assert not there.checks.faults
 
 
@@ -200,7 +204,7 @@ def test_compiled_blocks_train_to_the_same_losses(
     eager, compiled = (
         trained(arm, on_card(compile=compiled), prepared, tmp_path / str(compiled)) for compiled in (False, True)
     )
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch._dynamo.utils.counters["frames"]["ok"]
     assert losses_of(compiled) == pytest.approx(losses_of(eager), rel=0.01)
     assert compiled.model.state_dict().keys() == eager.model.state_dict().keys()
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from lgp.compute.device import choose_device
@@ -86,6 +87,28 @@ def test_resumed_equals_uninterrupted(
     assert bytes_of(resumed) == bytes_of(whole)
     assert resumed_notes.epochs == notes.epochs == whole.progression.history
     assert resumed.progression.train_flops == whole.progression.train_flops > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_blocks_are_compiled_after_the_first_step_whose_operations_are_counted(
+    tmp_path: Path, prepared: LabelledImages, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch 2.11 never compiles a block that is first called while operations are counted."""
+    frames = torch._dynamo.utils.counters["frames"]
+    # without a compiler of C++: only which blocks are compiled is asked
+    monkeypatch.setattr(Block, "compile", lambda block: nn.Module.compile(block, backend="eager"))
+    stance, counted = torch.compiler.set_stance, list[tuple[Any, int]]()
+    monkeypatch.setattr(
+        "torch.compiler.set_stance", lambda name: (counted.append((name, frames["ok"])), stance(name))[1]
+    )
+    compiled = params.model_copy(update={"run": params.run.model_copy(update={"compile": True})})
+    torch._dynamo.reset()
+    frames.clear()
+    result = pretrain_mim(Session(prepared, compiled, StateStore(tmp_path, "code"), Notes()))
+    assert counted == [("force_eager", 0)]
+    assert frames["ok"] > 0
+    assert result.progression.train_flops > 0
+    torch._dynamo.reset()
 
 
 def test_loss_falls(tmp_path: Path, prepared: LabelledImages, params: Params) -> None:
