@@ -24,7 +24,7 @@ from lgp.data.labels import LabelledImages
 from lgp.data.leaks import EXACT, Leak, find_leaks
 from lgp.data.preparation import groups_of, identities_of
 from lgp.errors import LgpError
-from lgp.evaluate.few_labels import SCALINGS, fit_logistic_regression, head_of
+from lgp.evaluate.few_labels import fit_logistic_regression, head_of, scale_of
 from lgp.features.cache import Features
 from lgp.features.knn import K, nearest_neighbours
 from lgp.params.evaluate import FewShotParams
@@ -140,7 +140,7 @@ def judge(features: Features, groups: np.ndarray, params: FewShotParams, seed: i
         params: scaling and strength of the regression.
         seed: of the folds.
     """
-    scale = SCALINGS[params.scaling](features.x["train"])  # scaling needs no labels
+    scale = scale_of(features, params)
     x, y = scale(features.x["train"]), features.y["train"]
     choose = "fixed" if params.choose == "fixed" else "cross_validation"
     model, c = fit_logistic_regression(x, y, x[:0], y[:0], params.model_copy(update={"choose": choose}))

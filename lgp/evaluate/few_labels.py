@@ -26,7 +26,7 @@ from lgp.params.evaluate import FeatureParams, FewShotParams, PropagationParams
 
 Scale = Callable[[np.ndarray], np.ndarray]
 Fitted = Any  # a pipeline of scikit-learn, with score and classes_
-SCALINGS: dict[str, Callable[[np.ndarray], Scale]] = {"standardized": standardizer, "normalized": normalizer}
+SCALINGS: dict[str, Callable[..., Scale]] = {"standardized": standardizer, "normalized": normalizer}
 
 MAX_ITER = 5000
 # few images are linearly separable; at scikit-learn's 1e-4 in single precision the weights depend on the solver
@@ -42,7 +42,7 @@ def evaluate_fewshot(features: Features, subsets: list[np.ndarray], params: FewS
         subsets: arrays of image ids, all within the training part.
         params: scaling, and how the strength is chosen.
     """
-    scale: Scale = SCALINGS[params.scaling](features.x["train"])  # scaling needs no labels
+    scale = scale_of(features, params)
     x_val = scale(features.x["val"])
     fitted, chosen, unconverged = [], [], 0
     for ids in subsets:
@@ -82,7 +82,7 @@ def evaluate_propagation(
     Raises:
         LgpError: there is no validation image.
     """
-    scale: Scale = SCALINGS[fewshot.scaling](features.x["train"])
+    scale = scale_of(features, fewshot)
     x_all = np.concatenate([scale(features.x[part]) for part in ("train", "unlabeled")])
     x_val = scale(features.x["val"])
     neighbours = find_neighbours(x_all, max(propagation.k), device)
@@ -105,6 +105,11 @@ def evaluate_propagation(
         "unlabelled": float(len(x_all) - len(subsets[0])),
     }
     return replace(outcome, metrics=outcome.metrics | more)
+
+
+def scale_of(features: Features, params: FewShotParams) -> Scale:
+    """Return the scaling of features, measured on all training images: it needs no labels."""
+    return SCALINGS[params.scaling](features.x["train"], features.x["unlabeled"])
 
 
 def _scored(head: Head, scale: Scale, features: Features, temperature: float | None) -> tuple[Scored, Classifier]:

@@ -251,21 +251,22 @@ class Standardizer:
         return ((features - self.mean) / self.std).astype(np.float32)
 
 
-def standardizer(reference: np.ndarray) -> Standardizer:
-    """Measure mean and deviation per feature on `reference` (N, D).
+def standardizer(*references: np.ndarray) -> Standardizer:
+    """Measure mean and deviation per feature on all `references`, each (N, D), together.
 
-    Features that are constant there are only centred. `reference` may be memory-mapped: it is read in blocks.
+    Features that are constant there are only centred. An array may be memory-mapped: it is read in blocks.
     """
     # in single precision the mean of a constant has a small error; the division would scale the error to 1
-    blocks = [reference[start : start + ROWS] for start in range(0, len(reference), ROWS)]
-    mean = sum(block.sum(axis=0, dtype=np.float64) for block in blocks) / len(reference)
+    blocks = [of[start : start + ROWS] for of in references for start in range(0, len(of), ROWS)]
+    images = sum(map(len, references))
+    mean = sum(block.sum(axis=0, dtype=np.float64) for block in blocks) / images
     squares = sum(((block - mean) ** 2).sum(axis=0) for block in blocks)
-    std = np.sqrt(squares / len(reference))
+    std = np.sqrt(squares / images)
     std[std < 1e-6] = 1.0
     return Standardizer(np.asarray(mean), std)
 
 
-def normalizer(_reference: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def normalizer(*_references: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Return the map of each image's features to zero mean and length 1, as the paper's released code does it."""
 
     def normalize(features: np.ndarray) -> np.ndarray:

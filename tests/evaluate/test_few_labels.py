@@ -60,6 +60,21 @@ def test_single_image_classes_take_the_fixed_strength(
     assert [outcome.metrics[f"test/top1_subset{i}"] for i in range(5)] == pytest.approx(scores, abs=1e-3)
 
 
+def test_scaling_is_measured_on_images_without_a_label_too(
+    features: Features, fewshot: FewShotParams, prepared: LabelledImages
+) -> None:
+    unlabelled = 5 + 3 * features.x["test"][:40]
+    more = replace(features, x={**features.x, "unlabeled": unlabelled})
+    ids = prepared.subsets("1pct")[0]
+    scale = standardizer(np.concatenate([features.x["train"], unlabelled]))
+    few, x_test = rows(features, ids), scale(features.x["test"])
+    model = LogisticRegression(C=fewshot.c_fixed, max_iter=5000, tol=1e-6)
+    model.fit(scale(features.x["train"][few]).astype(np.float64), features.y["train"][few])
+    found = evaluate_fewshot(more, [ids, ids], fewshot).predictions.query("subset == 0").sort_values("id")
+    expected = dict(zip(features.ids["test"].tolist(), model.predict(x_test.astype(np.float64)), strict=True))
+    assert found["prediction"].tolist() == [expected[i] for i in found["id"]]
+
+
 def test_more_images_a_class_are_cross_validated_within_the_labelled(
     features: Features, fewshot: FewShotParams, prepared: LabelledImages
 ) -> None:
@@ -185,7 +200,7 @@ def test_graph_has_the_training_images_labelled_or_not_and_no_other(
     )
     subsets = prepared.subsets("10pct")[:1]
     outcome = evaluate_propagation(more, subsets, fewshot, PropagationParams(), CPU)
-    scale = standardizer(features.x["train"])
+    scale = standardizer(features.x["train"], unlabeled["x"])
     assert np.array_equal(graphs[0], scale(np.concatenate([features.x["train"], unlabeled["x"]])))
     assert outcome.metrics["unlabelled"] == len(features.x["train"]) + 7 - len(subsets[0])
 

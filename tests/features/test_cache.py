@@ -289,6 +289,8 @@ def test_standardised_features_have_mean_0_and_deviation_1(monkeypatch: pytest.M
     scaled = standardizer(x)(x)
     assert np.allclose(scaled.mean(axis=0), 0, atol=1e-6)
     assert np.allclose(scaled.std(axis=0), 1, atol=1e-6)
+    parts = standardizer(x[:3], x[3:3], x[3:])
+    assert np.allclose([parts.mean, parts.std], [standardizer(x).mean, standardizer(x).std], rtol=1e-12)
     assert standardizer(np.ones((5, 2)))(np.ones((3, 2))).tolist() == [[0, 0]] * 3
 
 
