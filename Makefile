@@ -11,8 +11,9 @@ repro: $(READY)
 	@$(BIN)/dvc repro
 	@$(BIN)/lgp results
 
+# files in parallel processes of one thread each
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(READY)
 	@$(BIN)/ruff format --check .
