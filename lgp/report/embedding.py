@@ -53,7 +53,10 @@ class EmbeddingMap:
     @property
     def colours(self) -> list[str]:
         """A colour for each class."""
-        return [to_hex(colormaps["nipy_spectral"]((i + 0.5) / len(self.classes))) for i in range(len(self.classes))]
+        count = len(self.classes)
+        if count <= colormaps["tab10"].N:
+            return [to_hex(colormaps["tab10"](i)) for i in range(count)]
+        return [to_hex(colormaps["nipy_spectral"]((i + 0.5) / count)) for i in range(count)]
 
     def draw(self, path: Path, arm: str) -> None:
         """Draw the map: a colour for each class, a ring around each mistake."""
@@ -61,7 +64,7 @@ class EmbeddingMap:
         axes = figure.subplots()
         axes.scatter(self.places[:, 0], self.places[:, 1], s=9, c=np.asarray(self.colours)[self.labels], linewidths=0)
         wrong = self.places[self.labels != self.predictions]
-        axes.scatter(wrong[:, 0], wrong[:, 1], s=40, facecolors="none", edgecolors="red", label="mistake")
+        axes.scatter(wrong[:, 0], wrong[:, 1], s=40, facecolors="none", edgecolors="black", label="mistake")
         axes.set(xticks=[], yticks=[], title=arm)
         axes.legend(loc="best")
         figure.savefig(path, dpi=DPI)
@@ -121,8 +124,8 @@ def embedding_map(
 
 MAP = """
 <div id="map">
-<p><label><input type="checkbox" id="wrong"> mistakes only</label> <span id="said"></span></p>
-<canvas width="1400" height="1000" style="width:100%; border:1px solid #8888; touch-action:pan-y"></canvas>
+<p><label><input type="checkbox" id="wrong"> mistakes only</label> &emsp;<span id="said">a ring: a mistake</span></p>
+<canvas width="1400" height="1000" style="width:100%; border:1px solid #8888; background:white; touch-action:pan-y"></canvas>
 <p style="font-size:.85rem">LEGEND</p>
 <script>
 (() => {
@@ -140,7 +143,7 @@ MAP = """
       const [x, y] = place(i);
       pen.beginPath(); pen.arc(x, y, 6, 0, 7); pen.fillStyle = v.colours[v.labels[i]]; pen.fill();
       if (mistaken(i)) {
-        pen.beginPath(); pen.arc(x, y, 11, 0, 7); pen.lineWidth = 2; pen.strokeStyle = "red"; pen.stroke();
+        pen.beginPath(); pen.arc(x, y, 11, 0, 7); pen.lineWidth = 2; pen.strokeStyle = "black"; pen.stroke();
       }
     }
     if (at === undefined) return;
@@ -151,7 +154,7 @@ MAP = """
     pen.drawImage(thumbnails, column * v.side, row * v.side, v.side, v.side, left, top, big, big);
     pen.lineWidth = 2; pen.strokeStyle = "#888"; pen.strokeRect(left, top, big, big);
     const taken = mistaken(at) ? ", taken for " + v.classes[v.predictions[at]] : "";
-    said.textContent = v.classes[v.labels[at]] + taken;
+    said.textContent = "this image: " + v.classes[v.labels[at]] + taken;
   }
   canvas.addEventListener("pointermove", event => {
     const scale = canvas.width / canvas.clientWidth, x = event.offsetX * scale, y = event.offsetY * scale;
