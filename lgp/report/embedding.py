@@ -125,7 +125,8 @@ def embedding_map(
 MAP = """
 <div id="map">
 <p><label><input type="checkbox" id="wrong"> mistakes only</label> &emsp;<span id="said">a ring: a mistake</span></p>
-<canvas width="1400" height="1000" style="width:100%; border:1px solid #8888; background:white; touch-action:pan-y"></canvas>
+<canvas width="1400" height="1000" style="width:100%; border:1px solid gray; background:white; touch-action:pan-y">
+</canvas>
 <p style="font-size:.85rem">LEGEND</p>
 <script>
 (() => {
