@@ -23,13 +23,13 @@ from sklearn.manifold import TSNE
 from lgp.data.contact_sheet import thumbnail
 from lgp.data.labels import LabelledImages
 from lgp.features.cache import Features
+from lgp.report.drawing import save
 
 POINTS = 2000  # most images on the map: t-SNE takes some ten seconds for these
 FEWEST = 10  # images
 PERPLEXITY = 30.0
 SIDE = 32  # of a thumbnail, in pixels
 A_ROW = 50  # thumbnails in a row of their common picture
-DPI = 120
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class EmbeddingMap:
         axes.scatter(wrong[:, 0], wrong[:, 1], s=40, facecolors="none", edgecolors="black", label="mistake")
         axes.set(xticks=[], yticks=[], title=arm)
         axes.legend(loc="best")
-        figure.savefig(path, dpi=DPI)
+        save(figure, path)
 
     def page(self, data: LabelledImages) -> str:
         """Return the map as HTML that shows the image under the pointer, or under a finger."""

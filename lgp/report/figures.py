@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from lgp.evaluate.calibration import Reliability
+from lgp.report.drawing import save
 
 COLOURS = {"pixels": "0.6", "random": "0.4", "mim": "tab:blue", "cl": "tab:orange", "graft": "tab:green"}
 # method → title of its plot
@@ -20,7 +21,6 @@ METHODS = {
     "selected, propagated": "selected and propagated",
     "finetune": "fine-tuned",
 }
-DPI = 120
 SHOWN_CLASSES = 20
 MISTAKES_A_ROW = 8
 METHODS_A_ROW = 3
@@ -59,7 +59,7 @@ def plot_label_efficiency(path: Path, table: pd.DataFrame, classes: int) -> None
     figure.supxlabel("labels per class", fontsize=10)
     figure.supylabel("test top-1, %", fontsize=10)
     all_axes[0].legend()
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
 
 
 def _method(task: str) -> str:
@@ -78,7 +78,7 @@ def plot_reliability(path: Path, of_tasks: Mapping[str, Reliability], arm: str) 
     axes.set(xlabel="confidence", ylabel="share of right predictions", title=arm, xlim=(0, 1), ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
 
 
 def plot_depth(path: Path, by_arm: Mapping[str, Sequence[float]]) -> None:
@@ -91,7 +91,7 @@ def plot_depth(path: Path, by_arm: Mapping[str, Sequence[float]]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
 
 
 def plot_per_class(path: Path, by_arm: Mapping[str, np.ndarray], classes: Sequence[str], best: str, title: str) -> None:
@@ -111,7 +111,7 @@ def plot_per_class(path: Path, by_arm: Mapping[str, np.ndarray], classes: Sequen
     axes.set_xticks(range(len(order)), [classes[i] for i in order], rotation=90 if len(order) > 10 else 0)
     axes.set(ylabel="test top-1, %", title=title)
     axes.legend()
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
 
 
 def plot_mistakes(path: Path, images: np.ndarray, mistakes: pd.DataFrame, classes: Sequence[str], arm: str) -> None:
@@ -128,7 +128,7 @@ def plot_mistakes(path: Path, images: np.ndarray, mistakes: pd.DataFrame, classe
         axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
         said = f"{classes[label]}, taken\nfor {classes[prediction]} ({100 * confidence:.0f} %)"
         axes.set_title(said, fontsize=7)
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
 
 
 def plot_curves(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:
@@ -139,7 +139,7 @@ def plot_curves(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:
         axes.plot(curve["epoch"], curve["train/loss"], color=COLOURS.get(arm))
         axes.set(title=arm, xlabel="epoch", ylabel="loss")
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
 
 
 def plot_reconstructions(path: Path, images: Mapping[str, Tensor]) -> None:
@@ -153,7 +153,7 @@ def plot_reconstructions(path: Path, images: Mapping[str, Tensor]) -> None:
             axes.imshow(image.clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
         row_axes[0].set_ylabel(title)
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
 
 
 def plot_confusion(path: Path, predictions: pd.DataFrame, classes: list[str]) -> None:
@@ -169,7 +169,7 @@ def plot_confusion(path: Path, predictions: pd.DataFrame, classes: list[str]) ->
         axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="predicted", ylabel="true")
     figure.colorbar(image, label="% of the true class")
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
 
 
 def plot_conflict(path: Path, conflict: pd.DataFrame) -> None:
@@ -181,4 +181,4 @@ def plot_conflict(path: Path, conflict: pd.DataFrame) -> None:
     axes.axhline(0, color="0.5", linewidth=0.8)
     axes.set(xlabel="block", ylabel="cosine of the gradients of MIM and CL")
     axes.grid(alpha=0.3, axis="y")
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
