@@ -1,19 +1,13 @@
-"""Import of other projects' checkpoints, and export in MAE's layout.
+"""Import of other projects' checkpoints, and export in MAE's layout. Every tensor of a file is accounted for."""
 
-Only tensors and plain containers are unpickled. Every tensor of a file is accounted for by name.
-"""
-
-import argparse
 import json
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
@@ -22,6 +16,7 @@ from torch import Tensor
 from lgp.compute.randomness import seeded
 from lgp.data.normalization import Normalization
 from lgp.errors import LgpError
+from lgp.models.checkpoint_files import fault_of, read_tensors, unwrapped
 from lgp.models.files import CONFIG
 from lgp.models.vit import build_encoder, init_encoder_as_moco
 from lgp.params.data import DataParams
@@ -36,14 +31,6 @@ DECODER = re.compile(r"(decoder_|mask_token)")
 CLASSIFIER = re.compile(r"(head|head_dist|fc|head\.0|head\.1)\.\w+$")
 IMAGENET = Normalization(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 PRETRAINED_CFG = "pretrained_cfg"  # timm's name for the record that holds an encoder's mean and std
-
-# The command line in MAE's checkpoints is a Namespace. Its multi-node command puts paths into it: they are read as pure
-# paths, which touch no disk and exist on every system. Python 3.13 pickles them under another name.
-PLAIN_OBJECTS: list[Any] = [
-    argparse.Namespace,
-    *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
-    *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
-]
 
 
 @dataclass(frozen=True)
@@ -185,7 +172,7 @@ def _take(
         path: of the checkpoint, for messages.
 
     Raises:
-        LgpError: a tensor of the encoder holds values that are not finite.
+        LgpError: a tensor of the encoder or the projector is no weight.
     """
     taken: dict[str, Tensor] = {}
     projector: dict[str, Tensor] = {}
@@ -195,12 +182,13 @@ def _take(
         reason = layout.left_out(name)
         if layout.projector and name.startswith(layout.projector):
             head = f"{PROJECTOR}.{name.removeprefix(layout.projector)}"
+            if not name.endswith("num_batches_tracked"):
+                _check_weight(name, tensor, path)
             projector[head] = tensor
             uses.append(Use(name, head, PROJECTOR))
         elif target in wanted:
+            _check_weight(name, tensor, path)
             fitted, how = _fitted(target, tensor, wanted[target])
-            if fitted is not None and not fitted.isfinite().all():
-                raise LgpError(f"{path}: {name} holds values that are not finite: the checkpoint is damaged")
             if fitted is None:
                 faults.append(f"{name} is {how}")
                 uses.append(Use(name, None, how))
@@ -273,38 +261,33 @@ def _known_normalization(
     )
 
 
-def read_tensors(path: Path) -> Any:
-    """Read a file as tensors in plain containers.
-
-    Raises:
-        LgpError: the file is missing or damaged, or is a pickle of anything else. Such a pickle is never run.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(PLAIN_OBJECTS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        found = re.search(r"GLOBAL (\S+)", str(e))
-        raise LgpError(
-            f"{path} holds more than tensors{f' ({found.group(1)})' if found else ''}, and reading that would run code "
-            "from the file: refused. Save its state_dict alone, best as .safetensors"
-        ) from None
-    except Exception as e:  # noqa: BLE001 - readers of damaged files raise any exception
-        raise LgpError(f"{path} cannot be read as a checkpoint: {' '.join(str(e).split())[:200]}") from None
-
-
 def recognise(content: Any, path: Path) -> tuple[Layout, Tensors]:
     """Return a file's layout, by its keys, and its tensors. Raise `LgpError` for an unknown layout."""
     for layout in LAYOUTS:
         inner = content.get(layout.container) if isinstance(content, dict) and layout.container else content
-        if isinstance(inner, dict) and f"{layout.encoder}blocks.0.norm1.weight" in inner:
-            return layout, {name: value for name, value in inner.items() if isinstance(value, Tensor)}
-    keys = list(content)[:5] if isinstance(content, dict) else [type(content).__name__]
+        for tensors in (inner, unwrapped(inner)) if isinstance(inner, dict) else ():
+            if f"{layout.encoder}blocks.0.norm1.weight" in tensors:
+                return layout, {n: t for n, t in tensors.items() if isinstance(t, Tensor) and isinstance(n, str)}
     raise LgpError(
-        f"{path} has no known layout (its keys begin with {', '.join(map(str, keys))}): expected a ViT of "
+        f"{path} has no known layout (its keys begin with {_first_keys(content)}): expected a ViT of "
         f"{', '.join(layout.name for layout in LAYOUTS)}"
     )
+
+
+def _first_keys(content: Any) -> str:
+    """Return the first keys of a file, and of the containers in it, as text."""
+    if not isinstance(content, dict):
+        return type(content).__name__
+    shown = [
+        f"{key} ({', '.join(map(str, list(value)[:2]))}, …)" if isinstance(value, dict) and value else str(key)
+        for key, value in list(content.items())[:5]
+    ]
+    return ", ".join(shown)
+
+
+def _check_weight(name: str, tensor: Tensor, path: Path) -> None:
+    if fault := fault_of(tensor):
+        raise LgpError(f"{path}: {name} {fault}: the file is damaged, or no checkpoint of plain weights")
 
 
 def _fitted(target: str, tensor: Tensor, wanted: Tensor) -> tuple[Tensor | None, str]:
