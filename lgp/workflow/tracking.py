@@ -29,6 +29,7 @@ from lgp.compute.digests import file_digest
 from lgp.errors import LgpError
 from lgp.models.files import CLASSIFIERS as CLASSIFIER_FOLDERS
 from lgp.models.files import CONFIG, WEIGHTS, encoder_digest
+from lgp.workflow.moved_store import ARTIFACTS, follow
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,8 +162,11 @@ class _Mlflow:
         # the client creates the tables of a new store at once; two processes that do so at the same time crash
         with self.lock:
             if uri.startswith("sqlite:///"):
-                with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
+                file = Path(uri.removeprefix("sqlite:///"))
+                with closing(sqlite3.connect(file)) as database:
                     database.execute("PRAGMA journal_mode=WAL")
+                for address in follow(file, root):
+                    print(f"MLflow's store came from {address}: its addresses are those of this folder now", flush=True)
             mlflow.set_tracking_uri(uri)
             self.client = mlflow.MlflowClient(uri)
             self.experiment_id = self._open_experiment(uri, experiment, root)
@@ -171,7 +175,7 @@ class _Mlflow:
         found = self.client.get_experiment_by_name(experiment)
         if found is not None:
             return str(found.experiment_id)
-        local = (root / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite:///") else None
+        local = (root / ARTIFACTS).resolve().as_uri() if uri.startswith("sqlite:///") else None
         return str(self.client.create_experiment(experiment, artifact_location=local))
 
     def start(
