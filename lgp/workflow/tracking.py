@@ -489,7 +489,9 @@ class Tracker:
         self._log_drawing("confusion.png", lambda figures, path: figures.plot_confusion(path, predictions, classes))
 
     def log_reconstructions(self, images: "Mapping[str, Tensor]") -> None:
-        """Draw and log the reconstructions of a masked autoencoder."""
+        """Draw and log the reconstructions of a masked autoencoder. Without a validation image there are none."""
+        if not len(images["original"]):
+            return
         self._log_drawing("reconstructions.png", lambda figures, path: figures.plot_reconstructions(path, images))
 
     def log_conflict(self, conflict: "pd.DataFrame") -> None:
