@@ -52,11 +52,9 @@ class _Registered(NamedTuple):
 
 
 HERE = Path(__file__).parent
-NEEDS = ("mlflow", "timm", "torch", "torchvision", "numpy")
+NEEDS = ("mlflow", "timm", "torch", "torchvision", "numpy", "pandas", "pillow")
 ENCODERS = _Registered("lgp-encoder", HERE / "registered_encoder.py", "encoder", NEEDS)
-CLASSIFIERS = _Registered(
-    "lgp-classifier", HERE / "registered_classifier.py", "classifier", (*NEEDS, "pandas", "pillow")
-)
+CLASSIFIERS = _Registered("lgp-classifier", HERE / "registered_classifier.py", "classifier", NEEDS)
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -257,24 +255,14 @@ class _Mlflow:
             self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, 0)])
 
     def log_encoder(self, folder: Path, tags: dict[str, str]) -> _Logged:
-        """Log an encoder folder as a model and register it."""
-        import numpy as np
-        from mlflow.models import ModelSignature
-        from mlflow.types import Schema, TensorSpec
-
-        config = json.loads((folder / "config.json").read_text())
-        channels, height, width = config["pretrained_cfg"]["input_size"]
-        signature = ModelSignature(
-            inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, height, width, channels))]),
-            outputs=Schema([TensorSpec(np.dtype("float32"), (-1, config["num_features"]))]),
-        )
-        return self._log_model(ENCODERS, folder, tags, f"encoder-{tags['arm']}", signature)
+        """Log an encoder folder as a model that takes arrays or encoded images, and register it."""
+        return self._log_model(ENCODERS, folder, tags, f"encoder-{tags['arm']}")
 
     def log_classifier(self, folder: Path, tags: dict[str, str]) -> _Logged:
         """Log a classifier folder as a model that takes encoded images or arrays, and register it."""
-        return self._log_model(CLASSIFIERS, folder, tags, f"classifier-{tags['arm']}-{tags['task']}", None)
+        return self._log_model(CLASSIFIERS, folder, tags, f"classifier-{tags['arm']}-{tags['task']}")
 
-    def _log_model(self, kind: "_Registered", folder: Path, tags: dict[str, str], name: str, signature: Any) -> _Logged:
+    def _log_model(self, kind: "_Registered", folder: Path, tags: dict[str, str], name: str) -> _Logged:
         with self.mlflow.start_run(run_id=self.run_id), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")  # MLflow asks for an input example, which would load the model
             info = self.mlflow.pyfunc.log_model(
@@ -282,7 +270,6 @@ class _Mlflow:
                 python_model=str(kind.code),
                 artifacts={kind.artifact: str(folder)},
                 pip_requirements=[f"{p}=={version(p)}" for p in kind.needs],
-                signature=signature,
                 registered_model_name=kind.registry,
                 tags=tags,
             )
