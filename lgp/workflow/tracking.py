@@ -28,7 +28,7 @@ from filelock import FileLock
 from lgp.compute.digests import file_digest
 from lgp.errors import LgpError
 from lgp.models.files import CLASSIFIERS as CLASSIFIER_FOLDERS
-from lgp.models.files import CONFIG, WEIGHTS, encoder_digest
+from lgp.models.files import CONFIG, WEIGHTS, classifier_digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -369,6 +369,11 @@ class Tracker:
         self._to_register: tuple[Path, dict[str, str]] | None = None
         self._evaluated: Evaluated | None = None
 
+    @property
+    def answers(self) -> bool:
+        """Whether the store has answered so far. False before anything was logged."""
+        return self._mlflow is not None
+
     def attempt(self, action: Callable[[_Mlflow], T], record: dict[str, Any]) -> T | None:
         """Do an action in the run. If it fails, warn once, and from then on write `record` to the file."""
         if not self._opened:
@@ -535,7 +540,7 @@ class Tracker:
         if classifier is None:
             self.remove_champion_classifier()
         else:
-            self.set_champion_classifier(classifier, arm, encoder_digest(classifier), why)
+            self.set_champion_classifier(classifier, arm, classifier_digest(classifier), why)
 
     def set_champion(self, folder: Path, arm: str, digest: str, why: str) -> None:
         """Point the alias `champion` at this encoder's version. An encoder that the store lacks is registered first."""
@@ -584,7 +589,7 @@ class Tracker:
             if version is None:
                 return None
             own = models / version.tags["arm"] / CLASSIFIER_FOLDERS / version.tags["task"]
-            if (own / WEIGHTS).exists() and encoder_digest(own) == version.tags["digest"]:
+            if (own / WEIGHTS).exists() and classifier_digest(own) == version.tags["digest"]:
                 return own
             address = f"models:/{CLASSIFIERS.registry}/{version.version}"
             copy = Path(m.mlflow.artifacts.download_artifacts(address))
