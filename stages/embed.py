@@ -26,13 +26,15 @@ def embed(
     from lgp.data.sources.opening import open_images
     from lgp.data.table_writing import table_writer
     from lgp.errors import LgpError
+    from lgp.features.similarity import form_of
     from lgp.models.files import present_encoder_digest
     from lgp.params.file import load_params
 
     params, folder = load_params(params_file), encoder_folder(arm)
     if out.suffix.lower() != ".parquet":
         raise LgpError(f"{out}: features are lists of numbers, give a name that ends in .parquet")
-    with table_writer(out, {"arm": arm, "encoder": present_encoder_digest(folder)}) as write:
+    about = {"arm": arm, "encoder": present_encoder_digest(folder), "features": form_of(params.features)}
+    with table_writer(out, about) as write:
         offers = open_images(source)
         from lgp.compute.device import choose_device
         from lgp.data.progress import progress

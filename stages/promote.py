@@ -26,5 +26,7 @@ def promote(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS, debug: Debug = F
     about = tracking.Description(arm, "promote", tags, {}, run.tracking_uri, run.experiment, f"{arm} / promote")
     with tracking.tracked(about, root, root / ".lgp" / "promote.run") as tracker:
         tracker.set_champions(folder, arm, digest, best_plain_classifier(MODELS, arm), "promoted by hand")
+        if not tracker.answers:
+            raise LgpError(f"MLflow failed (see the warning above), so {arm} is not promoted: run it again")
     (root / ".lgp" / "promote.run").unlink(missing_ok=True)
     print(f"promote: {arm} is the champion now, until `lgp report` runs again")

@@ -23,7 +23,7 @@ def similar(
     """List the images whose features are nearest to an image's, by cosine."""
     from lgp.data.sources.folder import single_image
     from lgp.errors import LgpError
-    from lgp.features.similarity import nearest, read_embeddings
+    from lgp.features.similarity import form_of, nearest, read_embeddings
     from lgp.models.files import present_encoder_digest
     from lgp.params.file import load_params
 
@@ -32,6 +32,8 @@ def similar(
     folder = encoder_folder(known.arm)
     if present_encoder_digest(folder) != known.encoder:
         raise LgpError(f"{among} was made by another encoder of {known.arm}: run `lgp embed` again")
+    if (form := form_of(params.features)) != known.form:
+        raise LgpError(f"{among} has features of {known.form}, params.yaml asks for {form}: run `lgp embed` again")
     from lgp.compute.device import choose_device
     from lgp.features.of_source import embeddings
 

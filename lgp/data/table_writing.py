@@ -21,7 +21,7 @@ def table_writer(file: Path, about: Mapping[str, str] | None = None) -> Iterator
         about: metadata of a Parquet file.
 
     Raises:
-        LgpError: the name says no format, or the folder does not exist.
+        LgpError: the name says no format, the folder does not exist, or a Parquet file gets no row.
     """
     if file.suffix.lower() not in SUFFIXES:
         raise LgpError(f"{file}: give a name that ends in {' or '.join(SUFFIXES)}")
@@ -31,6 +31,8 @@ def table_writer(file: Path, about: Mapping[str, str] | None = None) -> Iterator
     try:
         with _csv(partial) if file.suffix.lower() == ".csv" else _parquet(partial, about or {}) as write:
             yield write
+        if not partial.exists():
+            raise LgpError(f"there is no row to write into {file}: no image can be read")
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)

@@ -89,7 +89,7 @@ class Finding:
 
 
 def check_auditable(data: LabelledImages) -> None:
-    """Raise `LgpError` if cleanlab is missing, or no class has two labelled training images."""
+    """Raise `LgpError` if cleanlab is missing, no class has two labelled training images, or one class has all."""
     if importlib.util.find_spec("cleanlab") is None:
         raise LgpError("`lgp audit` needs cleanlab: pip install 'lgp[audit]'")
     labels = data.labels[data.ids("train")]
@@ -97,6 +97,11 @@ def check_auditable(data: LabelledImages) -> None:
         raise LgpError(
             f"{len(labels)} training images have a label, no two of them the same: label more with "
             "`lgp labels add FILE`, an audit compares images of one label"
+        )
+    if len(np.unique(labels)) < 2:
+        raise LgpError(
+            f"all {len(labels)} labelled training images are of one class: label some of another with "
+            "`lgp labels add FILE`, an audit compares classes"
         )
 
 

@@ -6,18 +6,28 @@ from pathlib import Path
 import numpy as np
 
 from lgp.errors import LgpError
+from lgp.params.evaluate import FeatureParams
 
 ROWS = 2**14  # compared at once
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What `lgp embed` wrote: the arm, the digest of its encoder, paths, and features (N, D)."""
+    """What `lgp embed` wrote: arm, digest of its encoder, what the features are made of, paths, and the features.
+
+    These are (N, D).
+    """
 
     arm: str
     encoder: str
+    form: str
     paths: list[str]
     features: np.ndarray
+
+
+def form_of(params: FeatureParams) -> str:
+    """Say what features are made of. Those of different forms are not compared."""
+    return f"{params.pool} of the last {params.blocks} blocks"
 
 
 def read_embeddings(file: Path) -> Embeddings:
@@ -30,7 +40,7 @@ def read_embeddings(file: Path) -> Embeddings:
         about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         features = table["features"].combine_chunks()
         values = features.flatten().to_numpy(zero_copy_only=False).reshape(len(features), -1)
-        return Embeddings(about["arm"], about["encoder"], table["path"].to_pylist(), values)
+        return Embeddings(about["arm"], about["encoder"], about["features"], table["path"].to_pylist(), values)
     except (OSError, pa.ArrowException, KeyError, ValueError) as e:
         reason = " ".join(str(e).split())
         raise LgpError(f"{file} has no embeddings ({reason}): `lgp embed SOURCE --out {file}` writes them") from None

@@ -145,13 +145,11 @@ class OpenedClassifier:
         logits: normalised images (B, C, S, S) → (B, K), on the device.
         classes: names of the K classes.
         config: of the folder.
-        provenance: of the folder.
     """
 
     logits: Callable[[Tensor], Tensor]
     classes: list[str]
     config: dict[str, Any]
-    provenance: dict[str, Any]
 
 
 def load_classifier(folder: Path, device: torch.device) -> OpenedClassifier:
@@ -169,8 +167,7 @@ def load_classifier(folder: Path, device: torch.device) -> OpenedClassifier:
         logits = _logits_of(folder, config, device)
     except (RuntimeError, SafetensorError, KeyError) as e:
         raise LgpError(f"{folder} is damaged: {' '.join(str(e).split())}; run its evaluation again") from None
-    provenance = json.loads((folder / "provenance.json").read_text())
-    return OpenedClassifier(logits, list(config["label_names"]), config, provenance)
+    return OpenedClassifier(logits, list(config["label_names"]), config)
 
 
 def _logits_of(folder: Path, config: dict[str, Any], device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,7 @@
 """The file names of an arm's folder, the digest of an encoder, and whether it trained. Light: it imports no torch."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 from lgp.compute.digests import file_digest
@@ -17,6 +18,11 @@ RECONSTRUCTIONS = "reconstructions.safetensors"  # only of an arm with a decoder
 def encoder_digest(folder: Path) -> str:
     """Return the digest of the weights of an encoder folder. Tracking and caches identify an encoder by it."""
     return file_digest(folder / WEIGHTS)
+
+
+def classifier_digest(folder: Path) -> str:
+    """Return the digest of a classifier folder: of its weights, and of its configuration, which names its classes."""
+    return sha256("".join(file_digest(folder / name) for name in (WEIGHTS, CONFIG)).encode()).hexdigest()
 
 
 def present_encoder_digest(folder: Path) -> str:

@@ -7,6 +7,7 @@ image under the pointer. It is one piece of HTML that loads nothing.
 import base64
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -86,7 +87,9 @@ class EmbeddingMap:
             f'<span style="color:{colour}">■</span> {escape(name)}'
             for name, colour in list(zip(self.classes, self.colours, strict=True))[:A_ROW]
         )
-        return MAP.replace("VALUES", values).replace("LEGEND", legend).replace("THUMBNAILS", self._thumbnails(data))
+        parts = {"VALUES": values, "LEGEND": legend, "THUMBNAILS": self._thumbnails(data)}
+        # in one go: a class may be called LEGEND
+        return re.sub("|".join(parts), lambda found: parts[found[0]], MAP)
 
     def _thumbnails(self, data: LabelledImages) -> str:
         """Return all thumbnails as one JPEG in base64, a row after the other."""

@@ -1,4 +1,8 @@
-"""The pictures of the report: accuracies, loss curves, reconstructions, confusion, mistakes, gradient conflict."""
+"""The pictures of the report: accuracies, loss curves, reconstructions, confusion, mistakes, gradient conflict.
+
+Names of classes stand as they are: a `$` in one begins no formula. Of images of more than four channels the first three
+are drawn.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from lgp.data.contact_sheet import thumbnail
 from lgp.evaluate.calibration import Reliability
 from lgp.report.drawing import save
 
@@ -108,7 +113,8 @@ def plot_per_class(path: Path, by_arm: Mapping[str, np.ndarray], classes: Sequen
     for number, (arm, accuracies) in enumerate(by_arm.items()):
         places = np.arange(len(order)) + (number - (len(by_arm) - 1) / 2) * width
         axes.bar(places, accuracies[order], width, label=arm, color=COLOURS.get(arm))
-    axes.set_xticks(range(len(order)), [classes[i] for i in order], rotation=90 if len(order) > 10 else 0)
+    names, rotation = [classes[i] for i in order], 90 if len(order) > 10 else 0
+    axes.set_xticks(range(len(order)), names, rotation=rotation)
     axes.set(ylabel="test top-1, %", title=title)
     axes.legend()
     save(figure, path)
@@ -125,7 +131,7 @@ def plot_mistakes(path: Path, images: np.ndarray, mistakes: pd.DataFrame, classe
         axes.axis("off")
     columns_of = (mistakes[name].tolist() for name in ("label", "prediction", "confidence"))
     for axes, image, label, prediction, confidence in zip(all_axes, images, *columns_of, strict=False):
-        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        axes.imshow(thumbnail(image, max(image.shape[:2])))
         said = f"{classes[label]}, taken\nfor {classes[prediction]} ({100 * confidence:.0f} %)"
         axes.set_title(said, fontsize=7)
     save(figure, path)
@@ -150,7 +156,8 @@ def plot_reconstructions(path: Path, images: Mapping[str, Tensor]) -> None:
     all_axes = figure.subplots(len(titles), columns, squeeze=False)
     for title, row_axes in zip(titles, all_axes, strict=True):
         for image, axes in zip(images[title], row_axes, strict=True):
-            axes.imshow(image.clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+            pixels = (255 * image.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
+            axes.imshow(thumbnail(pixels, max(pixels.shape[:2])))
             axes.set(xticks=[], yticks=[])
         row_axes[0].set_ylabel(title)
     save(figure, path)

@@ -20,7 +20,8 @@ class Verdict:
     """What the results show.
 
     Attributes:
-        champion: the leader, if it beats every baseline with the fewest labels; None: nobody is crowned.
+        champion: the leader, if val is large enough to choose it, and it beats every baseline with the fewest labels;
+            None: nobody is crowned.
         sentence: who is the champion, or why nobody is.
         answer: how good the leader is; empty where no arm may lead.
         notes: what else a reader must know before the numbers.
@@ -47,8 +48,9 @@ class Verdict:
 def judge(arms: list[ArmOutcomes], data: LabelledImages) -> Verdict:
     """Crown the leader if it is ahead of every baseline on test with the fewest labels, and no interval holds a tie.
 
-    Validation chooses the leader. Test images choose no arm: they may only withhold the crown. The crown needs all of
-    these comparisons to be decided, so it needs no correction for their number (intersection-union test, Berger 1982).
+    Validation chooses the leader. Where it has too few images for that, nobody is crowned. Test images choose no arm:
+    they may only withhold the crown. The crown needs all of these comparisons to be decided, so it needs no correction
+    for their number (intersection-union test, Berger 1982).
     """
     repeats = repeated(arms, data)
     # what choosing adds is compared within each arm
@@ -56,13 +58,14 @@ def judge(arms: list[ArmOutcomes], data: LabelledImages) -> Verdict:
     found = gains(arms)
     fewest, best = fewest_labels(arms), leader(arms)
     unbeaten = "" if best is None else _unbeaten_by(best, arms, fewest, pairs)
-    champion = None if best is None or unbeaten else best.arm
+    warning = small_validation(len(data.ids("val")))
+    champion = None if best is None or unbeaten or warning else best.arm
     notes = [note for task in _compared(arms, fewest, repeats) if (note := _note(arms, task, pairs))]
     notes += [f"{a.arm} is not trained: its checks failed. It is never the champion." for a in arms if not a.trained]
     notes += [f"{task_name(task)} has the same images as {task_name(of)}." for task, of in repeats.items()]
-    if warning := small_validation(len(data.ids("val"))):
+    sentence = _sentence(champion, arms, fewest, unbeaten, warning)
+    if warning and warning not in sentence:
         notes.append(f"Warning: {warning}.")
-    sentence = _sentence(champion, arms, fewest, unbeaten)
     crown = _crown(champion, arms, fewest, pairs) if champion else ""
     return Verdict(champion, sentence, answer(arms, found), notes, pairs, found, crown)
 
@@ -75,13 +78,15 @@ def repeated(arms: list[ArmOutcomes], data: LabelledImages) -> dict[str, str]:
     return {task: other for task, other in first.items() if other != task}
 
 
-def _sentence(champion: str | None, arms: list[ArmOutcomes], fewest: str, unbeaten: str) -> str:
+def _sentence(champion: str | None, arms: list[ArmOutcomes], fewest: str, unbeaten: str, small: str) -> str:
     if unbeaten:
         return f"Nobody is crowned. With the fewest labels ({task_name(fewest)}), {unbeaten}."
     if champion is None:
         if all(a.is_baseline for a in arms):
             return "Nobody is crowned. Only baselines are among the arms."
-        return "Nobody is crowned. No arm has a training that passed its checks."
+        if not any(a.may_win for a in arms):
+            return "Nobody is crowned. No arm has a training that passed its checks."
+        return f"Nobody is crowned: {small}. `lgp promote ARM` crowns an arm by hand."
     chosen = f"{champion} is the champion: it has the best validation accuracy with the fewest labels"
     baselines = [a.arm for a in arms if a.is_baseline]
     if not baselines:

@@ -25,9 +25,9 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """Turns encoded images or pixels into classes with probabilities.
 
-    Its input is a table with a column `image` of encoded images in base64, a list of these, or an array (N, H, W, C) or
-    (N, H, W) of pixels 0 … 255 of any size. Its output is a table: class, probability, and the probability of every
-    class.
+    Its input is a table with a column `image` of encoded images, as bytes or in base64, a list of these, or an array
+    (N, H, W, C) or (N, H, W) of pixels 0 … 255 of any size. Its output is a table: class, probability, and the
+    probability of every class.
     """
 
     def load_context(self, context: Any) -> None:
@@ -36,7 +36,10 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.classes = json.loads((folder / "config.json").read_text())["label_names"]
         self.model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         config = resolve_data_config(self.model.pretrained_cfg, model=self.model)
-        self.mode = MODES[config["input_size"][0]]
+        channels = config["input_size"][0]
+        if channels not in MODES:
+            raise ValueError(f"images of {channels} channels cannot be served, only of 1 to 4: use `lgp predict`")
+        self.mode = MODES[channels]
         self.transform = create_transform(**config)
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
@@ -68,6 +71,8 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         except Exception as error:  # noqa: BLE001 - decoders of damaged files raise any exception
             raise ValueError(f"image {row} cannot be read: {type(error).__name__}") from None
+        if image.mode[0] in "IF":  # Pillow would cut off what is above 255
+            raise ValueError(f"image {row} has more than 8 bits a channel: convert it to 8 bits")
         if self.mode in ("L", "RGB") and image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert(self.mode)
@@ -81,14 +86,22 @@ def _images_of(given: Any) -> list[Any]:
         return given["image"].tolist()
     if isinstance(given, dict):
         return _images_of(pd.DataFrame(given))
+    if isinstance(given, np.ndarray) and given.dtype.kind in "OUS":
+        given = given.ravel().tolist()
+    if isinstance(given, list) and all(isinstance(image, str | bytes) for image in given):
+        return given
     array = np.asarray(given)
-    if array.dtype.kind in "iuf" and array.ndim in (3, 4) and array.min(initial=0) >= 0 and array.max(initial=0) <= 255:
+    if array.dtype.kind in "iuf" and array.ndim in (3, 4) and _are_pixels(array):
         return list(array)
-    if array.dtype.kind in "OUS" and array.ndim == 1:
-        return array.tolist()
     raise ValueError(
-        f"expected base64 texts, or pixels 0 … 255 as (N, H, W) or (N, H, W, C), got {array.dtype} {array.shape}"
+        "expected encoded images as bytes or in base64, or whole numbers 0 … 255 as (N, H, W) or (N, H, W, C), got "
+        f"{array.dtype} {array.shape}"
     )
+
+
+def _are_pixels(array: np.ndarray) -> bool:
+    within = array.min(initial=0) >= 0 and array.max(initial=0) <= 255
+    return bool(within and (array.dtype.kind != "f" or (array == np.round(array)).all()))
 
 
 mlflow.models.set_model(ImageClassifier())

@@ -1,23 +1,34 @@
 """The code that a registered encoder carries. It turns images into features, and does not need `lgp`.
 
 MLflow copies this file into the model ("models from code") and runs it at load time, so it imports nothing
-of the project.
+of the project. `registered_classifier.py` opens images in the same way.
 """
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
+import pandas as pd
 import timm
 import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor
 
 BATCH = 256
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 class Encoder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
-    """Turns images (N, H, W, C) uint8 into features (N, D) float32. Where C is 1, images may be (N, H, W)."""
+    """Turns images into features (N, D) float32, the class token after the final norm.
+
+    Its input is an array (N, H, W, C) of pixels 0 … 255 of the encoder's size, or (N, H, W) where C is 1. Or it is a
+    list of encoded images of any size, as bytes or in base64, or a table that has these in the column `image`.
+    """
 
     def load_context(self, context: Any) -> None:
         """Load the encoder folder among the model's artifacts."""
@@ -27,23 +38,69 @@ class Encoder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.mean = torch.tensor(config["mean"]).view(-1, 1, 1)
         self.std = torch.tensor(config["std"]).view(-1, 1, 1)
         self.encoder = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+        self.transform = create_transform(**resolve_data_config(self.encoder.pretrained_cfg, model=self.encoder))
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Return the class token of each image after the final norm."""
-        images = np.asarray(model_input)
-        if images.ndim == 3 and self.channels == 1:
-            images = images[..., None]
-        expected = (self.height, self.width, self.channels)
-        if images.shape[1:] != expected or images.dtype != np.uint8:
-            raise ValueError(
-                f"expected uint8 images (N, {', '.join(map(str, expected))}), got {images.dtype} {images.shape}"
-            )
-        features = []
+        images = _images_of(model_input)
+        features = [np.zeros((0, self.encoder.num_features), dtype=np.float32)]
         with torch.inference_mode():
             for start in range(0, len(images), BATCH):
-                batch = torch.from_numpy(images[start : start + BATCH]).permute(0, 3, 1, 2).float() / 255
-                features.append(self.encoder((batch - self.mean) / self.std).numpy())
+                rows = range(start, min(start + BATCH, len(images)))
+                features.append(self.encoder(torch.stack([self._tensor(row, images[row]) for row in rows])).numpy())
         return np.concatenate(features)
+
+    def _tensor(self, row: int, given: Any) -> Tensor:
+        """Turn pixels, or an encoded image, into what the encoder takes, (C, H, W)."""
+        if not isinstance(given, np.ndarray):
+            return self.transform(self._opened(row, given))
+        pixels = given[..., None] if given.ndim == 2 and self.channels == 1 else given
+        expected = (self.height, self.width, self.channels)
+        if pixels.shape != expected:
+            raise ValueError(f"expected images {expected} (height, width, channels), image {row} is {given.shape}")
+        scaled = torch.from_numpy(pixels.astype(np.uint8)).permute(2, 0, 1).float() / 255
+        return (scaled - self.mean) / self.std
+
+    def _opened(self, row: int, given: str | bytes) -> Image.Image:
+        """Turn base64 text or bytes into an upright image. Transparent pixels lie on white."""
+        if self.channels not in MODES:
+            raise ValueError(f"images of {self.channels} channels are taken as arrays only")
+        try:
+            data = base64.b64decode(given, validate=True) if isinstance(given, str) else given
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        except Exception as error:  # noqa: BLE001 - decoders of damaged files raise any exception
+            raise ValueError(f"image {row} cannot be read: {type(error).__name__}") from None
+        if image.mode[0] in "IF":  # Pillow would cut off what is above 255
+            raise ValueError(f"image {row} has more than 8 bits a channel: convert it to 8 bits")
+        if self.channels in (1, 3) and image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert(MODES[self.channels])
+
+
+def _images_of(given: Any) -> list[Any]:
+    """Return the images of a request, one by one."""
+    if isinstance(given, pd.DataFrame):
+        if "image" not in given:
+            raise ValueError(f"expected a column `image`, got {', '.join(map(str, given.columns))}")
+        return given["image"].tolist()
+    if isinstance(given, dict):
+        return _images_of(pd.DataFrame(given))
+    if isinstance(given, np.ndarray) and given.dtype.kind in "OUS":
+        given = given.ravel().tolist()
+    if isinstance(given, list) and all(isinstance(image, str | bytes) for image in given):
+        return given
+    array = np.asarray(given)
+    if array.dtype.kind in "iuf" and array.ndim in (3, 4) and _are_pixels(array):
+        return list(array)
+    raise ValueError(
+        "expected encoded images as bytes or in base64, or whole numbers 0 … 255 as (N, H, W) or (N, H, W, C), got "
+        f"{array.dtype} {array.shape}"
+    )
+
+
+def _are_pixels(array: np.ndarray) -> bool:
+    within = array.min(initial=0) >= 0 and array.max(initial=0) <= 255
+    return bool(within and (array.dtype.kind != "f" or (array == np.round(array)).all()))
 
 
 mlflow.models.set_model(Encoder())

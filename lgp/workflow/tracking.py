@@ -28,7 +28,7 @@ from filelock import FileLock
 from lgp.compute.digests import file_digest
 from lgp.errors import LgpError
 from lgp.models.files import CLASSIFIERS as CLASSIFIER_FOLDERS
-from lgp.models.files import CONFIG, WEIGHTS, encoder_digest
+from lgp.models.files import CONFIG, WEIGHTS, classifier_digest
 from lgp.workflow.moved_store import ARTIFACTS, follow
 
 if TYPE_CHECKING:
@@ -53,11 +53,9 @@ class _Registered(NamedTuple):
 
 
 HERE = Path(__file__).parent
-NEEDS = ("mlflow", "timm", "torch", "torchvision", "numpy")
+NEEDS = ("mlflow", "timm", "torch", "torchvision", "numpy", "pandas", "pillow")
 ENCODERS = _Registered("lgp-encoder", HERE / "registered_encoder.py", "encoder", NEEDS)
-CLASSIFIERS = _Registered(
-    "lgp-classifier", HERE / "registered_classifier.py", "classifier", (*NEEDS, "pandas", "pillow")
-)
+CLASSIFIERS = _Registered("lgp-classifier", HERE / "registered_classifier.py", "classifier", NEEDS)
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -261,24 +259,14 @@ class _Mlflow:
             self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, 0)])
 
     def log_encoder(self, folder: Path, tags: dict[str, str]) -> _Logged:
-        """Log an encoder folder as a model and register it."""
-        import numpy as np
-        from mlflow.models import ModelSignature
-        from mlflow.types import Schema, TensorSpec
-
-        config = json.loads((folder / "config.json").read_text())
-        channels, height, width = config["pretrained_cfg"]["input_size"]
-        signature = ModelSignature(
-            inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, height, width, channels))]),
-            outputs=Schema([TensorSpec(np.dtype("float32"), (-1, config["num_features"]))]),
-        )
-        return self._log_model(ENCODERS, folder, tags, f"encoder-{tags['arm']}", signature)
+        """Log an encoder folder as a model that takes arrays or encoded images, and register it."""
+        return self._log_model(ENCODERS, folder, tags, f"encoder-{tags['arm']}")
 
     def log_classifier(self, folder: Path, tags: dict[str, str]) -> _Logged:
         """Log a classifier folder as a model that takes encoded images or arrays, and register it."""
-        return self._log_model(CLASSIFIERS, folder, tags, f"classifier-{tags['arm']}-{tags['task']}", None)
+        return self._log_model(CLASSIFIERS, folder, tags, f"classifier-{tags['arm']}-{tags['task']}")
 
-    def _log_model(self, kind: "_Registered", folder: Path, tags: dict[str, str], name: str, signature: Any) -> _Logged:
+    def _log_model(self, kind: "_Registered", folder: Path, tags: dict[str, str], name: str) -> _Logged:
         with self.mlflow.start_run(run_id=self.run_id), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")  # MLflow asks for an input example, which would load the model
             info = self.mlflow.pyfunc.log_model(
@@ -286,7 +274,6 @@ class _Mlflow:
                 python_model=str(kind.code),
                 artifacts={kind.artifact: str(folder)},
                 pip_requirements=[f"{p}=={version(p)}" for p in kind.needs],
-                signature=signature,
                 registered_model_name=kind.registry,
                 tags=tags,
             )
@@ -385,6 +372,11 @@ class Tracker:
         self._started_ms = int(time.time() * 1000)  # the run opens later, and begins now
         self._to_register: tuple[Path, dict[str, str]] | None = None
         self._evaluated: Evaluated | None = None
+
+    @property
+    def answers(self) -> bool:
+        """Whether the store has answered so far. False before anything was logged."""
+        return self._mlflow is not None
 
     def attempt(self, action: Callable[[_Mlflow], T], record: dict[str, Any]) -> T | None:
         """Do an action in the run. If it fails, warn once, and from then on write `record` to the file."""
@@ -493,7 +485,9 @@ class Tracker:
         self._log_drawing("confusion.png", lambda figures, path: figures.plot_confusion(path, predictions, classes))
 
     def log_reconstructions(self, images: "Mapping[str, Tensor]") -> None:
-        """Draw and log the reconstructions of a masked autoencoder."""
+        """Draw and log the reconstructions of a masked autoencoder. Without a validation image there are none."""
+        if not len(images["original"]):
+            return
         self._log_drawing("reconstructions.png", lambda figures, path: figures.plot_reconstructions(path, images))
 
     def log_conflict(self, conflict: "pd.DataFrame") -> None:
@@ -550,7 +544,7 @@ class Tracker:
         if classifier is None:
             self.remove_champion_classifier()
         else:
-            self.set_champion_classifier(classifier, arm, encoder_digest(classifier), why)
+            self.set_champion_classifier(classifier, arm, classifier_digest(classifier), why)
 
     def set_champion(self, folder: Path, arm: str, digest: str, why: str) -> None:
         """Point the alias `champion` at this encoder's version. An encoder that the store lacks is registered first."""
@@ -599,7 +593,7 @@ class Tracker:
             if version is None:
                 return None
             own = models / version.tags["arm"] / CLASSIFIER_FOLDERS / version.tags["task"]
-            if (own / WEIGHTS).exists() and encoder_digest(own) == version.tags["digest"]:
+            if (own / WEIGHTS).exists() and classifier_digest(own) == version.tags["digest"]:
                 return own
             address = f"models:/{CLASSIFIERS.registry}/{version.version}"
             copy = Path(m.mlflow.artifacts.download_artifacts(address))

@@ -248,3 +248,10 @@ def test_without_cleanlab_or_labels_the_error_says_what_to_do(monkeypatch: pytes
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LgpError, match=r"needs cleanlab: pip install 'lgp\[audit\]'"):
         check_auditable(few)
+
+
+def test_labels_of_one_class_are_not_audited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
+    one = cast(Any, SimpleNamespace(labels=np.array([1, 1, 1]), ids=lambda part: np.arange(3)))
+    with pytest.raises(LgpError, match="all 3 labelled training images are of one class: label some of another"):
+        check_auditable(one)

@@ -88,6 +88,13 @@ def test_probabilities_are_those_of_plain_timm(models: Path, photographs: Path) 
         assert row["reason"] == ""
 
 
+def test_classifier_without_provenance_predicts_too(models: Path, photographs: Path) -> None:
+    """As `lgp export` writes one for the Hub."""
+    folder = models / "graft" / "classifiers" / "linear"
+    (folder / PROVENANCE).unlink()
+    assert len(all_rows(find_classifier(models, str(folder)), photographs)) == 12
+
+
 def test_every_file_has_a_row(models: Path, photographs: Path) -> None:
     rows = all_rows(models / "graft" / "classifiers" / "linear", photographs).set_index("path")
     assert len(rows) == 12
@@ -151,6 +158,12 @@ def test_table_of_another_kind_is_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(LgpError, match="is no folder: make it first"), table_writer(tmp_path / "x" / "t.csv"):
         pass
+
+
+def test_parquet_without_a_row_is_said(tmp_path: Path) -> None:
+    with pytest.raises(LgpError, match="no image can be read"), table_writer(tmp_path / "t.parquet"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ from lgp.report import embedding
 from lgp.report.embedding import SIDE, embedding_map
 from lgp.report.page import to_html
 
-CLASSES = ["a", "</script><b>"]
+CLASSES = ["LEGEND of THUMBNAILS", "</script><b>"]
 
 
 def features(ids: np.ndarray) -> Features:

@@ -308,7 +308,10 @@ def written(folder: Path, arms: list[ArmOutcomes]) -> tuple[Inputs, Outputs]:
     return Inputs(metrics, predictions, folders), out
 
 
-def test_report_is_written_whole(tmp_path: Path, params: Params, prepared: LabelledImages) -> None:
+def test_report_is_written_whole(
+    tmp_path: Path, params: Params, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lgp.report.verdict.small_validation", lambda images: "")
     inputs, out = written(tmp_path, [arm("pixels", 0.05, 1.0, 3), *ARMS])
     judged = write_report(params, prepared, inputs, features_of, out)
     assert judged.champion == "cl"

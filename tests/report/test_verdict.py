@@ -137,10 +137,21 @@ def test_repeated_subsets_are_told_and_compared_once(known: bool) -> None:
     assert [p.task for p in found.pairs] == ["linear", "fewshot-1pct", *([] if known else ["fewshot-10pct"])]
 
 
-def test_small_validation_part_is_a_warning() -> None:
+def test_small_validation_part_crowns_nobody() -> None:
     found = judged(arm("pixels", WEAK, knn=9), arm("graft", {}), data=Data(val=9))
-    assert found.notes[0].startswith("Warning: val has 9 images, so an accuracy of 50 % on it has the 95 % interval [")
+    assert (found.champion, found.crown, found.notes) == (None, "", [])
+    assert found.sentence.startswith(
+        "Nobody is crowned: val has 9 images, so an accuracy of 50 % on it has the 95 % int"
+    )
+    assert found.sentence.endswith("raise data.val_share. `lgp promote ARM` crowns an arm by hand.")
 
 
-def test_verdict_reads_real_subsets(prepared: LabelledImages) -> None:
+def test_small_validation_part_is_a_warning_where_a_baseline_is_not_beaten() -> None:
+    found = judged(arm("pixels", {}), arm("graft", {}), data=Data(val=9))
+    assert "undecided" in found.sentence
+    assert found.notes[-1].startswith("Warning: val has 9 images")
+
+
+def test_verdict_reads_real_subsets(prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lgp.report.verdict.small_validation", lambda images: "")
     assert judge([arm("pixels", WEAK, knn=9), arm("graft", {})], prepared).champion == "graft"

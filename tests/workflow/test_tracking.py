@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 
 from lgp.workflow.tracking import Description, Tracker, store_uri, tracked
 
@@ -49,3 +50,9 @@ def test_stage_that_stops_after_an_epoch_keeps_it(tmp_path: Path, stopped: type[
     run = run_in(tmp_path)
     assert run.info.status == status
     assert run.data.metrics == {"train/loss": 2.0}
+
+
+def test_without_a_validation_image_no_reconstruction_is_drawn(tmp_path: Path) -> None:
+    tracker = Tracker(ABOUT, tmp_path, tmp_path / "no.run")
+    tracker.log_reconstructions(dict.fromkeys(("original", "masked", "painted"), torch.zeros(0, 1, 8, 8)))
+    assert not list(tmp_path.iterdir())
