@@ -24,9 +24,12 @@ def promote(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS, debug: Debug = F
     root = Path(os.environ.get("DVC_ROOT", "."))
     tags = {"arm": arm, "task": "promote"}
     about = tracking.Description(arm, "promote", tags, {}, run.tracking_uri, run.experiment, f"{arm} / promote")
+    classifier = best_plain_classifier(MODELS, arm)
     with tracking.tracked(about, root, root / ".lgp" / "promote.run") as tracker:
-        tracker.set_champions(folder, arm, digest, best_plain_classifier(MODELS, arm), "promoted by hand")
+        tracker.set_champions(folder, arm, digest, classifier, "promoted by hand")
         if not tracker.answers:
             raise LgpError(f"MLflow failed (see the warning above), so {arm} is not promoted: run it again")
     (root / ".lgp" / "promote.run").unlink(missing_ok=True)
+    if classifier is None:
+        print(f"promote: {arm} has no classifier that timm loads, so lgp-classifier has no champion: evaluate it first")
     print(f"promote: {arm} is the champion now, until `lgp report` runs again")

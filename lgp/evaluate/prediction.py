@@ -77,7 +77,7 @@ def find_classifier(models: Path, given: str | None) -> Path:
         given: `ARM/TASK`, or a path of a classifier folder. None: the best on val.
 
     Raises:
-        LgpError: there is none, or none of that name.
+        LgpError: there is none, or none of that name, or its encoder was trained anew since.
     """
     if given is not None and (Path(given) / CONFIG).exists():
         return Path(given)
@@ -88,9 +88,19 @@ def find_classifier(models: Path, given: str | None) -> Path:
         )
     if given is None:
         return next(iter(kept.values()))
+    if given not in kept and (_folder_of(models, given) / CONFIG).exists():
+        raise LgpError(
+            f"the classifier {given} is of another encoder than its arm has now: evaluate the arm again "
+            f"(`dvc repro`), or give {_folder_of(models, given)} to take it as it is"
+        )
     if given not in kept:
         raise LgpError(f"no classifier {given!r}: there are {', '.join(kept)}, or give the path of a classifier folder")
     return kept[given]
+
+
+def _folder_of(models: Path, name: str) -> Path:
+    arm, _, task = name.partition("/")
+    return models / arm / CLASSIFIERS / task
 
 
 def predictions(

@@ -127,6 +127,10 @@ def test_best_on_val_is_the_default_and_stale_ones_do_not_count(models: Path) ->
     record = json.loads(file.read_text())
     file.write_text(json.dumps(record | {"metrics": record["metrics"] | {"encoder": "another"}}))
     assert [kept.name for kept in kept_classifiers(models)] == ["graft/fewshot-1pct"]
+    with pytest.raises(
+        LgpError, match="graft/linear is of another encoder than its arm has now: evaluate the arm again"
+    ):
+        find_classifier(models, "graft/linear")
     (arm / "encoder" / "model.safetensors").unlink()
     with pytest.raises(LgpError, match="there is no classifier yet"):
         find_classifier(models, None)
