@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lgp.compute.launch import WorkerDone, launch, launched, launched_rank
+from lgp.compute.seals import check_sealed
 from lgp.errors import LgpError, NotTrained, check_disk_space
 from lgp.models.files import CLASSIFIERS, WEIGHTS, check_trained, encoder_digest, no_encoder
 from lgp.params.file import Params, load_params, restricted, section_values
@@ -105,6 +106,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
     for path in spec.reads:
         if not path.exists():
             raise LgpError(f"{spec.name} needs {path}, which does not exist: {_remedy(path)}, or `dvc repro`")
+        check_sealed(path, _remedy(path))
     checked = [check_trained(encoder) for encoder in _encoders(spec)]
     if spec.trains and params.run.processes > 1 and not launched():
         launch(spec.name, params.run.processes)
@@ -229,7 +231,7 @@ def _remedy(path: Path) -> str:
 def _digests(spec: StageSpec, params: Params, root: Path) -> dict[str, Any]:
     return {
         "parameters": params_digest(params, spec.sections),
-        "inputs": {path.as_posix(): input_digest(path) for path in spec.reads},
+        "inputs": {path.as_posix(): input_digest(path, _remedy(path)) for path in spec.reads},
         "code": code_digests(root)[spec.name],
     }
 

@@ -143,6 +143,18 @@ def test_nothing_partial_and_no_resume_state_is_left(finished: Path) -> None:
     assert not list((finished / ".lgp" / "resume").rglob("state*"))
 
 
+def test_every_folder_that_passes_between_stages_is_sealed_whole(finished: Path) -> None:
+    arms = [finished / "models" / arm for arm in (*TRAINED, *BASELINES)]
+    classifiers = [folder for arm in arms for folder in (arm / "classifiers").iterdir()]
+    for folder in [finished / "data/prepared", finished / "data/labels", *classifiers]:
+        there = {file.name for file in folder.iterdir()} - {"digests.json", "source_state"}
+        assert set(json.loads((folder / "digests.json").read_text())) == there, folder
+    for arm in arms:
+        there = {file.name for file in (arm / "encoder").iterdir()} - {"digests.json"}
+        beside = {f"../{file.name}" for file in arm.iterdir() if file.is_file()}
+        assert set(json.loads((arm / "encoder/digests.json").read_text())) == there | beside, arm
+
+
 def test_metric_files_hold_nothing_that_changes_by_itself(finished: Path) -> None:
     metrics = json.loads((finished / "metrics" / "graft-fewshot-1pct.json").read_text())
     assert {
