@@ -35,6 +35,7 @@ from lgp.params.data import DataParams
 from lgp.params.evaluate import FeatureParams
 from lgp.report.outcomes import Inputs
 from lgp.report.report import _draw_trainings
+from lgp.workflow.stage import StageSpec, stage
 
 CPU = torch.device("cpu")
 ARM, TASK = Path("models/graft"), Path("models/graft/classifiers/fewshot-1pct")
@@ -185,6 +186,20 @@ def test_missing_file_of_a_sealed_folder_is_told(project: Path, file: str) -> No
     if file.endswith((SEAL, "provenance.json", "curves.csv", "heads.safetensors", "reconstructions.safetensors")):
         return  # a folder without a seal is an older one; an arm may lack the others
     assert " ".join(remedy_of(file).split()[1:3]).rstrip("`") in line_of(open_files)
+
+
+@pytest.mark.parametrize("read", [Path("data/prepared"), Path("data/labels"), ARM / "heads.safetensors"])
+def test_stage_refuses_a_damaged_input_before_it_works(project: Path, values: dict[str, Any], read: Path) -> None:
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    damaged = read if read.suffix else next(file for file in sorted(read.iterdir()) if file.name != SEAL)
+    damage(damaged, "flipped")
+
+    def run() -> None:
+        with stage(StageSpec("linear", ["seed"], [read], [Path("out.json")], "graft", "linear"), Path("params.yaml")):
+            pytest.fail("it works on a damaged input")
+
+    assert line_of(run).startswith(f"{damaged} is damaged (")
+    assert not Path(".lgp").exists()
 
 
 @functools.cache
