@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,8 @@ from lgp.params.evaluate import FeatureParams
 from lgp.report.outcomes import Inputs
 from lgp.report.report import _draw_trainings
 from lgp.workflow.stage import StageSpec, stage
+
+T = TypeVar("T")
 
 CPU = torch.device("cpu")
 ARM, TASK = Path("models/graft"), Path("models/graft/classifiers/fewshot-1pct")
@@ -90,20 +92,46 @@ def some_predictions() -> pd.DataFrame:
     )
 
 
-def open_files() -> None:
-    """Open every file of the project in the working folder, as stages and tools do."""
+def open_data() -> None:
     data = LabelledImages(Path("data/prepared"), Path("data/labels"))
     data.open_all()
     _ = data.index, data.paths, data.parts, data.labels, data.ids("test"), data.subsets("1pct")
+
+
+def open_encoder() -> None:
     check_trained(ARM / "encoder")
     load_encoder(ARM / "encoder")
     read_provenance(ARM / "encoder")
+
+
+def open_heads() -> None:
     load_heads(ARM)
     load_first_fc(ARM)
-    load_classifier(TASK, CPU)
+
+
+def open_results() -> None:
     of = ("graft", "fewshot-1pct")
     Inputs({of: METRICS}, {of: PREDICTIONS}, {"graft": ARM}).read()
     _draw_trainings(Path(), {"graft": ARM})
+
+
+OPENERS: dict[str, Callable[[], object]] = {  # as stages and tools open what begins with a path
+    "": open_results,
+    "data": open_data,
+    f"{ARM}/encoder": open_encoder,
+    f"{ARM}/encoder/{SEAL}": lambda: (open_encoder(), open_heads(), open_results()),
+    f"{ARM}/heads": open_heads,
+    str(TASK): lambda: load_classifier(TASK, CPU),
+}
+
+
+def open_file(file: str) -> None:
+    """Open a file of the project in the working folder, and what is opened with it."""
+    of_longest(OPENERS, file)()
+
+
+def of_longest(of_start: dict[str, T], file: str) -> T:
+    return of_start[max((start for start in of_start if file.startswith(start)), key=len)]
 
 
 FILES = [
@@ -141,11 +169,12 @@ def line_of(opening: Callable[[], object]) -> str:
 
 
 def remedy_of(file: str) -> str:
-    return REMEDIES[max((start for start in REMEDIES if file.startswith(start)), key=len)]
+    return of_longest(REMEDIES, file)
 
 
 def test_whole_project_is_opened(project: Path) -> None:
-    open_files()
+    for opening in OPENERS.values():
+        opening()
     there = {str(file.relative_to(project)) for file in project.rglob("*") if file.is_file()}
     assert there - {"data/held_out.csv"} == {*FILES, "data/prepared/source_state", "data/labels/source_state"}
 
@@ -158,7 +187,7 @@ def test_damaged_file_is_named_with_its_fault_and_the_command_that_makes_it_anew
     if (file, how) == (str(PREDICTIONS), "flipped"):
         return  # the middle of it may be of no consequence: see the test of many flips
     damage(Path(file), how)
-    line = line_of(open_files)
+    line = line_of(lambda: open_file(file))
     # a seal that is flipped accuses a file near it
     assert line.startswith(str(Path(file).parents[1]) if file.endswith(SEAL) and how == "flipped" else file), line
     assert "is damaged (" in line, line
@@ -175,7 +204,7 @@ def test_damage_is_told_in_folders_that_older_versions_left_without_a_seal(proje
         return  # an arm without metrics, as an import of an early version
     if how == "replaced" and file.endswith("subsets.json"):
         return  # no subset is valid: it is told that there is none of the name
-    line = line_of(open_files)
+    line = line_of(lambda: open_file(file))
     assert "damaged" in line
     assert remedy_of(file) in line
 
@@ -185,7 +214,7 @@ def test_missing_file_of_a_sealed_folder_is_told(project: Path, file: str) -> No
     Path(file).unlink()
     if file.endswith((SEAL, "provenance.json", "curves.csv", "heads.safetensors", "reconstructions.safetensors")):
         return  # a folder without a seal is an older one; an arm may lack the others
-    assert " ".join(remedy_of(file).split()[1:3]).rstrip("`") in line_of(open_files)
+    assert " ".join(remedy_of(file).split()[1:3]).rstrip("`") in line_of(lambda: open_file(file))
 
 
 @pytest.mark.parametrize("read", [Path("data/prepared"), Path("data/labels"), ARM / "heads.safetensors"])
