@@ -5,6 +5,7 @@
 | `labels.parquet` | a row per prepared image: label (-1 without one) and split |
 | `subsets.json` | the few-label subsets, as lists of image ids |
 | `meta.json` | class names, a digest of everything |
+| `digests.json` | digests of these files, which are compared when the folder is opened |
 
 A changed label, subset or list changes these files and no prepared image. Evaluations then run again. Trainings do not.
 """
@@ -19,7 +20,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pydantic import BaseModel
 
+from lgp.compute.intact import read_json, read_parquet
+from lgp.compute.seals import check_sealed, seal
 from lgp.data.label_notes import notes_on_equal_pixels, notes_on_names
 from lgp.data.leaks import EXACT, Leak, find_leaks
 from lgp.data.preparation import class_indices, faults_of, given_parts, groups_of, identities_of
@@ -29,7 +33,7 @@ from lgp.data.sources.opening import open_sources
 from lgp.data.sources.states import STATE, is_state, labelling_state
 from lgp.data.splits import few_names
 from lgp.data.storage import Images
-from lgp.data.subset_files import Subsets, load_subsets, names_of_same_subsets, save_subsets
+from lgp.data.subset_files import REMEDY, Subsets, load_subsets, names_of_same_subsets, save_subsets
 from lgp.data.subset_lists import read_subset_list
 from lgp.data.subsets import few_label_subsets
 from lgp.errors import LgpError
@@ -39,6 +43,14 @@ from lgp.params.labels import ALL_LABELS, LabelsParams, shot_name
 TABLE, META = "labels.parquet", "meta.json"
 SPLITS = ("train", "unlabeled", "val", "test", "dropped")
 SHOWN_LEAKS = 100  # listed with names; all leaks are counted
+
+
+class LabelsMeta(BaseModel):
+    """What `meta.json` has. `images` is the digest of the images that the labels are of."""
+
+    classes: list[str]
+    images: str
+    digest: str
 
 
 def write_labels(params: LabelsParams, data: DataParams, images: Images, seed: int, folder: Path) -> dict[str, Any]:
@@ -75,7 +87,8 @@ def write_labels(params: LabelsParams, data: DataParams, images: Images, seed: i
     subsets = {name: [train[rows].tolist() for rows in subsets] for name, subsets in drawn.items()} | lists
     digest = _write(folder, pd.DataFrame({"label": labels, "split": splits}), subsets, classes, images)
     lists_read = [file for files in params.lists.values() for file in files]
-    (folder / STATE).write_text(f"{labelling_state(offers, lists_read)}\n")
+    seal(folder)
+    (folder / STATE).write_text(f"{labelling_state(offers, lists_read)}\n", encoding="utf-8")
     return {
         **{f"images/{split}": int((splits == split).sum()) for split in SPLITS},
         "classes": len(classes),
@@ -125,7 +138,9 @@ def _check_same_images(images: Images, offers: Offers, data: DataParams) -> None
         more = f", nor {len(gone) - 1} other prepared images" if gone[1:] else ""
         raise LgpError(f"the source has no {gone[0]} any more{more}: run `lgp prepare`, or `dvc repro`")
     noted = images.folder / STATE
-    if not noted.exists() or not is_state(noted.read_text(encoding="utf-8").strip(), offers, data.source):
+    if not noted.exists() or not is_state(
+        noted.read_text(encoding="utf-8", errors="replace").strip(), offers, data.source
+    ):
         raise LgpError(
             "the source has changed since its images were prepared (images, splits or groups; or the first labels, "
             f"from which on images can be held out), so labels may be of other images than those in {images.folder}: "
@@ -218,19 +233,20 @@ class LabelledImages(Images):
     """Prepared images with their labels, opened for reading. Evaluation reads them."""
 
     def __init__(self, images: Path, labels: Path) -> None:
-        """Open both folders. Raise `LgpError` if one is missing, or if the labels are of other images."""
+        """Open both folders. Raise `LgpError` if one is missing or damaged, or if the labels are of other images."""
         super().__init__(images)
-        try:
-            self.labels_meta: dict[str, Any] = json.loads((labels / META).read_text())
-        except OSError:
-            raise LgpError(f"no labels in {labels}: run `lgp labels` first") from None
+        if not (labels / META).exists():
+            raise LgpError(f"no labels in {labels}: run `lgp labels` first")
+        check_sealed(labels, REMEDY)
+        self.labels_meta: dict[str, Any] = read_json(labels / META, LabelsMeta, REMEDY)
         if self.labels_meta["images"] != self.meta["digest"]:
             raise LgpError(f"the labels in {labels} are of other images than those in {images}: run `lgp labels` again")
         self._labels_folder = labels
 
     @cached_property
     def _table(self) -> pd.DataFrame:
-        return pd.read_parquet(self._labels_folder / TABLE)
+        table: pd.DataFrame = read_parquet(self._labels_folder / TABLE, ["label", "split"], REMEDY).to_pandas()
+        return table
 
     @property
     def classes(self) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lgp.compute.seals import seal
 from lgp.data.held_out import Draw, HeldOut, draw_held_out, read_held_out
 from lgp.data.label_notes import notes_on_equal_pixels, notes_on_names
 from lgp.data.leaks import find_leaks
@@ -99,8 +100,10 @@ def prepare(
     index.to_parquet(folder / INDEX, index=False)
     skipped = [*stored.unreadable, *offers.skipped, *offers.clutter]
     _write_skipped(folder / SKIPPED, skipped)
-    (folder / STATE).write_text(f"{state}\n")
     found = index["part"].value_counts()
+    digest = _write_meta(folder, index, sums, params)
+    seal(folder)
+    (folder / STATE).write_text(f"{state}\n", encoding="utf-8")  # not sealed: it changes with labels in the same file
     return {
         **{f"images/{part}": int(found.get(part, 0)) for part in PARTS},
         "unreadable": [skip._asdict() for skip in stored.unreadable[:SHOWN]],
@@ -108,7 +111,7 @@ def prepare(
         "skipped": [skip._asdict() for skip in [*offers.skipped, *offers.clutter][:SHOWN]],
         "skipped_files": len(skipped),
         "notes": notes,
-        "digest": _write_meta(folder, index, sums, params),
+        "digest": digest,
     }, kept
 
 

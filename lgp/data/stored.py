@@ -6,6 +6,7 @@
 | `images-*.arrow` | otherwise: the encoded bytes |
 | `index.parquet` | a row per image, sorted by content; the row number is the image's id |
 | `meta.json` | size, channels, mean and standard deviation per channel, a digest of everything |
+| `digests.json` | digests of these files, which are compared when the folder is opened |
 
 Columns of the index: path, part, height, width, content, hash, and row, the image's place in the array or in the
 shards together. With `data.storage: reference` there are neither array nor shards, and the index has file, size and
@@ -16,7 +17,6 @@ module imports no torch, which `lgp prepare` does without.
 """
 
 import copy
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -26,7 +26,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel
 
+from lgp.compute.intact import read_json, read_parquet, reading
+from lgp.compute.seals import check_sealed
 from lgp.data.conversion import as_image, decode
 from lgp.data.normalization import Normalization
 from lgp.errors import LgpError
@@ -42,6 +45,18 @@ RESAMPLING: dict[str, Image.Resampling] = {
 INDEX, META, ARRAY = "index.parquet", "meta.json", "images.npy"
 PARTS = ("train", "val", "test", "dropped")
 SHARDS, BATCH_ROWS = "images-{:05d}.arrow", 64
+REMEDY = "run `lgp prepare`"
+
+
+class ImagesMeta(BaseModel):
+    """What `meta.json` has at least. The digest, and statistics that are not given, are written last."""
+
+    image_size: int
+    channels: int
+    eval_crop: float
+    mean: list[float] | None
+    std: list[float] | None
+    digest: str = ""
 
 
 def shards_in(folder: Path) -> list[Path]:
@@ -85,12 +100,12 @@ class StoredImages:
     """Prepared images, opened for reading, as pixels."""
 
     def __init__(self, folder: Path) -> None:
-        """Open `folder`. Raise `LgpError` if it has no prepared images."""
+        """Open `folder`. Raise `LgpError` if it has no prepared images, or if a file of it is damaged."""
         self.folder = folder
-        try:
-            self.meta: dict[str, Any] = json.loads((folder / META).read_text())
-        except OSError:
-            raise LgpError(f"no prepared images in {folder}: run `lgp prepare` first") from None
+        if not (folder / META).exists():
+            raise LgpError(f"no prepared images in {folder}: run `lgp prepare` first")
+        check_sealed(folder, REMEDY)
+        self.meta: dict[str, Any] = read_json(folder / META, ImagesMeta, REMEDY)
 
     @property
     def channels(self) -> int:
@@ -127,13 +142,13 @@ class StoredImages:
     def index(self) -> "pd.DataFrame":
         """The index: a row per image."""
         import pandas as pd
+        import pyarrow as pa
 
-        return pd.read_parquet(self.folder / INDEX)
+        with reading(self.folder / INDEX, REMEDY, pa.ArrowException):
+            return pd.read_parquet(self.folder / INDEX)
 
     def _column(self, name: str) -> Any:
-        import pyarrow.parquet as pq
-
-        return pq.read_table(self.folder / INDEX, columns=[name])[name]
+        return read_parquet(self.folder / INDEX, [name], REMEDY)[name]
 
     @cached_property
     def paths(self) -> list[str]:
@@ -163,7 +178,11 @@ class StoredImages:
     @cached_property
     def _array(self) -> np.ndarray | None:
         path = self.folder / ARRAY
-        return np.load(path, mmap_mode="r") if path.exists() else None
+        if not path.exists():
+            return None
+        with reading(path, REMEDY):
+            array: np.ndarray = np.load(path, mmap_mode="r")
+            return array
 
     @cached_property
     def _rows(self) -> np.ndarray:
@@ -176,15 +195,21 @@ class StoredImages:
 
         paths = shards_in(self.folder)
         _allow_open_files(len(paths))
-        columns = [pa.ipc.open_file(pa.memory_map(str(p))).read_all()["image"] for p in paths]
+        columns = []
+        for path in paths:
+            with reading(path, REMEDY, pa.ArrowException):
+                columns.append(pa.ipc.open_file(pa.memory_map(str(path))).read_all()["image"])
         return np.cumsum([0, *(len(c) for c in columns)]), columns
 
     @cached_property
     def _files(self) -> tuple[Any, np.ndarray] | None:
         """By reference: the file of each image, and (N, 2) its size in bytes and time."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if "file" not in pq.read_schema(self.folder / INDEX).names:
+        with reading(self.folder / INDEX, REMEDY, pa.ArrowException):
+            names = pq.read_schema(self.folder / INDEX).names
+        if "file" not in names:
             return None
         states = np.stack([self._column(name).to_numpy() for name in ("size", "mtime_ns")], axis=1)
         return self._column("file").combine_chunks(), states

@@ -56,7 +56,7 @@ def _parquet(file: Path, about: Mapping[str, str]) -> Iterator[Callable[[pd.Data
         schema = None if writer is None else writer.schema
         rows = pa.Table.from_pandas(table, schema=schema, preserve_index=False)
         rows = rows.replace_schema_metadata({**(rows.schema.metadata or {}), **about})
-        writer = writer or pq.ParquetWriter(file, rows.schema)
+        writer = writer or pq.ParquetWriter(file, rows.schema, write_page_checksum=True)
         writer.write_table(rows)
 
     try:

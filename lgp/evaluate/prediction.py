@@ -1,6 +1,5 @@
 """Predictions of a kept classifier for the images of any source, image by image, in bounded memory."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +14,7 @@ from lgp.data.sources.offers import Offers
 from lgp.errors import LgpError
 from lgp.features.of_source import left_out, source_batches
 from lgp.models.classifier_folder import HEAD, OpenedClassifier
-from lgp.models.files import CLASSIFIERS, CONFIG, ENCODER, PROVENANCE, WEIGHTS, encoder_digest
+from lgp.models.files import CLASSIFIERS, CONFIG, ENCODER, PROVENANCE, WEIGHTS, encoder_digest, read_provenance
 
 KINDS = {
     "path": "string",
@@ -56,7 +55,7 @@ def kept_classifiers(models: Path) -> list[Kept]:
         files = (folder / WEIGHTS, folder / CONFIG, folder / PROVENANCE)
         if folder.name.startswith(".") or not all(file.exists() for file in files):
             continue
-        metrics = json.loads((folder / PROVENANCE).read_text())["metrics"]
+        metrics = read_provenance(folder)["metrics"]
         encoder = folder.parent.parent / ENCODER
         if (encoder / WEIGHTS).exists() and metrics["encoder"] == digest_of(encoder):
             found.append(Kept(folder, metrics))

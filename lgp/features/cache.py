@@ -5,6 +5,8 @@ only choose rows: labels that arrive later extract nothing.
 
 Every task on frozen features reads these files by memory map. Features of ImageNet (1.28 million × 768, 2 GB in half
 precision) need no more memory than a batch.
+
+An entry has the digests of its files. One that is damaged is extracted anew, with a warning.
 """
 
 import json
@@ -20,6 +22,8 @@ from typing import TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
+from lgp.compute.intact import Damaged
+from lgp.compute.seals import SEAL, check_sealed, seal
 from lgp.data.labels import LabelledImages
 from lgp.errors import check_disk_space
 from lgp.features.extraction import Encode, extracted, pixels
@@ -27,7 +31,7 @@ from lgp.params.evaluate import FeatureParams
 
 PARTS = ("train", "val", "test")  # of the index; the rows of a file are in this order
 SPLITS = ("train", "unlabeled", "val", "test")  # of the labels
-FORMAT = 2  # version of the files and of their computation: raise it when either changes
+FORMAT = 3  # version of the files and of their computation: raise it when either changes
 COMPUTED_WITH = ("torch", "timm")  # their versions change the last digits
 ROWS = 2**16  # read at once
 GIB = 2**30
@@ -113,6 +117,8 @@ class FeatureCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         # the first of several evaluations of one encoder extracts; the others wait and read
         with FileLock(self._lock_of(entry)):
+            if entry.exists():
+                _remove_if_damaged(entry)
             if not entry.exists():
                 self._extract(source, data, of_parts, entry)
             blocks = [_mapped(file) for file in _files(entry, source.blocks)]
@@ -154,6 +160,7 @@ class FeatureCache:
                 first += len(batch)
         for array in arrays:
             array.flush()
+        seal(partial)
         partial.replace(entry)
 
     def _create(self, path: Path, shape: tuple[int, int]) -> np.memmap:
@@ -174,6 +181,7 @@ class FeatureCache:
                 joined[start : start + ROWS] = np.concatenate([b[start : start + ROWS] for b in last], axis=1)
             joined.flush()
             partial.replace(path)
+            seal(entry, [path.name])
         return _mapped(path)
 
     def _rows(self, array: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -222,6 +230,17 @@ class FeatureCache:
             except Timeout:
                 continue
             used -= sizes[other]
+
+
+def _remove_if_damaged(entry: Path) -> None:
+    """Remove an entry whose files are not those that were written, and say so."""
+    try:
+        if not (entry / SEAL).exists():
+            raise Damaged(entry / SEAL, "it is missing", "")
+        check_sealed(entry, "")
+    except Damaged as e:
+        print(f"warning: {e.file} of the cached features is damaged ({e.fault}): they are extracted anew", flush=True)
+        shutil.rmtree(entry)
 
 
 def _last_read(entry: Path) -> float:

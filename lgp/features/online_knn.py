@@ -21,9 +21,9 @@ def labels_if_any(images: Path, labels: Path) -> LabelledImages | None:
     """Open images with their labels; None where there are no labels of these images yet."""
     try:
         return LabelledImages(images, labels)
-    except LgpError:
+    except LgpError as e:
         if launched_rank() == 0:
-            print("online k-NN is off: no labels of these images yet, run `lgp labels`", flush=True)
+            print(f"online k-NN is off: {e}", flush=True)
         return None
 
 

@@ -36,7 +36,7 @@ def read_embeddings(file: Path) -> Embeddings:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(file)
+        table = pq.read_table(file, page_checksum_verification=True)
         about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         features = table["features"].combine_chunks()
         values = features.flatten().to_numpy(zero_copy_only=False).reshape(len(features), -1)

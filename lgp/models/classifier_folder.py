@@ -6,6 +6,7 @@
 | `config.json` | as an encoder folder's, with `num_classes`, `label_names`, `temperature` and `lgp` |
 | `head.safetensors` | a head that timm has no place for: `weight` and `bias` |
 | `provenance.json` | arm, task, metrics, digests |
+| `digests.json` | digests of these files, which are compared when the folder is opened |
 
 Logits are already divided by the temperature, so their softmax has the calibrated probabilities. A head is plain if it
 sits on the class token or on the average patch of the last block. It is not plain on several blocks, on features that
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from lgp.errors import LgpError
 from lgp.models.encoder_folder import PIXELS, load_encoder, read_config, save_tensors, save_texts
-from lgp.models.files import WEIGHTS
+from lgp.models.files import CONFIG, WEIGHTS, how_to_make
 from lgp.models.vit import pooled_by_block
 
 HEAD = "head.safetensors"
@@ -158,7 +159,7 @@ def load_classifier(folder: Path, device: torch.device) -> OpenedClassifier:
     Raises:
         LgpError: there is none, or it is damaged. The message says what to do.
     """
-    if not (folder / WEIGHTS).exists():
+    if not all((folder / name).exists() for name in (WEIGHTS, CONFIG)):
         raise LgpError(f"there is no classifier in {folder}: `lgp fewshot`, `lgp linear` or `lgp finetune` writes one")
     config = read_config(folder)
     if "label_names" not in config:
@@ -166,7 +167,7 @@ def load_classifier(folder: Path, device: torch.device) -> OpenedClassifier:
     try:
         logits = _logits_of(folder, config, device)
     except (RuntimeError, SafetensorError, KeyError) as e:
-        raise LgpError(f"{folder} is damaged: {' '.join(str(e).split())}; run its evaluation again") from None
+        raise LgpError(f"{folder} is damaged: {' '.join(str(e).split())}; {how_to_make(folder)} again") from None
     return OpenedClassifier(logits, list(config["label_names"]), config)
 
 

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from lgp.compute.intact import read_json
+from lgp.compute.seals import check_sealed
 from lgp.data.normalization import Normalization
 from lgp.data.storage import Images
 from lgp.errors import LgpError
-from lgp.models.files import CONFIG, PROVENANCE, WEIGHTS, no_encoder
+from lgp.models.files import CONFIG, PROVENANCE, WEIGHTS, how_to_make, no_encoder
 from lgp.models.vit import ARCHITECTURE, model_args
 from lgp.params.data import DataParams
 from lgp.params.model import ModelParams
@@ -22,6 +25,13 @@ from lgp.params.model import ModelParams
 ImagesT = TypeVar("ImagesT", bound=Images)
 
 PIXELS = "pixels"  # the architecture of a folder without an encoder: raw pixels are the features
+
+
+class Config(BaseModel):
+    """What the configuration of an encoder or a classifier has at least."""
+
+    architecture: str
+    pretrained_cfg: dict[str, Any]
 
 
 def save_encoder(
@@ -111,15 +121,17 @@ def load_encoder(folder: Path) -> VisionTransformer:
         encoder.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     except (RuntimeError, SafetensorError) as e:
         raise LgpError(
-            f"{folder / WEIGHTS} is damaged or does not fit its {CONFIG}: {' '.join(str(e).split())}"
+            f"{folder / WEIGHTS} is damaged or does not fit its {CONFIG} ({' '.join(str(e).split())}): "
+            f"{how_to_make(folder)} to make both anew"
         ) from None
     return encoder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read an encoder folder's configuration. Raise `LgpError` if there is no encoder."""
+    """Read an encoder folder's configuration. Raise `LgpError` if there is no encoder, or if it is damaged."""
     _check_present(folder)
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    check_sealed(folder, how_to_make(folder))
+    config: dict[str, Any] = read_json(folder / CONFIG, Config, how_to_make(folder))
     return config
 
 

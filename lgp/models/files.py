@@ -1,18 +1,54 @@
-"""The file names of an arm's folder, the digest of an encoder, and whether it trained. Light: it imports no torch."""
+"""The files of an arm's folder: names, seals, digests, and whether the encoder trained. Light: it imports no torch."""
 
-import json
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from lgp.compute.digests import file_digest
+from lgp.compute.intact import read_json, read_record
+from lgp.compute.seals import check_sealed, seal
 from lgp.errors import LgpError
-from lgp.params.arms import how_to_get
+from lgp.params.arms import how_to_evaluate, how_to_get
 
 ENCODER = "encoder"  # a folder of the next three files
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "provenance.json"
 HEADS, ARM_METRICS, CURVES = "heads.safetensors", "metrics.json", "curves.csv"
 CLASSIFIERS = "classifiers"  # a folder for each evaluation of the arm
 RECONSTRUCTIONS = "reconstructions.safetensors"  # only of an arm with a decoder
+
+
+def how_to_make(folder: Path) -> str:
+    """Return the instruction to make an encoder folder or a classifier folder, as text for a message."""
+    if folder.parent.name == CLASSIFIERS:
+        return how_to_evaluate(folder.parent.parent.name, folder.name)
+    return how_to_get(folder.parent.name)
+
+
+def seal_arm(arm: Path) -> None:
+    """Seal the encoder of an arm, with the files beside it."""
+    beside = (arm / name for name in (HEADS, ARM_METRICS, CURVES, RECONSTRUCTIONS))
+    seal(arm / ENCODER)
+    seal(arm / ENCODER, [f"../{file.name}" for file in beside if file.exists()])
+
+
+def check_beside(arm: Path, name: str) -> None:
+    """Raise `Damaged` unless a file beside the encoder of an arm is as it was sealed."""
+    check_sealed(arm / ENCODER, how_to_get(arm.name), [f"../{name}"])
+
+
+def read_arm_metrics(arm: Path) -> dict[str, Any]:
+    """Read the metrics of a pre-training. Raise `Damaged` if they are missing or damaged."""
+    check_beside(arm, ARM_METRICS)
+    return read_record(arm / ARM_METRICS, dict[str, Any], how_to_get(arm.name))
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Read the provenance of an encoder or a classifier; nothing where it is not there. Raise `Damaged` if it is."""
+    if not (folder / PROVENANCE).exists():
+        return {}
+    check_sealed(folder, how_to_make(folder), [PROVENANCE])
+    provenance: dict[str, Any] = read_json(folder / PROVENANCE, dict[str, Any], how_to_make(folder))
+    return provenance
 
 
 def encoder_digest(folder: Path) -> str:
@@ -42,10 +78,11 @@ def check_trained(folder: Path) -> str | None:
     """Return a warning where the checks of an encoder's training failed and the arm was accepted, else None.
 
     Raises:
-        LgpError: the checks failed, and the arm was not accepted. The message says how to accept it.
+        LgpError: the encoder is damaged, or the checks failed and the arm was not accepted. The message says how to
+            accept it.
     """
-    file = folder / PROVENANCE
-    provenance = json.loads(file.read_text()) if file.exists() else {}
+    check_sealed(folder, how_to_make(folder))
+    provenance = read_provenance(folder)
     if provenance.get("metrics", {}).get("trained", True):  # encoders from elsewhere and baselines are not checked
         return None
     arm, faults = folder.parent.name, "; ".join(provenance["checks"]["faults"])

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lgp.compute.intact import reading
 from lgp.models.encoder_folder import save_tensors
-from lgp.models.files import HEADS
+from lgp.models.files import HEADS, check_beside
+from lgp.params.arms import how_to_get
 
 FIRST_FC = "first_fc"  # key in the metadata of heads.safetensors: the name of the projector's first layer
 
@@ -26,8 +28,14 @@ def save_heads(folder: Path, heads: dict[str, Tensor], first_fc: str | None) -> 
 
 def load_heads(folder: Path) -> dict[str, Tensor]:
     """Load the heads of an arm, an empty dict if it has none."""
-    path = folder / HEADS
-    return load_file(path) if path.exists() else {}
+    return load_beside(folder, HEADS) if (folder / HEADS).exists() else {}
+
+
+def load_beside(folder: Path, name: str) -> dict[str, Tensor]:
+    """Load a safetensors file beside the encoder of an arm. Raise `Damaged` if it is."""
+    check_beside(folder, name)
+    with reading(folder / name, how_to_get(folder.name), SafetensorError):
+        return load_file(folder / name)
 
 
 def load_first_fc(folder: Path) -> Tensor | None:
@@ -35,6 +43,7 @@ def load_first_fc(folder: Path) -> Tensor | None:
     path = folder / HEADS
     if not path.exists():
         return None
-    with safe_open(path, framework="pt") as heads:
+    check_beside(folder, HEADS)
+    with reading(path, how_to_get(folder.name), SafetensorError), safe_open(path, framework="pt") as heads:
         name = (heads.metadata() or {}).get(FIRST_FC)
         return heads.get_tensor(name) if name else None

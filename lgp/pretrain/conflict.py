@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lgp.compute.device import choose_device
+from lgp.compute.intact import reading
 from lgp.compute.randomness import Stream, seeded
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch, CropDataset
@@ -190,7 +191,8 @@ def read_conflict(path: Path, encoder: Path) -> pd.DataFrame:
     arm = encoder.parent.name
     if not path.exists():
         raise LgpError(f"no {path}: run `lgp conflict {arm}` first")
-    table = pd.read_csv(path)
+    with reading(path, f"run `lgp conflict {arm}`"):
+        table = pd.read_csv(path).astype({"batch": int, "cosine": float})[["encoder", "block", "batch", "cosine"]]
     if set(table["encoder"]) != {encoder_digest(encoder)}:
         raise LgpError(f"{path} was measured on another encoder of {arm}: run `lgp conflict {arm}` again")
     return table

@@ -1,6 +1,5 @@
 """The inputs of the report: metrics and predictions of every arm and task."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ import pandas as pd
 
 from lgp.errors import LgpError
 from lgp.evaluate.outcome import Outcome
-from lgp.models.files import ARM_METRICS
-from lgp.params.arms import BASELINES
+from lgp.evaluate.results_files import read_metrics, read_predictions
+from lgp.models.files import read_arm_metrics
+from lgp.params.arms import BASELINES, how_to_evaluate
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,20 @@ class Inputs:
     arms: Mapping[str, Path]
 
     def read(self) -> list[ArmOutcomes]:
-        """Read the outcomes of all arms."""
+        """Read the outcomes of all arms. Raise `Damaged` for a file that is."""
         return [
             ArmOutcomes(
                 arm,
-                {
-                    task: Outcome(json.loads(path.read_text()), pd.read_parquet(self.predictions[of, task]))
-                    for (of, task), path in self.metrics.items()
-                    if of == arm
-                },
-                bool(json.loads((folder / ARM_METRICS).read_text()).get("trained", True)),
+                {task: self._outcome(arm, task) for of, task in self.metrics if of == arm},
+                bool(read_arm_metrics(folder).get("trained", True)),
             )
             for arm, folder in self.arms.items()
         ]
+
+    def _outcome(self, arm: str, task: str) -> Outcome:
+        remedy = how_to_evaluate(arm, task)
+        metrics = read_metrics(self.metrics[arm, task], remedy)
+        return Outcome(metrics, read_predictions(self.predictions[arm, task], remedy))
 
 
 def fewest_labels(arms: list[ArmOutcomes]) -> str:

@@ -1,7 +1,6 @@
 """The page of the report, as Markdown and as one HTML file that works offline."""
 
 import base64
-import json
 import math
 import re
 import textwrap
@@ -16,7 +15,7 @@ from lgp.data.labels import LabelledImages
 from lgp.data.sources.opening import said
 from lgp.evaluate.calibration import calibration_interval
 from lgp.evaluate.outcome import COVERAGES
-from lgp.models.files import ARM_METRICS
+from lgp.models.files import read_arm_metrics
 from lgp.params.file import Params
 from lgp.report.gains import METHODS, Gain
 from lgp.report.outcomes import ArmOutcomes, confidence_by_subset, leader
@@ -185,7 +184,7 @@ def _number(value: float | None) -> str:
 
 
 def _compute(folders: Mapping[str, Path]) -> list[str]:
-    trainings = {arm: json.loads((folder / ARM_METRICS).read_text()) for arm, folder in folders.items()}
+    trainings = {arm: read_arm_metrics(folder) for arm, folder in folders.items()}
     pflop = {arm: m["train/pflop_total"] for arm, m in trainings.items() if "train/pflop_total" in m}
     said = "The work of pre-training, counted on the first step. It includes the arms that an arm started from."
     head = ["", "## Compute", "", said, ""]

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from safetensors.torch import load_file
 
+from lgp.compute.intact import reading
 from lgp.data.labels import LabelledImages
 from lgp.evaluate.calibration import reliability
 from lgp.features.cache import Features
-from lgp.models.files import CURVES, RECONSTRUCTIONS
+from lgp.models.files import CURVES, RECONSTRUCTIONS, check_beside
+from lgp.models.heads_file import load_beside
+from lgp.params.arms import how_to_get
 from lgp.params.file import Params
 from lgp.report import figures
 from lgp.report.embedding import EmbeddingMap, embedding_map
@@ -116,9 +118,15 @@ def _draw_results(folder: Path, arms: list[ArmOutcomes], results: pd.DataFrame, 
 
 
 def _draw_trainings(folder: Path, arms: Mapping[str, Path]) -> None:
-    curves = {arm: of_arm / CURVES for arm, of_arm in arms.items() if (of_arm / CURVES).exists()}
+    curves = {arm: _curve(of_arm) for arm, of_arm in arms.items() if (of_arm / CURVES).exists()}
     if curves:
-        figures.plot_curves(folder / "curves.png", {arm: pd.read_csv(curve) for arm, curve in curves.items()})
-    pictures = [of_arm / RECONSTRUCTIONS for of_arm in arms.values() if (of_arm / RECONSTRUCTIONS).exists()]
-    if pictures:
-        figures.plot_reconstructions(folder / "reconstructions.png", load_file(pictures[0]))
+        figures.plot_curves(folder / "curves.png", curves)
+    pictured = [of_arm for of_arm in arms.values() if (of_arm / RECONSTRUCTIONS).exists()]
+    if pictured:
+        figures.plot_reconstructions(folder / "reconstructions.png", load_beside(pictured[0], RECONSTRUCTIONS))
+
+
+def _curve(arm: Path) -> pd.DataFrame:
+    check_beside(arm, CURVES)
+    with reading(arm / CURVES, how_to_get(arm.name)):
+        return pd.read_csv(arm / CURVES)[["epoch", "train/loss"]].astype(float)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lgp.compute.intact import Damaged, reading
 from lgp.errors import LgpError
 
 if TYPE_CHECKING:
@@ -62,9 +63,11 @@ def read_results(path: Path) -> list[dict[str, str]]:
     """Read results.csv as text cells; raise `LgpError` where there is none."""
     if not path.exists():
         raise LgpError(f"no results in {path}: run `dvc repro` (or `make repro`) first")
-    with path.open(newline="") as file:
+    with reading(path, "run `lgp report`", csv.Error), path.open(newline="", encoding="utf-8") as file:
         results = list(csv.DictReader(file))
-    missing = [column for column in COLUMNS if results and column not in results[0]]
+        if not results:
+            raise Damaged(path, "it has no row", "run `lgp report`")
+    missing = [column for column in COLUMNS if column not in results[0]]
     if missing:
         raise LgpError(f"{path} is of an older version, without {', '.join(missing)}: run `dvc repro` again")
     return results

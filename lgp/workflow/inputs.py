@@ -54,7 +54,9 @@ def _states(params_file: Path) -> tuple[str, str]:
         # a machine that only trains needs prepared data, not the source
         print(f"{' '.join(str(e).split())}: prepared images and labels are taken as they are", flush=True)
         kept = (PREPARED / STATE, LABELS / STATE)
-        states = [file.read_text(encoding="utf-8").strip() if file.exists() else _said(e) for file in kept]
+        states = [
+            file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else _said(e) for file in kept
+        ]
         return states[0], states[1]
     except LgpError as e:
         return _said(e), _said(e)  # the stages `prepare` and `labels` run, and fail with what is wrong

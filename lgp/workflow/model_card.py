@@ -1,6 +1,5 @@
 """A model as a folder for the Hugging Face Hub, with a card that is written from its provenance and its metrics."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +8,12 @@ from typing import Any
 
 import yaml
 
+from lgp.compute.intact import read_record
+from lgp.evaluate.results_files import read_metrics
 from lgp.models.encoder_folder import normalization_of, read_config
 from lgp.models.exporting import load_model
-from lgp.models.files import CONFIG, ENCODER, PROVENANCE, WEIGHTS, check_trained, encoder_digest
+from lgp.models.files import CONFIG, ENCODER, WEIGHTS, check_trained, encoder_digest, read_provenance
+from lgp.params.arms import how_to_evaluate
 
 CARD = "README.md"
 METHOD = "[Layer Grafted Pre-training](https://arxiv.org/abs/2302.14138)"
@@ -56,7 +58,7 @@ class Subject:
         """Read what is known of a model. A classifier lies in `ARM/classifiers/TASK`, its encoder in `ARM/encoder`."""
         folder, config = folder.absolute(), read_config(folder)
         encoder = folder.parent.parent / ENCODER if config["num_classes"] else folder
-        return cls(folder, config, encoder, _json(encoder / PROVENANCE), metrics)
+        return cls(folder, config, encoder, read_provenance(encoder), metrics)
 
     @property
     def is_classifier(self) -> bool:
@@ -76,15 +78,17 @@ class Subject:
         if not (self.encoder / WEIGHTS).exists():
             return {}
         digest, task = encoder_digest(self.encoder), self.folder.name if self.is_classifier else "*"
+        names = [f.stem.partition("-")[2] for f in sorted(self.metrics.glob(f"{self.arm}-{task}.json"))]
         found = {
-            file.stem.partition("-")[2]: _json(file) for file in sorted(self.metrics.glob(f"{self.arm}-{task}.json"))
+            name: read_metrics(self.metrics / f"{self.arm}-{name}.json", how_to_evaluate(self.arm, name))
+            for name in names
         }
         return {name: values for name, values in found.items() if values.get("encoder") == digest}
 
     def images(self) -> str:
         """Say on how many prepared images it was trained and measured, as far as that is known, and their digest."""
         digest = self.provenance.get("digests", {}).get("inputs", {}).get("data/prepared")
-        prepared = _json(self.metrics / "prepare.json")
+        prepared = _prepared(self.metrics / "prepare.json")
         if digest is None:
             return "unknown"
         if prepared.get("digest") != digest:
@@ -261,5 +265,5 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+def _prepared(file: Path) -> dict[str, Any]:
+    return read_record(file, dict[str, Any], "run `lgp prepare`") if file.is_file() else {}

@@ -1,13 +1,12 @@
 """The origin of a result in a few words: how a run is called, and the parameters of the encoder that it evaluates."""
 
-import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lgp.errors import LgpError
-from lgp.models.files import PROVENANCE, WEIGHTS
+from lgp.models.files import WEIGHTS, read_provenance
 from lgp.params.file import Params, parse_params, section_values
 
 NAMED = {"graft.policy": "policy", "contrastive.objective": "objective", "seed": "seed"}
@@ -38,13 +37,6 @@ def committed_values(params_file: Path) -> dict[str, str]:
     return flatten(section_values(params, Params.model_fields))
 
 
-def provenance_of(folder: Path) -> dict[str, Any]:
-    """Return the provenance of an encoder or a classifier; nothing where it is not there."""
-    file = folder / PROVENANCE
-    record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    return record
-
-
 def values_behind(encoder: Path, later: frozenset[Path] = frozenset()) -> dict[str, str]:
     """Return the flat parameters that made an encoder, with those of the encoders that it started from.
 
@@ -52,7 +44,7 @@ def values_behind(encoder: Path, later: frozenset[Path] = frozenset()) -> dict[s
         encoder: its folder.
         later: encoders that started from it; they are not followed again.
     """
-    record, followed = provenance_of(encoder), later | {encoder}
+    record, followed = read_provenance(encoder), later | {encoder}
     starts = [Path(name).parent for name in record.get("digests", {}).get("inputs", {}) if Path(name).name == WEIGHTS]
     values: dict[str, str] = {}
     for start in starts:

@@ -7,21 +7,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from lgp.compute.digests import file_digest
+from lgp.compute.intact import read_json
 from lgp.params.file import Params, section_values
 from lgp.workflow.source_tree import is_checkout
 
 
-def input_digest(path: Path) -> str:
+class Digested(BaseModel):
+    """What `meta.json` of prepared images and of labels has."""
+
+    digest: str
+
+
+def input_digest(path: Path, remedy: str) -> str:
     """Digest an input: a file, or a folder by all its files.
 
-    Prepared images and labels carry their digest in `meta.json`.
+    Prepared images and labels carry their digest in `meta.json`. Raise `Damaged` if that file is; `remedy` makes it
+    anew.
     """
     if path.is_file():
         return file_digest(path)
     meta = path / "meta.json"
     if meta.exists():
-        return str(json.loads(meta.read_text())["digest"])
+        return str(read_json(meta, Digested, remedy)["digest"])
     whole = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         whole.update(f"{file.relative_to(path)} {file_digest(file)}\n".encode())

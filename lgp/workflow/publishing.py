@@ -1,16 +1,17 @@
 """Publishing: a stage writes a trained, imported or untrained arm, or the outcome of an evaluation."""
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lgp.compute.seals import seal
 from lgp.errors import NotTrained
+from lgp.evaluate.results_files import write_predictions
 from lgp.models.classifier_folder import save_classifier
 from lgp.models.encoder_folder import save_encoder, save_pixels
-from lgp.models.files import ARM_METRICS, CURVES, ENCODER, PROVENANCE, encoder_digest
+from lgp.models.files import ARM_METRICS, CURVES, ENCODER, encoder_digest, read_provenance, seal_arm
 from lgp.models.heads_file import save_heads
 from lgp.workflow.metric_files import write_metrics
 from lgp.workflow.stage import StageRun
@@ -130,6 +131,7 @@ def publish_baseline(run: StageRun, folder: Path, encoder: "VisionTransformer | 
     values = {"encoder_parameters": 0}
     save_pixels(out / ENCODER, data, run.provenance | {"metrics": values})
     write_metrics(run, out / ARM_METRICS, values)
+    seal_arm(out)
 
 
 def _publish_encoder(
@@ -143,12 +145,12 @@ def _publish_encoder(
     save_encoder(out / ENCODER, encoder, run.params.model, run.params.data, normalization, provenance)
     run.tracker.will_register(folder / ENCODER, run.spec.arm, encoder_digest(out / ENCODER))
     write_metrics(run, out / ARM_METRICS, provenance["metrics"])
+    seal_arm(out)
 
 
 def _pflop_of(encoder: Path) -> float:
     """Return the compute of an encoder's training in PFLOP; 0 where it is unknown (an imported encoder)."""
-    provenance = json.loads((encoder / PROVENANCE).read_text())
-    return float(provenance["metrics"].get("train/pflop_total", 0))
+    return float(read_provenance(encoder).get("metrics", {}).get("train/pflop_total", 0))
 
 
 def publish_outcome(run: StageRun, encoder: Path, places: Places, outcome: "Outcome", classes: list[str]) -> None:
@@ -163,12 +165,13 @@ def publish_outcome(run: StageRun, encoder: Path, places: Places, outcome: "Outc
         outcome: what was measured, and the classifier that is kept.
         classes: names of the classes.
     """
-    outcome.predictions.to_parquet(run.out(places.predictions), index=False)
+    write_predictions(run.out(places.predictions), outcome.predictions)
     values = {**outcome.metrics, "encoder": encoder_digest(encoder)}
     write_metrics(run, run.out(places.metrics), values)
     assert outcome.classifier is not None
     save_classifier(
         run.out(places.classifier), encoder, outcome.classifier, classes, run.provenance | {"metrics": values}
     )
+    seal(run.out(places.classifier))
     print(f"{run.spec.arm} / {run.spec.task}: {outcome.metrics['test/top1']:.1f} % top-1 on test", flush=True)
     run.tracker.log_confusion(outcome.predictions, classes)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lgp.compute.digests import file_digest
-from lgp.models.files import WEIGHTS, encoder_digest
-from lgp.workflow.origins import committed_values, encoder_values, flatten, provenance_of, run_name, values_behind
+from lgp.evaluate.results_files import read_metrics
+from lgp.models.files import WEIGHTS, encoder_digest, read_provenance
+from lgp.params.arms import how_to_evaluate
+from lgp.workflow.origins import committed_values, encoder_values, flatten, run_name, values_behind
 from lgp.workflow.tracking import Description, Evaluated, Tracker, tracked
 
 
@@ -60,7 +62,7 @@ def log_restored(results: Iterable[KeptResult], store: Tracker, params_file: Pat
 
 
 def _log(result: KeptResult, digest: str, committed: dict[str, str], store: Tracker) -> None:
-    metrics: dict[str, Any] = json.loads(result.metrics.read_text())
+    metrics = read_metrics(result.metrics, how_to_evaluate(result.arm, result.task))
     record, encoder = _record_of(result, metrics), _encoder_of(result, metrics)
     behind = {} if encoder is None else values_behind(encoder)
     own, inputs = flatten(record.get("params", {})), record.get("digests", {}).get("inputs", {})
@@ -92,7 +94,7 @@ def _log(result: KeptResult, digest: str, committed: dict[str, str], store: Trac
 
 def _record_of(result: KeptResult, metrics: dict[str, Any]) -> dict[str, Any]:
     """Return the provenance of the result; nothing where its classifier is not there, or is of another evaluation."""
-    record = provenance_of(result.classifier)
+    record = read_provenance(result.classifier)
     return record if record.get("metrics") == metrics else {}
 
 

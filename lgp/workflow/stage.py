@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lgp.compute.launch import WorkerDone, launch, launched, launched_rank
+from lgp.compute.seals import check_sealed
 from lgp.errors import LgpError, NotTrained, check_disk_space
-from lgp.models.files import CLASSIFIERS, WEIGHTS, check_trained, encoder_digest, no_encoder
+from lgp.models.files import CLASSIFIERS, HEADS, WEIGHTS, check_beside, check_trained, encoder_digest, no_encoder
 from lgp.params.file import Params, load_params, restricted, section_values
 from lgp.training.resume_states import StateStore
 from lgp.workflow import tracking
@@ -93,8 +94,8 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
 
     Raises:
         NotTrained: the block raised it.
-        LgpError: the parameters or inputs are not valid, another process runs the same stage on the same inputs, or an
-            input changed while the stage ran.
+        LgpError: the parameters are not valid, an input is missing or damaged, another process runs the same stage on
+            the same inputs, or an input changed while the stage ran.
     """
     if fresh and resume:
         raise LgpError("--fresh ignores what an interrupted run left, --resume goes on from it: choose one")
@@ -102,9 +103,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
     root = Path(os.environ.get("DVC_ROOT", "."))
     if launched() and not spec.trains:
         raise LgpError(f"{spec.name} runs in one process: call it without torchrun")
-    for path in spec.reads:
-        if not path.exists():
-            raise LgpError(f"{spec.name} needs {path}, which does not exist: {_remedy(path)}, or `dvc repro`")
+    _check_inputs(spec)
     checked = [check_trained(encoder) for encoder in _encoders(spec)]
     if spec.trains and params.run.processes > 1 and not launched():
         launch(spec.name, params.run.processes)
@@ -157,6 +156,16 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
         for written in partial.values():
             _remove(written)
         store.close(succeeded)
+
+
+def _check_inputs(spec: StageSpec) -> None:
+    """Raise `LgpError` for an input that is missing, or is not as it was sealed."""
+    for path in spec.reads:
+        if not path.exists():
+            raise LgpError(f"{spec.name} needs {path}, which does not exist: {_remedy(path)}, or `dvc repro`")
+        if path.name == HEADS:
+            check_beside(path.parent, HEADS)
+        check_sealed(path, _remedy(path))
 
 
 def _choose_state(store: StateStore, name: str, fresh: bool, resume: bool) -> None:
@@ -229,7 +238,7 @@ def _remedy(path: Path) -> str:
 def _digests(spec: StageSpec, params: Params, root: Path) -> dict[str, Any]:
     return {
         "parameters": params_digest(params, spec.sections),
-        "inputs": {path.as_posix(): input_digest(path) for path in spec.reads},
+        "inputs": {path.as_posix(): input_digest(path, _remedy(path)) for path in spec.reads},
         "code": code_digests(root)[spec.name],
     }
 

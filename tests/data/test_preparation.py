@@ -431,6 +431,7 @@ def test_prepared_images_hold_no_label(tmp_path: Path, params: Params) -> None:
         prepared.append(images_from(hub, tmp_path / f"images{number}", params)[1])
     one, other = prepared
     assert sorted(file.name for file in one.folder.iterdir()) == [
+        "digests.json",
         "images.npy", "index.parquet", "meta.json", "skipped.csv", "source_state",
     ]  # fmt: skip
     assert (one.folder / "images.npy").read_bytes() == (other.folder / "images.npy").read_bytes()

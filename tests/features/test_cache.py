@@ -15,6 +15,7 @@ import yaml
 from conftest import ROOT, SMALL, merged, prepare_all
 from filelock import FileLock
 
+from lgp.compute.seals import seal
 from lgp.data.labels import LabelledImages
 from lgp.features import cache as module
 from lgp.features.cache import FeatureCache, Features, FeatureSource, normalizer, pixel_source, standardizer
@@ -96,6 +97,7 @@ class Relabelled:
         table = pd.read_parquet(self.folder / name / "labels.parquet")
         change(table)
         table.to_parquet(self.folder / name / "labels.parquet", index=False)
+        seal(self.folder / name, ["labels.parquet"])
         return LabelledImages(self.prepared.folder, self.folder / name)
 
     def features(self, data: LabelledImages, **changes: Any) -> Features:

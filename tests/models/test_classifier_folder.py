@@ -136,5 +136,5 @@ def test_what_is_no_classifier_is_told(encoder_folder: Path, tmp_path: Path) -> 
         load_classifier(encoder_folder, CPU)
     save_classifier(tmp_path / "c", encoder_folder, Classifier(1.0, head(width_of(encoder_folder))), CLASSES, {})
     save_file({"head.weight": torch.ones(2)}, tmp_path / "c" / WEIGHTS)
-    with pytest.raises(LgpError, match=r"is damaged: .* run its evaluation again"):
+    with pytest.raises(LgpError, match=r"is damaged: .* run `lgp .* again"):
         load_classifier(tmp_path / "c", CPU)

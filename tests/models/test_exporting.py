@@ -139,7 +139,7 @@ def test_onnx_without_its_packages_says_what_to_install(
 
 def test_pixels_and_damaged_weights_are_refused(tmp_path: Path) -> None:
     pixels = make_encoder(tmp_path / "pixels/encoder", 1)
-    (pixels / CONFIG).write_text(json.dumps({"architecture": "pixels"}))
+    (pixels / CONFIG).write_text(json.dumps({"architecture": "pixels", "pretrained_cfg": {}}))
     with pytest.raises(LgpError, match="stands for raw pixels, which have no weights to export"):
         load_model(pixels)
     with pytest.raises(LgpError, match="there is no encoder of arm 'none' yet"):

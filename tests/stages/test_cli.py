@@ -31,6 +31,7 @@ from lgp.evaluate.prediction import kept_classifiers
 from lgp.features.extraction import class_token_of, extract
 from lgp.features.of_encoder import encoder_features
 from lgp.models.encoder_folder import load_encoder, normalization_of
+from lgp.models.files import read_arm_metrics
 from lgp.models.heads_file import load_first_fc
 from lgp.models.vit import ARCHITECTURE, model_args
 from lgp.params.file import Params
@@ -143,6 +144,18 @@ def test_nothing_partial_and_no_resume_state_is_left(finished: Path) -> None:
     assert not list((finished / ".lgp" / "resume").rglob("state*"))
 
 
+def test_every_folder_that_passes_between_stages_is_sealed_whole(finished: Path) -> None:
+    arms = [finished / "models" / arm for arm in (*TRAINED, *BASELINES)]
+    classifiers = [folder for arm in arms for folder in (arm / "classifiers").iterdir()]
+    for folder in [finished / "data/prepared", finished / "data/labels", *classifiers]:
+        there = {file.name for file in folder.iterdir()} - {"digests.json", "source_state"}
+        assert set(json.loads((folder / "digests.json").read_text())) == there, folder
+    for arm in arms:
+        there = {file.name for file in (arm / "encoder").iterdir()} - {"digests.json"}
+        beside = {f"../{file.name}" for file in arm.iterdir() if file.is_file()}
+        assert set(json.loads((arm / "encoder/digests.json").read_text())) == there | beside, arm
+
+
 def test_metric_files_hold_nothing_that_changes_by_itself(finished: Path) -> None:
     metrics = json.loads((finished / "metrics" / "graft-fewshot-1pct.json").read_text())
     assert {
@@ -165,7 +178,7 @@ def test_compute_of_the_graft_includes_what_it_started_from(finished: Path) -> N
 
 def test_metrics_of_an_evaluation_name_the_encoder(finished: Path) -> None:
     found = sorted((finished / "metrics").glob("*-*.json"))
-    assert len(found) == 5 * 5 + 3
+    assert len(found) == 5 * 7 + 3
     for file in found:
         weights = (finished / "models" / file.stem.partition("-")[0] / "encoder" / "model.safetensors").read_bytes()
         assert json.loads(file.read_text())["encoder"] == hashlib.sha256(weights).hexdigest(), file
@@ -617,7 +630,7 @@ def collapsed(project: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def checks_of(arm: str) -> dict[str, Any]:
     provenance = json.loads(Path("models", arm, "encoder", "provenance.json").read_text())
-    metrics = json.loads(Path("models", arm, "metrics.json").read_text())
+    metrics = read_arm_metrics(Path("models", arm))
     assert provenance["metrics"] == metrics
     checks: dict[str, Any] = provenance["checks"]
     return {"trained": metrics["trained"], **checks}
