@@ -362,7 +362,8 @@ class Tracker:
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         file = f"{description.arm}-{description.task}-{stamp}-{os.getpid()}.jsonl"
         self.description, self._resume_file = description, resume_file
-        self.uri, self.experiment, self.root = description.uri, description.experiment, root
+        self.uri, self.root = description.uri, root
+        self.experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or description.experiment
         self._mlflow: _Mlflow | None = None
         self._connected = self._opened = False
         self._lines = root / ".lgp" / "tracking" / file

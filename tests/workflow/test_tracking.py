@@ -31,6 +31,21 @@ def test_run_that_opens_late_began_with_its_stage(tmp_path: Path) -> None:
     assert run.data.params == ABOUT.values
 
 
+def test_experiment_of_the_environment_goes_before_that_of_the_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {}
+    for given in ("", "mine"):
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", given)
+        tracker = Tracker(ABOUT, tmp_path, tmp_path / "run_id")
+        tracker.log_metrics({"test/top1": 50.0})
+        tracker.end("FINISHED")
+        client = mlflow.MlflowClient(store_uri(None, tmp_path))
+        names[given] = client.get_experiment(run_in(tmp_path).info.experiment_id).name
+        (tmp_path / "run_id").unlink()  # the next run is another one
+    assert names == {"": "lgp", "mine": "mine"}
+
+
 @pytest.mark.parametrize("stopped", [ValueError, KeyboardInterrupt])
 def test_stage_that_stops_before_it_logs_leaves_no_run(tmp_path: Path, stopped: type[BaseException]) -> None:
     with pytest.raises(stopped), tracked(ABOUT, tmp_path, tmp_path / "run_id"):
