@@ -100,7 +100,7 @@ def test_wrong_labels_are_listed_corrected_and_come_back(data: LabelledImages) -
     assert "audit.csv has labels: `lgp labels add audit.csv` adds them" in refused.stderr
     added = lgp("labels", "add", "audit.csv")
     assert added.exit_code == 0, added.output
-    assert f"0 new labels, 4 changed, 0 as before, {len(rows) - 4} rows without a label" in added.output
+    assert f"0 new labels, 4 changed, none removed, 0 as before, {len(rows) - 4} rows without a label" in added.output
 
     after = add_labels()
     changed = {data.paths[i] for i in np.flatnonzero(data.labels != after.labels)}
