@@ -187,7 +187,8 @@ def test_few_labels_give_the_accuracy_of_the_page(minimal: Any, prepared: Labell
     x = {split: prepared.whole(of_split).flatten(1).float() for split, of_split in ids.items()}
     y = {split: prepared.labels[of_split] for split, of_split in ids.items()}
     subsets = prepared.subsets("1pct")
-    features = Features({split: pixels.numpy() for split, pixels in x.items()}, y, ids, 10, {}, FeatureParams())
+    arrays = {split: pixels.numpy() for split, pixels in x.items()}
+    features = Features(arrays | {"unlabeled": arrays["train"][:0]}, y, ids, 10, {}, FeatureParams())
     outcome = evaluate_fewshot(features, subsets, digits.fewshot)
     rows = [ids["train"].searchsorted(few) for few in subsets]
     accuracy = minimal.accuracy(nn.Identity(), x["train"], y["train"], x["test"], y["test"], rows)

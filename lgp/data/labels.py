@@ -33,7 +33,7 @@ from lgp.data.sources.opening import open_sources
 from lgp.data.sources.states import STATE, is_state, labelling_state
 from lgp.data.splits import few_names
 from lgp.data.storage import Images
-from lgp.data.subset_files import REMEDY, Subsets, load_subsets, names_of_same_subsets, save_subsets
+from lgp.data.subset_files import REMEDY, SUBSETS, Subsets, load_subsets, names_of_same_subsets, save_subsets
 from lgp.data.subset_lists import read_subset_list
 from lgp.data.subsets import few_label_subsets
 from lgp.errors import LgpError
@@ -87,7 +87,7 @@ def write_labels(params: LabelsParams, data: DataParams, images: Images, seed: i
     subsets = {name: [train[rows].tolist() for rows in subsets] for name, subsets in drawn.items()} | lists
     digest = _write(folder, pd.DataFrame({"label": labels, "split": splits}), subsets, classes, images)
     lists_read = [file for files in params.lists.values() for file in files]
-    seal(folder)
+    seal(folder, [TABLE, SUBSETS, META])
     (folder / STATE).write_text(f"{labelling_state(offers, lists_read)}\n", encoding="utf-8")
     return {
         **{f"images/{split}": int((splits == split).sum()) for split in SPLITS},
