@@ -76,7 +76,8 @@ class StageRun:
         """
         digest = encoder_digest(encoder)
         self.tracker.tag_upstream(digest)
-        if encoder.parent.name == self.spec.arm:
+        # one of several processes alone tracks, and has digests
+        if encoder.parent.name == self.spec.arm and self.provenance:
             self.tracker.will_link(tracking.Evaluated(encoder, digest, self.provenance["digests"]["inputs"]))
 
 
