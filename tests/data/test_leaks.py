@@ -13,6 +13,7 @@ from conftest import Silent
 from made_sources import images_from, labels_from
 from PIL import Image
 
+from lgp.compute.seals import SEAL
 from lgp.data.conversion import as_image
 from lgp.data.labels import LabelledImages
 from lgp.data.leaks import EXACT, Leak, find_leaks, perceptual_hashes
@@ -202,6 +203,7 @@ def test_hash_of_bands_is_that_of_their_mean() -> None:
 def half_unlabelled(prepared: LabelledImages, folder: Path, poison: int) -> LabelledImages:
     """The same images, of which half of train has no label but `poison` in its place."""
     shutil.copytree(prepared.folder.parent / "labels", folder)
+    (folder / SEAL).unlink()
     table = pd.read_parquet(folder / "labels.parquet")
     table.loc[np.flatnonzero(table["split"] == "train")[::2], ["split", "label"]] = ["unlabeled", poison]
     table.to_parquet(folder / "labels.parquet", index=False)

@@ -176,7 +176,7 @@ def test_cl_end_takes_upper_blocks_and_norm_from_the_other_arm(
     [
         ({"policy": ["freeze"]}, "policy freeze must name exactly one of stage_lr and layer_decay"),
         ({"policy": ["stage_lr", "layer_decay"]}, "must name exactly one of stage_lr and layer_decay"),
-        ({"policy": "stage_lr, freeze"}, "graft.policy.0: 'stage_lr, freeze' is not valid"),
+        ({"policy": "stage_lr, freeze"}, "graft.policy: 'stage_lr, freeze' is not valid"),
         ({"policy": ["stage_lr", "scratch_end", "cl_end"]}, "policy names both scratch_end and cl_end"),
         ({"policy": ["stage_lr", "cl_end"]}, "takes the upper blocks from end, which is start, mim: set it to cl"),
         ({"end": "cl"}, "end cl is read by the policy cl_end only"),
