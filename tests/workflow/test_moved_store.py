@@ -2,6 +2,7 @@
 
 import shutil
 import sqlite3
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlparse
@@ -11,7 +12,6 @@ import mlflow
 import pytest
 
 from lgp.workflow.moved_store import ADDRESSES, follow
-from lgp.workflow.tracking import store_uri
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 
@@ -31,12 +31,14 @@ def weights(folder: Path) -> Path:
 
 
 @pytest.fixture
-def original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A project with a run that has an artifact, and a registered model. Its name has signs that SQL reads."""
     root = tmp_path / "it's 100_of"
     (root / "mlartifacts").mkdir(parents=True)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store_uri(None, root))  # a version is made of a model by this address
-    client = mlflow.MlflowClient(store_uri(None, root))
+    uri, before = f"sqlite:///{root / 'mlflow.db'}", mlflow.get_tracking_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)  # a version is made of a model by this address
+    client = mlflow.MlflowClient(uri)
     experiment = client.create_experiment("lgp", artifact_location=(root / "mlartifacts").as_uri())
     client.create_experiment("mine", artifact_location="file:///elsewhere/artifacts")
     run = client.create_run(experiment)
@@ -45,7 +47,8 @@ def original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     client.log_model_artifacts(model.model_id, str(weights(tmp_path)))
     client.create_registered_model("encoder")
     client.create_model_version("encoder", f"models:/{model.model_id}", model_id=model.model_id)
-    return root
+    yield root
+    mlflow.set_tracking_uri(before)
 
 
 def test_store_of_a_copy_leads_into_the_copy_alone(original: Path, tmp_path: Path) -> None:
