@@ -258,7 +258,7 @@ EDITS = {
     "a message": ("lgp/training/loop.py", "lower the learning rate of", "reduce the learning rate of", set()),
     "what is printed": ("lgp/training/loop.py", "going on from step", "resuming at step", set()),
     "the report": ("lgp/report/page.py", 'TITLE = "Label efficiency"', 'TITLE = "Labels"', {"report"}),
-    "a figure": ("lgp/report/figures.py", "DPI = 120", "DPI = 100", {"report"}),
+    "a figure": ("lgp/report/drawing.py", "DPI = 120", "DPI = 100", {"report"}),
     "a new print": ("lgp/training/optimizer.py", "    return AdamW(", "    print(1)\n    return AdamW(", set()),
     "tracking": ("lgp/workflow/tracking.py", "FLUSH_EVERY_S = 2.0", "FLUSH_EVERY_S = 3.0", set()),
     "an evaluation key": ("lgp/params/evaluate.py", "knn_k: Count", "knn_k: Count = 20", LINEAR),
