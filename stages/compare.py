@@ -24,8 +24,9 @@ def compare(
     from lgp.report.terminal import print_table
     from lgp.workflow.addresses import compare_address
     from lgp.workflow.comparison import HEADER, grouped, rows
+    from lgp.workflow.mlflow_store import served_at, store_uri
     from lgp.workflow.restored import log_restored
-    from lgp.workflow.tracking import served_at, store_uri, visitor
+    from lgp.workflow.tracking import visitor
 
     params, root = load_params(params_file), Path(os.environ.get("DVC_ROOT", "."))
     task, run = task or f"fewshot-{params.few_labels[0]}", params.run

@@ -62,7 +62,8 @@ def predict(
 def _champion(settings: "RunParams") -> Path:
     """Return the registry's champion among classifiers. Without one it is the best on val, and the output says so."""
     from lgp.evaluate.prediction import find_classifier
-    from lgp.workflow.tracking import has_store, store_uri, visitor
+    from lgp.workflow.mlflow_store import has_store, store_uri
+    from lgp.workflow.tracking import visitor
 
     root = Path(os.environ.get("DVC_ROOT", "."))
     if has_store(store_uri(settings.tracking_uri, root)):

@@ -17,8 +17,9 @@ def ui(port: Port = 5000, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
     from lgp.errors import LgpError
     from lgp.params.file import load_params
     from lgp.workflow.addresses import compare_address, models_address, runs_address
+    from lgp.workflow.mlflow_store import is_own, serve, served_at, store_uri
     from lgp.workflow.restored import log_restored
-    from lgp.workflow.tracking import is_own, serve, served_at, store_uri, visitor
+    from lgp.workflow.tracking import visitor
 
     params, root = load_params(params_file), Path(os.environ.get("DVC_ROOT", "."))
     run, uri = params.run, store_uri(params.run.tracking_uri, root)

@@ -31,6 +31,8 @@ NOT_DIGESTED = (
     "lgp.pretrain.batch_checks",
     "lgp.training.progress",
     "lgp.workflow.code_digest",
+    "lgp.workflow.mlflow_store",
+    "lgp.workflow.moved_store",
     "lgp.workflow.origins",
     "lgp.workflow.pipeline",
     "lgp.workflow.provenance",

@@ -10,8 +10,9 @@ from lgp.compute.digests import file_digest
 from lgp.evaluate.results_files import read_metrics
 from lgp.models.files import WEIGHTS, encoder_digest, read_provenance
 from lgp.params.arms import how_to_evaluate
+from lgp.workflow.mlflow_store import Evaluated
 from lgp.workflow.origins import committed_values, encoder_values, flatten, run_name, values_behind
-from lgp.workflow.tracking import Description, Evaluated, Tracker, tracked
+from lgp.workflow.tracking import Description, Tracker, tracked
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from lgp.params.file import Params, load_params, restricted, section_values
 from lgp.training.resume_states import StateStore
 from lgp.workflow import tracking
 from lgp.workflow.code_digest import code_digests
+from lgp.workflow.mlflow_store import Evaluated
 from lgp.workflow.origins import committed_values, encoder_values, flatten, run_name, values_behind
 from lgp.workflow.provenance import git_state, input_digest, params_digest
 from lgp.workflow.source_tree import source_root
@@ -78,7 +79,7 @@ class StageRun:
         self.tracker.tag_upstream(digest)
         # one of several processes alone tracks, and has digests
         if encoder.parent.name == self.spec.arm and self.provenance:
-            self.tracker.will_link(tracking.Evaluated(encoder, digest, self.provenance["digests"]["inputs"]))
+            self.tracker.will_link(Evaluated(encoder, digest, self.provenance["digests"]["inputs"]))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def test_store_that_fails_promotes_nobody(
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "presets" / "digits.yaml", "params.yaml")
     make_encoder(Path("models/graft/encoder"), 1)
-    monkeypatch.setattr("lgp.workflow.tracking._Mlflow.__init__", failing)
+    monkeypatch.setattr("lgp.workflow.tracking.Store.__init__", failing)
     with pytest.raises(LgpError, match="so graft is not promoted"):
         promote("graft")
     assert "is the champion now" not in capsys.readouterr().out

@@ -14,7 +14,8 @@ import torch
 from made_models import CLASSES, by_timm, make_classifier, make_encoder
 from PIL import Image
 
-from lgp.workflow.tracking import ENCODERS, Description, store_uri, tracked
+from lgp.workflow.mlflow_store import ENCODERS, store_uri
+from lgp.workflow.tracking import Description, tracked
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
 ABOUT = Description("mim", "pretrain", {"arm": "mim"}, {}, None, "lgp", "mim")

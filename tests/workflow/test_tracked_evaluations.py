@@ -16,11 +16,12 @@ from made_models import make_classifier, make_encoder
 
 from lgp.models.files import PROVENANCE, classifier_digest, encoder_digest
 from lgp.workflow.metric_files import write_metrics
+from lgp.workflow.mlflow_store import CLASSIFIERS, ENVIRONMENT, has_store, store_uri
 from lgp.workflow.origins import committed_values, run_name, values_behind
 from lgp.workflow.pipeline import SECTIONS
 from lgp.workflow.restored import KeptResult, log_restored
 from lgp.workflow.stage import StageSpec, stage
-from lgp.workflow.tracking import CLASSIFIERS, ENVIRONMENT, Tracker, has_store, store_uri, visitor
+from lgp.workflow.tracking import Tracker, visitor
 
 TASK = "fewshot-1pct"
 PARAMS = Path("params.yaml")
@@ -250,7 +251,7 @@ def test_store_that_fails_ends_no_evaluation(
     def failing(*_: object) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr("lgp.workflow.tracking._Mlflow.link", failing)
+    monkeypatch.setattr("lgp.workflow.tracking.Store.link", failing)
     evaluate("cl", "fewshot-10pct", 80.0)
     assert capsys.readouterr().out.count("MLflow tracking failed (OSError: no space)") == 1
     assert json.loads(files_of("cl", "fewshot-10pct").metrics.read_text())["test/top1"] == 80.0

@@ -7,7 +7,8 @@ import mlflow
 import pytest
 import torch
 
-from lgp.workflow.tracking import Description, Tracker, store_uri, tracked
+from lgp.workflow.mlflow_store import store_uri
+from lgp.workflow.tracking import Description, Tracker, tracked
 
 ABOUT = Description("graft", "linear", {"stage": "linear"}, {"linear.knn_k": "20"}, None, "lgp", "graft / linear")
 

@@ -1,0 +1,356 @@
+"""The MLflow store of a project: runs, logged models, datasets, the registry, and the server that shows them.
+
+Nothing here is guarded: `lgp.workflow.tracking` calls it, and goes on where it fails.
+"""
+
+import io
+import json
+import os
+import socket
+import sqlite3
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import closing, redirect_stderr
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from filelock import FileLock
+
+from lgp.errors import LgpError
+from lgp.models.files import CONFIG
+from lgp.workflow.moved_store import ARTIFACTS, follow
+
+CHAMPION = "champion"
+# metrics of a run that its encoder has too. MLflow's list of models has a column for each metric and task: all forty of
+# an evaluation would hide the one that ranks
+LINKED = ("test/top1", "test/top1_low", "test/top1_high", "val/top1", "test/ece", "test/knn_top1")
+
+
+class Registered(NamedTuple):
+    """A kind of model in the registry: its name there, the code that it carries, and what this needs."""
+
+    registry: str
+    code: Path
+    artifact: str
+    needs: tuple[str, ...]
+
+
+HERE = Path(__file__).parent
+NEEDS = ("mlflow", "timm", "torch", "torchvision", "numpy", "pandas", "pillow")
+ENCODERS = Registered("lgp-encoder", HERE / "registered_encoder.py", "encoder", NEEDS)
+CLASSIFIERS = Registered("lgp-classifier", HERE / "registered_classifier.py", "classifier", NEEDS)
+
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # a server that is down must not delay a training by minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # a stage prints its own few lines
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # the versions that a model needs are written by `log_model`, from what is installed here
+    "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",
+    # of the server: neither calls of language models nor jobs have a use here
+    "MLFLOW_ENABLE_AI_GATEWAY": "false",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+}
+DATASET_DIGEST_CHARACTERS = 8  # MLflow shows it in headings, and takes at most 36
+
+
+def _configure() -> None:
+    """Set the environment variables that MLflow reads at its import, unless the user has set them."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def has_store(uri: str) -> bool:
+    """Return whether a store may be at an address: a server, or a database that exists."""
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+
+
+def store_uri(configured: str | None, root: Path) -> str:
+    """Return the tracking address: `MLFLOW_TRACKING_URI`, else `run.tracking_uri`, else SQLite in `root`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or configured or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation measures.
+
+    Attributes:
+        encoder: its folder; None where the encoder is not there any more.
+        digest: of the encoder.
+        inputs: digests of what the stage read, by path. Those below `data/` are the dataset.
+    """
+
+    encoder: Path | None
+    digest: str
+    inputs: Mapping[str, str]
+
+    @property
+    def data(self) -> dict[str, str]:
+        """Digests of the images and labels, by path."""
+        return {path: digest for path, digest in sorted(self.inputs.items()) if Path(path).parts[0] == "data"}
+
+
+@dataclass(frozen=True)
+class TrackedResult:
+    """A finished evaluation in the store.
+
+    Attributes:
+        run_id: of its run.
+        arm: of the encoder.
+        tags: of the run.
+        params: of the run.
+        metrics: of the run.
+        started_ms: when it began.
+    """
+
+    run_id: str
+    arm: str
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    started_ms: int
+
+
+class Links(NamedTuple):
+    """The logged model and the dataset that metrics belong to, as MLflow names them."""
+
+    model_id: str | None = None
+    dataset_name: str | None = None
+    dataset_digest: str | None = None
+
+
+class Logged(NamedTuple):
+    """A logged model: its version in the registry, and its id."""
+
+    version: str
+    model_id: str
+
+
+class Store:
+    """An MLflow store, and one open run of it."""
+
+    def __init__(self, uri: str, experiment: str, root: Path) -> None:
+        _configure()
+        import mlflow
+
+        self.mlflow = mlflow
+        self.run_id = ""
+        (root / ".lgp").mkdir(exist_ok=True)
+        self.lock = FileLock(root / ".lgp" / "mlflow.lock")
+        # the client creates the tables of a new store at once; two processes that do so at the same time crash
+        with self.lock:
+            if uri.startswith("sqlite:///"):
+                file = Path(uri.removeprefix("sqlite:///"))
+                with closing(sqlite3.connect(file)) as database:
+                    database.execute("PRAGMA journal_mode=WAL")
+                for address in follow(file, root):
+                    print(f"MLflow's store came from {address}: its addresses are those of this folder now", flush=True)
+            mlflow.set_tracking_uri(uri)
+            self.client = mlflow.MlflowClient(uri)
+            self.experiment_id = self._open_experiment(uri, experiment, root)
+
+    def _open_experiment(self, uri: str, experiment: str, root: Path) -> str:
+        found = self.client.get_experiment_by_name(experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        local = (root / ARTIFACTS).resolve().as_uri() if uri.startswith("sqlite:///") else None
+        return str(self.client.create_experiment(experiment, artifact_location=local))
+
+    def start(
+        self, name: str, tags: dict[str, str], params: dict[str, str], resume: str | None, started_ms: int
+    ) -> str:
+        """Open a run, or continue the run `resume` where the store has it; return its id.
+
+        Args:
+            name: of the run.
+            tags: name → text.
+            params: `section.key` → text.
+            resume: id of a run to continue.
+            started_ms: when the stage began, in milliseconds since 1970.
+        """
+        from mlflow.entities import Param
+
+        self.logged_epochs = 0
+        if resume is not None and self._reopen(resume):
+            history = self.client.get_metric_history(resume, "train/loss")
+            self.logged_epochs = max((m.step for m in history), default=0)
+            return self.run_id
+        run = self.client.create_run(self.experiment_id, start_time=started_ms, tags=tags, run_name=name)
+        self.run_id = str(run.info.run_id)
+        entries = [Param(k, v[:6000]) for k, v in params.items()]
+        for first in range(0, len(entries), 100):
+            self.client.log_batch(self.run_id, params=entries[first : first + 100])
+        return self.run_id
+
+    def _reopen(self, run_id: str) -> bool:
+        """Continue a run. Return False where this store does not have it (the address has changed)."""
+        try:
+            self.client.update_run(run_id, status="RUNNING")
+        except self.mlflow.exceptions.MlflowException:
+            return False
+        self.run_id = run_id
+        return True
+
+    def log(self, rows: list[tuple[int, dict[str, float]]], links: Links | None = None) -> None:
+        """Log rows of a step and its metrics. Those in `LINKED` belong to a model and a dataset too."""
+        from mlflow.entities import Metric
+
+        now, of = int(time.time() * 1000), {} if links is None else dict.fromkeys(LINKED, links._asdict())
+        metrics = [
+            Metric(name, float(value), now, step, **of.get(name, {}))
+            for step, values in rows
+            for name, value in values.items()
+        ]
+        for start in range(0, len(metrics), 1000):
+            self.client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+
+    def link(self, evaluated: Evaluated, arm: str, task: str) -> Links:
+        """Make an encoder and a dataset inputs of the run; return what its metrics belong to.
+
+        The dataset is called as the task, and its digest is of images and labels. Metrics of one task on the same data
+        therefore have one column among MLflow's models.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
+
+        models, datasets, links = [], [], Links()
+        if evaluated.encoder is not None:
+            model_id = self.encoder_model(evaluated.encoder, {"arm": arm, "encoder_digest": evaluated.digest})
+            models, links = [LoggedModelInput(model_id)], Links(model_id)
+        if evaluated.data:
+            profile = json.dumps(evaluated.data)
+            digest = sha256(profile.encode()).hexdigest()[:DATASET_DIGEST_CHARACTERS]
+            source = json.dumps({"uri": next(iter(evaluated.data))})
+            dataset = Dataset(task, digest, "local", source, profile=profile)
+            datasets = [DatasetInput(dataset, [InputTag("mlflow.data.context", "test")])]
+            links = links._replace(dataset_name=task, dataset_digest=digest)
+        self.client.log_inputs(self.run_id, datasets=datasets, models=models)
+        return links
+
+    def encoder_model(self, folder: Path, tags: dict[str, str]) -> str:
+        """Return the id of the logged model of an encoder. One that the experiment lacks is logged first."""
+        with self.lock:
+            asked = f"tags.encoder_digest = '{tags['encoder_digest']}' AND tags.arm = '{tags['arm']}'"
+            found = self.client.search_logged_models([self.experiment_id], asked, max_results=1)
+            if found:
+                return str(found[0].model_id)
+            if "num_features" in json.loads((folder / CONFIG).read_text()):
+                return self.log_encoder(folder, tags).model_id
+            # raw pixels have no encoder to load, and are a row among the models
+            model = self.client.create_logged_model(self.experiment_id, f"encoder-{tags['arm']}", self.run_id, tags)
+            self.client.finalize_logged_model(model.model_id, "READY")
+            return str(model.model_id)
+
+    def register_encoder(self, folder: Path, tags: dict[str, str]) -> None:
+        """Make an encoder an output of the run. The same bytes are not logged twice."""
+        from mlflow.entities import LoggedModelOutput
+
+        model_id = self.encoder_model(folder, tags)
+        if self.client.get_logged_model(model_id).source_run_id != self.run_id:
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, 0)])
+
+    def log_encoder(self, folder: Path, tags: dict[str, str]) -> Logged:
+        """Log an encoder folder as a model that takes arrays or encoded images, and register it."""
+        return self._log_model(ENCODERS, folder, tags, f"encoder-{tags['arm']}")
+
+    def log_classifier(self, folder: Path, tags: dict[str, str]) -> Logged:
+        """Log a classifier folder as a model that takes encoded images or arrays, and register it."""
+        return self._log_model(CLASSIFIERS, folder, tags, f"classifier-{tags['arm']}-{tags['task']}")
+
+    def _log_model(self, kind: Registered, folder: Path, tags: dict[str, str], name: str) -> Logged:
+        with self.mlflow.start_run(run_id=self.run_id), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")  # MLflow asks for an input example, which would load the model
+            info = self.mlflow.pyfunc.log_model(
+                name=name,
+                python_model=str(kind.code),
+                artifacts={kind.artifact: str(folder)},
+                pip_requirements=[f"{p}=={version(p)}" for p in kind.needs],
+                registered_model_name=kind.registry,
+                tags=tags,
+            )
+        # the block above marks the run as ended, but the run continues
+        self.client.update_run(self.run_id, status="RUNNING")
+        number = str(info.registered_model_version)
+        for key, value in tags.items():
+            self.client.set_model_version_tag(kind.registry, number, key, value)
+        return Logged(number, str(info.model_id))
+
+    def version_of(self, registry: str, tag: str, digest: str) -> str | None:
+        """Return the newest registered version whose tag has this digest."""
+        found = self.client.search_model_versions(f"name='{registry}' and tag.{tag}='{digest}'")
+        return max((str(v.version) for v in found), key=int, default=None)
+
+    def champion_of(self, kind: Registered) -> Any | None:
+        """Return the version that has the alias `champion`, None without one."""
+        found = self.client.search_registered_models(f"name='{kind.registry}'")
+        if not any(CHAMPION in model.aliases for model in found):
+            return None
+        return self.client.get_model_version_by_alias(kind.registry, CHAMPION)
+
+    def crown(self, kind: Registered, number: str, why: str) -> None:
+        """Point the alias `champion` at a version, and tag that version alone with the reason."""
+        self.uncrown(kind)
+        self.client.set_registered_model_alias(kind.registry, CHAMPION, number)
+        self.client.set_model_version_tag(kind.registry, number, CHAMPION, why)
+
+    def uncrown(self, kind: Registered) -> None:
+        """Take the alias `champion` and its reason away, where a version has them."""
+        before = self.champion_of(kind)
+        if before is not None:
+            self.client.delete_registered_model_alias(kind.registry, CHAMPION)
+            if CHAMPION in before.tags:
+                self.client.delete_model_version_tag(kind.registry, before.version, CHAMPION)
+
+    def results(self, asked: str) -> list[TrackedResult]:
+        """Return the finished evaluations that a filter asks for, the newest first."""
+        found, token = [], None
+        while True:
+            page = self.client.search_runs(
+                [self.experiment_id], f"{asked} AND attributes.status = 'FINISHED'", page_token=token
+            )
+            found += [_result_of(run) for run in page if "test/top1" in run.data.metrics]
+            token = page.token
+            if not token:
+                return found
+
+
+def _result_of(run: Any) -> TrackedResult:
+    data = run.data
+    return TrackedResult(run.info.run_id, data.tags["arm"], data.tags, data.params, data.metrics, run.info.start_time)
+
+
+def is_own(uri: str) -> bool:
+    """Return whether an address is a database, which `serve` can show, rather than a server."""
+    return uri.startswith("sqlite:")
+
+
+def served_at(uri: str, port: int) -> str:
+    """Return the address of the interface of a store: the server itself, or that of `lgp ui`."""
+    return f"http://127.0.0.1:{port}" if is_own(uri) else uri.rstrip("/")
+
+
+def serve(uri: str, port: int, announce: Callable[[], None]) -> NoReturn:
+    """Call `announce`, then become MLflow's server on 127.0.0.1.
+
+    Raises:
+        LgpError: the port is in use.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise LgpError(f"port {port} is in use: choose another, e.g. `lgp ui --port {port + 1}`") from None
+    _configure()
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    announce()
+    # the server replaces this process, so that stopping this process stops the server
+    os.execv(sys.executable, command)
