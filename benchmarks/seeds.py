@@ -15,7 +15,6 @@ refused. A seed takes about 20 minutes on one CPU core. Both commands write besi
 import argparse
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -28,8 +27,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from scipy import stats
 
+from lgp.evaluate.statistics import students_interval
 from lgp.workflow.code_digest import code_digests
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,12 +235,6 @@ def of_seed(root: Path, variant: str, seed: int, rate: float) -> dict[str, Any]:
     return {"variant": variant, "seed": seed, **of_task, "tuned_lr": metrics.get(TUNED, {}).get("base_lr")}
 
 
-def mean_and_half_interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean of independent values, one per seed, and half its 95 % interval (Student's t)."""
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return float(np.mean(values)), half
-
-
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
     """Return the lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
@@ -260,7 +253,8 @@ def page(rows: pd.DataFrame) -> str:
     def cell(values: pd.Series, sign: str = "") -> str:
         if values.isna().any():
             return "–"
-        mean, half = mean_and_half_interval(values.tolist())
+        low, high = students_interval(values.tolist())
+        mean, half = (low + high) / 2, (high - low) / 2
         text = f"{mean:{sign}.1f} ± {half:.1f}"
         return f"**{text}**" if sign and abs(mean) > half else text
 

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from lgp.params.selection import Method
+from stages.arm_features import arm_features
 from stages.options import DEFAULT_PARAMS, Debug, OptionalArm, ParamsFile
-from stages.paths import LABELS, PREPARED, default_arm, encoder_folder
 
 Budget = Annotated[int, typer.Option(min=1, help="Number of images to choose.")]
 How = Annotated[Method, typer.Option("--method", help="How to choose them; margin needs labels.")]
@@ -23,28 +23,19 @@ def select(
     debug: Debug = False,
 ) -> None:
     """Choose unlabelled training images to label next, as a CSV to fill in and a page that shows them."""
-    from lgp.compute.device import choose_device
-    from lgp.data.labels import LabelledImages
     from lgp.evaluate.selection import check_selectable
     from lgp.evaluate.selection import select as select_images
-    from lgp.features.of_encoder import encoder_features
-    from lgp.models.files import check_trained, encoder_digest
     from lgp.params.file import load_params
     from lgp.report.selection import Origin, check_unfilled, selection_page, selection_table
 
     params = load_params(params_file)
     check_unfilled(out)
-    arm = arm or default_arm()
-    folder, data = encoder_folder(arm), LabelledImages(PREPARED, LABELS)
-    check_selectable(data, method, budget)
-    features = encoder_features(folder, data, params, choose_device(params.run))
-    if warning := check_trained(folder):
-        print(warning)
-    selection = select_images(features, method, budget, params.seed, params.fewshot)
-    origin, page = Origin(method, params.seed, arm, encoder_digest(folder)), out.with_suffix(".html")
+    of = arm_features(arm, params, lambda data: check_selectable(data, method, budget))
+    selection = select_images(of.features, method, budget, params.seed, params.fewshot)
+    origin, page = Origin(method, params.seed, of.arm, of.encoder), out.with_suffix(".html")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(selection_table(selection, data, origin), encoding="utf-8")
-    page.write_text(selection_page(selection, data, origin, out), encoding="utf-8")
-    unlabelled = len(data.ids("unlabeled"))
-    print(f"select: {budget} of {unlabelled} unlabelled training images, by {method} of the features of {arm}")
+    out.write_text(selection_table(selection, of.data, origin), encoding="utf-8")
+    page.write_text(selection_page(selection, of.data, origin, out), encoding="utf-8")
+    unlabelled = len(of.data.ids("unlabeled"))
+    print(f"select: {budget} of {unlabelled} unlabelled training images, by {method} of the features of {of.arm}")
     print(f"select: {page} shows them; fill in {out}, then `lgp labels add {out}`")

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
-from scipy import stats
 
 from lgp.params.file import Params
 
@@ -55,13 +54,6 @@ def test_version_is_of_every_stage(seeds: ModuleType, monkeypatch: pytest.Monkey
         monkeypatch.setattr(seeds, "code_digests", lambda _root, stage=stage: digests | {stage: "another"})
         versions.add(seeds.version_of_code())
     assert len(versions) == len(seeds.STAGES) + 1
-
-
-def test_interval_over_seeds_is_students(seeds: ModuleType) -> None:
-    values = [70.0, 72.0, 75.0, 71.0, 73.0]
-    mean, half = seeds.mean_and_half_interval(values)
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert (mean - half, mean + half) == pytest.approx((low, high))
 
 
 def test_every_stage_of_the_comparison_has_a_code_digest(seeds: ModuleType) -> None:

@@ -25,14 +25,14 @@ def notes_on_names(labels: Iterable[str | None]) -> list[str]:
     notes = []
     if words := [name for name in counts if name.strip().casefold() in NO_LABEL]:
         notes.append(
-            f"warning: {_counted(words, counts)} reads like no label, and is a class: leave the label empty, or put "
-            "such images of a folder into `unlabeled/`"
+            f"warning: {few_names(_counted(words, counts))} reads like no label, and is a class: leave the label "
+            "empty, or put such images of a folder into `unlabeled/`"
         )
     spelt: dict[str, list[str]] = {}
     for name in sorted(counts):
         spelt.setdefault(_without_case_and_blanks(name), []).append(name)
     if several := [names for names in spelt.values() if len(names) > 1]:
-        said = "; ".join(_counted(names, counts, " and ") for names in several[:SHOWN])
+        said = "; ".join(" and ".join(_counted(names, counts)) for names in several[:SHOWN])
         more = f"; and {len(several) - SHOWN} more" if len(several) > SHOWN else ""
         notes.append(
             f"warning: classes differ only in case, blanks or underscores, and count as several: {said}{more}: write "
@@ -64,10 +64,9 @@ def notes_on_equal_pixels(contents: Sequence[bytes], labels: Sequence[int], path
     ]
 
 
-def _counted(names: Sequence[str], counts: Counter[str], joint: str = ", ") -> str:
+def _counted(names: Sequence[str], counts: Counter[str]) -> list[str]:
     """Return names with their numbers of images, as `'cat' (3 images)`."""
-    texts = [f"{name!r} ({counts[name]} image{'s' if counts[name] > 1 else ''})" for name in names]
-    return joint.join(texts) if joint != ", " else few_names(texts)
+    return [f"{name!r} ({counts[name]} image{'s' if counts[name] > 1 else ''})" for name in names]
 
 
 def _without_case_and_blanks(name: str) -> str:

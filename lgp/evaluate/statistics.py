@@ -77,6 +77,12 @@ def paired_gap(a: np.ndarray, b: np.ndarray) -> Gap:
     return Gap(100 * float(difference.mean()), 100 * low, 100 * high, p, won, len(difference))
 
 
+def students_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return low and high of the 95 % interval of the mean of independent values, e.g. one per seed (Student's t)."""
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """Adjust the p-values of a family of comparisons (Holm 1979).
 

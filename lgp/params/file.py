@@ -126,9 +126,8 @@ class Params(Section):
     @model_validator(mode="after")
     def _labels_are_there(self) -> Self:
         valid = [*self.labels.names, ALL_LABELS]
-        lists = {"few_labels": self.few_labels, "propagated": self.propagated, "selected": self.selected}
-        lists |= {"finetuned": self.finetuned}
-        for key, names in lists.items():
+        for key in ("few_labels", "propagated", "selected", "finetuned"):
+            names = getattr(self, key)
             for name in names:
                 if name not in valid:
                     raise ValueError(

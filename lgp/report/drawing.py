@@ -1,12 +1,16 @@
-"""How pictures are drawn: the names of users as they are, in a font that has their letters, and saved."""
+"""How pictures are drawn: the names of users as they are, in a font that has their letters."""
 
 import warnings
+from collections.abc import Callable
+from functools import cache, wraps
 from pathlib import Path
+from typing import ParamSpec
 
-from matplotlib import rcParams
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
+P = ParamSpec("P")
 DPI = 120
 # fonts with Chinese, Japanese and Korean letters, of Linux, macOS and Windows; those that are there help out
 OTHER_LETTERS = (
@@ -22,15 +26,28 @@ OTHER_LETTERS = (
     "Malgun Gothic",
 )
 
-_there = {font.name for font in fontManager.ttflist}
-# a class may be called "$5" or "Ba$$in": its name is no mathematics
-rcParams.update(
-    {"text.parse_math": False, "font.family": ["DejaVu Sans", *(name for name in OTHER_LETTERS if name in _there)]}
-)
+
+def with_names(plot: Callable[P, None]) -> Callable[P, None]:
+    """Let a function draw names of users as they are: a class "Ba$$in" is no mathematics.
+
+    A letter that no font has is drawn as a box.
+    """
+
+    @wraps(plot)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> None:
+        with rc_context({"text.parse_math": False, "font.family": _fonts()}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            plot(*args, **kwargs)
+
+    return drawn
+
+
+@cache
+def _fonts() -> list[str]:
+    there = {font.name for font in fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in OTHER_LETTERS if name in there)]
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Save a picture as PNG. A letter that no font has is drawn as a box."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(path, dpi=DPI)
+    """Save a picture as PNG."""
+    figure.savefig(path, dpi=DPI)

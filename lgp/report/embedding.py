@@ -24,7 +24,7 @@ from sklearn.manifold import TSNE
 from lgp.data.contact_sheet import thumbnail
 from lgp.data.labels import LabelledImages
 from lgp.features.cache import Features
-from lgp.report.drawing import save
+from lgp.report.drawing import save, with_names
 
 POINTS = 2000  # most images on the map: t-SNE takes some ten seconds for these
 FEWEST = 10  # images
@@ -59,6 +59,7 @@ class EmbeddingMap:
             return [to_hex(colormaps["tab10"](i)) for i in range(count)]
         return [to_hex(colormaps["nipy_spectral"]((i + 0.5) / count)) for i in range(count)]
 
+    @with_names
     def draw(self, path: Path, arm: str) -> None:
         """Draw the map: a colour for each class, a ring around each mistake."""
         figure = Figure(figsize=(6, 5), layout="constrained")

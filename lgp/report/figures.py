@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from lgp.data.contact_sheet import thumbnail
 from lgp.evaluate.calibration import Reliability
-from lgp.report.drawing import save
+from lgp.report.drawing import save, with_names
 
 COLOURS = {"pixels": "0.6", "random": "0.4", "mim": "tab:blue", "cl": "tab:orange", "graft": "tab:green"}
 # method → title of its plot
@@ -31,6 +32,7 @@ MISTAKES_A_ROW = 8
 METHODS_A_ROW = 3
 
 
+@with_names
 def plot_label_efficiency(path: Path, table: pd.DataFrame, classes: int) -> None:
     """Draw accuracy over labels per class with 95 % intervals: a plot for each method, a line for each arm.
 
@@ -45,26 +47,30 @@ def plot_label_efficiency(path: Path, table: pd.DataFrame, classes: int) -> None
     for axes in all_axes[len(methods) :]:
         axes.remove()
     for name, axes in zip(methods, all_axes, strict=False):
-        for _, rows in table[method == methods[0]].sort_values("labels").groupby("arm"):
-            axes.plot(rows["labels"] / classes, rows["top1_mean"], color="0.85", zorder=0)
-        for arm, rows in table[method == name].sort_values("labels", kind="stable").groupby("arm", sort=False):
-            axes.errorbar(
-                rows["labels"] / classes,
-                rows["top1_mean"],
-                [rows["top1_mean"] - rows["top1_low"], rows["top1_high"] - rows["top1_mean"]],
-                label=str(arm),
-                marker="o",
-                capsize=3,
-                color=COLOURS.get(str(arm)),
-            )
+        for _, of_arm in table[method == methods[0]].sort_values("labels").groupby("arm"):
+            axes.plot(of_arm["labels"] / classes, of_arm["top1_mean"], color="0.85", zorder=0)
+        _plot_method(axes, table[method == name], classes)
         axes.set_title(METHODS[name], fontsize=10)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.grid(alpha=0.3)
     figure.supxlabel("labels per class", fontsize=10)
     figure.supylabel("test top-1, %", fontsize=10)
     all_axes[0].legend()
     save(figure, path)
+
+
+def _plot_method(axes: Axes, table: pd.DataFrame, classes: int) -> None:
+    for arm, rows in table.sort_values("labels", kind="stable").groupby("arm", sort=False):
+        axes.errorbar(
+            rows["labels"] / classes,
+            rows["top1_mean"],
+            [rows["top1_mean"] - rows["top1_low"], rows["top1_high"] - rows["top1_mean"]],
+            label=str(arm),
+            marker="o",
+            capsize=3,
+            color=COLOURS.get(str(arm)),
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
 
 
 def _method(task: str) -> str:
@@ -73,6 +79,7 @@ def _method(task: str) -> str:
     return f"{kind}, propagated" if labels.endswith("-propagated") else "fewshot" if kind == "linear" else kind
 
 
+@with_names
 def plot_reliability(path: Path, of_tasks: Mapping[str, Reliability], arm: str) -> None:
     """Draw accuracy over confidence in each bin, a line for each task. On the diagonal probabilities are right."""
     figure = Figure(figsize=(5.0, 4.6), layout="constrained")
@@ -86,6 +93,7 @@ def plot_reliability(path: Path, of_tasks: Mapping[str, Reliability], arm: str) 
     save(figure, path)
 
 
+@with_names
 def plot_depth(path: Path, by_arm: Mapping[str, Sequence[float]]) -> None:
     """Draw k-NN accuracy of the features after each block."""
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
@@ -99,6 +107,7 @@ def plot_depth(path: Path, by_arm: Mapping[str, Sequence[float]]) -> None:
     save(figure, path)
 
 
+@with_names
 def plot_per_class(path: Path, by_arm: Mapping[str, np.ndarray], classes: Sequence[str], best: str, title: str) -> None:
     """Draw accuracy per class, a bar for each arm.
 
@@ -120,6 +129,7 @@ def plot_per_class(path: Path, by_arm: Mapping[str, np.ndarray], classes: Sequen
     save(figure, path)
 
 
+@with_names
 def plot_mistakes(path: Path, images: np.ndarray, mistakes: pd.DataFrame, classes: Sequence[str], arm: str) -> None:
     """Draw the images (B, H, W, C) uint8 of wrong predictions, each with its label and its prediction."""
     columns = min(len(images), MISTAKES_A_ROW)
@@ -137,6 +147,7 @@ def plot_mistakes(path: Path, images: np.ndarray, mistakes: pd.DataFrame, classe
     save(figure, path)
 
 
+@with_names
 def plot_curves(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:
     """Draw the training loss over epochs, one plot per arm. The losses of different arms are not comparable."""
     figure = Figure(figsize=(3.4 * len(curves), 3), layout="constrained")
@@ -148,6 +159,7 @@ def plot_curves(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:
     save(figure, path)
 
 
+@with_names
 def plot_reconstructions(path: Path, images: Mapping[str, Tensor]) -> None:
     """Draw the rows `original`, `masked` (the input) and `painted`; each (B, C, H, W) in [0, 1]."""
     titles = ("original", "masked", "painted")
@@ -163,6 +175,7 @@ def plot_reconstructions(path: Path, images: Mapping[str, Tensor]) -> None:
     save(figure, path)
 
 
+@with_names
 def plot_confusion(path: Path, predictions: pd.DataFrame, classes: list[str]) -> None:
     """Draw the confusion matrix over all subsets, each row (true class) in percent."""
     counts = np.zeros((len(classes), len(classes)))
@@ -179,6 +192,7 @@ def plot_confusion(path: Path, predictions: pd.DataFrame, classes: list[str]) ->
     save(figure, path)
 
 
+@with_names
 def plot_conflict(path: Path, conflict: pd.DataFrame) -> None:
     """Draw the cosine of the gradients of MIM and CL over batches, as a box per part of the encoder."""
     parts = {str(part): rows["cosine"].to_numpy() for part, rows in conflict.groupby("block", sort=False)}

@@ -7,11 +7,11 @@ from lgp.params.file import selected_tasks
 from lgp.report.outcomes import ArmOutcomes, correct_by_subset, fewest_labels, leader
 
 BASE = "fewshot-"  # logistic regression on random images
-# method → what it adds, for a sentence
+# method → the beginning of the sentence that says what it adds
 METHODS = {
-    "propagated": "Spreading these labels to the unlabelled training images",
-    "selected": "Choosing which images to label",
-    "selected and propagated": "Both together",
+    "propagated": "Spreading these labels to the unlabelled training images changes",
+    "selected": "Choosing which images to label changes",
+    "selected and propagated": "Both together change",
 }
 
 
@@ -64,10 +64,10 @@ def answer(arms: list[ArmOutcomes], found: list[Gain]) -> str:
     ]
     here = [gain for gain in found if (gain.arm, gain.labels) == (best.arm, fewest.removeprefix(BASE))]
     said += [
-        f"{METHODS[gain.method]} changes this by {gain.interval()} points{'' if gain.decided else ', undecided'}."
+        f"{METHODS[gain.method]} this by {gain.interval()} points{'' if gain.decided else ', undecided'}."
         for gain in here
     ]
-    return " ".join(said).replace("Both together changes", "Both together change")
+    return " ".join(said)
 
 
 def tasks_of(labels: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ from lgp.params.file import Params
 from lgp.report.gains import METHODS, Gain
 from lgp.report.outcomes import ArmOutcomes, confidence_by_subset, leader
 from lgp.report.pairs import Pair
-from lgp.report.table import task_name, wide_rows
+from lgp.report.table import plain_and_added, task_name, wide_rows
 from lgp.report.verdict import Verdict
 
 TITLE = "Label efficiency"
@@ -70,7 +70,8 @@ def page_of(
         folders: arm → folder of its pre-training.
         drawn: the pictures that were drawn, of `PICTURES`.
     """
-    header, rows = wide_rows([{str(k): str(v) for k, v in row.items()} for row in results.to_dict("records")])
+    plain, _ = plain_and_added([{str(k): str(v) for k, v in row.items()} for row in results.to_dict("records")])
+    header, rows = wide_rows(plain)
     first, *others = verdict.lines
     lines = [f"# {TITLE}", "", *_paragraph(f"**{first}**"), ""]
     lines += [line for note in others for line in (*_paragraph(note), "")]

@@ -80,12 +80,15 @@ def read_verdict(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
-def wide_rows(results: list[dict[str, str]], added: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Turn rows of results.csv into a header and one line per arm: k-NN, linear, few labels, fine-tuning.
+def plain_and_added(results: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Part rows of results.csv: those of labelled images alone, and those that add unlabelled or chosen images."""
+    added = [row for row in results if row["task"].partition("-")[0] in ADDED]
+    return [row for row in results if row not in added], added
 
-    `added` gives the other tasks instead: those that add unlabelled or chosen images to few labels.
-    """
-    tasks = [t for t in dict.fromkeys(r["task"] for r in results) if (t.partition("-")[0] in ADDED) == added]
+
+def wide_rows(results: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
+    """Turn rows of results.csv into a header and one line per arm, with a column for each task."""
+    tasks = list(dict.fromkeys(r["task"] for r in results))
     arms = list(dict.fromkeys(r["arm"] for r in results))
     header = ["arm", *(_heading(task, next(r["labels"] for r in results if r["task"] == task)) for task in tasks)]
     cells = {(r["arm"], r["task"]): _cell(r) for r in results}

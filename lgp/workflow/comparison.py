@@ -1,21 +1,19 @@
 """The comparison of the evaluations of one task over arms, their parameters and seeds, from the runs of the store."""
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from lgp.errors import LgpError
 from lgp.evaluate.outcome import Outcome
-from lgp.evaluate.statistics import CONFIDENCE, paired_gap
+from lgp.evaluate.statistics import paired_gap, students_interval
 from lgp.report.outcomes import correct_by_subset
+from lgp.workflow.mlflow_store import TrackedResult
 from lgp.workflow.origins import NAMED
-from lgp.workflow.tracking import TrackedResult
 
 TOP1 = "test/top1"
 DIGEST, SEED = "encoder.digest", "encoder.seed"
@@ -73,12 +71,6 @@ def grouped(results: Sequence[TrackedResult]) -> list[Compared]:
         group = groups.setdefault((run.arm, *sorted(values.items())), Compared(run.arm, values, {}))
         group.by_seed.setdefault(run.params.get(SEED, run.params[DIGEST]), run)
     return sorted(groups.values(), key=lambda group: -group.mean)
-
-
-def students_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return low and high of the 95 % interval of a mean over seeds (Student's t)."""
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-    return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
 def behind(first: Compared, other: Compared, predictions: Predictions) -> str:

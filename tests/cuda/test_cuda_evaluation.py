@@ -1,12 +1,12 @@
 """Evaluation on a CUDA device equals evaluation on the CPU, to a tolerance. Without a device it is skipped."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from card import CARD, CPU, ON_CARD, full_products  # noqa: F401 - a fixture
 from conftest import Silent
 
 from lgp.data.labels import LabelledImages
@@ -25,21 +25,8 @@ from lgp.params.file import Params
 from lgp.pretrain.arm import Session
 from lgp.training.resume_states import StateStore
 
-CARD = torch.device("cuda")
-CPU = torch.device("cpu")
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
-]
+pytestmark = ON_CARD
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def _full_products() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture

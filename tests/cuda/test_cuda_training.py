@@ -1,12 +1,13 @@
 """Training on a CUDA device equals training on the CPU, to a tolerance. Without a device these tests are skipped."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from card import CARD, CPU, ON_CARD, full_products  # noqa: F401 - a fixture
 from conftest import Silent, merged
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
@@ -27,23 +28,9 @@ from lgp.training.loop import Trainer
 from lgp.training.optimizer import adamw, parameter_groups
 from lgp.training.resume_states import StateStore
 
-CARD = torch.device("cuda")
-CPU = torch.device("cpu")
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
-]
+pytestmark = ON_CARD
 PRETRAIN: dict[str, Callable[[Session], Pretrained]] = {"mim": pretrain_mim, "cl": pretrain_cl}
 OBJECTIVES = ["mim", "mocov3", "vicreg", "simclr"]
-
-
-@pytest.fixture(autouse=True)
-def _full_products() -> Iterator[None]:
-    """Begin with products in full single precision. A training in fp32 takes TF32, and leaves it set."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture

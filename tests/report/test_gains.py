@@ -10,7 +10,7 @@ from lgp.evaluate.statistics import holm, paired_gap
 from lgp.report.figures import plot_label_efficiency
 from lgp.report.gains import METHODS, answer, gains, tasks_of
 from lgp.report.outcomes import ArmOutcomes
-from lgp.report.table import results_table, task_name, wide_rows
+from lgp.report.table import plain_and_added, results_table, task_name, wide_rows
 from lgp.report.verdict import judge
 
 IMAGES, SUBSETS = 200, 5
@@ -98,9 +98,10 @@ def test_what_choosing_adds_is_not_compared_between_arms() -> None:
 
 def test_tables_keep_the_methods_apart() -> None:
     rows = [{k: str(v) for k, v in row.items()} for row in results_table(ARMS).to_dict("records")]
-    header, _ = wide_rows(rows)
+    plain, added = plain_and_added(rows)
+    header, _ = wide_rows(plain)
     assert header == ["arm", "k-NN (1000 labels)", "linear (1000 labels)", "1 % (10 labels)", "10 % (100 labels)"]
-    header, cells = wide_rows(rows, added=True)
+    header, cells = wide_rows(added)
     assert header[1:] == [
         "1 %, propagated (10 labels)",
         "1 %, selected (10 labels)",

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import yaml
 from conftest import merged
+from labelling import add_labels
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from cli import app
-from lgp.data.labels import LabelledImages, write_labels
+from lgp.data.labels import LabelledImages
 from lgp.data.preparation import prepare
 from lgp.data.storage import Images
 from lgp.errors import LgpError
@@ -33,14 +34,6 @@ def lgp(*command: str) -> Result:
 
 def class_of(i: int) -> str:
     return ("ant", "bee")[i % 2]
-
-
-def add_labels() -> LabelledImages:
-    """Do what the stage `labels` does."""
-    params = load_params(Path("params.yaml"))
-    LABELS.mkdir(exist_ok=True)
-    write_labels(params.labels, params.data, Images(PREPARED), params.seed, LABELS)
-    return LabelledImages(PREPARED, LABELS)
 
 
 @pytest.fixture

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import yaml
 from conftest import merged
+from labelling import add_labels
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from cli import app
-from lgp.data.labels import LabelledImages, write_labels
+from lgp.data.labels import LabelledImages
 from lgp.data.preparation import prepare
 from lgp.data.storage import Images
 from lgp.features import cache as module
@@ -31,14 +32,6 @@ PREPARED, LABELS, ENCODER = Path("data/prepared"), Path("data/labels"), Path("mo
 
 def lgp(*command: str) -> Result:
     return CliRunner().invoke(app, list(command))
-
-
-def add_labels() -> LabelledImages:
-    """Do what the stage `labels` does."""
-    params = load_params(Path("params.yaml"))
-    LABELS.mkdir(exist_ok=True)
-    write_labels(params.labels, params.data, Images(PREPARED), params.seed, LABELS)
-    return LabelledImages(PREPARED, LABELS)
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lgp.evaluate.statistics import paired_gap
+from lgp.evaluate.statistics import paired_gap, students_interval
 from lgp.workflow.addresses import compare_address, models_address, runs_address
-from lgp.workflow.comparison import HEADER, grouped, rows, students_interval
-from lgp.workflow.tracking import TrackedResult
+from lgp.workflow.comparison import HEADER, grouped, rows
+from lgp.workflow.mlflow_store import TrackedResult
 
 
 def result(arm: str, seed: str | None, top1: float, **params: str) -> TrackedResult:
