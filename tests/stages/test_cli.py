@@ -27,14 +27,18 @@ from typer.testing import CliRunner
 
 from cli import app
 from lgp.data.labels import LabelledImages
+from lgp.evaluate.few_labels import evaluate_fewshot, evaluate_propagation
 from lgp.evaluate.prediction import kept_classifiers
+from lgp.evaluate.selection import selected_subsets
 from lgp.features.extraction import class_token_of, extract
 from lgp.features.of_encoder import encoder_features
 from lgp.models.encoder_folder import load_encoder, normalization_of
 from lgp.models.files import read_arm_metrics
 from lgp.models.heads_file import load_first_fc
 from lgp.models.vit import ARCHITECTURE, model_args
-from lgp.params.file import Params
+from lgp.params.file import Params, load_params
+from lgp.params.selection import Method
+from lgp.report.embedding import embedding_map
 
 RUNNER = CliRunner()
 
@@ -129,6 +133,33 @@ def test_stages_by_hand_end_in_a_report(finished: Path) -> None:
     verdict = (finished / "reports" / "verdict.txt").read_text().splitlines()
     assert result.output.splitlines()[: len(verdict)] == verdict
     assert "Top-1 accuracy on test, % [95 % interval]" in result.output
+
+
+def test_map_of_the_report_is_of_the_leaders_features(finished: Path) -> None:
+    html = (finished / "reports" / "report.html").read_text()
+    shown = json.loads(re.findall(r"const v = (.*?), box", html)[0])
+    page = (finished / "reports" / "report.md").read_text()
+    arm = re.findall(r"leader of the pictures \(.*?\) is (\w+)\.", " ".join(page.split()))[0]
+    params, data = load_params(finished / "params.yaml"), labelled(finished)
+    features = encoder_features(finished / "models" / arm / "encoder", data, params, torch.device("cpu"))
+    predictions = pd.read_parquet(finished / "predictions" / f"{arm}-linear.parquet")
+    expected = embedding_map(features, predictions, data.classes, params.seed)
+    assert expected is not None
+    assert shown["places"] == expected.places.round(4).tolist()
+    assert shown["predictions"] == expected.predictions.tolist()
+
+
+def test_selected_images_are_those_of_the_arms_features_and_are_evaluated_twice(finished: Path) -> None:
+    params, data, cpu = load_params(finished / "params.yaml"), labelled(finished), torch.device("cpu")
+    features = encoder_features(finished / "models/cl/encoder", data, params, cpu)
+    chosen = selected_subsets(features, data.subsets("1pct"), Method.TYPICALITY, params.seed, params.fewshot)
+    assert [ids.tolist() for ids in chosen] != [ids.tolist() for ids in data.subsets("1pct")]
+    for task, expected in (
+        ("selected-1pct", evaluate_fewshot(features, chosen, params.fewshot)),
+        ("selected-1pct-propagated", evaluate_propagation(features, chosen, params.fewshot, params.propagation, cpu)),
+    ):
+        found = pd.read_parquet(finished / "predictions" / f"cl-{task}.parquet")
+        assert found["prediction"].tolist() == expected.predictions["prediction"].tolist(), task
 
 
 def test_small_validation_part_is_told_by_labels_evaluations_and_report(finished: Path) -> None:
@@ -745,7 +776,6 @@ def test_stages_read_only_the_sections_they_list(
     project: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a stage reads beyond the sections that DVC watches would make DVC record a lie."""
-    from lgp.params.file import Params
     from lgp.workflow.pipeline import SECTIONS
     from lgp.workflow.stage import StageSpec
 

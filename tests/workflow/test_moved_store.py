@@ -12,6 +12,7 @@ import mlflow
 import pytest
 
 from lgp.workflow.moved_store import ADDRESSES, follow
+from lgp.workflow.tracking import visitor
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own
 
@@ -79,3 +80,15 @@ def test_store_of_a_copy_leads_into_the_copy_alone(original: Path, tmp_path: Pat
 
 def test_new_store_has_nothing_to_follow(tmp_path: Path) -> None:
     assert follow(tmp_path / "mlflow.db", tmp_path) == []
+
+
+def test_first_call_to_the_store_of_a_copy_follows(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(original, copy)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    found = visitor(None, "lgp", copy).ask(lambda m: m.client.get_experiment(m.experiment_id).artifact_location)
+    assert found == (copy / "mlartifacts").as_uri()
+    said = f"MLflow's store came from {(original / 'mlartifacts').as_uri()}: its addresses are those of this folder now"
+    assert said in capsys.readouterr().out
