@@ -268,7 +268,7 @@ EDITS = {
         "lgp/data/labels.py",
         "return [self.ids(\"train\")] if name == ALL_LABELS",
         "return [self.ids(\"val\")] if name == ALL_LABELS",
-        LINEAR | FEWSHOT | PROPAGATE | FINETUNE | {"report"},
+        LINEAR | FEWSHOT | PROPAGATE | SELECTED | FINETUNE | {"report"},
     ),
     "the sections of one stage": ("lgp/workflow/pipeline.py", '"linear": ("seed",', '"linear": ("model",', LINEAR),
     "a key of MIM": ("lgp/params/pretrain.py", "mask_ratio: OpenFraction", "mask_ratio: OpenFraction = 0.75", {"mim"}),
@@ -283,11 +283,11 @@ EDITS = {
     "the schedule": ("lgp/training/optimizer.py", "warmup_lr_init=0.0", "warmup_lr_init=0.1", TRAININGS),
     "the text of metrics": (
         "lgp/workflow/metric_files.py",
-        "indent=2",
-        "indent=1",
+        "record_text(metrics)",
+        "record_text(dict(metrics))",
         {"prepare", "labels", *TRAINED} | BASELINE | EVALUATIONS,
     ),
-    "logistic regression": ("lgp/evaluate/few_labels.py", "TOL = 1e-6", "TOL = 1e-5", FEWSHOT),
+    "logistic regression": ("lgp/evaluate/few_labels.py", "TOL = 1e-6", "TOL = 1e-5", FEWSHOT | SELECTED),
     "the split": ("lgp/data/splits.py", 'seed, "hold out", name)', 'seed, "part", name)', {"prepare"}),
     "the draw of subsets": ("lgp/data/subsets.py", 'seed, "few-label", s)', 'seed, "few", s)', {"labels"}),
 }  # fmt: skip
