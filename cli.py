@@ -37,6 +37,7 @@ from stages.select import select
 from stages.selected import selected
 from stages.similar import similar
 from stages.suggest import suggest
+from stages.tracking import tracking_app
 from stages.ui import ui
 
 TOOLS = "Tools"
@@ -69,6 +70,7 @@ for panel, commands in PANELS.items():
 app.add_typer(labels_app, name="labels", rich_help_panel="Pipeline")
 app.command("import", rich_help_panel=TOOLS)(import_checkpoint)
 app.add_typer(preset_app, name="preset", rich_help_panel=TOOLS)
+app.add_typer(tracking_app, name="tracking", rich_help_panel=TOOLS)
 app.add_typer(data_app, name="data", rich_help_panel=TOOLS)
 
 Version = Annotated[

@@ -1,6 +1,7 @@
 """Errors that a user can act on. The command line prints each on one line."""
 
 import errno
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,11 @@ class Diverged(LgpError):  # noqa: N818 - it says what is the case
 
 class NotTrained(LgpError):  # noqa: N818 - it says what is the case
     """A training that failed its checks. A stage publishes its outputs before it fails with this error."""
+
+
+def without_credentials(text: str) -> str:
+    """Leave out users, passwords and signatures in the addresses that a text holds."""
+    return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1?…", re.sub(r"://[^/\s]*@", "://", text))
 
 
 def is_disk_full(error: OSError) -> bool:

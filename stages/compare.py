@@ -12,7 +12,7 @@ from stages.paths import kept_results
 Task = Annotated[
     str | None, typer.Argument(help="linear, fewshot-1pct, …; default: the first of few_labels on frozen features.")
 ]
-Port = Annotated[int, typer.Option(help="Of `lgp ui`, where the store is the project's own.")]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Of `lgp ui`, where the store is the project's own.")]
 
 
 def compare(

@@ -9,12 +9,12 @@ import typer
 from stages.options import DEFAULT_PARAMS, ParamsFile
 from stages.paths import kept_results
 
-Port = Annotated[int, typer.Option(help="Of the server, on 127.0.0.1.")]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Of the server, on 127.0.0.1.")]
 
 
 def ui(port: Port = 5000, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
     """Start the MLflow interface on this project's runs, and print the addresses of its pages."""
-    from lgp.errors import LgpError
+    from lgp.errors import LgpError, without_credentials
     from lgp.params.file import load_params
     from lgp.workflow.addresses import compare_address, models_address, runs_address
     from lgp.workflow.mlflow_store import is_own, serve, served_at, store_uri
@@ -24,7 +24,8 @@ def ui(port: Port = 5000, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
     params, root = load_params(params_file), Path(os.environ.get("DVC_ROOT", "."))
     run, uri = params.run, store_uri(params.run.tracking_uri, root)
     if not is_own(uri):
-        raise LgpError(f"runs are tracked at {uri}: open that address, `lgp ui` serves this project's own store only")
+        at = without_credentials(uri)
+        raise LgpError(f"runs are tracked at {at}: open that address, `lgp ui` serves this project's own store only")
     store = visitor(run.tracking_uri, run.experiment, root)
     restored = log_restored(kept_results(params), store, params_file)
     base, task = served_at(uri, port), f"fewshot-{params.few_labels[0]}"

@@ -12,6 +12,7 @@ from types import FrameType
 import psutil
 
 from lgp.compute.launch import launched
+from lgp.compute.liveness import lives
 
 LOOK_EVERY_S = 1.0
 
@@ -43,7 +44,7 @@ class Interruption:
         """Return whether to stop. About once a second, check that DVC and torchrun are still alive."""
         if not self.reason and time.monotonic() - self._looked >= LOOK_EVERY_S:
             self._looked = time.monotonic()
-            gone = [name for name, process in self._parents.items() if not _lives(process)]
+            gone = [name for name, process in self._parents.items() if not lives(process)]
             if gone:
                 self.reason = f"{gone[0]}, which started it, is gone"
         return bool(self.reason)
@@ -86,10 +87,3 @@ def _what_started_us() -> dict[str, psutil.Process]:
     except (psutil.Error, StopIteration):  # no right to read that process
         pass
     return parents
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False

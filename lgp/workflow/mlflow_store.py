@@ -6,13 +6,14 @@ Nothing here is guarded: `lgp.workflow.tracking` calls it, and goes on where it 
 import io
 import json
 import os
+import re
 import socket
 import sqlite3
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import closing, redirect_stderr
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -21,11 +22,13 @@ from typing import Any, NamedTuple, NoReturn
 
 from filelock import FileLock
 
-from lgp.errors import LgpError
+from lgp.compute.liveness import ProcessName
+from lgp.errors import LgpError, without_credentials
 from lgp.models.files import CONFIG
 from lgp.workflow.moved_store import ARTIFACTS, follow
 
 CHAMPION = "champion"
+PROCESS = "lgp.process"  # the tag of a run that says who writes it
 # metrics of a run that its encoder has too. MLflow's list of models has a column for each metric and task: all forty of
 # an evaluation would hide the one that ranks
 LINKED = ("test/top1", "test/top1_low", "test/top1_high", "val/top1", "test/ece", "test/knn_top1")
@@ -92,6 +95,17 @@ class Evaluated:
     digest: str
     inputs: Mapping[str, str]
 
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> "Evaluated":
+        """Return what `record` has written."""
+        encoder = None if record["encoder"] is None else Path(record["encoder"])
+        return cls(encoder, record["digest"], record["inputs"])
+
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        encoder = None if self.encoder is None else str(self.encoder)
+        return {"encoder": encoder, "digest": self.digest, "inputs": dict(self.inputs)}
+
     @property
     def data(self) -> dict[str, str]:
         """Digests of the images and labels, by path."""
@@ -134,6 +148,28 @@ class Logged(NamedTuple):
     model_id: str
 
 
+@contextmanager
+def _other_version_said(uri: str) -> Iterator[None]:
+    """Say which version of MLflow wrote a database that this one does not read. MLflow tells to upgrade any."""
+    import mlflow
+
+    try:
+        yield
+    except mlflow.exceptions.MlflowException as e:
+        found = re.search(r"database schema \(found version (\w+)", str(e))
+        if found is None:
+            raise
+        migrations = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
+        if any(found[1] in file.name for file in migrations.glob("*.py")):
+            how = f"keep a copy of it, and run `python -m mlflow db upgrade {without_credentials(uri)}`"
+        else:
+            how = "install that version, or name another store by run.tracking_uri"
+        newer = "an older" if how.startswith("keep") else "a newer"
+        raise LgpError(
+            f"{newer} MLflow than {mlflow.__version__}, which is installed, wrote this database: {how}"
+        ) from None
+
+
 class Store:
     """An MLflow store, and one open run of it."""
 
@@ -154,12 +190,18 @@ class Store:
                 for address in follow(file, root):
                     print(f"MLflow's store came from {address}: its addresses are those of this folder now", flush=True)
             mlflow.set_tracking_uri(uri)
-            self.client = mlflow.MlflowClient(uri)
-            self.experiment_id = self._open_experiment(uri, experiment, root)
+            with _other_version_said(uri):
+                self.client = mlflow.MlflowClient(uri)
+                self.experiment_id = self._open_experiment(uri, experiment, root)
 
     def _open_experiment(self, uri: str, experiment: str, root: Path) -> str:
         found = self.client.get_experiment_by_name(experiment)
         if found is not None:
+            if found.lifecycle_stage != "active":
+                raise LgpError(
+                    f"its experiment {experiment!r} was deleted: restore it with `python -m mlflow experiments restore "
+                    f"--experiment-id {found.experiment_id}`, or name another one by run.experiment"
+                )
             return str(found.experiment_id)
         local = (root / ARTIFACTS).resolve().as_uri() if uri.startswith("sqlite:///") else None
         return str(self.client.create_experiment(experiment, artifact_location=local))
@@ -178,7 +220,8 @@ class Store:
         """
         from mlflow.entities import Param
 
-        self.logged_epochs = 0
+        self._close_killed()
+        tags, self.logged_epochs = {**tags, PROCESS: ProcessName.own().text}, 0
         if resume is not None and self._reopen(resume):
             history = self.client.get_metric_history(resume, "train/loss")
             self.logged_epochs = max((m.step for m in history), default=0)
@@ -194,16 +237,39 @@ class Store:
         """Continue a run. Return False where this store does not have it (the address has changed)."""
         try:
             self.client.update_run(run_id, status="RUNNING")
+            self.client.set_tag(run_id, PROCESS, ProcessName.own().text)
         except self.mlflow.exceptions.MlflowException:
             return False
         self.run_id = run_id
         return True
 
-    def log(self, rows: list[tuple[int, dict[str, float]]], links: Links | None = None) -> None:
-        """Log rows of a step and its metrics. Those in `LINKED` belong to a model and a dataset too."""
+    def _close_killed(self) -> None:
+        """Close the runs whose process on this machine is gone. Nothing else would, and they would seem to run."""
+        asked = f"attributes.status = 'RUNNING' AND tags.`{PROCESS}` LIKE '{socket.gethostname()} %'"
+        running = self.client.search_runs([self.experiment_id], asked)
+        gone = [run for run in running if not ProcessName(run.data.tags[PROCESS]).may_live()]
+        for run in gone:
+            self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def tag_upstream(self, digest: str) -> None:
+        """Tag the run with the run that registered an encoder, if the store knows it."""
+        runs = self.client.search_runs([self.experiment_id], f"tags.encoder_digest = '{digest}'", max_results=1)
+        if runs:
+            self.client.set_tag(self.run_id, "upstream_run", runs[0].info.run_id)
+
+    def log(
+        self, rows: Sequence[tuple[int, Mapping[str, float]]], links: Links | None = None, at_ms: int | None = None
+    ) -> None:
+        """Log metrics.
+
+        Args:
+            rows: a step, and its metrics by name.
+            links: the model and the dataset that the metrics in `LINKED` belong to.
+            at_ms: when they were measured; None: now.
+        """
         from mlflow.entities import Metric
 
-        now, of = int(time.time() * 1000), {} if links is None else dict.fromkeys(LINKED, links._asdict())
+        now, of = at_ms or int(time.time() * 1000), {} if links is None else dict.fromkeys(LINKED, links._asdict())
         metrics = [
             Metric(name, float(value), now, step, **of.get(name, {}))
             for step, values in rows

@@ -1,24 +1,26 @@
 """Experiment tracking. What of MLflow a stage uses goes through here.
 
 MLflow is a view of the files that the stages write. Where it is missing or does not answer, a stage warns once and
-writes JSON lines instead. No result is lost.
+writes JSON lines instead, which `lgp tracking sync` sends later. No result is lost.
 """
 
-import json
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lgp.compute.digests import file_digest
+from lgp.errors import LgpError, is_disk_full, without_credentials
 from lgp.models.files import CLASSIFIERS as CLASSIFIER_FOLDERS
 from lgp.models.files import CONFIG, WEIGHTS, classifier_digest
+from lgp.workflow.kept_runs import KEPT, KeptRun
 from lgp.workflow.mlflow_store import CLASSIFIERS, ENCODERS, Evaluated, Registered, Store, TrackedResult, store_uri
 
 if TYPE_CHECKING:
@@ -67,11 +69,13 @@ class Tracker:
         self.experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or description.experiment
         self._store: Store | None = None
         self._connected = self._opened = False
-        self._lines = root / ".lgp" / "tracking" / file
+        self._started_ms = int(time.time() * 1000)  # the run opens later, and begins now
+        self._kept = KeptRun(root / KEPT / file, {**asdict(description), "started_ms": self._started_ms})
+        self._run_id: str | None = None
+        self._lost = False
         self._epochs: list[tuple[int, dict[str, float]]] = []
         self._upstream: str | None = None
         self._flushed = time.monotonic()
-        self._started_ms = int(time.time() * 1000)  # the run opens later, and begins now
         self._to_register: tuple[Path, dict[str, str]] | None = None
         self._evaluated: Evaluated | None = None
 
@@ -97,10 +101,12 @@ class Tracker:
                 return action(self._store)
             except Exception as e:  # noqa: BLE001 - whatever goes wrong with tracking must not end a training
                 self._give_up(e)
-        if record:
-            self._lines.parent.mkdir(parents=True, exist_ok=True)
-            with self._lines.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+        if record and not self._lost:
+            try:
+                self._kept.write(record, self._run_id)
+            except OSError as e:
+                self._lost = True
+                print(f"warning: {self._kept.file} cannot be written either ({e}): this run is not tracked", flush=True)
         return None
 
     def _connect(self) -> None:
@@ -121,17 +127,18 @@ class Tracker:
         resume = self._resume_file.read_text().strip() if self._resume_file.exists() else None
         started = self.attempt(
             lambda m: m.start(about.name, about.tags, about.values, resume, self._started_ms),
-            {"run": about.name, "tags": about.tags, "params": about.values},
+            {"opened": about.name},
         )
         if started:
+            self._run_id = started
             self._resume_file.write_text(f"{started}\n")
 
     def _give_up(self, reason: Exception) -> None:
         """Continue without MLflow."""
         self._store = None
-        text = " ".join(str(reason).split())[:200]
-        then = f"; writing to {self._lines}" if self._opened else ""
-        print(f"warning: MLflow tracking failed ({type(reason).__name__}: {text}){then}", flush=True)
+        then = f"; `lgp tracking sync` sends it from {self._kept.file} later" if self._opened else ""
+        at = without_credentials(store_uri(self.uri, self.root))
+        print(f"warning: MLflow tracking failed ({_said(reason)}) at {at}{then}", flush=True)
 
     def log_epoch(self, values: dict[str, float]) -> None:
         """Take the values of one epoch (key `epoch`, from 1). They are sent every few seconds: calls are slow."""
@@ -162,7 +169,7 @@ class Tracker:
             links = None if evaluated is None else m.link(evaluated, about.arm, about.task)
             m.log([(0, metrics)], links)
 
-        self.attempt(log, {"metrics": metrics})
+        self.attempt(log, {"metrics": metrics, "evaluated": None if evaluated is None else evaluated.record()})
 
     def will_link(self, evaluated: Evaluated) -> None:
         """Note what the run evaluates."""
@@ -199,16 +206,19 @@ class Tracker:
         self._log_drawing("conflict.png", lambda figures, path: figures.plot_conflict(path, conflict))
 
     def _log_drawing(self, name: str, draw: Callable[[Any, Path], None]) -> None:
-        from lgp.report import figures
+        """Draw a picture and log it. A picture that fails is said, and ends nothing."""
+        path = self._kept.pictures / name
+        try:
+            from lgp.report import figures
 
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
             draw(figures, path)
+        except Exception as e:  # noqa: BLE001 - the work that it shows is done
+            print(f"warning: {name} was not drawn ({_said(e)})", flush=True)
+        else:
             self.log_figure(path)
-            if self._store is None:
-                kept = self._lines.with_suffix("")
-                kept.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, kept)
+        if self._store is not None:
+            shutil.rmtree(path.parent, ignore_errors=True)
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag of the run."""
@@ -228,14 +238,6 @@ class Tracker:
     def tag_upstream(self, digest: str) -> None:
         """Note the encoder that the run uses. The run is tagged at its end with that encoder's run, if known."""
         self._upstream = digest
-
-    def _tag_upstream(self) -> None:
-        def tag(m: Store) -> None:
-            runs = m.client.search_runs([m.experiment_id], f"tags.encoder_digest = '{self._upstream}'", max_results=1)
-            if runs:
-                m.client.set_tag(m.run_id, "upstream_run", runs[0].info.run_id)
-
-        self.attempt(tag, {})
 
     def set_champions(self, encoder: Path, arm: str, digest: str, classifier: Path | None, why: str) -> None:
         """Point the alias `champion` at an arm's encoder, and at its classifier if it has one that timm loads.
@@ -318,9 +320,18 @@ class Tracker:
         if not self._opened and not self._epochs and status != "FINISHED":
             return
         self.flush()
-        if self._upstream:
-            self._tag_upstream()
+        upstream = self._upstream
+        if upstream:
+            self.attempt(lambda m: m.tag_upstream(upstream), {"upstream": upstream})
         self.attempt(lambda m: m.client.set_terminated(m.run_id, status), {"status": status})
+
+
+def _said(reason: Exception) -> str:
+    """Return what an error says in one short line, with the remedy for a full disk."""
+    text = without_credentials(" ".join(str(reason).split()))[:200]
+    if (isinstance(reason, OSError) and is_disk_full(reason)) or re.search("disk is full|No space left", text):
+        text += f": free some space there and in {tempfile.gettempdir()}, or set TMPDIR to another folder"
+    return text if isinstance(reason, LgpError) else f"{type(reason).__name__}: {text}"
 
 
 class Untracked(Tracker):

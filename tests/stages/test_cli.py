@@ -527,6 +527,7 @@ def test_tracking_that_fails_warns_once_and_loses_nothing(project: Path, monkeyp
         ({"mim": {"epoch": 5}}, ["mim"], "unknown key 'mim.epoch': did you mean 'epochs'?"),
         ({"cl": {"base_lr": -1}}, ["cl"], "cl.base_lr: -1 is not valid"),
         ({"data": {"source": "nowhere"}}, ["prepare"], "data.source 'nowhere' does not exist"),
+        ({"data": {"source": "~nobody here/x"}}, ["prepare"], "data.source '~nobody here/x' does not exist"),
         ({}, ["mim"], "mim needs data/prepared, which does not exist: run `lgp prepare`"),
         ({}, ["labels"], "labels needs data/prepared, which does not exist: run `lgp prepare`"),
         ({}, ["baseline", "noise"], "no baseline 'noise': there are pixels, random"),
@@ -540,6 +541,13 @@ def test_tracking_that_fails_warns_once_and_loses_nothing(project: Path, monkeyp
 def test_mistake_is_one_line(project: Path, values: Any, change: Any, command: list[str], message: str) -> None:
     write(merged(values, change))
     assert message in error_of(lgp(*command))
+
+
+@pytest.mark.parametrize("command", ["ui", "compare"])
+def test_port_is_one(project: Path, command: str) -> None:
+    refused = lgp(command, "--port", "70000")
+    assert refused.exit_code == 2
+    assert "70000 is not in the range 1<=x<=65535" in " ".join(refused.output.replace("│", " ").split())
 
 
 def test_mistakes_found_with_the_data_at_hand(project: Path, values: dict[str, Any]) -> None:

@@ -90,8 +90,8 @@ def expand(pattern: str) -> list[Path]:
     Raises:
         LgpError: no file matches, or one that braces name is missing.
     """
-    if Path(pattern).expanduser().exists():
-        return [Path(pattern).expanduser()]
+    if os.path.exists(os.path.expanduser(pattern)):
+        return [Path(os.path.expanduser(pattern))]
     found: list[Path] = []
     for name in _braces(pattern):
         matches = sorted(glob.glob(os.path.expanduser(name), recursive=True))

@@ -103,13 +103,13 @@ def _places(source: Source) -> Iterator[Path]:
     if "://" in text:
         yield root / DOWNLOADS / sha256(text.encode()).hexdigest()[:16]
         return
-    path = root / Path(text).expanduser()
+    path = root / os.path.expanduser(text)
     files = [path] if path.exists() else _expanded(path)
     yield from files
     if any(SUFFIXES.get(file.suffix.lower()) in (*TABLES, "parquet") for file in files if file.is_file()):
         yield path.parent
     if not isinstance(source, str) and source.root is not None:
-        yield root / Path(source.root).expanduser()
+        yield root / os.path.expanduser(source.root)
 
 
 def _expanded(pattern: Path) -> list[Path]:

@@ -225,7 +225,7 @@ def _local(source: str) -> Path:
             return fetched(source, root / DOWNLOADS / sha256(source.encode()).hexdigest()[:16])
         except LgpError as e:
             raise NoSource(str(e)) from None
-    return root / Path(source).expanduser()
+    return root / os.path.expanduser(source)
 
 
 def _name(spec: Spec) -> str:

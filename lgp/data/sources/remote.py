@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock
 
 from lgp.data.sources.cells import one_line
-from lgp.errors import LgpError, check_disk_space, is_disk_full
+from lgp.errors import LgpError, check_disk_space, is_disk_full, without_credentials
 
 FILES, LOG, UNFINISHED, LOCK = "files", "fetched.jsonl", "unfinished", "lock"
 TAGS = ("ETag", "etag", "md5Hash", "generation", "mtime", "Last-Modified", "LastModified", "updated", "created")
@@ -177,16 +176,11 @@ def _errors(url: str) -> Iterator[None]:
         if isinstance(e, OSError) and is_disk_full(e):
             raise
         raise LgpError(
-            f"{_shown(url)} cannot be read: {type(e).__name__}: {_without_credentials(one_line(e))}; check the "
+            f"{_shown(url)} cannot be read: {type(e).__name__}: {without_credentials(one_line(e))}; check the "
             "address, the network and the credentials (s3:// takes those of the AWS command line; for a public bucket "
             "set FSSPEC_S3_ANON=true)"
         ) from None
 
 
 def _shown(url: str) -> str:
-    return _without_credentials(url).partition("?")[0]
-
-
-def _without_credentials(text: str) -> str:
-    """Leave out users, passwords and signatures in the addresses that a text holds."""
-    return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1?…", re.sub(r"://[^/\s]*@", "://", text))
+    return without_credentials(url).partition("?")[0]

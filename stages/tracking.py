@@ -1,0 +1,38 @@
+"""Tool `tracking`: runs that MLflow did not take."""
+
+import os
+from pathlib import Path
+
+import typer
+
+from stages.options import DEFAULT_PARAMS, Debug, ParamsFile
+
+tracking_app = typer.Typer(help="Runs that MLflow did not take.", no_args_is_help=True)
+
+
+@tracking_app.callback()
+def tracking() -> None:
+    """Runs that MLflow did not take."""
+
+
+@tracking_app.command()
+def sync(params_file: ParamsFile = DEFAULT_PARAMS, debug: Debug = False) -> None:
+    """Send the runs of .lgp/tracking to the store, which did not answer when they ran."""
+    from lgp.errors import LgpError, without_credentials
+    from lgp.params.file import load_params
+    from lgp.workflow.kept_runs import kept_files, send
+    from lgp.workflow.mlflow_store import store_uri
+    from lgp.workflow.tracking import visitor
+
+    run, root = load_params(params_file).run, Path(os.environ.get("DVC_ROOT", "."))
+    files, store = kept_files(root), visitor(run.tracking_uri, run.experiment, root)
+    tasks: list[str] = []
+    for file in files:
+        task = store.ask(lambda m, file=file: send(file, m))  # type: ignore[misc]
+        if task is None:
+            raise LgpError(f"{len(tasks)} of {len(files)} runs were sent: run it again when the store answers")
+        tasks.append(task)
+    at = without_credentials(store_uri(run.tracking_uri, root))
+    print(f"{len(files)} runs sent to {at}" if files else "no run waits to be sent")
+    if "report" in tasks:
+        print("`lgp report` points the alias `champion` at the best arm")
