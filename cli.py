@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lgp.compute.interruption import stopped_by_signals
 from stages.audit import audit
 from stages.baseline import baseline
 from stages.bench import bench
@@ -84,4 +85,5 @@ def main(version: Version = False) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    with stopped_by_signals():
+        app()

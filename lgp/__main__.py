@@ -1,9 +1,11 @@
 """The `lgp` command: `cli.py` of the checkout, or of the installed package."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
+from lgp.compute.interruption import stopped_by_signals
 from lgp.workflow.source_tree import is_checkout, source_root
 
 
@@ -15,9 +17,12 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, str(here / "cli.py"), *sys.argv[1:]])
     # `cli` and `stages` are top-level modules of a checkout only; an installed package keeps them to itself
     sys.path.insert(0, str(root))
-    from cli import app
-
-    app()
+    with stopped_by_signals():
+        try:
+            from cli import app
+        except KeyboardInterrupt as e:  # the command line prints its own line, as soon as it is there
+            sys.exit(getattr(e, "exit_code", 128 + signal.SIGINT))
+        app()
 
 
 if __name__ == "__main__":

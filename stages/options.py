@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lgp.errors import LgpError, is_disk_full
+from lgp.compute import exhaustion
+from lgp.compute.interruption import GO_ON
+from lgp.errors import LgpError, without_credentials
 
 
 class OneLineErrors(TyperGroup):
@@ -19,25 +21,22 @@ class OneLineErrors(TyperGroup):
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except (LgpError, OSError, KeyboardInterrupt) as e:
-            if ctx.find_root().meta.get("lgp.debug"):
+        except (LgpError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as e:
+            line = exhaustion.said(e)
+            unknown = line is None and isinstance(e, RuntimeError | MemoryError)
+            if unknown or ctx.find_root().meta.get("lgp.debug"):
                 raise
+            line = line or without_credentials(" ".join(str(e).split()))
             # the rank among the processes that torchrun started
             rank = os.environ["RANK"] if "TORCHELASTIC_RUN_ID" in os.environ else "0"
             if isinstance(e, KeyboardInterrupt):
-                # an interrupted training says where it stopped, and has its own exit code
-                stopped = str(e) or "stopped: run the same command again, a training goes on from its last state"
+                # an interrupted training says where it stopped; Ctrl-C anywhere else says nothing
+                stopped = str(e) or f"stopped by Ctrl-C: {GO_ON}"
                 if rank == "0":
                     print(stopped, file=sys.stderr)
                 raise typer.Exit(getattr(e, "exit_code", 130)) from None
-            print(f"error: {_line(e)}" if rank == "0" else f"error in process {rank}: {_line(e)}", file=sys.stderr)
+            print(f"error: {line}" if rank == "0" else f"error in process {rank}: {line}", file=sys.stderr)
             raise typer.Exit(1) from None
-
-
-def _line(error: BaseException) -> str:
-    if isinstance(error, OSError) and is_disk_full(error):
-        return f"disk full while writing {error.filename or 'a file'}: free some space and run again"
-    return " ".join(str(error).split())
 
 
 def print_version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""The causes that stop a training: Ctrl-C, a scheduler's SIGTERM, or the death of the process that started it."""
+"""The causes that stop a command: Ctrl-C, SIGTERM, SIGHUP, or the death of the process that started a training."""
 
 import os
 import signal
@@ -15,19 +15,43 @@ from lgp.compute.launch import launched
 from lgp.compute.liveness import lives
 
 LOOK_EVERY_S = 1.0
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a terminal that closes sends the last
+GO_ON = "run the same command again, a training goes on from its last state"
 
 
 class Interrupted(KeyboardInterrupt):
-    """A training stopped on request and saved its state.
+    """A command stopped on request. A training has saved its state.
 
     Attributes:
         exit_code: 128 + the signal's number, as in shells.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
-        """Take the message, which says what stopped the training and where, and the exit code."""
+        """Take the message, which says what stopped the command and where, and the exit code."""
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does. What comes after the block dies of any of them silently.
+
+    A signal that is ignored stays so: `nohup` ignores SIGHUP.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        # at its end Python would print a traceback
+        for number in ASKING:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                signal.signal(number, signal.SIG_DFL)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise Interrupted(f"stopped by {signal.Signals(number).name}: {GO_ON}", 128 + number)
 
 
 class Interruption:
@@ -51,11 +75,13 @@ class Interruption:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as requests inside the block. A second Ctrl-C stops at once."""
+        """Take signals as requests inside the block. A second Ctrl-C stops at once. `nohup` keeps ignoring SIGHUP."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heard = [number for number in ASKING if number != signal.SIGHUP or not ignored]
+        before = {number: signal.signal(number, self._note) for number in heard}
         try:
             yield
         finally:

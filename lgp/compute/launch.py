@@ -57,8 +57,9 @@ def launch(name: str, processes: int) -> NoReturn:
         rank, failure = min(e.failures.items(), key=lambda f: (f[1].exitcode == -signal.SIGTERM, f[1].exitcode > 0))
         if failure.exitcode > 0:  # that process has printed its own error or message
             sys.exit(failure.exitcode)
+        perhaps = ", perhaps as memory ran out" if failure.exitcode == -signal.SIGKILL else ""
         raise LgpError(
-            f"{name}: process {rank} of {processes} (process id {failure.pid}) ended with {failure.signal_name()}, the "
-            "others were stopped: run the same command again, it goes on from its last state"
+            f"{name}: process {rank} of {processes} (process id {failure.pid}) ended with {failure.signal_name()}"
+            f"{perhaps}, the others were stopped: run the same command again, it goes on from its last state"
         ) from None
     sys.exit(0)

@@ -45,7 +45,8 @@ def pool(workers: int | None = None) -> Iterator[ProcessPoolExecutor]:
 def _begin_worker() -> None:
     """Leave Ctrl-C to the main process, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which a broken pool ends its other processes
+    for number in (signal.SIGTERM, signal.SIGHUP):  # by the first a broken pool ends its other processes
+        signal.signal(number, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,0 +1,85 @@
+"""Signals end any command in one line, with the code that shells expect."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# a command line whose command waits, and what runs after it
+WAITING = """
+import sys, time, typer
+from lgp.compute.interruption import stopped_by_signals
+from stages.options import OneLineErrors
+
+app = typer.Typer(cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False)
+
+@app.command()
+def wait() -> None:
+    if sys.argv[1] == "inside":
+        print("waits", flush=True)
+        time.sleep(60)
+
+@app.command()
+def other() -> None: ...
+
+try:
+    with stopped_by_signals():
+        app(["wait"])
+finally:
+    if sys.argv[1] == "after":
+        print("waits", flush=True)
+        time.sleep(60)
+"""
+
+
+def started(where: str, ignored: signal.Signals | None = None) -> "subprocess.Popen[str]":
+    """Start the command line and wait until it waits."""
+
+    def ignore() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if ignored is not None:
+            signal.signal(ignored, signal.SIG_IGN)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, where],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=ignore,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waits\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")],
+)
+def test_signal_ends_a_command_in_one_line(number: signal.Signals, said: str) -> None:
+    with started("inside") as process:
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert errors == f"stopped by {said}: run the same command again, a training goes on from its last state\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_after_a_command_prints_no_traceback(number: signal.Signals) -> None:
+    with started("after") as process:
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (-number, "")
+
+
+def test_nohup_keeps_a_command_when_its_terminal_closes() -> None:
+    with started("inside", ignored=signal.SIGHUP) as process:
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM" in errors
