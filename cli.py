@@ -10,6 +10,7 @@ from stages.audit import audit
 from stages.baseline import baseline
 from stages.bench import bench
 from stages.cl import cl
+from stages.clean import clean
 from stages.compare import compare
 from stages.conflict import conflict
 from stages.data import data_app
@@ -37,6 +38,7 @@ from stages.reverse import reverse
 from stages.select import select
 from stages.selected import selected
 from stages.similar import similar
+from stages.status import status
 from stages.suggest import suggest
 from stages.tracking import tracking_app
 from stages.ui import ui
@@ -49,6 +51,8 @@ PANELS: dict[str, list[Callable[..., None]]] = {
     "Controls of the paper": [joint, reverse],
     TOOLS: [
         init,
+        status,
+        clean,
         results,
         predict,
         select,

@@ -108,12 +108,16 @@ class FeatureCache:
         """Keep up to `cache_gib` GiB of features in `folder`, besides those in use. `params` sets their form."""
         self.folder, self.params, self.cache_gib = folder, params, cache_gib
 
+    def entry_of(self, source: FeatureSource, data: LabelledImages) -> Path:
+        """Return the folder of the features of a source."""
+        images = [data.meta["digest"], data.mean, data.std]
+        decided_by = [FORMAT, source.digest, *images, self.params.dtype, *map(version, COMPUTED_WITH)]
+        return self.folder / sha256(json.dumps(decided_by).encode()).hexdigest()[:32]
+
     def features(self, source: FeatureSource, data: LabelledImages) -> Features:
         """Return the features of a source for all splits. Missing features are extracted."""
         of_parts = [np.flatnonzero(data.parts == part) for part in PARTS]
-        images = [data.meta["digest"], data.mean, data.std]
-        decided_by = [FORMAT, source.digest, *images, self.params.dtype, *map(version, COMPUTED_WITH)]
-        entry = self.folder / sha256(json.dumps(decided_by).encode()).hexdigest()[:32]
+        entry = self.entry_of(source, data)
         self.folder.mkdir(parents=True, exist_ok=True)
         # the first of several evaluations of one encoder extracts; the others wait and read
         with FileLock(self._lock_of(entry)):

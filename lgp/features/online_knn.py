@@ -18,9 +18,13 @@ from lgp.params.run import OnlineKnnParams
 
 
 def labels_if_any(images: Path, labels: Path) -> LabelledImages | None:
-    """Open images with their labels; None where there are no labels of these images yet."""
+    """Open images with their labels. None where there are no labels of these images yet, or nothing to compare."""
     try:
-        return LabelledImages(images, labels)
+        data = LabelledImages(images, labels)
+        data.check_evaluable()
+        if not len(data.ids("train")):
+            raise LgpError("no training image has a label: `lgp labels add FILE` adds labels")
+        return data
     except LgpError as e:
         if launched_rank() == 0:
             print(f"online k-NN is off: {e}", flush=True)

@@ -8,7 +8,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from lgp.errors import LgpError
 from lgp.params.arms import BASELINES
@@ -21,6 +21,7 @@ from lgp.params.pretrain import ClParams, ConflictParams, ContrastiveParams, Joi
 from lgp.params.run import RunParams
 from lgp.params.section import ArmName, LabelsName, Section, Whole
 from lgp.params.selection import SelectionParams
+from lgp.params.sense import MAX_IMAGE_SIZE, faults, truths_for_numbers
 
 # key of an earlier version → its place now
 MOVED = {
@@ -92,6 +93,8 @@ class Params(Section):
     @model_validator(mode="after")
     def _stages_agree(self) -> Self:
         size, patch = self.data.image_size, self.model.patch_size
+        if size > MAX_IMAGE_SIZE:
+            raise ValueError(f"data.image_size {size} is above {MAX_IMAGE_SIZE} pixels: lower it (ImageNet: 224)")
         divisors = [d for d in range(1, size + 1) if size % d == 0 and d * d * self.data.channels > 1]
         if patch not in divisors:
             raise ValueError(
@@ -101,7 +104,8 @@ class Params(Section):
         for name, ratio in (("mim", self.mim.mask_ratio), ("contrastive", self.contrastive.mask_ratio)):
             if int((size // patch) ** 2 * (1 - ratio)) < 1:
                 raise ValueError(
-                    f"{name}.mask_ratio {ratio} leaves none of the {(size // patch) ** 2} patches: lower it"
+                    f"{name}.mask_ratio {ratio} leaves none of the {(size // patch) ** 2} patches: lower it, or raise "
+                    f"data.image_size {size}"
                 )
         return self
 
@@ -160,6 +164,21 @@ class Params(Section):
             if arm in self.arms and getattr(self, arm) is None:
                 raise ValueError(f"arms names {arm}, but there is no section {arm}: add it (the preset digits has one)")
         return self
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if found := list(faults(self)):
+            raise ValueError("; ".join(found))
+        return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _numbers_are_numbers(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        params = validate(values)
+        truths = sorted(truths_for_numbers(values, params.model_dump()))
+        if truths:
+            raise ValueError(f"{', '.join(truths)}: true and false are no numbers: give a number")
+        return params
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -241,6 +260,11 @@ def parse_params(text: str, path: Path) -> Params:
         raise LgpError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise LgpError(f"{path} must hold sections ({', '.join(Params.model_fields)}), not {type(values).__name__}")
+    return check_values(values, path)
+
+
+def check_values(values: dict[str, Any], path: Path) -> Params:
+    """Check the nested values of a parameter file. `LgpError` says what is wrong in `path`."""
     try:
         return Params.model_validate(values)
     except ValidationError as e:
@@ -295,7 +319,8 @@ def _key(loc: Loc, values: Any) -> str:
             continue
         parts.append(str(part))
         if isinstance(values, list):
-            values = values[part] if isinstance(part, int) else None
+            # a list that is too short has no such value
+            values = values[part] if isinstance(part, int) and part < len(values) else None
         else:
             values = values.get(part) if isinstance(values, dict) else None
     return ".".join(parts)

@@ -133,6 +133,14 @@ class TrackedResult:
     started_ms: int
 
 
+class OpenRun(NamedTuple):
+    """A run that is not closed: its name, its id, and when it began, in milliseconds since 1970."""
+
+    name: str
+    run_id: str
+    started_ms: int
+
+
 class Links(NamedTuple):
     """The logged model and the dataset that metrics belong to, as MLflow names them."""
 
@@ -373,6 +381,11 @@ class Store:
             self.client.delete_registered_model_alias(kind.registry, CHAMPION)
             if CHAMPION in before.tags:
                 self.client.delete_model_version_tag(kind.registry, before.version, CHAMPION)
+
+    def unfinished(self) -> list[OpenRun]:
+        """Return the runs that are not closed, the newest first: of stages that run, or that were killed."""
+        found = self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'", max_results=1000)
+        return [OpenRun(run.info.run_name, run.info.run_id, run.info.start_time) for run in found]
 
     def results(self, asked: str) -> list[TrackedResult]:
         """Return the finished evaluations that a filter asks for, the newest first."""

@@ -20,6 +20,7 @@ from lgp.compute.seals import check_sealed
 from lgp.errors import LgpError, NotTrained, check_disk_space
 from lgp.models.files import CLASSIFIERS, HEADS, WEIGHTS, check_beside, check_trained, encoder_digest, no_encoder
 from lgp.params.file import Params, load_params, restricted, section_values
+from lgp.training.left_states import RESUME, expire
 from lgp.training.resume_states import StateStore
 from lgp.workflow import tracking
 from lgp.workflow.code_digest import code_digests
@@ -28,7 +29,6 @@ from lgp.workflow.origins import committed_values, encoder_values, flatten, run_
 from lgp.workflow.provenance import git_state, input_digest, params_digest
 from lgp.workflow.source_tree import source_root
 
-RESUME = Path(".lgp") / "resume"
 RESERVE_BYTES = 64 * 2**20  # what tracking, metrics and pictures may need beside the results
 
 
@@ -157,6 +157,8 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
     finally:
         for written in partial.values():
             _remove(written)
+        if succeeded:
+            expire(store.folder, before["code"])
         store.close(succeeded)
 
 
@@ -177,7 +179,11 @@ def _choose_state(store: StateStore, name: str, fresh: bool, resume: bool) -> No
     if resume:
         store.adopt()
     elif not fresh and not store.has_state() and any(store.folder.rglob("state-*.pt")):
-        print(f"{name}: other code wrote a resume state of this training: it is used only with --resume", flush=True)
+        print(
+            f"{name}: other code wrote a resume state of this training: it is used only with --resume, and is removed "
+            "when this training is finished",
+            flush=True,
+        )
     if not store.has_state():
         store.run_id_file.unlink(missing_ok=True)
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from conftest import merged
 
@@ -10,7 +12,7 @@ from lgp.data.labels import LabelledImages
 from lgp.data.storage import Images
 from lgp.features.extraction import class_token_of, extract
 from lgp.features.knn import knn_predict
-from lgp.features.online_knn import OnlineKnn
+from lgp.features.online_knn import OnlineKnn, labels_if_any
 from lgp.models.encoder_folder import load_encoder
 from lgp.params.file import Params
 from lgp.params.run import OnlineKnnParams
@@ -64,3 +66,22 @@ def test_it_is_knn_of_val_among_some_of_train(prepared: LabelledImages, encoder_
     some = OnlineKnn(encoder, prepared, CPU, OnlineKnnParams(train_images=50, val_images=5))
     assert len(set(labels[some.train])) == 10
     assert (len(some.train), len(some.val)) == (50, 5)
+
+
+@pytest.mark.parametrize(
+    ("empty", "said"),
+    [
+        ("val", "online k-NN is off: no val image is held out, so nothing can be evaluated"),
+        ("train", "online k-NN is off: no training image has a label"),
+    ],
+)
+def test_it_is_off_where_nothing_can_be_compared(
+    prepared: LabelledImages, empty: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = prepared.folder, prepared._labels_folder
+    assert labels_if_any(*folders) is not None
+    ids = LabelledImages.ids
+    none = np.zeros(0, dtype=np.int64)
+    monkeypatch.setattr(LabelledImages, "ids", lambda self, part: none if part == empty else ids(self, part))
+    assert labels_if_any(*folders) is None
+    assert said in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """What surrounds the work of a stage."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from lgp.training.resume_states import StateStore
+from lgp.workflow import tracking
 from lgp.workflow.pipeline import SECTIONS
 from lgp.workflow.stage import StageSpec, stage
 
@@ -40,3 +43,29 @@ def test_worker_of_a_shared_training_sees_the_same_sections(project: Path, monke
         assert run.params.mim.epochs == 2
         with pytest.raises(AttributeError, match="graft"):
             run.params.graft  # noqa: B018
+
+
+def test_a_finished_stage_removes_the_states_of_other_code_and_a_failed_one_keeps_them(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "tracked", lambda *_: contextlib.nullcontext(tracking.Untracked()))
+    spec = StageSpec("mim", SECTIONS["mim"], [], [Path("out.json")], "mim", "pretrain")
+
+    def train(fails: bool) -> None:
+        with stage(spec, project / "params.yaml") as run:
+            StateStore(run.store.folder, "a" * 64).save({"step": 1})
+            if fails:
+                raise RuntimeError
+            run.out(Path("out.json")).write_text("{}")
+
+    def states() -> list[Path]:
+        return list(Path(".lgp/resume").rglob("state-*"))
+
+    with pytest.raises(RuntimeError):
+        train(fails=True)
+    assert len(states()) == 1
+    train(fails=False)
+    assert states() == []
+    said = capsys.readouterr().out
+    assert "it is used only with --resume, and is removed when this training is finished" in said
+    assert "mim / pretrain: finished: the resume state that other code wrote of this training is removed" in said

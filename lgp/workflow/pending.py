@@ -1,0 +1,121 @@
+"""What `dvc repro` would run, and why, in plain words. DVC is asked; nothing is written.
+
+DVC compares files that its stage `inputs` writes. Here they are written to a temporary folder, so that an edit of the
+code or of a source is noticed before that stage has run.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lgp.errors import LgpError
+from lgp.workflow.inputs import FOLDER, PARAMS_FILE, write_inputs
+from lgp.workflow.origins import flatten
+
+PIPELINE = "dvc.yaml"
+INPUTS = "inputs"  # the stage that always runs
+SHOWN_KEYS = 3  # of the parameters that changed
+SOURCES = {
+    "images": "images of the source came, went or changed",
+    "labels": "labels of the source, a table of labels or a list changed",
+}
+OUTPUTS = {
+    "deleted": "is missing",
+    "modified": "is not as the stage wrote it",
+    "not in cache": "is not in DVC's cache",
+}
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What `dvc repro` would do.
+
+    Attributes:
+        changed: stage → the reasons why it would run.
+        behind: stages that read what these write. Each runs if that changes.
+    """
+
+    changed: Mapping[str, list[str]]
+    behind: list[str]
+
+
+def pending(root: Path) -> Pending:
+    """Ask DVC what `dvc repro` would run in the project `root`, the current folder.
+
+    Raises:
+        LgpError: DVC cannot say: there is no DVC repository or no pipeline, or DVC works on it at the moment.
+    """
+    if not (root / PIPELINE).exists():
+        raise LgpError(f"there is no {PIPELINE} here: `lgp init` makes a folder a project")
+    try:
+        from dvc.exceptions import DvcException
+        from dvc.lock import LockError
+        from dvc.repo import Repo
+    except ImportError as e:
+        raise LgpError(f"DVC cannot be imported ({e}): install it") from None
+    try:
+        with Repo(str(root)) as repo, TemporaryDirectory() as folder:
+            write_inputs(Path(folder), PARAMS_FILE, root)
+            said = repo.status(targets=[PIPELINE], with_deps=True)
+            graph = repo.index.graph  # from each stage to those that it reads from
+            changed = {}
+            for stage in graph:
+                reasons = list(_reasons(stage, said.get(stage.addressing, []), Path(folder)))
+                if reasons and stage.addressing != INPUTS and stage.path_in_repo == PIPELINE:
+                    changed[stage.addressing] = reasons
+            return Pending(changed, _behind(graph, changed))
+    except LockError:
+        raise LgpError("DVC cannot say what it would run while it runs: ask again afterwards") from None
+    except DvcException as e:
+        raise LgpError(f"DVC cannot say what it would run: {' '.join(str(e).split())}") from None
+
+
+def _behind(graph: Any, changed: Mapping[str, Any]) -> list[str]:
+    import networkx
+
+    of_name = {stage.addressing: stage for stage in graph}
+    found = {reader.addressing for name in changed for reader in networkx.ancestors(graph, of_name[name])}
+    return sorted(name for name in found - changed.keys() if ":" not in name)
+
+
+def _reasons(stage: Any, said: list[Any], inputs: Path) -> Iterator[str]:
+    """Yield why a stage would run, from DVC's own words and the fresh `inputs`."""
+    if all(dependency.hash_info.value is None for dependency in stage.deps):
+        yield "it has not run yet"
+        return
+    yield from _changed_inputs(stage, inputs)
+    for change in said:
+        if not isinstance(change, dict):
+            if change == "changed command":
+                yield "its command in dvc.yaml changed"
+            continue
+        for path, how in change.get("changed deps", {}).items():
+            if isinstance(how, dict):
+                yield f"parameters changed: {_changed_keys(stage, path)}"
+            elif not path.startswith(f"{FOLDER}/"):
+                yield f"{path} {'is missing' if how == 'deleted' else 'changed'}"
+        for path, how in change.get("changed outs", {}).items():
+            yield f"its output {path} {OUTPUTS.get(how, how)}"
+
+
+def _changed_inputs(stage: Any, inputs: Path) -> Iterator[str]:
+    for dependency in stage.deps:
+        path = Path(dependency.def_path)
+        if FOLDER not in path.parents:
+            continue
+        now = inputs / path.relative_to(FOLDER)
+        if hashlib.md5(now.read_bytes()).hexdigest() != dependency.hash_info.value:
+            yield SOURCES.get(path.name, "its code changed")
+
+
+def _changed_keys(stage: Any, path: str) -> str:
+    """Return the parameters that changed, with the value before and the value now."""
+    (dependency,) = (d for d in stage.deps if d.def_path == path and hasattr(d, "params"))
+    before, now = flatten(dependency.hash_info.value or {}), flatten(dependency.read_params())
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    shown = [f"{key} {before.get(key, 'not set')} → {now.get(key, 'not set')}" for key in keys[:SHOWN_KEYS]]
+    more = [f"{len(keys) - SHOWN_KEYS} more"] if len(keys) > SHOWN_KEYS else []
+    return ", ".join(shown + more)

@@ -1,0 +1,113 @@
+"""`lgp status` and `lgp clean` in a project with prepared images and one arm."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from cli import app
+from lgp.data.labels import LabelledImages
+from lgp.features.cache import FeatureCache
+from lgp.features.of_encoder import encoder_source
+from lgp.models.encoder_folder import images_for
+from lgp.params.file import Params
+from lgp.training.resume_states import StateStore
+
+OLD = "a" * 64
+STATE = Path(".lgp/resume/mim-pretrain/key")
+
+
+def lgp(*arguments: str) -> str:
+    ran = CliRunner().invoke(app, list(arguments))
+    assert ran.exit_code == 0, ran.output
+    return " ".join(ran.output.split())
+
+
+@pytest.fixture
+def project(
+    tmp_path: Path,
+    values: dict[str, Any],
+    prepared: LabelledImages,
+    encoder_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("lgp.workflow.code_digest.code_digests", lambda _root: {"mim": "b" * 64})
+    monkeypatch.setattr("lgp.workflow.leftovers.code_digests", lambda _root: {"mim": "b" * 64})
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    shutil.copytree(encoder_folder.parent, tmp_path / "models" / "mim")
+    return tmp_path
+
+
+def entry_of(encoder: Path, params: Params, data: LabelledImages) -> Path:
+    """Return where the features of an encoder are cached."""
+    cache = FeatureCache(Path(".lgp/features"), params.features, 1.0)
+    return cache.entry_of(encoder_source(encoder, params.features, torch.device("cpu")), images_for(encoder, data))
+
+
+def test_features_that_an_encoder_reads_stay_and_others_go(
+    project: Path, params: Params, prepared: LabelledImages
+) -> None:
+    shutil.copytree(prepared._labels_folder.parent, "data")
+    used = entry_of(Path("models/mim/encoder"), params, prepared)
+    for entry in (used, used.with_name("0" * 32)):
+        entry.mkdir(parents=True)
+        (entry / "0.npy").write_bytes(bytes(10))
+    listed = lgp("clean")
+    assert "0" * 32 in listed
+    assert used.name not in listed
+    assert used.with_name("0" * 32).exists()
+    lgp("clean", "--yes")
+    assert [entry.name for entry in used.parent.iterdir()] == [used.name]
+    shutil.rmtree("models/mim")
+    assert used.name in lgp("clean")
+
+
+def test_clean_lists_first_and_removes_when_told(project: Path) -> None:
+    StateStore(STATE, OLD).save({"step": 1})
+    assert "nothing is removed: `lgp clean --yes` removes these 0.0 MiB" in lgp("clean")
+    assert STATE.exists()
+    assert "clean: removed 1 of 1" in lgp("clean", "--yes")
+    assert not STATE.exists()
+    assert lgp("clean", "--yes") == "nothing to clean"
+
+
+def test_clean_takes_states_that_wait_only_when_told(project: Path) -> None:
+    StateStore(STATE, "b" * 64).save({"step": 1})
+    assert lgp("clean", "--yes") == "nothing to clean"
+    assert "`lgp clean --yes --waiting` removes these" in lgp("clean", "--waiting")
+    assert "clean: removed 1 of 1" in lgp("clean", "--yes", "--waiting")
+    assert not STATE.exists()
+
+
+def test_clean_refuses_while_a_stage_runs(project: Path) -> None:
+    store = StateStore(STATE, "b" * 64)
+    store.acquire()
+    Path("models/.partial.mim").mkdir()
+    ran = CliRunner().invoke(app, ["clean", "--yes"])
+    store.close(succeeded=False)
+    assert ran.exit_code == 1
+    assert "mim-pretrain (process " in ran.output
+    assert Path("models/.partial.mim").exists()
+
+
+def test_status_of_a_project_that_did_nothing_says_so_and_makes_no_store(project: Path) -> None:
+    said = lgp("status")
+    assert "No training is interrupted." in said
+    assert "No run is tracked yet." in said
+    assert "`dvc repro`: there is no dvc.yaml here: `lgp init` makes a folder a project." in said
+    assert not Path("mlflow.db").exists()
+
+
+def test_status_says_what_becomes_of_each_state(project: Path) -> None:
+    StateStore(STATE, OLD).save({"step": 1})
+    StateStore(STATE.with_name("other"), "b" * 64).save({"step": 1})
+    said = lgp("status")
+    assert "other code wrote it: `lgp mim --resume` takes it, `lgp clean` removes it" in said
+    assert "`lgp mim` goes on from it" in said
