@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-.PHONY: repro test check docs format lock mutants
+.PHONY: here repro test check docs format lock mutants
 .DELETE_ON_ERROR:
 
 repro: $(READY)
@@ -32,15 +32,21 @@ format: $(READY)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+# the scripts of an environment name its folder: after a move none of them starts
+here:
+	@[ ! -s $(READY) ] || [ "$$(cat $(READY))" = "$(CURDIR)" ] || { \
+		echo "this folder was moved or copied from $$(cat $(READY)), where .venv points: rm -rf .venv, then run make again"; \
+		exit 1; }
+
 # --no-build-isolation: the lock pins setuptools too, nothing unpinned is fetched
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock pyproject.toml | here
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed, $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@echo "installing into .venv (once; about 3 GB to download, 6.5 GB on disk)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	@touch $@
+	@echo "$(CURDIR)" > $@
 
 # hours; MODULES="lgp.training.optimizer …" for some. The extra is in no lock: it is for this alone.
 mutants: $(READY)

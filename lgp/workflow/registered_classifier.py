@@ -42,7 +42,8 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.mode = MODES[channels]
         self.transform = create_transform(**config)
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    # MLflow warns where there is no hint, and checks nothing for this one: arrays and lists come too
+    def predict(self, context, model_input: pd.DataFrame, params=None):  # type: ignore[no-untyped-def]
         """Return class, probability and the probabilities of all classes of each image."""
         images = [self._image(row, given) for row, given in enumerate(_images_of(model_input))]
         probabilities = []

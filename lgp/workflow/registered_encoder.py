@@ -40,7 +40,8 @@ class Encoder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.encoder = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
         self.transform = create_transform(**resolve_data_config(self.encoder.pretrained_cfg, model=self.encoder))
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    # MLflow warns where there is no hint, and checks nothing for this one: arrays and lists come too
+    def predict(self, context, model_input: pd.DataFrame, params=None):  # type: ignore[no-untyped-def]
         """Return the class token of each image after the final norm."""
         images = _images_of(model_input)
         features = [np.zeros((0, self.encoder.num_features), dtype=np.float32)]
