@@ -15,6 +15,7 @@ from lgp.compute.launch import launched
 from lgp.compute.liveness import lives
 
 LOOK_EVERY_S = 1.0
+SEND_AGAIN_S = 0.02
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a terminal that closes sends the last
 GO_ON = "run the same command again, a training goes on from its last state"
 
@@ -41,9 +42,11 @@ def stopped_by_signals() -> Iterator[None]:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _interrupt)
+    hook, sys.unraisablehook = sys.unraisablehook, _send_again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         # at its end Python would print a traceback
         for number in ASKING:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -52,6 +55,16 @@ def stopped_by_signals() -> Iterator[None]:
 
 def _interrupt(number: int, _: FrameType | None) -> None:
     raise Interrupted(f"stopped by {signal.Signals(number).name}: {GO_ON}", 128 + number)
+
+
+def _send_again(lost: "sys.UnraisableHookArgs") -> None:
+    """Send a signal again whose error was lost, because it came while Python cleaned up an object."""
+    error = lost.exc_value
+    if not isinstance(error, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    number = error.exit_code - 128 if isinstance(error, Interrupted) else signal.SIGINT
+    threading.Timer(SEND_AGAIN_S, os.kill, (os.getpid(), number)).start()
 
 
 class Interruption:

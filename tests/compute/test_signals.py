@@ -16,8 +16,17 @@ from stages.options import OneLineErrors
 
 app = typer.Typer(cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False)
 
+class Slow:
+    def __del__(self) -> None:
+        print("waits", flush=True)
+        time.sleep(60)
+
 @app.command()
 def wait() -> None:
+    if sys.argv[1] == "in a finalizer":
+        slow = Slow()
+        del slow
+        time.sleep(60)
     if sys.argv[1] == "inside":
         print("waits", flush=True)
         time.sleep(60)
@@ -56,12 +65,13 @@ def started(where: str, ignored: signal.Signals | None = None) -> "subprocess.Po
     return process
 
 
+@pytest.mark.parametrize("where", ["inside", "in a finalizer"])
 @pytest.mark.parametrize(
     ("number", "said"),
     [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")],
 )
-def test_signal_ends_a_command_in_one_line(number: signal.Signals, said: str) -> None:
-    with started("inside") as process:
+def test_signal_ends_a_command_in_one_line(number: signal.Signals, said: str, where: str) -> None:
+    with started(where) as process:
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number
