@@ -23,6 +23,7 @@ from typing import IO
 
 GIB = 2**30
 MEMORY_BYTES = 8 * GIB  # of address space, beside what this process has
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TRACEBACK = "Traceback (most recent call last)"
 
 
@@ -58,9 +59,12 @@ class Fork:
         # not in the folder, which is attacked
         self._output, self._imported = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - see `wait`
         self.started = time.monotonic()
+        # a signal that comes before the work has begun waits
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         self.pid = os.fork()
         if not self.pid:
             _run(work, folder, self._output.fileno(), self._imported.fileno())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, unless it has ended."""
@@ -125,13 +129,15 @@ def _run(work: Callable[[], int], folder: Path, output: int, imported: int) -> N
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         code = work()
-        atexit._run_exitfuncs()
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1
     except BaseException:  # noqa: BLE001 - a fork must not go on as this process
         traceback.print_exc()
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os.write(imported, "\n".join(sys.modules.keys() - before).encode())

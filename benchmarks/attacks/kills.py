@@ -11,11 +11,11 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from forks import TRACEBACK, Ended, Fork
+from forks import STOPPING, TRACEBACK, Ended, Fork
 from project import COMMANDS, Template, differences, digests, run, start
 from tried import Tried
 
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGKILL, *STOPPING)
 KILLS_PER_ROUND = 4
 STOPS_IN_S = 60.0  # a training finishes its step
 
@@ -56,32 +56,43 @@ def _left(project: Path) -> list[str]:
     if store.exists():
         with closing(sqlite3.connect(store)) as connection:
             (running,) = connection.execute("SELECT count(*) FROM runs WHERE status = 'RUNNING'").fetchone()
-        left += [f"{running} runs that stay RUNNING"] if running else []
+        left += [f"{running} runs of MLflow that stay RUNNING"] if running else []
     return left
 
 
 def attack(rng: random.Random, folder: Path, template: Template) -> list[Tried]:
-    """Kill a command again and again, let it end, and compare its results. Return a case per kill, and the end."""
+    """Kill a command again and again, let it end, and compare its results. Return a case per kill, and the ends."""
     number = rng.randrange(len(COMMANDS))
-    name = COMMANDS[number][0]
+    said = " ".join(["lgp", *COMMANDS[number]])
     project = template.before(number, folder / "project")
     results = []
     for kill in range(KILLS_PER_ROUND):
         how = rng.choice(SIGNALS)
         running = start(COMMANDS[number], project)
         _wait(running, project, rng.uniform(0, template.seconds[number]), while_saving=kill % 2 == 1)
+        if running.ended():
+            template.seconds[number] = running.wait().seconds  # it is faster now than when it was measured
+            break
         running.send(how)
         ended = running.wait(STOPS_IN_S)
         fault = _fault(ended, how)
-        results.append(Tried(f"{name}, {how.name}", fault, ended.output[-1500:]))
+        said_fault = None if fault is None else f"{fault} ({said}, after {ended.seconds:.1f} s)"
+        results.append(Tried(how.name, said_fault, ended.output[-1500:]))
         if ended.code == 0:
             break
-    last = run(COMMANDS[number], project)
-    changed = differences(digests(project), template.expected(number))
-    left = _left(project)
-    if last.code or changed or left:
-        fault = f"ended with {last.code}" if last.code else f"other bytes: {changed}" if changed else f"left: {left}"
-        results.append(Tried(f"{name}, the bytes after", fault, last.output[-1500:]))
-    else:
-        results.append(Tried(f"{name}, the bytes after"))
-    return results
+    return [*results, *_ends(run(COMMANDS[number], project), project, number, template)]
+
+
+def _ends(last: Ended, project: Path, number: int, template: Template) -> list[Tried]:
+    """Compare what the last call of a command has left with the results of an undisturbed run."""
+    said = " ".join(["lgp", *COMMANDS[number]])
+    changed, left = differences(digests(project), template.expected(number)), _left(project)
+    bytes_fault = f"ends with {last.code}" if last.code else f"other bytes: {', '.join(changed)}" if changed else None
+    left_fault = f"leaves {', '.join(left)}" if left and not last.code else None
+    return [
+        Tried(case, None if fault is None else f"{fault} ({said})", "" if fault is None else last.output[-1500:])
+        for case, fault in (
+            (f"the bytes after, {COMMANDS[number][0]}", bytes_fault),
+            ("nothing is left behind", left_fault),
+        )
+    ]

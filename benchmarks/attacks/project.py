@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,10 @@ def command(arguments: Sequence[str]) -> Callable[[], int]:
     """Return what a fork runs for `lgp ARGUMENTS`."""
 
     def work() -> int:
-        from cli import app
+        from lgp.__main__ import main
 
-        app(list(arguments), prog_name="lgp")
+        sys.argv = ["lgp", *arguments]
+        main()
         return 0
 
     return work
