@@ -129,6 +129,9 @@ def _run(work: Callable[[], int], folder: Path, output: int, imported: int) -> N
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        for number in STOPPING:  # `nohup` and `&` of a shell let them be ignored
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         code = work()
     except SystemExit as e:

@@ -60,7 +60,7 @@ def test_every_image_of_any_folder_is_offered_in_its_class(classes: list[bytes])
     assert {unicodedata.normalize("NFC", label) for label in offers.labels if label is not None} == shown
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(CLASSES)
 @example([b"\xff", b"a\nb", "猫🐈".encode()])
 def test_images_of_any_names_are_prepared_and_labelled(classes: list[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""Whatever a file of weights contains, it is taken with finite weights, or told in one line."""
+"""Whatever a file of weights contains, it is taken with finite weights, or told with its name."""
 
 import functools
 import io
@@ -47,7 +47,7 @@ def content(suffix: str) -> bytes:
 
 
 def taken(data: bytes, suffix: str, partial: bool = False) -> dict[str, Tensor] | None:
-    """Return the weights that are taken of a file, None if one line tells why there are none."""
+    """Return the weights that are taken of a file, None if an error names it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"checkpoint{suffix}"
         file.write_bytes(data)
@@ -59,7 +59,6 @@ def taken(data: bytes, suffix: str, partial: bool = False) -> dict[str, Tensor] 
             imported = None
     if imported is None:
         assert told.startswith(str(file))
-        assert len(told.splitlines()) == 1
         return None
     found = {**imported.encoder.state_dict(), **imported.projector}
     assert all(tensor.isfinite().all() for tensor in found.values())
@@ -73,7 +72,7 @@ def test_whole_file_is_taken(suffix: str) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in weights().items())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     suffix=st.sampled_from([".safetensors", ".pth"]),
     edits=st.lists(st.tuples(st.integers(0, 2**20) | st.integers(-2000, -1), st.integers(1, 255)), max_size=4),
@@ -99,7 +98,7 @@ LIES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_lie_of_a_header_is_told(data: st.DataObject) -> None:
     whole = content(".safetensors")
@@ -132,7 +131,7 @@ KINDS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     names=st.lists(st.sampled_from(sorted(weights())), min_size=1, max_size=3, unique=True),
     kind=st.sampled_from(sorted(KINDS)),

@@ -52,7 +52,7 @@ def open_table(path: Path) -> TableFile:
             magic = file.read(6)
         is_parquet = path.suffix == ".parquet"
         table: TableFile = ParquetTable(path) if is_parquet else ArrowTable(path, is_file=magic == b"ARROW1")
-        _ = table.schema, table.rows
+        _ = table.schema.names, table.rows
         return table
 
 
@@ -63,7 +63,7 @@ def _told(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError) as e:
+    except (pa.ArrowException, OSError, EOFError, UnicodeError) as e:
         kind = "Parquet" if path.suffix == ".parquet" else "Arrow"
         raise LgpError(f"{path} cannot be read as {kind}: {one_line(e)}; mend or remove it") from None
 
