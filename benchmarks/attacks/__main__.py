@@ -9,6 +9,7 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -89,6 +90,7 @@ def _table(tried: Counter[tuple[str, str]], held: Counter[tuple[str, str]]) -> I
 def main() -> None:
     """Try all kinds, and print the table."""
     arguments = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the table so far
     import_all(["cli", "torch", "torchvision", "mlflow", "pandas", "pyarrow.parquet", "timm", "PIL.Image"])
     remember()
     tried: Counter[tuple[str, str]] = Counter()
