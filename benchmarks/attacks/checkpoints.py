@@ -1,5 +1,6 @@
 """Checkpoints of strangers: bytes, headers, names, kinds and shapes of tensors."""
 
+import functools
 import io
 import json
 import random
@@ -8,23 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from manifests import broken
-from project import ROOT, merged
+from project import merged, preset
 from tried import Tried, Wrong, tried
 
 MODEL = {"model": {"width": 16, "depth": 1, "heads": 2}}
 Tensors = dict[Any, Any]
 
 
+@functools.cache
 def _params() -> Any:
     from lgp.params.file import Params
 
-    preset = yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text(encoding="utf-8"))
     changes = {"graft": {"policy": ["layer_decay"], "scratch_end": {"lower_blocks": 1}}, **MODEL}
     changes["graft"] |= {name: {"lower_blocks": 1} for name in ("freeze", "cl_end")}
     changes["graft"] |= {"l1": {"lower_blocks": 1, "weight": 1e-3}}
-    return Params.model_validate(merged(preset, changes))
+    return Params.model_validate(merged(preset(), changes))
 
 
 def _tensors() -> Tensors:

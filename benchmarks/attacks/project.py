@@ -1,5 +1,6 @@
 """A project so small that every stage takes a second: its parameters, its commands, and what they leave."""
 
+import functools
 import hashlib
 import shutil
 import sys
@@ -59,9 +60,11 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def small_values() -> dict[str, Any]:
-    """Return the parameters as nested values."""
-    return merged(yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text(encoding="utf-8")), SMALL)
+@functools.cache
+def preset() -> dict[str, Any]:
+    """Return the preset `digits` as nested values, which nobody changes."""
+    values: dict[str, Any] = yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text(encoding="utf-8"))
+    return values
 
 
 def command(arguments: Sequence[str]) -> Callable[[], int]:
@@ -117,7 +120,7 @@ class Template:
         self._made: list[dict[str, str]] = []
         work = folder / "work"
         work.mkdir(parents=True)
-        (work / "params.yaml").write_text(yaml.safe_dump(small_values()), encoding="utf-8")
+        (work / "params.yaml").write_text(yaml.safe_dump(merged(preset(), SMALL)), encoding="utf-8")
         for number, arguments in enumerate(COMMANDS):
             shutil.copytree(work, folder / f"before-{number}")
             ended = run(arguments, work, 600.0)

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from project import ROOT
+from project import preset
 from tried import Wrong
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ def prepare(source: Any, folder: Path, **changes: Any) -> "LabelledImages":
 
     Whatever is written must be readable.
     """
-    import yaml
-
     from lgp.data.labels import LabelledImages, describe, write_labels
     from lgp.data.preparation import describe as describe_images
     from lgp.data.preparation import prepare as prepare_images
@@ -37,10 +35,9 @@ def prepare(source: Any, folder: Path, **changes: Any) -> "LabelledImages":
     from lgp.params.data import DataParams
     from lgp.params.labels import LabelsParams
 
-    preset = yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text(encoding="utf-8"))
     of_data = {"source": source, "channels": 3, "max_unreadable_share": 0.9} | changes
-    data = DataParams.model_validate(preset["data"] | of_data)
-    labels = LabelsParams.model_validate(preset["labels"] | {"shares": {"50pct": 0.5}})
+    data = DataParams.model_validate(preset()["data"] | of_data)
+    labels = LabelsParams.model_validate(preset()["labels"] | {"shares": {"50pct": 0.5}})
     images, written = folder / "prepared", folder / "labels"
     for path in (images, written):
         path.mkdir()
