@@ -78,13 +78,12 @@ def _rounds(kind: str, seed: int, rounds: int, minutes: float, base: Path, made:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _table(tried: Counter[tuple[str, str]], held: Counter[tuple[str, str]]) -> Iterator[str]:
-    """Yield the lines of the table: a row per kind and case."""
-    yield "| kind | case | tried | held |"
-    yield "|---|---|---|---|"
-    for kind, case in sorted(tried, key=lambda of: (list(KINDS).index(of[0]), of[1])):
-        yield f"| {kind} | {case} | {tried[kind, case]:,} | {held[kind, case]:,} |"
-    yield f"| all | | {tried.total():,} | {held.total():,} |"
+def _table(tried: Counter[tuple[str, str]], held: Counter[tuple[str, str]], told: Counter[tuple[str, str]]) -> str:
+    """Return the table, a row per kind and case. An attack that is always told of attacks nothing behind the line."""
+    lines = ["| kind | case | tried | held | by one line |", "|---|---|---|---|---|"]
+    for row in sorted(tried, key=lambda of: (list(KINDS).index(of[0]), of[1])):
+        lines.append(f"| {row[0]} | {row[1]} | {tried[row]:,} | {held[row]:,} | {told[row]:,} |")
+    return "\n".join([*lines, f"| all | | {tried.total():,} | {held.total():,} | {told.total():,} |"])
 
 
 def main() -> None:
@@ -95,6 +94,7 @@ def main() -> None:
     remember()
     tried: Counter[tuple[str, str]] = Counter()
     held: Counter[tuple[str, str]] = Counter()
+    told: Counter[tuple[str, str]] = Counter()
     # no TemporaryDirectory: every fork would remove it at its end
     base, made = Path(tempfile.mkdtemp(prefix="lgp-attack-")), list[Template]()
     try:
@@ -103,11 +103,12 @@ def main() -> None:
             for result in _rounds(kind, arguments.seed, arguments.rounds or KINDS[kind], arguments.minutes, base, made):
                 tried[kind, result.case] += 1
                 held[kind, result.case] += result.fault is None
+                told[kind, result.case] += result.told
             of_kind = sum(count for (name, _), count in tried.items() if name == kind)
             print(f"{kind}: {of_kind} tried in {time.monotonic() - started:.0f} s", flush=True)
     finally:
         shutil.rmtree(base, ignore_errors=True)
-        print("\n".join(_table(tried, held)), flush=True)
+        print(_table(tried, held, told), flush=True)
     sys.exit(tried != held)
 
 

@@ -44,4 +44,6 @@ def attack(rng: random.Random, folder: Path, template: Template) -> list[Tried]:
         others = [other for other in differences(found, expected) if other != path]
         fault = f"another result without a word: {', '.join(others)}" if others else None
     said = f"lgp {' '.join(COMMANDS[number])}, {path} {how}"
-    return [Tried(how, None if fault is None else f"{fault} ({said})", "" if fault is None else ended.output[-1500:])]
+    if fault is None:
+        return [Tried(how, told=ended.code > 0)]
+    return [Tried(how, f"{fault} ({said})", ended.output[-1500:])]

@@ -56,4 +56,6 @@ def _attack(rng: random.Random, disk: Path, template: Template) -> Tried:
             fault = "it does not go on when there is room again"
         if fault is None and (others := differences(digests(project), template.expected(number))):
             fault = f"other bytes: {', '.join(others)}"
-    return Tried(case, None if fault is None else f"{fault} ({said}, full after {after_s:.1f} s)", output[-2500:])
+    if fault is None:
+        return Tried(case, told=first.code > 0)
+    return Tried(case, f"{fault} ({said}, full after {after_s:.1f} s)", output[-2500:])

@@ -76,8 +76,10 @@ def attack(rng: random.Random, folder: Path, template: Template) -> list[Tried]:
         running.send(how)
         ended = running.wait(STOPS_IN_S)
         fault = _fault(ended, how)
-        said_fault = None if fault is None else f"{fault} ({said}, after {ended.seconds:.1f} s)"
-        results.append(Tried(how.name, said_fault, ended.output[-1500:]))
+        if fault is None:
+            results.append(Tried(how.name, told=ended.code > 0))
+        else:
+            results.append(Tried(how.name, f"{fault} ({said}, after {ended.seconds:.1f} s)", ended.output[-1500:]))
         if ended.code == 0:
             break
     return [*results, *_ends(run(COMMANDS[number], project), project, number, template)]

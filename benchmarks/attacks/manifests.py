@@ -24,9 +24,10 @@ ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "
 Rows = list[dict[Any, Any]]
 
 
-def _rows(names: list[str], rng: random.Random) -> Rows:
+def _rows(names: list[str]) -> Rows:
+    # a group is of one part
     return [
-        {"path": name, "label": f"class {i % 3}", "split": "test" if i % 4 == 3 else "train", "group": f"g{i // 2}"}
+        {"path": name, "label": f"class {i % 3}", "split": "test" if i % 4 == 3 else "train", "group": f"g{i % 4}"}
         for i, name in enumerate(names)
     ]
 
@@ -76,8 +77,8 @@ CHANGES: dict[str, Callable[[random.Random, Rows, list[Any]], None]] = {
 
 
 def _encoded(rng: random.Random, text: str) -> bytes:
-    """Encode text, half of the time as tables should be."""
-    if rng.random() < 0.5:
+    """Encode text, mostly as tables should be."""
+    if rng.random() < 0.8:
         return text.encode("utf-8", "surrogatepass")
     return text.encode(rng.choice(ENCODINGS), "replace")
 
@@ -155,7 +156,7 @@ def attack(rng: random.Random, folder: Path) -> Tried:
         (source / name).write_bytes(picture(rng))
     (folder / SECRET).write_bytes(picture(rng))
     form, how = rng.choice(list(FORMS)), rng.choice([*CHANGES, "bytes"])
-    rows = _rows(names, rng)
+    rows = _rows(names)
     if how != "bytes":
         CHANGES[how](rng, rows, ODD_CELLS if form == "csv" else ODD_VALUES)
     data = FORMS[form](rng, rows)

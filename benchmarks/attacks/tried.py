@@ -17,11 +17,13 @@ class Tried:
         case: what was attacked, and how: a row of the table.
         fault: what the tool did that it must not do; None if it held.
         detail: what is known beside it, for who mends it.
+        told: whether it held by one line, and not by a result.
     """
 
     case: str
     fault: str | None = None
     detail: str = ""
+    told: bool = False
 
 
 class Wrong(Exception):  # noqa: N818 - it says what is the case
@@ -63,4 +65,4 @@ def tried(case: str, action: Callable[[], object], folder: Path) -> Tried:
 
     ended = Fork(work, folder).wait(LIMIT_S)
     fault = fault_of(ended)
-    return Tried(case, fault, "" if fault is None else ended.output[-1500:])
+    return Tried(case, fault, "" if fault is None else ended.output[-1500:], told=fault is None and ended.code > 0)
