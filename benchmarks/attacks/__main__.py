@@ -95,7 +95,6 @@ def main() -> None:
     tried: Counter[tuple[str, str]] = Counter()
     held: Counter[tuple[str, str]] = Counter()
     told: Counter[tuple[str, str]] = Counter()
-    # no TemporaryDirectory: every fork would remove it at its end
     base, made = Path(tempfile.mkdtemp(prefix="lgp-attack-")), list[Template]()
     try:
         for kind in arguments.only or KINDS:

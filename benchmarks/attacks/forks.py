@@ -122,8 +122,13 @@ def _run(work: Callable[[], int], folder: Path, output: int, imported: int) -> N
     code, before = 70, set(sys.modules)
     try:
         os.setsid()
+        atexit._clear()  # what the parent does at its end is not for its forks
         for number in (1, 2):
             os.dup2(output, number)
+        sys.stdout, sys.stderr = (
+            open(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+            for number in (1, 2)
+        )
         os.chdir(folder)
         random.seed()
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
