@@ -196,10 +196,13 @@ def attack(rng: random.Random, folder: Path) -> Tried:
     partial = rng.random() < 0.5
 
     def work() -> None:
+        from lgp.data.normalization import Normalization
         from lgp.models.interchange import import_checkpoint
 
+        # grey images, whose statistics no layout has
+        given = None if how == "config.json" else Normalization((0.5,), (0.5,))
         params = _params()
-        imported = import_checkpoint(file, params.model, params.data, partial)
+        imported = import_checkpoint(file, params.model, params.data, partial, given)
         tensors = {**imported.encoder.state_dict(), **imported.projector}
         if bad := [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]:
             raise Wrong(f"weights that are not finite were taken: {bad}")
