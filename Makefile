@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-.PHONY: here repro test check docs format lock mutants
+.PHONY: here repro test check docs format lock mutants attack
 .DELETE_ON_ERROR:
 
 repro: $(READY)
@@ -54,6 +54,10 @@ $(READY): requirements.lock pyproject.toml | here
 mutants: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[mutants]'
 	@$(BIN)/python benchmarks/mutants.py $(MODULES)
+
+# hours; ATTACK="--only kills --minutes 10" for a part. Leave the checkout alone meanwhile: stages digest their code.
+attack: $(READY)
+	@$(BIN)/python benchmarks/attacks $(ATTACK)
 
 # pin anew what pyproject.toml allows: in a fresh environment, never the one in use. torch itself pins its CUDA
 # packages to the digit, and has others on each platform, so they are left to it.

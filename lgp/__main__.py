@@ -1,11 +1,10 @@
 """The `lgp` command: `cli.py` of the checkout, or of the installed package."""
 
 import os
-import signal
 import sys
 from pathlib import Path
 
-from lgp.compute.interruption import stopped_by_signals
+from lgp.compute.interruption import line_and_code, stopped_by_signals
 from lgp.workflow.source_tree import is_checkout, source_root
 
 
@@ -20,9 +19,12 @@ def main() -> None:
     with stopped_by_signals():
         try:
             from cli import app
-        except KeyboardInterrupt as e:  # the command line prints its own line, as soon as it is there
-            sys.exit(getattr(e, "exit_code", 128 + signal.SIGINT))
-        app()
+
+            app()
+        except KeyboardInterrupt as e:  # before or after the command itself, which prints its own line
+            line, code = line_and_code(e)
+            print(line, file=sys.stderr)
+            sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from lgp.compute import exhaustion
-from lgp.compute.interruption import GO_ON
+from lgp.compute.interruption import line_and_code
 from lgp.errors import LgpError, without_credentials
 
 
@@ -30,11 +30,10 @@ class OneLineErrors(TyperGroup):
             # the rank among the processes that torchrun started
             rank = os.environ["RANK"] if "TORCHELASTIC_RUN_ID" in os.environ else "0"
             if isinstance(e, KeyboardInterrupt):
-                # an interrupted training says where it stopped; Ctrl-C anywhere else says nothing
-                stopped = str(e) or f"stopped by Ctrl-C: {GO_ON}"
+                stopped, code = line_and_code(e)
                 if rank == "0":
                     print(stopped, file=sys.stderr)
-                raise typer.Exit(getattr(e, "exit_code", 130)) from None
+                raise typer.Exit(code) from None
             print(f"error: {line}" if rank == "0" else f"error in process {rank}: {line}", file=sys.stderr)
             raise typer.Exit(1) from None
 

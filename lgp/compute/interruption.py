@@ -33,6 +33,11 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = exit_code
 
 
+def line_and_code(stop: KeyboardInterrupt) -> tuple[str, int]:
+    """Return what a command says that was stopped, and its exit code. Ctrl-C says and has nothing of its own."""
+    return str(stop) or f"stopped by Ctrl-C: {GO_ON}", getattr(stop, "exit_code", 128 + signal.SIGINT)
+
+
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the block as Ctrl-C does. What comes after the block dies of any of them silently.

@@ -5,6 +5,7 @@ Nothing here is guarded: `lgp.workflow.tracking` calls it, and goes on where it 
 
 import io
 import json
+import logging
 import os
 import re
 import socket
@@ -185,6 +186,8 @@ class Store:
         _configure()
         import mlflow
 
+        # another part of the process may have imported it before, with more to say
+        logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
         self.mlflow = mlflow
         self.run_id = ""
         (root / ".lgp").mkdir(exist_ok=True)

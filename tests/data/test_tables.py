@@ -294,6 +294,22 @@ def test_a_damaged_row_group_loses_its_own_rows_alone(tmp_path: Path) -> None:
     assert "its part of the table is damaged" in reason_of(offers, 4)
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_file_whose_column_is_damaged_is_named(tmp_path: Path, suffix: str) -> None:
+    write = {"parquet": parquet, "arrow": arrow}[suffix]
+    file = tmp_path / f"t.{suffix}"
+    write(file, pa.table({"path": ["é.png"] * 9, "label": ["a"] * 9}))
+    content = file.read_bytes()
+    file.write_bytes(content.replace("é.png".encode(), b"\xff\xff.png"))
+    assert file.read_bytes() != content
+    with pytest.raises(LgpError, match=rf"t.{suffix} cannot be read as (Parquet|Arrow): .*UTF"):
+        is_image_table(file, ANY)
+    file.write_bytes(content[:4] + b"\xff" * 9 + content[13:])
+    if suffix == "parquet":
+        with pytest.raises(LgpError, match=r"t.parquet cannot be read as Parquet: .*; mend or remove it"):
+            is_image_table(file, ANY)
+
+
 def test_one_of_two_columns_of_one_name_is_not_guessed(tmp_path: Path) -> None:
     table = pa.table([image_rows(1), pa.array([0]), pa.array([1])], names=["image", "label", "label"])
     parquet(tmp_path / "train.parquet", table)

@@ -1,6 +1,7 @@
 """Table files: Parquet, and Arrow in its file and its stream format. Columns are read without the images."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,7 @@ class TableFile(Protocol):
         """The number of rows."""
 
     def columns(self, names: Sequence[str]) -> Any:
-        """Read a few small columns, as a `pyarrow.Table`."""
+        """Read a few small columns, as a `pyarrow.Table`. Raise `LgpError` if they are damaged."""
 
     def lacks(self, name: str, leaf: str) -> bool:
         """Return whether a field of a struct column is null in every row, as far as that is known without reading."""
@@ -46,16 +47,30 @@ def open_table(path: Path) -> TableFile:
     Raises:
         LgpError: the file cannot be read as a table.
     """
-    import pyarrow as pa
-
-    kind = "Parquet" if path.suffix == ".parquet" else "Arrow"
-    try:
+    with _told(path):
         with path.open("rb") as file:
             magic = file.read(6)
-        table: TableFile = ParquetTable(path) if kind == "Parquet" else ArrowTable(path, is_file=magic == b"ARROW1")
-        _ = table.schema, table.rows
-    except (pa.ArrowException, OSError, EOFError) as e:
+        is_parquet = path.suffix == ".parquet"
+        table: TableFile = ParquetTable(path) if is_parquet else ArrowTable(path, is_file=magic == b"ARROW1")
+        _ = table.schema.names, table.rows
+        return table
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Raise `LgpError` with the name of a file that cannot be read as a table in the block."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, EOFError, UnicodeError) as e:
+        kind = "Parquet" if path.suffix == ".parquet" else "Arrow"
         raise LgpError(f"{path} cannot be read as {kind}: {one_line(e)}; mend or remove it") from None
+
+
+def _valid(table: Any) -> Any:
+    """Return a table whose cells are what their columns say: text is UTF-8, lengths are within their column."""
+    table.validate(full=True)
     return table
 
 
@@ -87,8 +102,8 @@ class ParquetTable:
         """Read a few small columns, as a `pyarrow.Table`. `image.path` reads a field of a struct column alone."""
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(self.path) as file:
-            return file.read(columns=list(names))
+        with _told(self.path), pq.ParquetFile(self.path) as file:
+            return _valid(file.read(columns=list(names)))
 
     def lacks(self, name: str, leaf: str) -> bool:
         """Return whether the statistics say that a field of a struct column is null in every row."""
@@ -161,7 +176,8 @@ class ArrowTable:
         """Read a few small columns, as a `pyarrow.Table`. `image.path` reads a field of a struct column alone."""
         import pyarrow as pa
 
-        table = pa.Table.from_batches(list(self._batches([name.partition(".")[0] for name in names])))
+        with _told(self.path):
+            table = _valid(pa.Table.from_batches(list(self._batches([name.partition(".")[0] for name in names]))))
         return table.flatten().select(list(names)) if any("." in name for name in names) else table
 
     def lacks(self, name: str, leaf: str) -> bool:
