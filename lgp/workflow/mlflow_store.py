@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import sys
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, NoReturn
 
 from filelock import FileLock
@@ -158,6 +160,16 @@ class Logged(NamedTuple):
 
 
 @contextmanager
+def _without_links(folder: Path, scratch: Path) -> Iterator[Path]:
+    """Yield a folder whose files are no links. MLflow refuses links, as DVC makes with `cache.type symlink`."""
+    if not any(path.is_symlink() for path in folder.rglob("*")):
+        yield folder
+        return
+    with TemporaryDirectory(dir=scratch) as place:
+        yield Path(shutil.copytree(folder, Path(place) / folder.name))
+
+
+@contextmanager
 def _other_version_said(uri: str) -> Iterator[None]:
     """Say which version of MLflow wrote a database that this one does not read. MLflow tells to upgrade any."""
     import mlflow
@@ -190,8 +202,9 @@ class Store:
         logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
         self.mlflow = mlflow
         self.run_id = ""
-        (root / ".lgp").mkdir(exist_ok=True)
-        self.lock = FileLock(root / ".lgp" / "mlflow.lock")
+        self.scratch = root / ".lgp"
+        self.scratch.mkdir(exist_ok=True)
+        self.lock = FileLock(self.scratch / "mlflow.lock")
         # the client creates the tables of a new store at once; two processes that do so at the same time crash
         with self.lock:
             if uri.startswith("sqlite:///"):
@@ -342,12 +355,17 @@ class Store:
         return self._log_model(CLASSIFIERS, folder, tags, f"classifier-{tags['arm']}-{tags['task']}")
 
     def _log_model(self, kind: Registered, folder: Path, tags: dict[str, str], name: str) -> Logged:
-        with self.mlflow.start_run(run_id=self.run_id), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        with (
+            _without_links(folder, self.scratch) as files,
+            self.mlflow.start_run(run_id=self.run_id),
+            warnings.catch_warnings(),
+            redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")  # MLflow asks for an input example, which would load the model
             info = self.mlflow.pyfunc.log_model(
                 name=name,
                 python_model=str(kind.code),
-                artifacts={kind.artifact: str(folder)},
+                artifacts={kind.artifact: str(files)},
                 pip_requirements=[f"{p}=={version(p)}" for p in kind.needs],
                 registered_model_name=kind.registry,
                 tags=tags,
