@@ -24,6 +24,11 @@ class NotTrained(LgpError):  # noqa: N818 - it says what is the case
     """A training that failed its checks. A stage publishes its outputs before it fails with this error."""
 
 
+def escaped(text: str) -> str:
+    """Return text of unknown origin as one line: what cannot be printed becomes the escape that Python writes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def is_disk_full(error: OSError) -> bool:
     """Return whether a file-system error means that no space or no quota is left."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -304,7 +304,7 @@ def test_pickle_with_code_is_refused_and_not_run(
 )
 def test_damaged_file_is_one_line(name: str, content: bytes, params: Params, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(LgpError, match=r"cannot be read as a checkpoint|holds more than tensors|is empty"):
+    with pytest.raises(LgpError, match=r"cannot be read as a checkpoint|is empty|is no checkpoint"):
         read(tmp_path / name, params)
 
 

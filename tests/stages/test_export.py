@@ -66,6 +66,12 @@ def test_another_suffix_is_refused_and_the_four_are_named(suffix: str, project: 
     assert not list(project.glob("a*"))
 
 
+def test_name_that_is_all_suffix_counts_as_one(project: Path) -> None:
+    assert ".safetensors is no format" in error_of(lgp("export", "graft", ".safetensors"))
+    assert lgp("export", "graft", ".pth").exit_code == 0
+    assert (project / ".pth").is_file()
+
+
 def test_what_is_no_model_is_refused(project: Path) -> None:
     assert "there is no encoder of arm 'grfat' yet" in error_of(lgp("export", "grfat", "a.pth"))
     for source in ("models/graft", "./nothing", "Graft"):
