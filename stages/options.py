@@ -1,5 +1,6 @@
 """The options that the stages share, and the one line that a failing command prints."""
 
+import io
 import os
 import re
 import sys
@@ -9,11 +10,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lgp.errors import LgpError, is_disk_full
+from lgp.errors import LgpError, escaped, is_disk_full
 
 
 class OneLineErrors(TyperGroup):
     """Prints a caller's mistake as one line and exits with 1; `--debug` of a stage shows the traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line. What the terminal cannot show is printed as an escape: it stops no stage."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -37,7 +45,7 @@ class OneLineErrors(TyperGroup):
 def _line(error: BaseException) -> str:
     if isinstance(error, OSError) and is_disk_full(error):
         return f"disk full while writing {error.filename or 'a file'}: free some space and run again"
-    return " ".join(str(error).split())
+    return escaped(" ".join(str(error).split()))
 
 
 def print_version(wanted: bool) -> None:

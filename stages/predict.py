@@ -62,11 +62,11 @@ def predict(
 def _champion(settings: "RunParams") -> Path:
     """Return the registry's champion among classifiers. Without one it is the best on val, and the output says so."""
     from lgp.evaluate.prediction import find_classifier
-    from lgp.workflow.mlflow_store import has_store, store_uri
+    from lgp.workflow.mlflow_store import has_store
     from lgp.workflow.tracking import visitor
 
     root = Path(os.environ.get("DVC_ROOT", "."))
-    if has_store(store_uri(settings.tracking_uri, root)):
+    if has_store(settings.tracking_uri, root):
         champion = visitor(settings.tracking_uri, settings.experiment, root).champion_classifier(MODELS)
         if champion is not None:
             print(f"predict: {champion} is the champion of the registry", flush=True)

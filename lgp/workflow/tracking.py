@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lgp.compute.digests import file_digest
+from lgp.errors import escaped
 from lgp.models.files import CLASSIFIERS as CLASSIFIER_FOLDERS
 from lgp.models.files import CONFIG, WEIGHTS, classifier_digest
 from lgp.workflow.mlflow_store import CLASSIFIERS, ENCODERS, Evaluated, Registered, Store, TrackedResult, store_uri
@@ -99,7 +100,7 @@ class Tracker:
                 self._give_up(e)
         if record:
             self._lines.parent.mkdir(parents=True, exist_ok=True)
-            with self._lines.open("a") as file:
+            with self._lines.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         return None
 
@@ -118,19 +119,19 @@ class Tracker:
         self._opened = True
         self._connect()
         about = self.description
-        resume = self._resume_file.read_text().strip() if self._resume_file.exists() else None
+        resume = self._resume_file.read_text(encoding="utf-8").strip() if self._resume_file.exists() else None
         started = self.attempt(
             lambda m: m.start(about.name, about.tags, about.values, resume, self._started_ms),
             {"run": about.name, "tags": about.tags, "params": about.values},
         )
         if started:
-            self._resume_file.write_text(f"{started}\n")
+            self._resume_file.write_text(f"{started}\n", encoding="utf-8")
 
     def _give_up(self, reason: Exception) -> None:
         """Continue without MLflow."""
         self._store = None
-        text = " ".join(str(reason).split())[:200]
-        then = f"; writing to {self._lines}" if self._opened else ""
+        text = " ".join(str(reason).split())[:300]
+        then = f"; writing to {escaped(str(self._lines))}" if self._opened else ""
         print(f"warning: MLflow tracking failed ({type(reason).__name__}: {text}){then}", flush=True)
 
     def log_epoch(self, values: dict[str, float]) -> None:
