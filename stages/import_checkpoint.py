@@ -41,12 +41,15 @@ def import_checkpoint(
     with stage(spec, params_file) as run:
         from lgp.data.storage import Images
         from lgp.models.checkpoint_files import shown
+        from lgp.models.interchange import few_faults
         from lgp.models.interchange import import_checkpoint as read
         from lgp.workflow.publishing import publish_imported
 
         imported = read(file, run.params.model, run.params.data, partial, given)
         for use in imported.uses:
             print(f"{shown(use.name):60} {shown(use.target or '–'):40} {use.how}")
+        if imported.faults:
+            print(f"warning: this encoder is not the file's: {few_faults(imported.faults)}")
         print(f"the checkpoint does not say the number of heads: model.heads gives {run.params.model.heads}")
         ours = Images(PREPARED).normalization
         print(f"its images are normalised by {imported.normalization}, from {imported.normalization_from}")

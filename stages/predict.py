@@ -30,6 +30,7 @@ def predict(
     """Write class, probability, runner-up and margin of each image of a folder."""
     from lgp.data.sources.opening import open_images
     from lgp.data.table_writing import table_writer
+    from lgp.errors import escaped
     from lgp.evaluate.prediction import find_classifier
     from lgp.params.file import load_params
 
@@ -55,7 +56,7 @@ def predict(
                     counts[str(name)] += int(number)
                 advance(len(table))
     print(f"predict: {sum(counts.values())} images by {folder}; {without} files without a prediction")
-    print(f"predict: {', '.join(f'{name} {count}' for name, count in counts.items() if count)}")
+    print(f"predict: {', '.join(f'{escaped(name)} {count}' for name, count in counts.items() if count)}")
     print(f"predict: {out} has them")
 
 

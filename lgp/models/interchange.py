@@ -1,7 +1,7 @@
 """Import of other projects' checkpoints, and export in MAE's layout. Every tensor of a file is accounted for."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,7 @@ class Imported:
         uses: the use of each tensor of the file.
         normalization: of the images that the encoder was trained on.
         normalization_from: where that is from, as text.
+        faults: what is missing, misshapen or left over, empty unless the import was partial.
     """
 
     layout: str
@@ -104,6 +105,7 @@ class Imported:
     uses: list[Use]
     normalization: Normalization
     normalization_from: str
+    faults: list[str]
 
     @property
     def first_fc(self) -> str | None:
@@ -145,10 +147,9 @@ def import_checkpoint(
     taken, projector, uses, faults = _take(tensors, layout, wanted, path)
     faults += [f"{name} is missing" for name in wanted if name not in taken]
     if faults and not partial:
-        few = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
         raise LgpError(
-            f"{path} ({layout.name}) does not fill the encoder: {few}. {_dimensions(layout, tensors)}, the parameters "
-            f"say width {model.width}, depth {model.depth}, patch {model.patch_size}, {data.channels} channels: set "
+            f"{path} ({layout.name}) does not fill the encoder: {few_faults(faults)}. "
+            f"{_dimensions(layout, tensors)}, the parameters say width {model.width}, depth {model.depth}, patch {model.patch_size}, {data.channels} channels: set "
             "`model` and `data` to the file's, or add --partial to take what fits"
         )
     if not taken:
@@ -156,7 +157,12 @@ def import_checkpoint(
     encoder.load_state_dict(wanted | taken, strict=True)
     known = (normalization, "the command") if normalization else _known_normalization(path, content, beside, layout)
     _check_channels(*known, data.channels)
-    return Imported(layout.name, encoder, projector, uses, *known)
+    return Imported(layout.name, encoder, projector, uses, *known, faults)
+
+
+def few_faults(faults: Sequence[str]) -> str:
+    """Return the first faults as text, and how many more there are."""
+    return "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
 
 
 def _take(

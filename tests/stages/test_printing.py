@@ -10,6 +10,7 @@ from conftest import ROOT
 from typer.testing import CliRunner
 
 from cli import app
+from lgp.data.splits import few_names
 
 
 @pytest.mark.parametrize(("name", "shown"), [("a\x1b[31m.pth", r"a\x1b[31m.pth"), ("\udcff.pth", r"\udcff.pth")])
@@ -35,3 +36,7 @@ def test_help_is_printed_in_every_locale(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "cli.py"), "export", "--help"]
     done = subprocess.run(command, cwd=tmp_path, env=surroundings, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_names_of_classes_stay_on_one_line() -> None:
+    assert few_names(["two\nlines", "\x1b[31m", "日本"]) == r"two\nlines, \x1b[31m, 日本"
