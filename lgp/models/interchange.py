@@ -149,7 +149,8 @@ def import_checkpoint(
     if faults and not partial:
         raise LgpError(
             f"{path} ({layout.name}) does not fill the encoder: {few_faults(faults)}. "
-            f"{_dimensions(layout, tensors)}, the parameters say width {model.width}, depth {model.depth}, patch {model.patch_size}, {data.channels} channels: set "
+            f"{_dimensions(layout, tensors)}, the parameters say width {model.width}, depth {model.depth}, "
+            f"patch {model.patch_size}, {data.channels} channels: set "
             "`model` and `data` to the file's, or add --partial to take what fits"
         )
     if not taken:
