@@ -407,7 +407,9 @@ def bench_pipeline() -> dict[str, Any]:
     """Measure `dvc repro` with nothing to do; None where a stage would run."""
     dvc = [sys.executable, "-m", "dvc"]
     try:
-        status = subprocess.run([*dvc, "status", "--json"], capture_output=True, text=True, check=True).stdout
+        status = subprocess.run(
+            [*dvc, "status", "--json"], capture_output=True, check=True, encoding="utf-8", errors="surrogateescape"
+        ).stdout
         if json.loads(status):
             return {"dvc_repro_s": None}
         started = time.perf_counter()
@@ -469,7 +471,7 @@ def write(result: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     about = result["machine"]
     stem = f"{about['date']}-{about['device'].replace(' ', '-').lower()}"
-    (folder / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     page = folder / f"{stem}.md"
-    page.write_text(markdown(result))
+    page.write_text(markdown(result), encoding="utf-8")
     return page

@@ -30,6 +30,11 @@ def without_credentials(text: str) -> str:
     return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1?…", re.sub(r"://[^/\s]*@", "://", text))
 
 
+def escaped(text: str) -> str:
+    """Return text of unknown origin as one line: what cannot be printed becomes the escape that Python writes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def is_disk_full(error: OSError) -> bool:
     """Return whether a file-system error means that no space or no quota is left."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -14,5 +14,5 @@ def bench(quick: Quick = False, folder: Folder = Path("benchmarks")) -> None:
     from lgp import bench as benchmark
 
     page = benchmark.write(benchmark.bench(quick), folder)
-    print(page.read_text())
+    print(page.read_text(encoding="utf-8"))
     print(f"written to {page} and {page.with_suffix('.json')}")

@@ -26,8 +26,8 @@ def export(source: Source, file: Target) -> None:
     .onnx: ONNX, for any number of images. .pt2: torch's exported program. .pth: MAE's layout, with an MAE decoder if
     the arm has one. No suffix: a folder for the Hugging Face Hub, which timm loads, with a model card.
     """
-    if file.suffix not in (".onnx", ".pt2", ".pth", ""):
-        raise LgpError(f"{file}: {file.suffix} is no format of `lgp export`: choose {FORMATS}")
+    if file.name.startswith(".") or file.suffix not in (".onnx", ".pt2", ".pth", ""):
+        raise LgpError(f"{file}: {file.suffix or file.name} is no format of `lgp export`: choose {FORMATS}")
     folder = _model_folder(source)
 
     from lgp.models.exporting import export_mae, export_onnx, export_program, new_output

@@ -40,12 +40,16 @@ def import_checkpoint(
     spec = StageSpec("import_checkpoint", SECTIONS["import_checkpoint"], [PREPARED, file], [folder], arm, "pretrain")
     with stage(spec, params_file) as run:
         from lgp.data.storage import Images
+        from lgp.models.checkpoint_files import shown
+        from lgp.models.interchange import few_faults
         from lgp.models.interchange import import_checkpoint as read
         from lgp.workflow.publishing import publish_imported
 
         imported = read(file, run.params.model, run.params.data, partial, given)
         for use in imported.uses:
-            print(f"{use.name:60} {use.target or '–':40} {use.how}")
+            print(f"{shown(use.name):60} {shown(use.target or '–'):40} {use.how}")
+        if imported.faults:
+            print(f"warning: this encoder is not the file's: {few_faults(imported.faults)}")
         print(f"the checkpoint does not say the number of heads: model.heads gives {run.params.model.heads}")
         ours = Images(PREPARED).normalization
         print(f"its images are normalised by {imported.normalization}, from {imported.normalization_from}")

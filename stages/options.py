@@ -1,5 +1,6 @@
 """The options that the stages share, and the one line that a failing command prints."""
 
+import io
 import os
 import re
 import sys
@@ -11,11 +12,18 @@ from typer.core import TyperGroup
 
 from lgp.compute import exhaustion
 from lgp.compute.interruption import line_and_code
-from lgp.errors import LgpError, without_credentials
+from lgp.errors import LgpError, escaped, without_credentials
 
 
 class OneLineErrors(TyperGroup):
     """Prints a caller's mistake as one line and exits with 1; `--debug` of a stage shows the traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line. What the terminal cannot show is printed as an escape: it stops no stage."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -26,7 +34,7 @@ class OneLineErrors(TyperGroup):
             unknown = line is None and isinstance(e, RuntimeError | MemoryError)
             if unknown or ctx.find_root().meta.get("lgp.debug"):
                 raise
-            line = line or without_credentials(" ".join(str(e).split()))
+            line = line or escaped(without_credentials(" ".join(str(e).split())))
             # the rank among the processes that torchrun started
             rank = os.environ["RANK"] if "TORCHELASTIC_RUN_ID" in os.environ else "0"
             if isinstance(e, KeyboardInterrupt):

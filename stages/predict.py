@@ -30,6 +30,7 @@ def predict(
     """Write class, probability, runner-up and margin of each image of a folder."""
     from lgp.data.sources.opening import open_images
     from lgp.data.table_writing import table_writer
+    from lgp.errors import escaped
     from lgp.evaluate.prediction import find_classifier
     from lgp.params.file import load_params
 
@@ -55,18 +56,18 @@ def predict(
                     counts[str(name)] += int(number)
                 advance(len(table))
     print(f"predict: {sum(counts.values())} images by {folder}; {without} files without a prediction")
-    print(f"predict: {', '.join(f'{name} {count}' for name, count in counts.items() if count)}")
+    print(f"predict: {', '.join(f'{escaped(name)} {count}' for name, count in counts.items() if count)}")
     print(f"predict: {out} has them")
 
 
 def _champion(settings: "RunParams") -> Path:
     """Return the registry's champion among classifiers. Without one it is the best on val, and the output says so."""
     from lgp.evaluate.prediction import find_classifier
-    from lgp.workflow.mlflow_store import has_store, store_uri
+    from lgp.workflow.mlflow_store import has_store
     from lgp.workflow.tracking import visitor
 
     root = Path(os.environ.get("DVC_ROOT", "."))
-    if has_store(store_uri(settings.tracking_uri, root)):
+    if has_store(settings.tracking_uri, root):
         champion = visitor(settings.tracking_uri, settings.experiment, root).champion_classifier(MODELS)
         if champion is not None:
             print(f"predict: {champion} is the champion of the registry", flush=True)

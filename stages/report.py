@@ -57,7 +57,7 @@ def report(params_file: ParamsFile = DEFAULT_PARAMS, fresh: Fresh = False, debug
         for picture in sorted(out.figures.iterdir()):
             run.tracker.log_figure(picture)
         digest = None if best is None else encoder_digest(encoder_folder(best))
-        run.out(champion).write_text(json.dumps({"arm": best, "encoder_digest": digest}) + "\n")
+        run.out(champion).write_text(json.dumps({"arm": best, "encoder_digest": digest}) + "\n", encoding="utf-8")
         if "DVC_EXP_NAME" in os.environ:
             print("report: an experiment moves no alias of the registry: `lgp promote ARM` does", flush=True)
         elif best is None or digest is None:

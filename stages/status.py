@@ -73,10 +73,10 @@ def _show_caches(root: Path) -> None:
 def _show_runs(root: Path, run: "RunParams") -> None:
     from lgp.compute.units import time_text
     from lgp.report.terminal import print_table
-    from lgp.workflow.mlflow_store import has_store, store_uri
+    from lgp.workflow.mlflow_store import has_store
     from lgp.workflow.tracking import visitor
 
-    if not has_store(store_uri(run.tracking_uri, root)):
+    if not has_store(run.tracking_uri, root):
         print("No run is tracked yet.")
         return
     found = visitor(run.tracking_uri, run.experiment, root).ask(lambda m: m.unfinished())

@@ -208,7 +208,7 @@ def _write(folder: Path, table: pd.DataFrame, subsets: Subsets, classes: list[st
     digest.update(table.to_csv(index=False).encode())
     digest.update(json.dumps([subsets, classes], sort_keys=True).encode())
     meta = {"classes": classes, "images": images.meta["digest"], "digest": digest.hexdigest()}
-    (folder / META).write_text(json.dumps(meta, indent=2))
+    (folder / META).write_text(json.dumps(meta, indent=2), encoding="utf-8")
     return digest.hexdigest()
 
 

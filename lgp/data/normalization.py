@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from lgp.errors import LgpError
+from lgp.errors import LgpError, escaped
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,32 @@ class Normalization:
         """Take `mean` and `std` from a record: the `meta.json` of prepared images, or timm's `pretrained_cfg`."""
         return cls(tuple(map(float, record["mean"])), tuple(map(float, record["std"])))
 
+    def is_possible(self) -> bool:
+        """Return whether pixels in [0, 1] can have these statistics."""
+        within = all(0 <= mean <= 1 for mean in self.mean) and all(0 < std <= 1 for std in self.std)
+        return within and len(self.mean) == len(self.std) > 0
+
     def __str__(self) -> str:
         return f"mean {list(self.mean)}, std {list(self.std)}"
+
+
+def foreign_normalization(record: Mapping[str, Any], source: Path) -> Normalization:
+    """Take `mean` and `std` from a file of another project.
+
+    Raises:
+        LgpError: they are no lists of numbers, or none of pixels in [0, 1].
+    """
+    try:
+        found = Normalization.of(record)
+    except (TypeError, ValueError, OverflowError):
+        found = Normalization((), ())
+    if not found.is_possible():
+        shown = escaped(f"mean {record['mean']}, std {record['std']}")[:100]
+        raise LgpError(
+            f"{source} has {shown}, which are no statistics of pixels in [0, 1], one value a channel: give the right "
+            "ones, e.g. --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"
+        )
+    return found
 
 
 def parse_normalization(mean: str | None, std: str | None) -> Normalization | None:
@@ -32,14 +57,13 @@ def parse_normalization(mean: str | None, std: str | None) -> Normalization | No
     """
     if mean is None and std is None:
         return None
-    means, stds = _numbers(mean), _numbers(std)
-    possible = all(0 <= m <= 1 for m in means) and all(0 < s <= 1 for s in stds)
-    if not means or len(means) != len(stds) or not possible:
+    given = Normalization(_numbers(mean), _numbers(std))
+    if not given.is_possible():
         raise LgpError(
             f"--mean {mean} --std {std} are no statistics: give both, one value a channel, of pixels in [0, 1], "
             "e.g. --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"
         )
-    return Normalization(means, stds)
+    return given
 
 
 def _numbers(text: str | None) -> tuple[float, ...]:

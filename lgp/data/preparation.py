@@ -381,7 +381,7 @@ def _write_meta(folder: Path, index: pd.DataFrame, sums: pd.Series, params: Data
         "mean": params.mean,
         "std": params.std,
     }
-    (folder / META).write_text(json.dumps(meta))
+    (folder / META).write_text(json.dumps(meta), encoding="utf-8")
     if params.mean is None or params.std is None:
         of_train = [of_image for of_image in sums[index["part"] == "train"] if of_image]
         mean, std = of_sums(of_train, params.image_size**2) if of_train else of_stored(StoredImages(folder))
@@ -392,5 +392,5 @@ def _write_meta(folder: Path, index: pd.DataFrame, sums: pd.Series, params: Data
     if not (folder / ARRAY).exists():
         digest.update(b"encoded")  # crops of an array differ by rounding
     meta["digest"] = digest.hexdigest()
-    (folder / META).write_text(json.dumps(meta, indent=2))
+    (folder / META).write_text(json.dumps(meta, indent=2), encoding="utf-8")
     return digest.hexdigest()

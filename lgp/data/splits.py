@@ -9,7 +9,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from lgp.errors import LgpError
+from lgp.errors import LgpError, escaped
 
 FEW = 5  # labelled images of a class; with fewer, its accuracy says little
 
@@ -199,5 +199,7 @@ def notes_on_classes(counts: dict[str, int], held_out: bool) -> list[str]:
 
 
 def few_names(names: Sequence[str], shown: int = 10) -> str:
-    """Return the first names of classes, and how many more there are."""
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more classes" if len(names) > shown else "")
+    """Return the first names of classes on one line, and how many more there are."""
+    return ", ".join(map(escaped, names[:shown])) + (
+        f" and {len(names) - shown} more classes" if len(names) > shown else ""
+    )

@@ -46,6 +46,7 @@ INDEX, META, ARRAY = "index.parquet", "meta.json", "images.npy"
 PARTS = ("train", "val", "test", "dropped")
 SHARDS, BATCH_ROWS = "images-{:05d}.arrow", 64
 REMEDY = "run `lgp prepare`"
+LONGEST_STRIP = 16  # times its width: longer ones are cut before they are resized
 
 
 class ImagesMeta(BaseModel):
@@ -260,7 +261,11 @@ class StoredImages:
 
 
 def square(pixels: np.ndarray, shorter: int, size: int, resampling: Image.Resampling) -> np.ndarray:
-    """Resize pixels (H, W, C) to a shorter side, and cut the square in the middle. Roundings are torchvision's."""
+    """Resize pixels (H, W, C) to a shorter side, and cut the square in the middle. Roundings are torchvision's.
+
+    Of a strip, the middle is cut first: of 1 × 8,000 pixels, the whole resized strip would take gigabytes.
+    """
+    pixels = _middle(pixels)
     height, width, channels = pixels.shape
     longer = int(shorter * max(height, width) / min(height, width))
     across, down = (shorter, longer) if width <= height else (longer, shorter)
@@ -269,3 +274,11 @@ def square(pixels: np.ndarray, shorter: int, size: int, resampling: Image.Resamp
     resized = [np.atleast_3d(np.asarray(as_image(band).resize((across, down), resampling))) for band in bands]
     top, left = round((down - size) / 2), round((across - size) / 2)
     return np.concatenate(resized, axis=2)[top : top + size, left : left + size]
+
+
+def _middle(pixels: np.ndarray) -> np.ndarray:
+    """Return the middle of a strip, `LONGEST_STRIP` times as long as wide, or one more: it stays in the middle."""
+    height, width = pixels.shape[:2]
+    length = max(height, width) - LONGEST_STRIP * min(height, width)
+    cut = max(length // 2, 0)
+    return pixels[cut : height - cut] if height > width else pixels[:, cut : width - cut]

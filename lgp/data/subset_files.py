@@ -18,7 +18,7 @@ Subsets = Mapping[str, list[list[int]]]
 
 def save_subsets(folder: Path, subsets: Subsets) -> None:
     """Write all subsets: name → lists of ids."""
-    (folder / SUBSETS).write_text(json.dumps(subsets))
+    (folder / SUBSETS).write_text(json.dumps(subsets), encoding="utf-8")
 
 
 def load_subsets(folder: Path, name: str) -> list[np.ndarray]:

@@ -167,10 +167,10 @@ class _Pieces:
     def resume(self, plan: str) -> int:
         """Take over the whole pieces of the same plan. Remove all others. Return the number of their rows."""
         file = self.work / PLAN
-        if not file.exists() or file.read_text() != plan:
+        if not file.exists() or file.read_text(encoding="utf-8") != plan:
             for old in [file, *self.work.glob("[0-9]*.*")]:
                 old.unlink(missing_ok=True)
-            file.write_text(plan)
+            file.write_text(plan, encoding="utf-8")
         done = 0
         while (rows := self._file(self.whole, "parquet")).exists():
             done += pq.read_metadata(rows).num_rows

@@ -93,8 +93,8 @@ def save_pixels(folder: Path, images: Images, provenance: Any) -> None:
 
 def save_texts(folder: Path, config: Any, provenance: Any) -> None:
     """Write configuration and provenance beside the weights."""
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

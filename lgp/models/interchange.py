@@ -1,8 +1,7 @@
 """Import of other projects' checkpoints, and export in MAE's layout. Every tensor of a file is accounted for."""
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lgp.compute.randomness import seeded
-from lgp.data.normalization import Normalization
+from lgp.data.normalization import Normalization, foreign_normalization
 from lgp.errors import LgpError
-from lgp.models.checkpoint_files import fault_of, read_tensors, unwrapped
+from lgp.models.checkpoint_files import fault_of, fault_of_count, object_beside, read_tensors, shown, unwrapped
 from lgp.models.files import CONFIG
 from lgp.models.vit import build_encoder, init_encoder_as_moco
 from lgp.params.data import DataParams
@@ -97,6 +96,7 @@ class Imported:
         uses: the use of each tensor of the file.
         normalization: of the images that the encoder was trained on.
         normalization_from: where that is from, as text.
+        faults: what is missing, misshapen or left over, empty unless the import was partial.
     """
 
     layout: str
@@ -105,6 +105,7 @@ class Imported:
     uses: list[Use]
     normalization: Normalization
     normalization_from: str
+    faults: list[str]
 
     @property
     def first_fc(self) -> str | None:
@@ -136,7 +137,7 @@ def import_checkpoint(
             that are missing, misshapen or left over; the message names them. Or the normalization is not known, or of
             another number of channels.
     """
-    content, beside = read_tensors(path), _config_beside(path)
+    content, beside = read_tensors(path), object_beside(path.with_name(CONFIG))
     layout, tensors = recognise(content, path)
     _check_heads(path, beside, model)
     with seeded(0, "import"):
@@ -146,10 +147,10 @@ def import_checkpoint(
     taken, projector, uses, faults = _take(tensors, layout, wanted, path)
     faults += [f"{name} is missing" for name in wanted if name not in taken]
     if faults and not partial:
-        few = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
         raise LgpError(
-            f"{path} ({layout.name}) does not fill the encoder: {few}. {_dimensions(layout, tensors)}, the parameters "
-            f"say width {model.width}, depth {model.depth}, patch {model.patch_size}, {data.channels} channels: set "
+            f"{path} ({layout.name}) does not fill the encoder: {few_faults(faults)}. "
+            f"{_dimensions(layout, tensors)}, the parameters say width {model.width}, depth {model.depth}, "
+            f"patch {model.patch_size}, {data.channels} channels: set "
             "`model` and `data` to the file's, or add --partial to take what fits"
         )
     if not taken:
@@ -157,7 +158,12 @@ def import_checkpoint(
     encoder.load_state_dict(wanted | taken, strict=True)
     known = (normalization, "the command") if normalization else _known_normalization(path, content, beside, layout)
     _check_channels(*known, data.channels)
-    return Imported(layout.name, encoder, projector, uses, *known)
+    return Imported(layout.name, encoder, projector, uses, *known, faults)
+
+
+def few_faults(faults: Sequence[str]) -> str:
+    """Return the first faults as text, and how many more there are."""
+    return "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
 
 
 def _take(
@@ -182,48 +188,34 @@ def _take(
         reason = layout.left_out(name)
         if layout.projector and name.startswith(layout.projector):
             head = f"{PROJECTOR}.{name.removeprefix(layout.projector)}"
-            if not name.endswith("num_batches_tracked"):
-                _check_weight(name, tensor, path)
-            projector[head] = tensor
+            projector[head] = _checked_head(head, tensor, wanted, f"{path}: {shown(name)}")
             uses.append(Use(name, head, PROJECTOR))
         elif target in wanted:
-            _check_weight(name, tensor, path)
+            _check_weight(tensor, f"{path}: {name}")
             fitted, how = _fitted(target, tensor, wanted[target])
             if fitted is None:
                 faults.append(f"{name} is {how}")
                 uses.append(Use(name, None, how))
             else:
+                _check_weight(fitted, f"{path}: {name}, {how},")
                 taken[target] = fitted.to(wanted[target].dtype)
                 uses.append(Use(name, target, how))
         else:
             uses.append(Use(name, None, reason or "no place in the encoder"))
             if reason is None:
-                faults.append(f"{name} has no place in the encoder")
+                faults.append(f"{shown(name)} has no place in the encoder")
     return taken, projector, uses, faults
-
-
-def _config_beside(path: Path) -> dict[str, Any]:
-    """Read the `config.json` beside a file, as timm and lgp write it; an empty dict if there is none.
-
-    Raises:
-        LgpError: it is damaged.
-    """
-    config = path.with_name(CONFIG)
-    if not config.is_file():
-        return {}
-    try:
-        return dict(json.loads(config.read_text()))
-    except (ValueError, TypeError) as e:
-        raise LgpError(
-            f"{config} beside the checkpoint is damaged ({e}): mend it, or move the checkpoint away"
-        ) from None
 
 
 def _check_heads(path: Path, beside: Mapping[str, Any], model: ModelParams) -> None:
     """Check the number of attention heads against a configuration beside the file. No tensor shows this number."""
-    heads = beside.get("model_args", {}).get("num_heads", model.heads)
+    args = beside.get("model_args")
+    heads = args.get("num_heads", model.heads) if isinstance(args, Mapping) else model.heads
     if heads != model.heads:
-        raise LgpError(f"{path.with_name(CONFIG)} says {heads} heads, model.heads is {model.heads}: set it to {heads}")
+        raise LgpError(
+            f"{path.with_name(CONFIG)} says {shown(heads)} heads, model.heads is {model.heads}: set it to "
+            f"{shown(heads)}, or mend the file"
+        )
 
 
 def _check_channels(normalization: Normalization, source: str, channels: int) -> None:
@@ -250,8 +242,8 @@ def _known_normalization(
     """
     records = {path: content.get(PRETRAINED_CFG), path.with_name(CONFIG): beside.get(PRETRAINED_CFG, beside)}
     for source, record in records.items():
-        if isinstance(record, Mapping) and record.get("mean") and record.get("std"):
-            return Normalization.of(record), str(source)
+        if isinstance(record, Mapping) and None not in (record.get("mean"), record.get("std")):
+            return foreign_normalization(record, source), str(source)
     if layout.normalization is not None:
         return layout.normalization, f"the code of {layout.name}"
     raise LgpError(
@@ -278,23 +270,42 @@ def _first_keys(content: Any) -> str:
     """Return the first keys of a file, and of the containers in it, as text."""
     if not isinstance(content, dict):
         return type(content).__name__
-    shown = [
-        f"{key} ({', '.join(map(str, list(value)[:2]))}, …)" if isinstance(value, dict) and value else str(key)
+    keys = [
+        f"{shown(key)} ({', '.join(map(shown, list(value)[:2]))}, …)"
+        if isinstance(value, dict) and value
+        else shown(key)
         for key, value in list(content.items())[:5]
     ]
-    return ", ".join(shown)
+    return ", ".join(keys) or "none"
 
 
-def _check_weight(name: str, tensor: Tensor, path: Path) -> None:
+def _check_weight(tensor: Tensor, which: str) -> None:
     if fault := fault_of(tensor):
-        raise LgpError(f"{path}: {name} {fault}: the file is damaged, or no checkpoint of plain weights")
+        raise LgpError(f"{which} {fault}: the file is damaged, or no checkpoint of plain weights")
+
+
+def _checked_head(head: str, tensor: Tensor, wanted: Tensors, which: str) -> Tensor:
+    """Return a tensor of the projector, a weight in single precision or a count, in memory of its own.
+
+    Raises:
+        LgpError: it is neither, or the first layer, which few labels use, does not fit the encoder.
+    """
+    if head.endswith("num_batches_tracked"):
+        if fault := fault_of_count(tensor):
+            raise LgpError(f"{which} {fault}: the file is damaged")
+        return tensor.clone()
+    _check_weight(tensor, which)
+    width = len(wanted["norm.weight"])
+    if head == PROJECTOR_FIRST_FC and (tensor.ndim != 2 or tensor.shape[1] != width or not len(tensor)):
+        raise LgpError(f"{which} is {tuple(tensor.shape)} where (N, {width}) is needed: the file is damaged")
+    return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _fitted(target: str, tensor: Tensor, wanted: Tensor) -> tuple[Tensor | None, str]:
     """Return the tensor in the encoder's shape, None if it does not fit, and how it is used."""
     if tensor.shape == wanted.shape:
         return tensor, ENCODER
-    same_width = tensor.ndim == 3 and tensor.shape[-1] == wanted.shape[-1]
+    same_width = tensor.ndim == 3 and tensor.shape[::2] == wanted.shape[::2]
     if target == "pos_embed" and same_width and _is_square(tensor.shape[1] - 1):
         old, new = round((tensor.shape[1] - 1) ** 0.5), round((wanted.shape[1] - 1) ** 0.5)
         # bicubic and not antialiased, as MAE's and LGP's code
@@ -309,9 +320,10 @@ def _is_square(n: int) -> bool:
 
 def _dimensions(layout: Layout, tensors: Tensors) -> str:
     """Return the dimensions of the ViT in a file, from the shapes of its tensors, as text."""
-    depth = 1 + max(int(m.group(1)) for name in tensors if (m := re.match(rf"{layout.encoder}blocks\.(\d+)\.", name)))
+    blocks = re.compile(rf"{re.escape(layout.encoder)}blocks\.(\d{{1,4}})\.")
+    depth = 1 + max(int(found[1]) for name in tensors if (found := blocks.match(name)))
     patch = tensors.get(f"{layout.encoder}patch_embed.proj.weight")
-    if patch is None:
+    if patch is None or patch.ndim != 4:
         return f"The file holds a ViT of depth {depth}"
     return (
         f"The file holds a ViT of width {len(patch)}, depth {depth}, patch {patch.shape[2]}, {patch.shape[1]} channels"

@@ -239,7 +239,7 @@ def load_params(path: Path) -> Params:
             sections that contradict each other. The message names key, value and what is valid.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise LgpError(
             f"cannot read the parameter file {path} ({getattr(e, 'strerror', 'not text')}): go to the project's "

@@ -10,8 +10,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
+from lgp.errors import escaped
+
 P = ParamSpec("P")
 DPI = 120
+LONGEST_NAME = 24  # characters
 # fonts with Chinese, Japanese and Korean letters, of Linux, macOS and Windows; those that are there help out
 OTHER_LETTERS = (
     "Noto Sans CJK JP",
@@ -46,6 +49,12 @@ def with_names(plot: Callable[P, None]) -> Callable[P, None]:
 def _fonts() -> list[str]:
     there = {font.name for font in fontManager.ttflist}
     return ["DejaVu Sans", *(name for name in OTHER_LETTERS if name in there)]
+
+
+def short(name: str) -> str:
+    """Return a name of a user on one line, cut where it is long: an axis would leave no room for the picture."""
+    line = escaped(name)
+    return line if len(line) <= LONGEST_NAME else f"{line[:LONGEST_NAME]}…"
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lgp.data.contact_sheet import thumbnail
 from lgp.evaluate.calibration import Reliability
-from lgp.report.drawing import save, with_names
+from lgp.report.drawing import save, short, with_names
 
 COLOURS = {"pixels": "0.6", "random": "0.4", "mim": "tab:blue", "cl": "tab:orange", "graft": "tab:green"}
 # method → title of its plot
@@ -122,7 +122,7 @@ def plot_per_class(path: Path, by_arm: Mapping[str, np.ndarray], classes: Sequen
     for number, (arm, accuracies) in enumerate(by_arm.items()):
         places = np.arange(len(order)) + (number - (len(by_arm) - 1) / 2) * width
         axes.bar(places, accuracies[order], width, label=arm, color=COLOURS.get(arm))
-    names, rotation = [classes[i] for i in order], 90 if len(order) > 10 else 0
+    names, rotation = [short(classes[i]) for i in order], 90 if len(order) > 10 else 0
     axes.set_xticks(range(len(order)), names, rotation=rotation)
     axes.set(ylabel="test top-1, %", title=title)
     axes.legend()
@@ -142,7 +142,7 @@ def plot_mistakes(path: Path, images: np.ndarray, mistakes: pd.DataFrame, classe
     columns_of = (mistakes[name].tolist() for name in ("label", "prediction", "confidence"))
     for axes, image, label, prediction, confidence in zip(all_axes, images, *columns_of, strict=False):
         axes.imshow(thumbnail(image, max(image.shape[:2])))
-        said = f"{classes[label]}, taken\nfor {classes[prediction]} ({100 * confidence:.0f} %)"
+        said = f"{short(classes[label])}, taken\nfor {short(classes[prediction])} ({100 * confidence:.0f} %)"
         axes.set_title(said, fontsize=7)
     save(figure, path)
 
@@ -185,8 +185,8 @@ def plot_confusion(path: Path, predictions: pd.DataFrame, classes: list[str]) ->
     axes = figure.subplots()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     if len(classes) <= 20:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        axes.set_xticks(range(len(classes)), map(short, classes), rotation=90)
+        axes.set_yticks(range(len(classes)), map(short, classes))
     axes.set(xlabel="predicted", ylabel="true")
     figure.colorbar(image, label="% of the true class")
     save(figure, path)

@@ -69,7 +69,7 @@ def write_report(
     arms = inputs.read()
     results, verdict = results_table(arms), judge(arms, data)
     results.to_csv(out.table, index=False)
-    out.verdict.write_text("".join(f"{line}\n" for line in verdict.lines))
+    out.verdict.write_text("".join(f"{line}\n" for line in verdict.lines), encoding="utf-8")
     per_class_table(arms, data.classes).to_csv(out.classes, index=False)
     _draw_results(out.figures, arms, results, data)
     _draw_trainings(out.figures, inputs.arms)
@@ -79,10 +79,10 @@ def write_report(
         live["map"] = drawn_map.page(data)
     drawn = [name for name in PICTURES if (out.figures / f"{name}.png").exists()]
     text = page_of(params, data, arms, verdict, results, inputs.arms, drawn)
-    out.page.write_text(text)
+    out.page.write_text(text, encoding="utf-8")
     # the pictures are still in the place where a stage writes them first
     text = text.replace("](figures/", f"]({out.figures.name}/")
-    out.html.write_text(to_html(text, TITLE, out.figures.parent, live))
+    out.html.write_text(to_html(text, TITLE, out.figures.parent, live), encoding="utf-8")
     return verdict
 
 

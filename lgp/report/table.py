@@ -77,7 +77,7 @@ def read_verdict(path: Path) -> list[str]:
     """Read verdict.txt: the verdict, then its notes; raise `LgpError` where there is none."""
     if not path.exists():
         raise LgpError(f"no verdict in {path}, which belongs to the table: run `lgp report` (or `dvc repro`) again")
-    return path.read_text().splitlines()
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def plain_and_added(results: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:

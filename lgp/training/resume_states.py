@@ -75,11 +75,11 @@ class StateStore:
                 lock.acquire(timeout=0)
             except Timeout:
                 self._release()
-                pid = holder.read_text().strip() if holder.exists() else "unknown"
+                pid = holder.read_text(encoding="utf-8").strip() if holder.exists() else "unknown"
                 raise LgpError(
                     f"process {pid} is training the same thing (it holds {lock.lock_file}): wait for it, or stop it"
                 ) from None
-            holder.write_text(f"{os.getpid()}\n")
+            holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
 
     def _release(self) -> None:
         for lock in self._locks:
@@ -100,7 +100,7 @@ class StateStore:
         if not newest:
             raise LgpError(f"nothing to resume: no whole state of these parameters and inputs in {self.folder}")
         writers = {state.name.removeprefix("state-").split(".")[0] for state in newest.values()}
-        self.adopted_file.write_text(", ".join(sorted(writers)))
+        self.adopted_file.write_text(", ".join(sorted(writers)), encoding="utf-8")
         for folder, state in newest.items():
             copied = folder / f"{self.latest.stem}.new"
             shutil.copy(state, copied)
@@ -108,7 +108,7 @@ class StateStore:
 
     def adopted(self) -> str | None:
         """Return the digest of the other code whose state this training took over, None if it took over none."""
-        return self.adopted_file.read_text() if self.adopted_file.exists() else None
+        return self.adopted_file.read_text(encoding="utf-8") if self.adopted_file.exists() else None
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a state durably (write, fsync, rename, fsync the folder).

@@ -22,14 +22,17 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, NoReturn
+from urllib.parse import unquote
 
 from filelock import FileLock
 
 from lgp.compute.liveness import ProcessName
-from lgp.errors import LgpError, without_credentials
+from lgp.data.sources.cells import printable
+from lgp.errors import LgpError, escaped, without_credentials
 from lgp.models.files import CONFIG
 from lgp.workflow.moved_store import ARTIFACTS, follow
 
+SQLITE = "sqlite:///"  # how the address of a store in a file begins
 CHAMPION = "champion"
 PROCESS = "lgp.process"  # the tag of a run that says who writes it
 # metrics of a run that its encoder has too. MLflow's list of models has a column for each metric and task: all forty of
@@ -74,14 +77,39 @@ def _configure() -> None:
         os.environ.setdefault(name, value)
 
 
-def has_store(uri: str) -> bool:
-    """Return whether a store may be at an address: a server, or a database that exists."""
-    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+def has_store(configured: str | None, root: Path) -> bool:
+    """Return whether a project may have a store: a server, or a database that exists."""
+    try:
+        file = file_of(store_uri(configured, root))
+    except LgpError:
+        return False
+    return file is None or file.exists()
+
+
+def file_of(uri: str) -> Path | None:
+    """Return the file of a store in SQLite, None for a server. What follows a `?` in the address are settings."""
+    if not uri.startswith(SQLITE):
+        return None
+    return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0]))
 
 
 def store_uri(configured: str | None, root: Path) -> str:
-    """Return the tracking address: `MLFLOW_TRACKING_URI`, else `run.tracking_uri`, else SQLite in `root`."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or configured or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    """Return the tracking address: `MLFLOW_TRACKING_URI`, else `run.tracking_uri`, else SQLite in `root`.
+
+    Raises:
+        LgpError: MLflow cannot write to the path of `root`.
+    """
+    if given := os.environ.get("MLFLOW_TRACKING_URI") or configured:
+        return given
+    folder = str(root.resolve())
+    # SQLAlchemy reads %20 as a blank, and what follows a ? as settings. MLflow makes the folder of either reading, so
+    # something would be made outside of the project
+    if "?" in folder or unquote(folder) != folder or {"'", '"'} <= set(folder) or printable(folder) != folder:
+        raise LgpError(
+            f"MLflow cannot keep its store in {escaped(folder)}: the path has a ?, a code like %20 or quotes of both "
+            "kinds, or is not UTF-8; rename the folder, or set run.tracking_uri to a store elsewhere"
+        )
+    return f"{SQLITE}{folder}/mlflow.db"
 
 
 @dataclass(frozen=True)
@@ -207,8 +235,7 @@ class Store:
         self.lock = FileLock(self.scratch / "mlflow.lock")
         # the client creates the tables of a new store at once; two processes that do so at the same time crash
         with self.lock:
-            if uri.startswith("sqlite:///"):
-                file = Path(uri.removeprefix("sqlite:///"))
+            if file := file_of(uri):
                 with closing(sqlite3.connect(file)) as database:
                     database.execute("PRAGMA journal_mode=WAL")
                 for address in follow(file, root):
@@ -227,7 +254,7 @@ class Store:
                     f"--experiment-id {found.experiment_id}`, or name another one by run.experiment"
                 )
             return str(found.experiment_id)
-        local = (root / ARTIFACTS).resolve().as_uri() if uri.startswith("sqlite:///") else None
+        local = (root / ARTIFACTS).resolve().as_uri() if file_of(uri) else None
         return str(self.client.create_experiment(experiment, artifact_location=local))
 
     def start(
@@ -331,7 +358,7 @@ class Store:
             found = self.client.search_logged_models([self.experiment_id], asked, max_results=1)
             if found:
                 return str(found[0].model_id)
-            if "num_features" in json.loads((folder / CONFIG).read_text()):
+            if "num_features" in json.loads((folder / CONFIG).read_text(encoding="utf-8")):
                 return self.log_encoder(folder, tags).model_id
             # raw pixels have no encoder to load, and are a row among the models
             model = self.client.create_logged_model(self.experiment_id, f"encoder-{tags['arm']}", self.run_id, tags)

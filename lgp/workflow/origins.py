@@ -30,7 +30,9 @@ def committed_values(params_file: Path) -> dict[str, str]:
     """
     command = ["git", "show", f"HEAD:./{params_file.name}"]
     try:
-        shown = subprocess.run(command, cwd=params_file.parent, capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(
+            command, cwd=params_file.parent, capture_output=True, check=True, encoding="utf-8", errors="surrogateescape"
+        ).stdout
         params = parse_params(shown, params_file)
     except (OSError, UnicodeDecodeError, subprocess.CalledProcessError, LgpError):
         return {}

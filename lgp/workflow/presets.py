@@ -16,7 +16,7 @@ FOLDER = source_root() / "presets"
 
 def names() -> dict[str, str]:
     """Return preset → the first comment line of its file."""
-    return {p.stem: p.read_text().splitlines()[0].lstrip("# ") for p in sorted(FOLDER.glob("*.yaml"))}
+    return {p.stem: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for p in sorted(FOLDER.glob("*.yaml"))}
 
 
 def use(name: str, target: Path, force: bool) -> None:
@@ -28,10 +28,14 @@ def use(name: str, target: Path, force: bool) -> None:
     source = FOLDER / f"{name}.yaml"
     if not source.exists():
         raise LgpError(f"no preset {name!r}: there are {', '.join(names())}")
-    text = source.read_text()
-    if target.exists() and not force and target.read_text() not in {p.read_text() for p in FOLDER.glob("*.yaml")}:
+    text = source.read_text(encoding="utf-8")
+    if (
+        target.exists()
+        and not force
+        and target.read_text(encoding="utf-8") not in {p.read_text(encoding="utf-8") for p in FOLDER.glob("*.yaml")}
+    ):
         raise LgpError(f"{target} has edits that no preset holds: keep a copy, then add --force to overwrite them")
-    target.write_text(text)
+    target.write_text(text, encoding="utf-8")
 
 
 def adopt(name: str, target: Path, values: Mapping[str, Any]) -> Path:

@@ -82,7 +82,13 @@ def _in_git(folder: Path) -> bool:
 
 def _git_top(folder: Path) -> Path | None:
     try:
-        asked = subprocess.run(["git", "rev-parse", "--show-toplevel"], cwd=folder, capture_output=True, text=True)
+        asked = subprocess.run(
+            ["git", "rev-parse", "--show-toplevel"],
+            cwd=folder,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
     except OSError:
         return None
     return Path(asked.stdout.strip()).resolve() if asked.returncode == 0 else None
@@ -90,7 +96,7 @@ def _git_top(folder: Path) -> Path | None:
 
 def _run(command: list[str], folder: Path) -> None:
     try:
-        subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        subprocess.run(command, cwd=folder, capture_output=True, check=True, encoding="utf-8", errors="surrogateescape")
     except OSError as e:
         raise LgpError(f"{command[0]} cannot be run ({e.strerror}): install it") from None
     except subprocess.CalledProcessError as e:

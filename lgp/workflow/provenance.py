@@ -53,7 +53,9 @@ def git_state(root: Path) -> dict[str, Any]:
 
     def git(*args: str) -> str | None:
         try:
-            result = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True)
+            result = subprocess.run(
+                ["git", *args], cwd=root, capture_output=True, check=True, encoding="utf-8", errors="surrogateescape"
+            )
         except (OSError, subprocess.CalledProcessError):
             return None
         return result.stdout.strip()

@@ -60,7 +60,7 @@ def publish_arm(
     accepted = not trained and (accept or run.spec.arm in run.params.run.accept)
     out, model, history = run.out(folder), result.model, result.progression.history
     save_heads(out, model.heads(), model.first_fc())
-    with (out / CURVES).open("w", newline="") as file:
+    with (out / CURVES).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, CURVE_COLUMNS, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows({**row, "epoch": int(row["epoch"])} for row in history)

@@ -19,6 +19,10 @@ from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 
 BATCH = 64
+# as in `lgp.data.conversion` and `lgp.data.stored`
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "ICO", "TGA")
+MOST_PIXELS = 2**27
+LONGEST_STRIP = 16
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
@@ -33,7 +37,7 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         """Load the classifier folder among the model's artifacts."""
         folder = Path(context.artifacts["classifier"])
-        self.classes = json.loads((folder / "config.json").read_text())["label_names"]
+        self.classes = json.loads((folder / "config.json").read_text(encoding="utf-8"))["label_names"]
         self.model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         config = resolve_data_config(self.model.pretrained_cfg, model=self.model)
         channels = config["input_size"][0]
@@ -69,7 +73,7 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 image = Image.fromarray(pixels.astype(np.uint8))
             else:
                 data = base64.b64decode(given, validate=True) if isinstance(given, str) else given
-                image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+                image = _opened(data)
         except Exception as error:  # noqa: BLE001 - decoders of damaged files raise any exception
             raise ValueError(f"image {row} cannot be read: {type(error).__name__}") from None
         if image.mode[0] in "IF":  # Pillow would cut off what is above 255
@@ -77,6 +81,21 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         if self.mode in ("L", "RGB") and image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert(self.mode)
+
+
+def _opened(data: bytes) -> Image.Image:
+    """Open an encoded image, upright, as `lgp` opens those of a data set.
+
+    Of a strip the middle is taken: it would take gigabytes once its shorter side is resized.
+    """
+    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"more than {MOST_PIXELS:,} pixels")
+    image = ImageOps.exif_transpose(image)
+    width, height = image.size
+    cut = max((max(image.size) - LONGEST_STRIP * min(image.size)) // 2, 0)
+    return image.crop((cut, 0, width - cut, height) if width > height else (0, cut, width, height - cut))
 
 
 def _images_of(given: Any) -> list[Any]:

@@ -20,6 +20,10 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
 BATCH = 256
+# as in `lgp.data.conversion` and `lgp.data.stored`
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "ICO", "TGA")
+MOST_PIXELS = 2**27
+LONGEST_STRIP = 16
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
@@ -33,7 +37,7 @@ class Encoder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         """Load the encoder folder among the model's artifacts."""
         folder = Path(context.artifacts["encoder"])
-        config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
         self.channels, self.height, self.width = config["input_size"]
         self.mean = torch.tensor(config["mean"]).view(-1, 1, 1)
         self.std = torch.tensor(config["std"]).view(-1, 1, 1)
@@ -54,7 +58,7 @@ class Encoder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def _tensor(self, row: int, given: Any) -> Tensor:
         """Turn pixels, or an encoded image, into what the encoder takes, (C, H, W)."""
         if not isinstance(given, np.ndarray):
-            return self.transform(self._opened(row, given))
+            return self.transform(self._converted(row, given))
         pixels = given[..., None] if given.ndim == 2 and self.channels == 1 else given
         expected = (self.height, self.width, self.channels)
         if pixels.shape != expected:
@@ -62,13 +66,13 @@ class Encoder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         scaled = torch.from_numpy(pixels.astype(np.uint8)).permute(2, 0, 1).float() / 255
         return (scaled - self.mean) / self.std
 
-    def _opened(self, row: int, given: str | bytes) -> Image.Image:
+    def _converted(self, row: int, given: str | bytes) -> Image.Image:
         """Turn base64 text or bytes into an upright image. Transparent pixels lie on white."""
         if self.channels not in MODES:
             raise ValueError(f"images of {self.channels} channels are taken as arrays only")
         try:
             data = base64.b64decode(given, validate=True) if isinstance(given, str) else given
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+            image = _opened(data)
         except Exception as error:  # noqa: BLE001 - decoders of damaged files raise any exception
             raise ValueError(f"image {row} cannot be read: {type(error).__name__}") from None
         if image.mode[0] in "IF":  # Pillow would cut off what is above 255
@@ -76,6 +80,21 @@ class Encoder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         if self.channels in (1, 3) and image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert(MODES[self.channels])
+
+
+def _opened(data: bytes) -> Image.Image:
+    """Open an encoded image, upright, as `lgp` opens those of a data set.
+
+    Of a strip the middle is taken: it would take gigabytes once its shorter side is resized.
+    """
+    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"more than {MOST_PIXELS:,} pixels")
+    image = ImageOps.exif_transpose(image)
+    width, height = image.size
+    cut = max((max(image.size) - LONGEST_STRIP * min(image.size)) // 2, 0)
+    return image.crop((cut, 0, width - cut, height) if width > height else (0, cut, width, height - cut))
 
 
 def _images_of(given: Any) -> list[Any]:

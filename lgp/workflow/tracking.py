@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lgp.compute.digests import file_digest
-from lgp.errors import LgpError, is_disk_full, without_credentials
+from lgp.errors import LgpError, escaped, is_disk_full, without_credentials
 from lgp.models.files import CLASSIFIERS as CLASSIFIER_FOLDERS
 from lgp.models.files import CONFIG, WEIGHTS, classifier_digest
 from lgp.workflow.kept_runs import KEPT, KeptRun
@@ -124,21 +124,26 @@ class Tracker:
         self._opened = True
         self._connect()
         about = self.description
-        resume = self._resume_file.read_text().strip() if self._resume_file.exists() else None
+        resume = self._resume_file.read_text(encoding="utf-8").strip() if self._resume_file.exists() else None
         started = self.attempt(
             lambda m: m.start(about.name, about.tags, about.values, resume, self._started_ms),
             {"opened": about.name},
         )
         if started:
             self._run_id = started
-            self._resume_file.write_text(f"{started}\n")
+            self._resume_file.write_text(f"{started}\n", encoding="utf-8")
 
     def _give_up(self, reason: Exception) -> None:
         """Continue without MLflow."""
         self._store = None
-        then = f"; `lgp tracking sync` sends it from {self._kept.file} later" if self._opened else ""
-        at = without_credentials(store_uri(self.uri, self.root))
-        print(f"warning: MLflow tracking failed ({_said(reason)}) at {at}{then}", flush=True)
+        then = f"; `lgp tracking sync` sends it from {escaped(str(self._kept.file))} later" if self._opened else ""
+        print(f"warning: MLflow tracking failed ({_said(reason)}){self._at()}{then}", flush=True)
+
+    def _at(self) -> str:
+        try:
+            return f" at {escaped(without_credentials(store_uri(self.uri, self.root)))}"
+        except LgpError:  # the folder cannot have a store
+            return ""
 
     def log_epoch(self, values: dict[str, float]) -> None:
         """Take the values of one epoch (key `epoch`, from 1). They are sent every few seconds: calls are slow."""
@@ -328,7 +333,7 @@ class Tracker:
 
 def _said(reason: Exception) -> str:
     """Return what an error says in one short line, with the remedy for a full disk."""
-    text = without_credentials(" ".join(str(reason).split()))[:200]
+    text = without_credentials(" ".join(str(reason).split()))[:300]
     if (isinstance(reason, OSError) and is_disk_full(reason)) or re.search("disk is full|No space left", text):
         text += f": free some space there and in {tempfile.gettempdir()}, or set TMPDIR to another folder"
     return text if isinstance(reason, LgpError) else f"{type(reason).__name__}: {text}"

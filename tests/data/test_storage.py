@@ -5,6 +5,7 @@ import json
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ from made_offers import data_params, noise, offers_from, offers_of, stored
 from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 
+from lgp.data import stored as stored_module
 from lgp.data import writing
 from lgp.data.conversion import encode
 from lgp.data.reading import content_of
 from lgp.data.sources.offers import read_file
 from lgp.data.storage import Images, KeptImages
-from lgp.data.stored import ARRAY, INDEX, META, shards_in
+from lgp.data.stored import ARRAY, INDEX, LONGEST_STRIP, META, shards_in, square
 from lgp.errors import LgpError
 
 KINDS = ("array", "shards", "reference")
@@ -178,3 +180,29 @@ def test_more_shards_than_files_may_be_open_are_read(tmp_path: Path, monkeypatch
         assert np.array_equal(images.pixels(79), by_content(pixels)[79])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_strip_is_cut_before_it_is_resized(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole strip of 1 × 8,000 would be 224 × 1,792,000 pixels once resized."""
+    sizes: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def noted(image: Image.Image, size: tuple[int, int], *more: Any) -> Image.Image:
+        sizes.append(size)
+        return resize(image, size, *more)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    strip = np.arange(8000)[None, :, None].astype(np.uint8)  # its middle is 4,000, where 159 meets 160
+    cut = square(strip.swapaxes(0, 1) if turned else strip, 224, 224, Image.Resampling.BILINEAR)
+    assert cut.shape == (224, 224, 1)
+    assert set(np.unique(cut)) == {159, 160}
+    assert max(map(max, sizes)) <= 224 * (LONGEST_STRIP + 1)
+
+
+@pytest.mark.parametrize("length", [LONGEST_STRIP * 6, LONGEST_STRIP * 6 + 1, LONGEST_STRIP * 6 + 8])
+def test_cutting_a_strip_changes_no_pixel_of_its_square(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    strip = np.random.default_rng(0).integers(0, 256, (6, length, 3), dtype=np.uint8)
+    cut = square(strip, 12, 12, Image.Resampling.BICUBIC)
+    monkeypatch.setattr(stored_module, "LONGEST_STRIP", 10**6)
+    assert np.array_equal(cut, square(strip, 12, 12, Image.Resampling.BICUBIC))

@@ -17,7 +17,7 @@ from torch import Tensor
 from lgp.data.normalization import Normalization
 from lgp.errors import LgpError
 from lgp.models.heads import mlp
-from lgp.models.interchange import IMAGENET, Imported, export_checkpoint, import_checkpoint
+from lgp.models.interchange import IMAGENET, Imported, export_checkpoint, few_faults, import_checkpoint
 from lgp.models.mae import MAE
 from lgp.models.vit import ARCHITECTURE, model_args
 from lgp.params.file import Params
@@ -304,7 +304,7 @@ def test_pickle_with_code_is_refused_and_not_run(
 )
 def test_damaged_file_is_one_line(name: str, content: bytes, params: Params, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(LgpError, match=r"cannot be read as a checkpoint|holds more than tensors|is empty"):
+    with pytest.raises(LgpError, match=r"cannot be read as a checkpoint|is empty|is no checkpoint"):
         read(tmp_path / name, params)
 
 
@@ -323,3 +323,15 @@ def test_export_comes_back_the_same_and_brings_the_decoder(vit: Any, params: Par
     imported = import_checkpoint(tmp_path / "out.pth", params.model, params.data)
     assert (imported.normalization, imported.normalization_from) == (FOREIGN, str(tmp_path / "out.pth"))
     assert all(torch.equal(t, encoder_of(vit)[n]) for n, t in imported.encoder.state_dict().items())
+
+
+def test_partial_import_says_what_makes_it_another_encoder(vit: Any, params: Params, tmp_path: Path) -> None:
+    scales = {f"blocks.{block}.ls1.gamma": torch.full((16,), 1e-5) for block in range(3)}
+    tensors = encoder_of(vit) | scales
+    del tensors["norm.bias"]
+    torch.save({"model": tensors}, tmp_path / "dinov2.pth")
+    faults = read(tmp_path / "dinov2.pth", params, partial=True).faults
+    assert faults == [*(f"{name} has no place in the encoder" for name in scales), "norm.bias is missing"]
+    assert few_faults(faults + faults).endswith("norm.bias is missing; and 4 more")
+    torch.save({"model": encoder_of(vit)}, tmp_path / "mae.pth")
+    assert read(tmp_path / "mae.pth", params, partial=True).faults == []

@@ -66,6 +66,12 @@ def test_another_suffix_is_refused_and_the_four_are_named(suffix: str, project: 
     assert not list(project.glob("a*"))
 
 
+@pytest.mark.parametrize("name", [".safetensors", ".pth"])
+def test_name_that_is_all_suffix_is_no_folder(name: str, project: Path) -> None:
+    assert f"{name} is no format" in error_of(lgp("export", "graft", name))
+    assert not (project / name).exists()
+
+
 def test_what_is_no_model_is_refused(project: Path) -> None:
     assert "there is no encoder of arm 'grfat' yet" in error_of(lgp("export", "grfat", "a.pth"))
     for source in ("models/graft", "./nothing", "Graft"):

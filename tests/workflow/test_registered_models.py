@@ -2,6 +2,7 @@
 
 import base64
 import io
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from made_models import CLASSES, by_timm, make_classifier, make_encoder
 from PIL import Image
 
+from lgp.data.conversion import FORMATS, MOST_PIXELS
+from lgp.data.stored import LONGEST_STRIP
 from lgp.workflow.mlflow_store import ENCODERS, store_uri
 from lgp.workflow.tracking import Description, tracked
 
@@ -54,6 +57,16 @@ def classifier(arm: Path) -> Any:
     folder = make_classifier(arm / "classifiers" / "linear", arm / "encoder")
     model.load_context(SimpleNamespace(artifacts={"classifier": str(folder)}))
     return lambda given: model.predict(None, given)
+
+
+@pytest.fixture(scope="module")
+def codes(encoder: Any) -> list[Any]:
+    """The modules that the registered models carry. They may only be imported once MLflow is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lgp.workflow import registered_classifier, registered_encoder
+
+    return [registered_encoder, registered_classifier]
 
 
 def test_encoder_takes_pixels_and_encoded_images(arm: Path, encoder: Any) -> None:
@@ -100,3 +113,30 @@ def test_classifier_takes_bytes_as_it_takes_texts(classifier: Any) -> None:
     of_bytes, of_texts = classifier(files), classifier([base64.b64encode(file).decode() for file in files])
     assert of_bytes.equals(of_texts)
     assert set(of_bytes["probabilities"][0]) == set(CLASSES)
+
+
+def test_served_images_are_opened_by_the_decoders_of_a_data_set(classifier: Any, codes: list[Any]) -> None:
+    for code in codes:
+        assert (code.FORMATS, code.MOST_PIXELS, code.LONGEST_STRIP) == (FORMATS, MOST_PIXELS, LONGEST_STRIP)
+    for data in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"%PDF-1.4\n"):
+        with pytest.raises(ValueError, match="image 0 cannot be read: UnidentifiedImageError"):
+            classifier([data])
+
+
+def test_served_bomb_is_refused_by_its_size(codes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for code in codes:
+        monkeypatch.setattr(code, "MOST_PIXELS", 63)
+        with pytest.raises(ValueError, match="more than 63 pixels"):
+            code._opened(encoded(IMAGES[0]))
+        monkeypatch.setattr(code, "MOST_PIXELS", 64)
+        assert code._opened(encoded(IMAGES[0])).size == (8, 8)
+
+
+def test_served_strip_is_cut_to_its_middle(classifier: Any, codes: list[Any]) -> None:
+    strip = np.arange(8000)[None].astype(np.uint8)
+    for code in codes:
+        for pixels in (strip, strip.T):
+            middle = code._opened(encoded(pixels))
+            assert max(middle.size) == LONGEST_STRIP
+            assert np.array_equal(np.asarray(middle).ravel(), strip[0, 3992:4008])
+    assert len(classifier([encoded(strip)])) == 1

@@ -266,5 +266,5 @@ def test_settings_of_mlflow_exist_in_the_installed_version() -> None:
 
 def test_project_without_runs_has_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow itself sets it in this process
-    assert not has_store(store_uri(None, tmp_path))
-    assert has_store("http://127.0.0.1:5000")
+    assert not has_store(None, tmp_path)
+    assert has_store("http://127.0.0.1:5000", tmp_path)

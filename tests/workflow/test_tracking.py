@@ -6,11 +6,18 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
+from sqlalchemy import make_url
 
-from lgp.workflow.mlflow_store import store_uri
+from lgp.workflow.mlflow_store import file_of, has_store, store_uri
 from lgp.workflow.tracking import Description, Tracker, tracked
 
 ABOUT = Description("graft", "linear", {"stage": "linear"}, {"linear.knn_k": "20"}, None, "lgp", "graft / linear")
+
+
+@pytest.fixture(autouse=True)
+def _own_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow leaves the address of the last store in the environment."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 def run_in(root: Path) -> mlflow.entities.Run:
@@ -72,3 +79,44 @@ def test_without_a_validation_image_no_reconstruction_is_drawn(tmp_path: Path) -
     tracker = Tracker(ABOUT, tmp_path, tmp_path / "no.run")
     tracker.log_reconstructions(dict.fromkeys(("original", "masked", "painted"), torch.zeros(0, 1, 8, 8)))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a?b", "?", "a%20b", "%3f", "q'\"q", "\udcff"])
+def test_project_whose_path_no_address_holds_has_no_store_anywhere(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / name / "project"
+    root.mkdir(parents=True)
+    assert not has_store(None, root)
+    with tracked(ABOUT, root, root / "run_id") as tracker:
+        tracker.log_metrics({"test/top1": 50.0})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "MLflow cannot keep its store in" in line
+    assert "rename the folder, or set run.tracking_uri" in line
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert not list(tmp_path.rglob("mlflow.db*"))
+    assert len(list(root.glob(".lgp/tracking/*.jsonl"))) == 1
+
+
+def test_store_of_an_odd_path_lies_in_its_project(tmp_path: Path) -> None:
+    root = tmp_path / "50% #b 🐱"
+    root.mkdir()
+    with tracked(ABOUT, root, root / "run_id") as tracker:
+        tracker.log_metrics({"test/top1": 50.0})
+        assert tracker.answers
+    assert (root / "mlflow.db").is_file()
+    assert has_store(None, root)
+    assert list(tmp_path.iterdir()) == [root]
+    assert run_in(root).data.metrics == {"test/top1": 50.0}
+
+
+@pytest.mark.parametrize("name", ["a b", "50%", "%%", "a#b", "%(here)s", "$HOME", "'q", "a\nb", "🐱"])
+def test_address_leads_to_the_folder_of_the_project(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    address = store_uri(None, tmp_path / name)
+    assert make_url(address).database == str(file_of(address)) == str(tmp_path / name / "mlflow.db")
+
+
+def test_settings_in_an_address_belong_to_no_file() -> None:
+    assert file_of("sqlite:////tmp/m.db?timeout=30") == Path("/tmp/m.db")
+    assert file_of("http://localhost:5000/?a") is None

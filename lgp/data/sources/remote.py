@@ -109,7 +109,7 @@ def _fetch_all(url: str, system: Any, remotes: list[_Remote], store: Path) -> No
     missing = [remote for remote in remotes if not _is_complete(remote, noted, store)]
     check_disk_space(store, sum(remote.size or 0 for remote in missing))
     (store / UNFINISHED).mkdir(exist_ok=True)
-    with (store / LOG).open("a") as log, ThreadPoolExecutor(CONNECTIONS) as pool:
+    with (store / LOG).open("a", encoding="utf-8") as log, ThreadPoolExecutor(CONNECTIONS) as pool:
         fetch = partial(_fetch, url, system, store, log, threading.Lock())
         pending = iter(missing)
         while chunk := list(itertools.islice(pending, CHUNK)):
@@ -118,7 +118,7 @@ def _fetch_all(url: str, system: Any, remotes: list[_Remote], store: Path) -> No
 
 def _noted(store: Path) -> dict[str, str]:
     """Return the lines that are noted of complete files, the last one by name. A line that was cut off is left out."""
-    lines = (store / LOG).read_text().splitlines() if (store / LOG).exists() else []
+    lines = (store / LOG).read_text(encoding="utf-8").splitlines() if (store / LOG).exists() else []
     noted = {}
     for line in lines:
         try:
