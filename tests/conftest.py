@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +150,14 @@ def is_foreign(images: Tensor) -> bool:
     """Whether an encoder's input is prepared images, black to white, that the statistics `FOREIGN` normalise."""
     pixels = images * FOREIGN.std[0] + FOREIGN.mean[0]
     return bool((pixels > -1e-3).all() and (pixels < 1 + 1e-3).all() and pixels.min() < 0.2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_tracking_store() -> Iterator[None]:
+    """Forget the store of the module before: MLflow keeps the address that it opened last in the environment."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 @pytest.fixture(autouse=True)
