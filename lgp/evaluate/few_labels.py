@@ -18,6 +18,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
+from lgp.errors import LgpError
 from lgp.evaluate.outcome import CALIBRATED_ON, Logits, Outcome, Scored, best_on_val, over_subsets, usable_temperature
 from lgp.evaluate.propagation import UNKNOWN, choose_propagation, find_neighbours
 from lgp.features.cache import Features, Standardizer, normalizer, standardizer
@@ -41,12 +42,15 @@ def evaluate_fewshot(features: Features, subsets: list[np.ndarray], params: FewS
         features: frozen features of the encoder.
         subsets: arrays of image ids, all within the training part.
         params: scaling, and how the strength is chosen.
+
+    Raises:
+        LgpError: a subset has one class alone.
     """
     scale = scale_of(features, params)
     x_val = scale(features.x["val"])
     fitted, chosen, unconverged = [], [], 0
     for ids in subsets:
-        rows = np.searchsorted(features.ids["train"], ids)
+        rows = _rows_of(features, ids)
         x_few, y_few = scale(features.x["train"][rows]), features.y["train"][rows]
         model, c = fit_logistic_regression(x_few, y_few, x_val, features.y["val"], params)
         chosen.append(c)
@@ -80,7 +84,7 @@ def evaluate_propagation(
         device: where neighbours are searched.
 
     Raises:
-        LgpError: there is no validation image.
+        LgpError: there is no validation image, or a subset has one class alone.
     """
     scale = scale_of(features, fewshot)
     x_all = np.concatenate([scale(features.x[part]) for part in ("train", "unlabeled")])
@@ -88,7 +92,7 @@ def evaluate_propagation(
     neighbours = find_neighbours(x_all, max(propagation.k), device)
     fitted, chosen = [], []
     for ids in subsets:
-        rows = np.searchsorted(features.ids["train"], ids)
+        rows = _rows_of(features, ids)
         known = np.full(len(x_all), UNKNOWN)
         known[rows] = features.y["train"][rows]
         with warnings.catch_warnings():
@@ -105,6 +109,17 @@ def evaluate_propagation(
         "unlabelled": float(len(x_all) - len(subsets[0])),
     }
     return replace(outcome, metrics=outcome.metrics | more)
+
+
+def _rows_of(features: Features, ids: np.ndarray) -> np.ndarray:
+    """Return the rows of a subset's images in the training part. Raise `LgpError` if they are of one class."""
+    rows = np.searchsorted(features.ids["train"], ids)
+    if len(np.unique(features.y["train"][rows])) < 2:
+        raise LgpError(
+            f"a few-label subset of {len(ids)} images has one class alone, and a classifier needs two: take more "
+            "labels, or as many of each class (labels.shares, labels.shots, labels.lists)"
+        )
+    return rows
 
 
 def scale_of(features: Features, params: FewShotParams) -> Scale:

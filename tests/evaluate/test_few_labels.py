@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from lgp.data.labels import LabelledImages
+from lgp.errors import LgpError
 from lgp.evaluate import few_labels
 from lgp.evaluate.few_labels import evaluate_fewshot, evaluate_propagation, fit_logistic_regression, head_of
 from lgp.features.cache import FeatureCache, Features, normalizer, pixel_source, standardizer
@@ -184,6 +185,17 @@ def test_class_without_a_labelled_image_gets_no_probability(
     ids = np.array([i for i in prepared.subsets("10pct")[0] if prepared.labels[i] != 4])
     predictions = evaluate_fewshot(features, [ids, ids], fewshot).predictions
     assert 4 not in set(predictions["prediction"])
+
+
+def test_subset_of_one_class_is_refused(features: Features, fewshot: FewShotParams, prepared: LabelledImages) -> None:
+    ids = prepared.ids("train")
+    fours = ids[prepared.labels[ids] == 4][:3]
+    for evaluate in (
+        lambda: evaluate_fewshot(features, [fours], fewshot),
+        lambda: evaluate_propagation(features, [fours], fewshot, PropagationParams(), CPU),
+    ):
+        with pytest.raises(LgpError, match="subset of 3 images has one class alone"):
+            evaluate()
 
 
 def test_graph_has_the_training_images_labelled_or_not_and_no_other(
