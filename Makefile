@@ -8,8 +8,8 @@ SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 .DELETE_ON_ERROR:
 
 repro: $(READY)
-	@git rev-parse --git-dir > /dev/null 2>&1 || { \
-		echo "DVC needs a git repository, and a ZIP download is none: run git init here, then make repro again"; exit 1; }
+	@git rev-parse --git-dir > /dev/null || { \
+		echo "DVC needs a git repository: in a ZIP download run git init, then make repro again"; exit 1; }
 	@$(BIN)/dvc repro
 	@$(BIN)/lgp results
 

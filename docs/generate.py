@@ -71,7 +71,7 @@ COMMANDS_HEAD = """# Commands
 
 Every stage of the pipeline is a command, and so is every tool. `lgp COMMAND --help` prints the same text.
 A mistake of the caller is one line that begins with `error:`, and the exit code is 1. A wrong option or argument ends
-with 2, a stopped training with 130 (Ctrl-C) or 143 (SIGTERM).
+with 2, a stopped command with 130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP).
 """
 
 KEY = re.compile(r"^(?P<indent> *)(?P<key>[a-z0-9_]+):(?P<rest>.*)$")

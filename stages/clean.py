@@ -26,9 +26,9 @@ def clean(
     from lgp.workflow.leftovers import age_text, leftovers, size_of, size_text, total
 
     root = Path(os.environ.get("DVC_ROOT", "."))
-    if yes and (names := running(root / RESUME)):
-        raise LgpError(f"{', '.join(names)} runs: wait for it, or stop it, and clean then")
     found = leftovers(root, load_params(params_file), PREPARED, LABELS, waiting)
+    if yes and (names := running(root / RESUME)):  # after the search, which takes long
+        raise LgpError(f"{', '.join(names)} runs: wait for it, or stop it, and clean then")
     if not found:
         print("nothing to clean")
         return

@@ -19,7 +19,7 @@ def compare(
     task: Task = None, port: Port = 5000, params_file: ParamsFile = DEFAULT_PARAMS, debug: Debug = False
 ) -> None:
     """Print a table of a task over arms, policies and seeds, and the address of the page that compares its runs."""
-    from lgp.errors import LgpError
+    from lgp.errors import LgpError, without_credentials
     from lgp.params.file import load_params
     from lgp.report.terminal import print_table
     from lgp.workflow.addresses import compare_address
@@ -44,5 +44,5 @@ def compare(
         "Behind the first: paired by seed; of a single seed by label subset and image. Not corrected for their number."
     )
     runs = [result.run_id for group in groups for result in group.by_seed.values()]
-    base = served_at(store_uri(run.tracking_uri, root), port)
+    base = served_at(without_credentials(store_uri(run.tracking_uri, root)), port)
     print(f"In MLflow (`lgp ui` serves it): {compare_address(base, experiment, runs)}")

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +41,8 @@ class OneLineErrors(TyperGroup):
             if isinstance(e, KeyboardInterrupt):
                 stopped, code = line_and_code(e)
                 if rank == "0":
-                    print(stopped, file=sys.stderr)
+                    with suppress(OSError):  # a terminal that closed cannot be written to
+                        print(stopped, file=sys.stderr, flush=True)
                 raise typer.Exit(code) from None
             print(f"error: {line}" if rank == "0" else f"error in process {rank}: {line}", file=sys.stderr)
             raise typer.Exit(1) from None

@@ -15,9 +15,9 @@ def results(path: Table = REPORTS / "results.csv") -> None:
     from lgp.report.table import plain_and_added, read_results, read_verdict, wide_rows
     from lgp.report.terminal import print_table
 
+    plain, added = plain_and_added(read_results(path))
     for line in read_verdict(path.with_name("verdict.txt")):
         print(line)
-    plain, added = plain_and_added(read_results(path))
     print_table("Top-1 accuracy on test, % [95 % interval]", *wide_rows(plain))
     if added:
         print_table("The same with unlabelled images (propagated) or with chosen images (selected)", *wide_rows(added))

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -15,9 +16,16 @@ def tracking() -> None:
     """Runs that MLflow did not take."""
 
 
+AllMachines = Annotated[
+    bool, typer.Option("--all-machines", help="Also runs whose process on another machine may live.")
+]
+
+
 @tracking_app.command()
-def sync(params_file: ParamsFile = DEFAULT_PARAMS, debug: Debug = False) -> None:
+def sync(all_machines: AllMachines = False, params_file: ParamsFile = DEFAULT_PARAMS, debug: Debug = False) -> None:
     """Send the runs of .lgp/tracking to the store, which did not answer when they ran."""
+    from filelock import FileLock
+
     from lgp.errors import LgpError, without_credentials
     from lgp.params.file import load_params
     from lgp.workflow.kept_runs import kept_files, send
@@ -25,14 +33,20 @@ def sync(params_file: ParamsFile = DEFAULT_PARAMS, debug: Debug = False) -> None
     from lgp.workflow.tracking import visitor
 
     run, root = load_params(params_file).run, Path(os.environ.get("DVC_ROOT", "."))
-    files, store = kept_files(root), visitor(run.tracking_uri, run.experiment, root)
+    files, left = kept_files(root, all_machines)
+    for line in left:
+        print(line)
+    store = visitor(run.tracking_uri, run.experiment, root)
     tasks: list[str] = []
-    for file in files:
-        task = store.ask(lambda m, file=file: send(file, m))  # type: ignore[misc]
-        if task is None:
-            raise LgpError(f"{len(tasks)} of {len(files)} runs were sent: run it again when the store answers")
-        tasks.append(task)
+    if files:
+        with FileLock(root / ".lgp" / "sync.lock"):  # two calls at once would send a run twice
+            for file in (file for file in files if file.exists()):
+                task = store.ask(lambda m, file=file: send(file, m))  # type: ignore[misc]
+                if task is None:
+                    sent = f"{len(tasks)} of {len(files)} runs were sent"
+                    raise LgpError(f"{sent}: run it again when the store answers")
+                tasks.append(task)
     at = without_credentials(store_uri(run.tracking_uri, root))
-    print(f"{len(files)} runs sent to {at}" if files else "no run waits to be sent")
+    print(f"{len(tasks)} runs sent to {at}" if files else "no run waits to be sent")
     if "report" in tasks:
         print("`lgp report` points the alias `champion` at the best arm")

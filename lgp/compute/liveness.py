@@ -26,6 +26,10 @@ class ProcessName:
         process = psutil.Process()
         return cls(f"{socket.gethostname()} {process.pid} {process.create_time():.2f}")
 
+    def is_here(self) -> bool:
+        """Return whether it is a process of this machine."""
+        return self.text.rsplit(" ", 2)[0] == socket.gethostname()
+
     def may_live(self) -> bool:
         """Return whether the process lives. One of another machine may, and so may one whose name is no name."""
         try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lgp.compute.interruption import ASKING
 from lgp.compute.randomness import Stream
 from lgp.data.storage import Images
 from lgp.data.views import random_boxes, random_flips
@@ -130,6 +131,6 @@ def loader(crops: CropDataset, first: int, last: int, workers: int, pin: bool) -
 
 
 def _leave_signals(_: int) -> None:
-    """Ignore Ctrl-C and SIGTERM in a worker. The training process gets them too, and ends the workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ignore Ctrl-C, SIGTERM and SIGHUP in a worker. The training process gets them too, and ends the workers."""
+    for number in ASKING:
         signal.signal(number, signal.SIG_IGN)

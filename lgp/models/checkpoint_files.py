@@ -27,6 +27,7 @@ PAGE = "is a web page: the address is that of a page about the file, or wants a 
 PACKED = "is compressed or an archive: unpack it first"
 CUT = "is cut off: the download broke off; get it again"
 # how a file begins that is often taken for a checkpoint → what it is, and what to do
+ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # a safetensors file begins with its length, which may read PK
 NO_CHECKPOINTS = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: get it with `git lfs pull`",
     b"<!doctype": PAGE,
@@ -98,7 +99,7 @@ def _no_checkpoint(path: Path) -> str | None:
             return what
     if start[TAR[0] :].startswith(TAR[1]):
         return PACKED
-    return _no_archive_of_torch(path) if start.startswith(b"PK") else None
+    return _no_archive_of_torch(path) if start.startswith(ZIP) else None
 
 
 def _no_archive_of_torch(path: Path) -> str | None:

@@ -124,22 +124,22 @@ def _too_large(params: "Params") -> Iterator[str]:
 
 
 def _nothing_left(params: "Params") -> Iterator[str]:
-    """Yield crops of less than a patch, and masks of no patch."""
-    size, patch = params.data.image_size, params.model.patch_size
+    """Yield crops of less than a pixel, and masks of no patch."""
+    size = params.data.image_size
     crops = {
         "mim.crop_scale_min": params.mim.crop_scale_min,
         "contrastive.views.crop_scale_min": params.contrastive.views.crop_scale_min,
         "linear.crop_scale_min": params.linear.crop_scale_min,
         **{f"finetune.{name}.crop_scale_min": recipe.crop_scale_min for name, recipe in params.finetune.items()},
     }
-    smallest = patch**2 / size**2
+    smallest = 1 / size**2
     for key, share in crops.items():
         if share < smallest:
             yield (
-                f"{key} {share:g} leaves less than one patch of {patch}×{patch} pixels of an image of {size}×{size}: "
+                f"{key} {share:g} leaves less than one pixel of an image of {size}×{size}: "
                 f"choose {smallest:.2g} or more"
             )
-    patches = (size // patch) ** 2
+    patches = (size // params.model.patch_size) ** 2
     for section, ratio in (("mim", params.mim.mask_ratio), ("contrastive", params.contrastive.mask_ratio)):
         if ratio and int(patches * (1 - ratio)) == patches:
             yield f"{section}.mask_ratio {ratio:g} hides none of the {patches} patches: raise it to {1 / patches:.2g}"

@@ -83,8 +83,12 @@ def states_in(folder: Path) -> list[LeftState]:
 def expire(folder: Path, code: str) -> None:
     """Remove the states of a finished training that other code than that of this digest wrote, and say so."""
     expired = [left for left in states_in(folder) if not left.is_of(code)]
-    for left in expired:
-        left.remove()
+    try:
+        for left in expired:
+            left.remove()
+    except OSError as e:  # the stage is done, and its results stand
+        print(f"warning: a resume state of other code cannot be removed ({e})", flush=True)
+        return
     if expired:
         said = "the resume state that other code wrote of this training is removed"
         print(f"{folder.parent.name.replace('-', ' / ', 1)}: finished: {said}", flush=True)

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from lgp.errors import LgpError
 
 DIGEST_BYTES = 32
+LOOKED_AT_S = 0.5  # `lgp status` holds a lock for a moment, to see whether it is free
 
 
 class _Digesting:
@@ -72,7 +73,7 @@ class StateStore:
         for lock in self._locks:
             holder = Path(lock.lock_file).with_suffix(".pid")
             try:
-                lock.acquire(timeout=0)
+                lock.acquire(timeout=LOOKED_AT_S)
             except Timeout:
                 self._release()
                 pid = holder.read_text(encoding="utf-8").strip() if holder.exists() else "unknown"

@@ -54,21 +54,35 @@ class KeptRun:
         return kept if kept == picture else Path(shutil.copy(picture, kept))
 
 
-def kept_files(root: Path) -> list[Path]:
-    """Return the files of runs that were not sent, the oldest first. Those of a running stage are left out."""
-    files = sorted((root / KEPT).glob("*.jsonl"), key=lambda file: file.stat().st_mtime)
-    return [file for file in files if not _is_written(file)]
+def kept_files(root: Path, all_machines: bool = False) -> tuple[list[Path], list[str]]:
+    """Return the files of runs that can be sent, the oldest first, and a line for each other one.
 
-
-def _is_written(file: Path) -> bool:
-    head, *records = _lines(file)
-    return ProcessName(head["process"]).may_live() and not (records and "status" in records[-1])
+    Args:
+        root: of the project.
+        all_machines: take runs whose process on another machine may live, too.
+    """
+    ready, left = [], []
+    for file in sorted((root / KEPT).glob("*.jsonl"), key=lambda file: file.stat().st_mtime):
+        try:
+            head, *records = _lines(file)
+        except LgpError as e:
+            left.append(str(e))
+            continue
+        process = ProcessName(head["process"])
+        ended = bool(records) and "status" in records[-1]
+        if ended or not process.may_live() or (all_machines and not process.is_here()):
+            ready.append(file)
+        else:
+            left.append(f"{file} is left: its process ({process.text}) may still write it")
+    return ready, left
 
 
 def send(file: Path, store: Store) -> str:
     """Send a run to the store, remove its file, and return its task.
 
-    A run that the store has already is continued. A run without an end was killed.
+    A run that the store has already is continued. One that has finished since, or that another process writes, gets
+    what is missing, and keeps its end. A run without an end was killed. The file notes the new run before anything is
+    sent: a call that is cut off goes on with the same run.
 
     Args:
         file: of the run.
@@ -76,22 +90,28 @@ def send(file: Path, store: Store) -> str:
 
     Raises:
         LgpError: the file is damaged.
-        Exception: whatever MLflow raises. The file stays, and a run that was begun here is removed.
+        Exception: whatever MLflow raises. The file stays.
     """
     head, *records = _lines(file)
-    run_id = store.start(head["name"], head["tags"], head["values"], head["run_id"], head["started_ms"])
-    try:
-        for record in records:
-            _send(record, head, file.with_suffix(""), store)
+    others = store.attach(head["run_id"])
+    if not others:
+        run_id = store.start(head["name"], head["tags"], head["values"], head["run_id"], head["started_ms"])
+        _note(file, head | {"run_id": run_id}, records)
+    for record in records:
+        _send(record, head, file.with_suffix(""), store)
+    if not others:
         last = records[-1]
-        store.client.set_terminated(run_id, last.get("status", "KILLED"), end_time=last["at_ms"])
-    except BaseException:
-        if run_id != head["run_id"]:
-            store.client.delete_run(run_id)
-        raise
+        store.client.set_terminated(store.run_id, last.get("status", "KILLED"), end_time=last["at_ms"])
     file.unlink()
     shutil.rmtree(file.with_suffix(""), ignore_errors=True)
     return str(head["task"])
+
+
+def _note(file: Path, head: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Write the file anew, at once."""
+    new = file.with_suffix(".new")
+    new.write_text("".join(json.dumps(line) + "\n" for line in (head, *records)), encoding="utf-8")
+    new.replace(file)
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -30,6 +30,7 @@ LOCKS = ("dvc.lock", "controls/dvc.lock")
 # where a stage writes first, beside its outputs
 PARTIAL_IN = (
     ".",
+    ".lgp",
     "data",
     "models",
     "models/*/classifiers",
@@ -41,6 +42,7 @@ PARTIAL_IN = (
 )
 OF_PROCESS = re.compile(r".+\.(?P<pid>\d+)")  # a file that this process was writing
 MIB = 2**20
+WRITTEN_WITHIN_S = 3600  # what is younger may still be written, by a tool that holds no lock
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,23 @@ def remove(path: Path) -> None:
 
 def size_of(paths: Iterable[Path]) -> int:
     """Return the bytes of files and folders. Links count as links."""
-    inside = (file for path in paths for file in ([path] if _is_file(path) else path.rglob("*")))
-    return sum(file.lstat().st_size for file in inside if _is_file(file))
+    inside = (file for path in paths for file in ([path] if _is_file(path) else _below(path)))
+    return sum(state.st_size for file in inside if _is_file(file) and (state := _state(file)))
+
+
+def _below(folder: Path) -> list[Path]:
+    try:
+        return list(folder.rglob("*"))
+    except FileNotFoundError:  # a stage that runs has moved it
+        return []
+
+
+def _state(path: Path) -> os.stat_result | None:
+    """Return the state of a file, None where a stage that runs has moved it."""
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
 
 
 def _is_file(path: Path) -> bool:
@@ -94,7 +111,7 @@ def size_text(size: int) -> str:
 
 def age_text(paths: Iterable[Path]) -> str:
     """Write how long ago the newest of files and folders changed."""
-    newest = max((path.lstat().st_mtime for path in paths), default=time.time())
+    newest = max((state.st_mtime for path in paths if (state := _state(path))), default=time.time())
     return time_text(max(0.0, time.time() - newest) / 3600)
 
 
@@ -153,7 +170,7 @@ def _states(root: Path, waiting: bool) -> Iterator[Leftover]:
             of = "other code" if is_expired(state, digests) else "this code"
             yield Leftover(f"resume state of {of}: {state.arm} / {state.task}", state.files, state)
         elif torn := tuple(file for file in state.files if file.suffix == ".new"):
-            yield Leftover(f"half a resume state: {state.arm} / {state.task}", torn)
+            yield Leftover(f"half a resume state: {state.arm} / {state.task}", torn, replace(state, files=torn))
 
 
 def _features(root: Path, params: Params, prepared: Path, labels: Path) -> Iterator[Leftover]:
@@ -161,6 +178,8 @@ def _features(root: Path, params: Params, prepared: Path, labels: Path) -> Itera
     used = _used_entries(root, params, prepared, labels) if entries else set()
     for entry in sorted(entries):
         if entry.suffix:
+            if time.time() - entry.stat().st_mtime < WRITTEN_WITHIN_S:
+                continue
             yield Leftover("half a folder of features", (entry,))
         elif used is not None and entry.name not in used:
             yield Leftover("features of an encoder or of images that are not there any more", (entry,))

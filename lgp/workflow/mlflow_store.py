@@ -193,7 +193,7 @@ def _without_links(folder: Path, scratch: Path) -> Iterator[Path]:
     if not any(path.is_symlink() for path in folder.rglob("*")):
         yield folder
         return
-    with TemporaryDirectory(dir=scratch) as place:
+    with TemporaryDirectory(prefix=".partial.", dir=scratch) as place:
         yield Path(shutil.copytree(folder, Path(place) / folder.name))
 
 
@@ -293,6 +293,19 @@ class Store:
             return False
         self.run_id = run_id
         return True
+
+    def attach(self, run_id: str | None) -> bool:
+        """Take up a run that is not to be reopened: it finished, or its process may live. Return whether it is one."""
+        if run_id is None:
+            return False
+        try:
+            run = self.client.get_run(run_id)
+        except self.mlflow.exceptions.MlflowException:  # this store does not have it
+            return False
+        writer, own = run.data.tags.get(PROCESS), ProcessName.own()
+        written = run.info.status == "RUNNING" and writer not in (None, own.text) and ProcessName(writer).may_live()
+        self.run_id = run_id
+        return run.info.status == "FINISHED" or written
 
     def _close_killed(self) -> None:
         """Close the runs whose process on this machine is gone. Nothing else would, and they would seem to run."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lgp.errors import LgpError
+from lgp.errors import LgpError, without_credentials
 from lgp.models.files import WEIGHTS, read_provenance
 from lgp.params.file import Params, parse_params, section_values
 
@@ -15,11 +15,11 @@ SHOWN_CHARACTERS = 40  # of a value in it
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Turn nested values into `{"section.key": "text"}`."""
+    """Turn nested values into `{"section.key": "text"}`, without the passwords in addresses."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: str(value)}
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: without_credentials(str(value))}
     return flat
 
 

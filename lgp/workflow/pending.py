@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lgp.errors import LgpError
+from lgp.errors import LgpError, without_credentials
 from lgp.workflow.inputs import FOLDER, PARAMS_FILE, write_inputs
 from lgp.workflow.origins import flatten
 
@@ -107,6 +107,9 @@ def _changed_inputs(stage: Any, inputs: Path) -> Iterator[str]:
         if FOLDER not in path.parents:
             continue
         now = inputs / path.relative_to(FOLDER)
+        if not now.exists():
+            yield f"dvc.yaml names {path}, which this code does not write"
+            continue
         if hashlib.md5(now.read_bytes()).hexdigest() != dependency.hash_info.value:
             yield SOURCES.get(path.name, "its code changed")
 
@@ -116,6 +119,9 @@ def _changed_keys(stage: Any, path: str) -> str:
     (dependency,) = (d for d in stage.deps if d.def_path == path and hasattr(d, "params"))
     before, now = flatten(dependency.hash_info.value or {}), flatten(dependency.read_params())
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    shown = [f"{key} {before.get(key, 'not set')} → {now.get(key, 'not set')}" for key in keys[:SHOWN_KEYS]]
+    shown = [
+        without_credentials(f"{key} {before.get(key, 'not set')} → {now.get(key, 'not set')}")
+        for key in keys[:SHOWN_KEYS]
+    ]
     more = [f"{len(keys) - SHOWN_KEYS} more"] if len(keys) > SHOWN_KEYS else []
     return ", ".join(shown + more)

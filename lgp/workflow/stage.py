@@ -157,9 +157,11 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
     finally:
         for written in partial.values():
             _remove(written)
-        if succeeded:
-            expire(store.folder, before["code"])
-        store.close(succeeded)
+        try:
+            if succeeded:
+                expire(store.folder, before["code"])
+        finally:
+            store.close(succeeded)
 
 
 def _check_inputs(spec: StageSpec) -> None:

@@ -7,10 +7,9 @@ writes JSON lines instead, which `lgp tracking sync` sends later. No result is l
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -124,14 +123,21 @@ class Tracker:
         self._opened = True
         self._connect()
         about = self.description
-        resume = self._resume_file.read_text(encoding="utf-8").strip() if self._resume_file.exists() else None
+        resume = self._run_to_continue()
         started = self.attempt(
             lambda m: m.start(about.name, about.tags, about.values, resume, self._started_ms),
             {"opened": about.name},
         )
         if started:
             self._run_id = started
-            self._resume_file.write_text(f"{started}\n", encoding="utf-8")
+            with suppress(OSError):  # without the note a resumed training gets a run of its own
+                self._resume_file.write_text(f"{started}\n", encoding="utf-8")
+
+    def _run_to_continue(self) -> str | None:
+        try:
+            return self._resume_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):  # there is none, or it is damaged
+            return None
 
     def _give_up(self, reason: Exception) -> None:
         """Continue without MLflow."""
@@ -335,7 +341,7 @@ def _said(reason: Exception) -> str:
     """Return what an error says in one short line, with the remedy for a full disk."""
     text = without_credentials(" ".join(str(reason).split()))[:300]
     if (isinstance(reason, OSError) and is_disk_full(reason)) or re.search("disk is full|No space left", text):
-        text += f": free some space there and in {tempfile.gettempdir()}, or set TMPDIR to another folder"
+        text += f": free some space there and in {os.environ.get('TMPDIR', '/tmp')}, or set TMPDIR to another folder"
     return text if isinstance(reason, LgpError) else f"{type(reason).__name__}: {text}"
 
 

@@ -40,6 +40,7 @@ CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. G
         (lambda: throw(CUDA), "Tried to allocate 2.00 GiB):"),
         (lambda: throw(RuntimeError("unable to allocate shared memory(shm)")), "lower run.workers, or give"),
         (lambda: throw(MemoryError()), "memory ran out (MemoryError): lower the batch size"),
+        (lambda: throw(OSError(errno.ENOMEM, "Cannot allocate memory")), "memory ran out ([Errno 12]"),
         (lambda: throw(FULL), "disk full while writing a.npy"),
     ],
 )
@@ -51,6 +52,14 @@ def test_what_ran_out_comes_with_what_to_lower(action: Callable[[], object], lin
     assert line in text
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory"), OSError("gone")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shapes do not match"),
+        RuntimeError("Caught Damaged in DataLoader worker process 0.\nOriginal Traceback: images.npy is damaged"),
+        ValueError("CUDA out of memory"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/dev/shm/project/a.csv"),
+    ],
+)
 def test_other_errors_are_not_taken_for_it(error: BaseException) -> None:
     assert said(error) is None

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,7 +149,13 @@ def test_a_state_of_other_code_is_used_only_where_asked_for(folder: Path, whole:
     process.communicate()
     for path in (folder / ".lgp" / "resume").glob("graft-pretrain/*/state-*.pt"):
         path.unlink() if "previous" in path.name else path.rename(path.with_name(f"state-{'0' * 16}.pt"))
-    assert "going on" not in finish(folder)
+    left, kept = folder / ".lgp" / "resume", folder / "kept"
+    shutil.copytree(left, kept)
+    said = finish(folder)
+    assert "going on" not in said
+    assert "finished: the resume state that other code wrote of this training is removed" in said
+    assert not list(left.rglob("state-*"))
+    shutil.copytree(kept, left, dirs_exist_ok=True)
     assert "going on from step" in finish(folder, "--resume")
     provenance = json.loads((folder / "models" / "graft" / "encoder" / "provenance.json").read_text())
     assert provenance["resumed_from_code"] == "0" * 16

@@ -49,6 +49,7 @@ def started(where: str, ignored: signal.Signals | None = None) -> "subprocess.Po
 
     def ignore() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         if ignored is not None:
             signal.signal(ignored, signal.SIG_IGN)
 

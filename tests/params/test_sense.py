@@ -99,8 +99,8 @@ def test_what_is_accepted_comes_back_from_text(path: tuple[str, ...], value: Any
         ({"data": {"store_short_side": 4}}, "data.store_short_side 4 is below data.image_size 8"),
         ({"data": {"eval_crop": 1e-30}}, "data.eval_crop 1e-30 is not from 0.1 to 1"),
         (
-            {"mim": {"crop_scale_min": 0.06}},
-            "mim.crop_scale_min 0.06 leaves less than one patch of 2×2 pixels of an im",
+            {"mim": {"crop_scale_min": 0.01}},
+            "mim.crop_scale_min 0.01 leaves less than one pixel of an image of 8×8",
         ),
         ({"contrastive": {"views": {"crop_scale_min": 1e-30}}}, "contrastive.views.crop_scale_min 1e-30 leaves less"),
         ({"linear": {"crop_scale_min": 1e-30}}, "linear.crop_scale_min 1e-30 leaves less"),

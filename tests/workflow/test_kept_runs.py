@@ -10,10 +10,10 @@ from pathlib import Path
 
 import mlflow
 import pandas as pd
+import psutil
 import pytest
 
 from lgp.compute.liveness import ProcessName
-from lgp.errors import LgpError
 from lgp.workflow.kept_runs import KEPT, kept_files, send
 from lgp.workflow.mlflow_store import PROCESS, Evaluated, Store, store_uri
 from lgp.workflow.tracking import Description, Tracker
@@ -76,7 +76,7 @@ def test_run_that_was_kept_is_sent_as_it_would_have_been_tracked(
         patch.setattr(Store, broken, fails)
         evaluate(kept)
     assert capsys.readouterr().out.count("`lgp tracking sync` sends it from") == 1
-    (file,) = kept_files(kept)
+    ((file,), _) = kept_files(kept)
     assert send(file, store_of(kept)) == "linear"
     (run,) = runs(kept)
     assert content(run, kept) == content(*runs(whole), whole)
@@ -84,18 +84,17 @@ def test_run_that_was_kept_is_sent_as_it_would_have_been_tracked(
     assert not list((kept / KEPT).iterdir())
 
 
-def test_store_that_fails_again_keeps_the_file_and_gets_no_half_run(
+def test_store_that_fails_again_keeps_the_file_and_gets_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Store, "start", fails)
         evaluate(tmp_path)
-    (file,) = kept_files(tmp_path)
+    ((file,), _) = kept_files(tmp_path)
     monkeypatch.setattr(Store, "link", fails)
     with pytest.raises(OSError, match="no answer"):
         send(file, store_of(tmp_path))
     monkeypatch.undo()
-    assert not runs(tmp_path)
     send(file, store_of(tmp_path))
     assert len(runs(tmp_path)) == 1
 
@@ -107,10 +106,12 @@ def test_file_of_a_running_stage_is_left_alone_and_that_of_a_killed_one_ends_as_
     monkeypatch.setattr(Store, "start", fails)
     Tracker(ABOUT, tmp_path, tmp_path / "run_id").log_metrics({"test/top1": 50.0})
     monkeypatch.undo()
-    assert not kept_files(tmp_path)
+    ready, left = kept_files(tmp_path)
+    assert (ready, len(left)) == ([], 1)
+    assert "may still write it" in left[0]
     (file,) = (tmp_path / KEPT).glob("*.jsonl")
     file.write_text(file.read_text().replace(ProcessName.own().text, NOBODY.text) + '{"metrics": {"test/')
-    assert kept_files(tmp_path) == [file]
+    assert kept_files(tmp_path) == ([file], [])
     send(file, store_of(tmp_path))
     (run,) = runs(tmp_path)
     assert (run.info.status, run.data.metrics) == ("KILLED", {"test/top1": 50.0})
@@ -119,11 +120,50 @@ def test_file_of_a_running_stage_is_left_alone_and_that_of_a_killed_one_ends_as_
 @pytest.mark.parametrize(
     "text", ["", "{}\n", "not json\n", '[1]\n{"status": "FINISHED"}\n', '{"run": "x"}\n{"a": 1}\n']
 )
-def test_damaged_file_is_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / KEPT).mkdir(parents=True)
+def test_damaged_file_is_named_and_keeps_no_other_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(Store, "start", fails)
+    evaluate(tmp_path)
     (tmp_path / KEPT / "a.jsonl").write_text(text)
-    with pytest.raises(LgpError, match=r"a\.jsonl is damaged"):
-        kept_files(tmp_path)
+    ready, left = kept_files(tmp_path)
+    assert [file.name != "a.jsonl" for file in ready] == [True]
+    assert "a.jsonl is damaged" in left[0]
+
+
+def test_run_of_another_machine_is_named_and_taken_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(Store, "start", fails)
+    Tracker(ABOUT, tmp_path, tmp_path / "run_id").log_metrics({"test/top1": 50.0})
+    (file,) = (tmp_path / KEPT).glob("*.jsonl")
+    file.write_text(file.read_text().replace(ProcessName.own().text, "elsewhere 7 12.00"))
+    assert kept_files(tmp_path) == ([], [f"{file} is left: its process (elsewhere 7 12.00) may still write it"])
+    assert kept_files(tmp_path, all_machines=True) == ([file], [])
+
+
+@pytest.mark.parametrize("since", ["finished", "runs"])
+def test_run_that_went_on_since_gets_what_is_missing_and_keeps_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: str
+) -> None:
+    """A store fails in the middle of a training, which is stopped, and goes on in the same run when it answers."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracker = Tracker(ABOUT, tmp_path, tmp_path / "run_id")
+    tracker.tag("trained", "false")
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "log", fails)
+        tracker.log_metrics({"train/loss": 2.0})
+        tracker.end("KILLED")
+    store, run_id = store_of(tmp_path), (tmp_path / "run_id").read_text().strip()
+    parent = psutil.Process(os.getppid())
+    writer = f"{ProcessName.own().text.rsplit(' ', 2)[0]} {parent.pid} {parent.create_time():.2f}"
+    store.client.set_tag(run_id, PROCESS, writer)
+    if since == "finished":
+        store.client.set_terminated(run_id, "FINISHED")
+    ((file,), _) = kept_files(tmp_path)
+    send(file, store)
+    (run,) = runs(tmp_path)
+    assert run.info.status == ("FINISHED" if since == "finished" else "RUNNING")
+    assert (run.data.metrics, run.data.tags[PROCESS]) == ({"train/loss": 2.0}, writer)
 
 
 def test_passwords_are_neither_said_nor_kept(
@@ -140,7 +180,7 @@ def test_passwords_are_neither_said_nor_kept(
     tracker = Tracker(about, tmp_path, tmp_path / "run_id")
     tracker.log_metrics({"test/top1": 50.0})
     tracker.end("FINISHED")
-    (file,) = kept_files(tmp_path)
+    ((file,), _) = kept_files(tmp_path)
     said = capsys.readouterr().out
     assert "127.0.0.1:9" in said
     assert "S3cretPw" not in said + file.read_text()

@@ -63,7 +63,9 @@ def test_a_state_of_a_training_that_runs_stays(root: Path, params: Params) -> No
 def test_what_kills_left_is_taken(root: Path, params: Params) -> None:
     made("models/.partial.mim/x", "metrics/.partial.a.json", "models/mim/classifiers/.partial.linear/x")
     made(f".lgp/code.{DEAD}", f".lgp/code.{os.getpid()}", ".lgp/code.json", f".lgp/checked/abc.{DEAD}")
+    made(".lgp/features/new.partial/0.npy")  # a tool without a lock may write it now
     made(".lgp/features/abc.partial/0.npy", ".lgp/resume/mim-pretrain/key/state-bbbbbbbbbbbbbbbb.new")
+    os.utime(".lgp/features/abc.partial", (0, 0))
     assert found(params).keys() == {
         "models/.partial.mim",
         "metrics/.partial.a.json",

@@ -25,7 +25,7 @@ def checkout(tmp_path: Path) -> Path:
 def test_download_without_git_is_told_what_dvc_needs(checkout: Path) -> None:
     refused = make(checkout, "repro")
     assert refused.returncode == 2
-    assert "DVC needs a git repository, and a ZIP download is none: run git init here" in refused.stdout
+    assert "DVC needs a git repository: in a ZIP download run git init" in refused.stdout
     subprocess.run(["git", "init", "--quiet"], cwd=checkout, check=True)
     assert make(checkout, "repro").returncode == 0
 
