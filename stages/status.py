@@ -43,16 +43,17 @@ def _show_states(root: Path) -> None:
     def then(state: "LeftState") -> str:
         if is_expired(state, digests):
             return f"other code wrote it: `{state.command} --resume` takes it, `lgp clean` removes it"
-        return f"`{state.command}` goes on from it, with the parameters and inputs of then"
+        goes_on = f"`dvc repro` or `{state.command}` goes on from it"
+        return f"{goes_on} if parameters and inputs are as they were, and begins anew if not"
 
     rows = [
         [f"{s.arm} / {s.task}", size_text(size_of(s.files)), age_text(s.files), then(s)]
         for s in left_states(root / RESUME)
     ]
     if rows:
-        print_table("Interrupted trainings", ["training", "size", "age", "then"], rows)
+        print_table("Resume states, of trainings that stopped or run now", ["training", "size", "age", "then"], rows)
     else:
-        print("No training is interrupted.")
+        print("There is no resume state.")
     for name in running(root / RESUME):
         print(f"Runs now: {name}.")
 

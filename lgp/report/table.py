@@ -62,7 +62,7 @@ def per_class_table(arms: "list[ArmOutcomes]", classes: list[str]) -> "pd.DataFr
 def read_results(path: Path) -> list[dict[str, str]]:
     """Read results.csv as text cells; raise `LgpError` where there is none."""
     if not path.exists():
-        raise LgpError(f"no results in {path}: run `dvc repro` (or `make repro`) first")
+        raise LgpError(f"no results in {path}: run `dvc repro` first")
     with reading(path, "run `lgp report`", csv.Error), path.open(newline="", encoding="utf-8") as file:
         results = list(csv.DictReader(file))
         if not results:

@@ -99,7 +99,7 @@ def test_clean_refuses_while_a_stage_runs(project: Path) -> None:
 
 def test_status_of_a_project_that_did_nothing_says_so_and_makes_no_store(project: Path) -> None:
     said = lgp("status")
-    assert "No training is interrupted." in said
+    assert "There is no resume state." in said
     assert "No run is tracked yet." in said
     assert "`dvc repro`: there is no dvc.yaml here: `lgp init` makes a folder a project." in said
     assert not Path("mlflow.db").exists()
@@ -110,4 +110,4 @@ def test_status_says_what_becomes_of_each_state(project: Path) -> None:
     StateStore(STATE.with_name("other"), "b" * 64).save({"step": 1})
     said = lgp("status")
     assert "other code wrote it: `lgp mim --resume` takes it, `lgp clean` removes it" in said
-    assert "`lgp mim` goes on from it" in said
+    assert "`dvc repro` or `lgp mim` goes on from it" in " ".join(said.split())
