@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -44,7 +45,9 @@ finally:
 """
 
 
-def started(where: str, ignored: signal.Signals | None = None) -> "subprocess.Popen[str]":
+def started(
+    where: str, ignored: signal.Signals | None = None, code: str = WAITING, folder: Path = ROOT
+) -> "subprocess.Popen[str]":
     """Start the command line and wait until it waits."""
 
     def ignore() -> None:
@@ -54,7 +57,8 @@ def started(where: str, ignored: signal.Signals | None = None) -> "subprocess.Po
             signal.signal(ignored, signal.SIG_IGN)
 
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITING, where],
+        [sys.executable, "-c", code, where],
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -94,3 +98,22 @@ def test_nohup_keeps_a_command_when_its_terminal_closes() -> None:
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
     assert "SIGTERM" in errors
+
+
+# both ways into the command line, with a command line that waits before any command has begun
+ENTRIES = {
+    "lgp": "from lgp.__main__ import main; main()",
+    "cli.py": f"import runpy; runpy.run_path({str(ROOT / 'cli.py')!r}, run_name='__main__')",
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_before_a_command_begins_is_one_line_too(tmp_path: Path, number: signal.Signals, entry: str) -> None:
+    waiting = "import time, typer\ntyper.Typer.__call__ = lambda self: (print('waits', flush=True), time.sleep(60))\n"
+    with started("inside", code=waiting + ENTRIES[entry], folder=tmp_path) as process:
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert errors.startswith("stopped by ")
+    assert errors.count("\n") == 1

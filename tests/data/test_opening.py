@@ -10,7 +10,7 @@ import pytest
 from made_sources import folder, png
 
 from lgp.data.sources.offers import Offers
-from lgp.data.sources.opening import open_sources, specified
+from lgp.data.sources.opening import open_sources, said, specified
 from lgp.data.sources.specs import Spec
 from lgp.data.sources.states import images_state, labels_state
 from lgp.errors import LgpError
@@ -346,3 +346,7 @@ def test_deep_folder_is_walked(tmp_path: Path) -> None:
             os.chdir("..")
             os.rmdir("a")
         os.chdir(start)
+
+
+def test_sources_are_named_without_passwords() -> None:
+    assert said(["https://team:S3cretPw@host/a.tar", "photos"]) == "https://host/a.tar, photos"

@@ -550,6 +550,14 @@ def test_port_is_one(project: Path, command: str) -> None:
     assert "less than or equal to 65535" in " ".join(refused.output.replace("│", " ").split())
 
 
+def test_memory_that_runs_out_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 1. TiB for an array")
+
+    monkeypatch.setattr("lgp.data.preparation.prepare", prepare)
+    assert "memory ran out (Unable to allocate 1. TiB for an array): lower" in error_of(lgp("prepare"))
+
+
 def test_mistakes_found_with_the_data_at_hand(project: Path, values: dict[str, Any]) -> None:
     assert lgp("prepare").exit_code == 0
     write(merged(values, {"run": {"accumulate": {"mim": 48}}}))

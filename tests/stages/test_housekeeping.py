@@ -1,5 +1,6 @@
 """`lgp status` and `lgp clean` in a project with prepared images and one arm."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lgp.features.of_encoder import encoder_source
 from lgp.models.encoder_folder import images_for
 from lgp.params.file import Params
 from lgp.training.resume_states import StateStore
+from lgp.workflow.kept_runs import KEPT
 
 OLD = "a" * 64
 STATE = Path(".lgp/resume/mim-pretrain/key")
@@ -111,3 +113,18 @@ def test_status_says_what_becomes_of_each_state(project: Path) -> None:
     said = lgp("status")
     assert "other code wrote it: `lgp mim --resume` takes it, `lgp clean` removes it" in said
     assert "`dvc repro` or `lgp mim` goes on from it" in " ".join(said.split())
+
+
+def test_kept_runs_are_sent_and_those_of_other_machines_where_asked(project: Path) -> None:
+    head = {"name": "a", "arm": "mim", "task": "report", "tags": {}, "values": {}, "run_id": None, "started_ms": 1000}
+    ended = json.dumps({"status": "FINISHED", "at_ms": 2000})
+    begun = json.dumps({"tag": {"trained": "true"}, "at_ms": 2000})
+    KEPT.mkdir(parents=True)
+    for name, last in (("ended", ended), ("begun", begun)):
+        (KEPT / f"{name}.jsonl").write_text(json.dumps(head | {"process": "elsewhere 7 12.00"}) + f"\n{last}\n")
+    said = lgp("tracking", "sync")
+    assert "begun.jsonl is left: its process (elsewhere 7 12.00) may still write it 1 runs sent to sqlite:///" in said
+    assert "`lgp report` points the alias `champion` at the best arm" in said
+    assert [file.name for file in KEPT.iterdir()] == ["begun.jsonl"]
+    assert "1 runs sent to" in lgp("tracking", "sync", "--all-machines")
+    assert lgp("tracking", "sync") == "no run waits to be sent"

@@ -17,7 +17,7 @@ from made_models import make_classifier, make_encoder
 from lgp.models.files import PROVENANCE, classifier_digest, encoder_digest
 from lgp.workflow.metric_files import write_metrics
 from lgp.workflow.mlflow_store import CLASSIFIERS, ENVIRONMENT, has_store, store_uri
-from lgp.workflow.origins import committed_values, run_name, values_behind
+from lgp.workflow.origins import committed_values, flatten, run_name, values_behind
 from lgp.workflow.pipeline import SECTIONS
 from lgp.workflow.restored import KeptResult, log_restored
 from lgp.workflow.stage import StageSpec, stage
@@ -131,6 +131,11 @@ def test_run_is_named_by_what_differs_from_the_commit_and_by_the_encoders_seed(c
     named = run_of(client, "graft").info.run_name
     assert named == f"graft / {TASK} · graft.policy=['freeze'], contrastive.objective=vicreg · seed 7"
     assert run_of(client, "cl").info.run_name == f"cl / {TASK} · seed 0"
+
+
+def test_parameters_are_tracked_without_passwords() -> None:
+    source = ["https://team:S3cretPw@host/a.tar?token=S3cretPw", "photos"]
+    assert flatten({"data": {"source": source}}) == {"data.source": "['https://host/a.tar?…', 'photos']"}
 
 
 def test_own_parameters_that_differ_are_named_and_long_lists_are_cut() -> None:

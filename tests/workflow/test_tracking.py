@@ -118,5 +118,5 @@ def test_address_leads_to_the_folder_of_the_project(name: str, tmp_path: Path) -
 
 
 def test_settings_in_an_address_belong_to_no_file() -> None:
-    assert file_of("sqlite:////tmp/m.db?timeout=30") == Path("/tmp/m.db")
+    assert file_of("sqlite:////data/m.db?timeout=30") == Path("/data/m.db")
     assert file_of("http://localhost:5000/?a") is None

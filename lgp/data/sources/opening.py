@@ -25,7 +25,7 @@ from lgp.data.sources.manifest import (
 )
 from lgp.data.sources.offers import SPLITS, UNLABELED, Columns, Offers, Read, Skipped
 from lgp.data.sources.specs import DIGITS, TABLES, Source, Spec, columns_of, spec_of
-from lgp.errors import LgpError, NoSource
+from lgp.errors import LgpError, NoSource, without_credentials
 
 if TYPE_CHECKING:
     from lgp.params.data import ColumnsParams
@@ -386,9 +386,9 @@ def _reads_of(opened: Sequence[Offers], positions: Sequence[int]) -> Iterator[Re
 
 
 def said(sources: Sequence[Source]) -> str:
-    """Return sources as text, for messages."""
+    """Return sources as text, for messages, without the passwords in addresses."""
     texts = (source if isinstance(source, str) else f"{source.kind}: {source.place}" for source in sources)
-    return ", ".join(texts)
+    return ", ".join(map(without_credentials, texts))
 
 
 def open_images(source: str) -> Offers:
