@@ -27,7 +27,8 @@ def clean(
 
     root = Path(os.environ.get("DVC_ROOT", "."))
     found = leftovers(root, load_params(params_file), PREPARED, LABELS, waiting)
-    if yes and (names := running(root / RESUME)):  # after the search, which takes long
+    # after the search, which takes long; what a stage writes now is in the list too
+    if names := running(root / RESUME):
         raise LgpError(f"{', '.join(names)} runs: wait for it, or stop it, and clean then")
     if not found:
         print("nothing to clean")

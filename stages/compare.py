@@ -35,9 +35,8 @@ def compare(
     found = store.ask(lambda m: (m.experiment_id, m.results(f"tags.task = '{task}'")))
     experiment, groups = (found[0], grouped(found[1])) if found else ("", [])
     if not groups:
-        raise LgpError(
-            f"no finished run of {task} is tracked: `dvc repro` makes them; `lgp compare TASK` takes another"
-        )
+        tasks = dict.fromkeys(name for arm in params.arms for name in params.tasks_of(arm))
+        raise LgpError(f"no finished run of {task} is tracked: `dvc repro` makes those of {', '.join(tasks)}")
     print_table(f"{task}: top-1 on test, %", HEADER, rows(groups, store.predictions_of))
     print("Intervals: 95 %, over seeds where there are several (Student's t), else over test images and label subsets.")
     print(

@@ -17,7 +17,6 @@ CACHES = {
     "outcomes": "outcomes kept for other names of the same labels",
     "downloads": "images of remote sources",
     "checked": "notes of files that are intact",
-    "tracking": "lines of runs that MLflow did not take",
 }
 
 
@@ -74,9 +73,13 @@ def _show_caches(root: Path) -> None:
 def _show_runs(root: Path, run: "RunParams") -> None:
     from lgp.compute.units import time_text
     from lgp.report.terminal import print_table
+    from lgp.workflow.kept_runs import kept_files
     from lgp.workflow.mlflow_store import has_store
     from lgp.workflow.tracking import visitor
 
+    ready, _ = kept_files(root)
+    if ready:
+        print(f"Runs that MLflow did not take: {len(ready)}. `lgp tracking sync` sends them.")
     if not has_store(run.tracking_uri, root):
         print("No run is tracked yet.")
         return
@@ -91,7 +94,7 @@ def _show_runs(root: Path, run: "RunParams") -> None:
 def _show_pending(root: Path) -> None:
     from lgp.errors import LgpError
     from lgp.report.terminal import print_table
-    from lgp.workflow.pending import pending
+    from lgp.workflow.pending import NOT_YET, pending
 
     try:
         found = pending(root)
@@ -100,6 +103,9 @@ def _show_pending(root: Path) -> None:
         return
     if not found.changed:
         print("`dvc repro` would run nothing but `inputs`.")
+        return
+    if {reason for why in found.changed.values() for reason in why} == {NOT_YET}:
+        print(f"`dvc repro` would run {len(found.changed)} stages, which have not run yet: {', '.join(found.changed)}.")
         return
     print_table(
         "`dvc repro` would run", ["stage", "why"], [[name, "; ".join(why)] for name, why in found.changed.items()]

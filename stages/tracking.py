@@ -47,6 +47,6 @@ def sync(all_machines: AllMachines = False, params_file: ParamsFile = DEFAULT_PA
                     raise LgpError(f"{sent}: run it again when the store answers")
                 tasks.append(task)
     at = without_credentials(store_uri(run.tracking_uri, root))
-    print(f"{len(tasks)} runs sent to {at}" if files else "no run waits to be sent")
+    print(f"sent to {at}: {len(tasks)}" if files else "no run waits to be sent")
     if "report" in tasks:
         print("`lgp report` points the alias `champion` at the best arm")

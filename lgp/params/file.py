@@ -243,7 +243,7 @@ def load_params(path: Path) -> Params:
     except (OSError, UnicodeDecodeError) as e:
         raise LgpError(
             f"cannot read the parameter file {path} ({getattr(e, 'strerror', 'not text')}): go to the project's "
-            "folder, run `lgp preset use digits` there if it has none, or pass --params FILE"
+            "folder, make one with `lgp init FOLDER`, or pass --params FILE"
         ) from None
     return parse_params(text, path)
 

@@ -239,7 +239,8 @@ class Store:
                 with closing(sqlite3.connect(file)) as database:
                     database.execute("PRAGMA journal_mode=WAL")
                 for address in follow(file, root):
-                    print(f"MLflow's store came from {address}: its addresses are those of this folder now", flush=True)
+                    place = escaped(unquote(address.removeprefix("file://")))
+                    print(f"MLflow's store came from {place}: its addresses are those of this folder now", flush=True)
             mlflow.set_tracking_uri(uri)
             with _other_version_said(uri):
                 self.client = mlflow.MlflowClient(uri)

@@ -29,6 +29,9 @@ OUTPUTS = {
 }
 
 
+NOT_YET = "it has not run yet"
+
+
 @dataclass(frozen=True)
 class Pending:
     """What `dvc repro` would do.
@@ -84,7 +87,7 @@ def _behind(graph: Any, changed: Mapping[str, Any]) -> list[str]:
 def _reasons(stage: Any, said: list[Any], inputs: Path) -> Iterator[str]:
     """Yield why a stage would run, from DVC's own words and the fresh `inputs`."""
     if all(dependency.hash_info.value is None for dependency in stage.deps):
-        yield "it has not run yet"
+        yield NOT_YET
         return
     yield from _changed_inputs(stage, inputs)
     for change in said:

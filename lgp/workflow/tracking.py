@@ -340,6 +340,8 @@ class Tracker:
 def _said(reason: Exception) -> str:
     """Return what an error says in one short line, with the remedy for a full disk."""
     text = without_credentials(" ".join(str(reason).split()))[:300]
+    if re.search("HTTPS?ConnectionPool", text):  # the rest is the inside of a library
+        return "the server does not answer"
     if (isinstance(reason, OSError) and is_disk_full(reason)) or re.search("disk is full|No space left", text):
         text += f": free some space there and in {os.environ.get('TMPDIR', '/tmp')}, or set TMPDIR to another folder"
     return text if isinstance(reason, LgpError) else f"{type(reason).__name__}: {text}"

@@ -111,7 +111,7 @@ def test_many_rows_without_an_image_are_counted_and_few_are_named(tmp_path: Path
     assert len(lines) == 1
     assert lines[0].startswith("left out 31 files and rows: ")  # with labels.csv itself
     assert lines[0].count("more.csv, row") == 2
-    assert "labels.csv (no image by its name" in lines[0]
+    assert "labels.csv (no image, but its labels are read)" in lines[0]
     assert lines[0].endswith("; …: data/prepared/skipped.csv lists all")
     assert len((tmp_path / "prepared" / "skipped.csv").read_text().splitlines()) == 32
 

@@ -96,7 +96,7 @@ def test_missing_section_and_missing_file_are_named(tmp_path: Path, values: dict
     del values["graft"]
     with pytest.raises(LgpError, match="missing key 'graft'"):
         load(tmp_path, values)
-    with pytest.raises(LgpError, match="lgp preset use digits"):
+    with pytest.raises(LgpError, match="make one with `lgp init FOLDER`"):
         load_params(tmp_path / "absent.yaml")
 
 

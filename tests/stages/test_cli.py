@@ -536,6 +536,7 @@ def test_tracking_that_fails_warns_once_and_loses_nothing(project: Path, monkeyp
         ({"data": {"leaks": "report"}}, ["prepare"], "unknown key 'data.leaks': it is now labels.leaks"),
         ({}, ["preset", "use", "cifar"], "no preset 'cifar': there are"),
         ({}, ["results"], "no results in reports/results.csv"),
+        ({}, ["compare", "1shot"], "no finished run of 1shot is tracked: `dvc repro` makes those of linear, fewshot-"),
     ],
 )
 def test_mistake_is_one_line(project: Path, values: Any, change: Any, command: list[str], message: str) -> None:

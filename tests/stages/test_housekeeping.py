@@ -92,10 +92,12 @@ def test_clean_refuses_while_a_stage_runs(project: Path) -> None:
     store = StateStore(STATE, "b" * 64)
     store.acquire()
     Path("models/.partial.mim").mkdir()
-    ran = CliRunner().invoke(app, ["clean", "--yes"])
+    tried = [CliRunner().invoke(app, ["clean", *how]) for how in ([], ["--yes"])]
     store.close(succeeded=False)
-    assert ran.exit_code == 1
-    assert "mim-pretrain (process " in ran.output
+    for ran in tried:
+        assert ran.exit_code == 1
+        assert "mim-pretrain (process " in ran.output
+        assert ".partial.mim" not in ran.output
     assert Path("models/.partial.mim").exists()
 
 
@@ -122,9 +124,11 @@ def test_kept_runs_are_sent_and_those_of_other_machines_where_asked(project: Pat
     KEPT.mkdir(parents=True)
     for name, last in (("ended", ended), ("begun", begun)):
         (KEPT / f"{name}.jsonl").write_text(json.dumps(head | {"process": "elsewhere 7 12.00"}) + f"\n{last}\n")
+    assert "Runs that MLflow did not take: 1. `lgp tracking sync` sends them." in lgp("status")
     said = lgp("tracking", "sync")
-    assert "begun.jsonl is left: its process (elsewhere 7 12.00) may still write it 1 runs sent to sqlite:///" in said
+    assert "begun.jsonl is left: its process (elsewhere 7 12.00) may still write it sent to sqlite:///" in said
+    assert "mlflow.db: 1" in said
     assert "`lgp report` points the alias `champion` at the best arm" in said
     assert [file.name for file in KEPT.iterdir()] == ["begun.jsonl"]
-    assert "1 runs sent to" in lgp("tracking", "sync", "--all-machines")
+    assert "mlflow.db: 1" in lgp("tracking", "sync", "--all-machines")
     assert lgp("tracking", "sync") == "no run waits to be sent"

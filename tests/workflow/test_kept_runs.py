@@ -186,6 +186,15 @@ def test_passwords_are_neither_said_nor_kept(
     assert "S3cretPw" not in said + file.read_text()
 
 
+def test_server_that_is_down_is_said_without_the_inside_of_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    Tracker(ABOUT, tmp_path, tmp_path / "run_id").log_metrics({"test/top1": 50.0})
+    assert "tracking failed (the server does not answer) at http://127.0.0.1:9;" in capsys.readouterr().out
+
+
 def test_disk_that_is_full_for_both_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -155,7 +155,10 @@ def folder_offers(walk: Walk, class_folders: bool, columns: Columns) -> Offers:
     offers = listing.offers(partial(_reads, walk.root, places), more=_empty_classes(walk) if class_folders else ())
     offers = replace(offers, roots=roots_of(walk.root))
     for path in walk.lists:
-        offers = _with_list(offers, walk.root / path, printable(path.rpartition("/")[0]), columns)
+        labelled = _with_list(offers, walk.root / path, printable(path.rpartition("/")[0]), columns)
+        if labelled is not offers:
+            read = Skipped(printable(path), "no image, but its labels are read")
+            offers = replace(labelled, clutter=[read if it.path == read.path else it for it in labelled.clutter])
     return offers
 
 
