@@ -1,12 +1,11 @@
 """The `lgp` command. It registers the stages of the pipeline, and the tools around it."""
 
-import sys
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from lgp.compute.interruption import line_and_code, stopped_by_signals
+from lgp.compute.interruption import stopped_by_signals
 from stages.audit import audit
 from stages.baseline import baseline
 from stages.bench import bench
@@ -91,9 +90,4 @@ def main(version: Version = False) -> None:
 
 if __name__ == "__main__":
     with stopped_by_signals():
-        try:
-            app()
-        except KeyboardInterrupt as stop:  # while Typer builds or ends the command, which prints its own line
-            line, code = line_and_code(stop)
-            print(line, file=sys.stderr)
-            sys.exit(code)
+        app()

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from lgp.compute.interruption import line_and_code, stopped_by_signals
+from lgp.compute.interruption import stopped_by_signals
 from lgp.workflow.source_tree import is_checkout, source_root
 
 
@@ -17,14 +17,9 @@ def main() -> None:
     # `cli` and `stages` are top-level modules of a checkout only; an installed package keeps them to itself
     sys.path.insert(0, str(root))
     with stopped_by_signals():
-        try:
-            from cli import app
+        from cli import app
 
-            app()
-        except KeyboardInterrupt as e:  # before or after the command itself, which prints its own line
-            line, code = line_and_code(e)
-            print(line, file=sys.stderr)
-            sys.exit(code)
+        app()
 
 
 if __name__ == "__main__":

@@ -35,6 +35,17 @@ def escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def shortened(text: str, most: int) -> str:
+    """Return text of unknown origin on one line, cut after `most` characters."""
+    line = escaped(text)
+    return line if len(line) <= most else f"{line[:most]}…"
+
+
 def is_disk_full(error: OSError) -> bool:
     """Return whether a file-system error means that no space or no quota is left."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

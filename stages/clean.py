@@ -18,28 +18,34 @@ Waiting = Annotated[
 def clean(
     yes: Yes = False, waiting: Waiting = False, params_file: ParamsFile = DEFAULT_PARAMS, debug: Debug = False
 ) -> None:
-    """List expired resume states, caches that nothing refers to and what kills left; with `--yes` remove them."""
+    """List expired resume states, unused caches and halves that killed commands left; with `--yes` remove them."""
     from lgp.errors import LgpError
     from lgp.params.file import load_params
     from lgp.report.terminal import print_table
     from lgp.training.left_states import RESUME, running
-    from lgp.workflow.leftovers import age_text, leftovers, size_of, size_text, total
+    from lgp.workflow.leftovers import age_text, leftovers, size_of, size_text
 
     root = Path(os.environ.get("DVC_ROOT", "."))
     found = leftovers(root, load_params(params_file), PREPARED, LABELS, waiting)
     # after the search, which takes long; what a stage writes now is in the list too
     if names := running(root / RESUME):
-        raise LgpError(f"{', '.join(names)} runs: wait for it, or stop it, and clean then")
+        raise LgpError(f"a training runs ({', '.join(names)}): wait for it or stop it, then clean again")
     if not found:
         print("nothing to clean")
         return
-    rows = [[left.what, str(left.paths[0]), size_text(size_of(left.paths)), age_text(left.paths)] for left in found]
+    sizes = [size_of(left.paths) for left in found]
+    rows = [
+        [left.what, str(left.paths[0]), size_text(size), age_text(left.paths)]
+        for left, size in zip(found, sizes, strict=True)
+    ]
     print_table("Not needed", ["what", "where", "size", "age"], rows)
-    whole = size_text(total(found))
     if not yes:
-        print(f"nothing is removed: `lgp clean --yes{' --waiting' if waiting else ''}` removes these {whole}")
+        more = " --waiting" if waiting else ""
+        print(f"nothing is removed: `lgp clean --yes{more}` removes these {size_text(sum(sizes))}")
         return
-    kept = [left.what for left in found if not left.remove()]
-    print(f"clean: removed {len(found) - len(kept)} of {len(found)}, {whole} in all")
-    for what in kept:
-        print(f"clean: kept, because its training runs: {what}")
+    removed = [left.remove() for left in found]
+    freed = sum(size for size, gone in zip(sizes, removed, strict=True) if gone)
+    print(f"clean: removed {sum(removed)} of {len(found)}, {size_text(freed)}")
+    for left, gone in zip(found, removed, strict=True):
+        if not gone:
+            print(f"clean: kept, because its training runs: {left.what}")

@@ -1,7 +1,6 @@
 """The options that the stages share, and the one line that a failing command prints."""
 
 import io
-import os
 import re
 import sys
 from contextlib import suppress
@@ -13,7 +12,8 @@ from typer.core import TyperGroup
 
 from lgp.compute import exhaustion
 from lgp.compute.interruption import line_and_code
-from lgp.errors import LgpError, escaped, without_credentials
+from lgp.compute.launch import launched_rank
+from lgp.errors import LgpError, escaped, one_line, without_credentials
 
 
 class OneLineErrors(TyperGroup):
@@ -30,21 +30,22 @@ class OneLineErrors(TyperGroup):
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except (LgpError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as e:
-            line = exhaustion.said(e)
-            unknown = line is None and isinstance(e, RuntimeError | MemoryError)
-            if unknown or ctx.find_root().meta.get("lgp.debug"):
+        except KeyboardInterrupt as e:
+            if ctx.find_root().meta.get("lgp.debug"):
                 raise
-            line = line or escaped(without_credentials(" ".join(str(e).split())))
-            # the rank among the processes that torchrun started
-            rank = os.environ["RANK"] if "TORCHELASTIC_RUN_ID" in os.environ else "0"
-            if isinstance(e, KeyboardInterrupt):
-                stopped, code = line_and_code(e)
-                if rank == "0":
-                    with suppress(OSError):  # a terminal that closed cannot be written to
-                        print(stopped, file=sys.stderr, flush=True)
-                raise typer.Exit(code) from None
-            print(f"error: {line}" if rank == "0" else f"error in process {rank}: {line}", file=sys.stderr)
+            stopped, code = line_and_code(e)
+            if launched_rank() == 0:
+                with suppress(OSError):  # a terminal that closed cannot be written to
+                    print(stopped, file=sys.stderr, flush=True)
+            raise typer.Exit(code) from None
+        except (LgpError, OSError, RuntimeError, MemoryError) as e:
+            line = exhaustion.said(e)
+            if line is None and isinstance(e, LgpError | OSError):
+                line = escaped(without_credentials(one_line(e)))
+            if line is None or ctx.find_root().meta.get("lgp.debug"):
+                raise
+            rank = launched_rank()
+            print(f"error in process {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
             raise typer.Exit(1) from None
 
 

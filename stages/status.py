@@ -45,10 +45,7 @@ def _show_states(root: Path) -> None:
         goes_on = f"`dvc repro` or `{state.command}` goes on from it"
         return f"{goes_on} if parameters and inputs are as they were, and begins anew if not"
 
-    rows = [
-        [f"{s.arm} / {s.task}", size_text(size_of(s.files)), age_text(s.files), then(s)]
-        for s in left_states(root / RESUME)
-    ]
+    rows = [[s.training, size_text(size_of(s.files)), age_text(s.files), then(s)] for s in left_states(root / RESUME)]
     if rows:
         print_table("Resume states, of trainings that stopped or run now", ["training", "size", "age", "then"], rows)
     else:
@@ -86,7 +83,7 @@ def _show_runs(root: Path, run: "RunParams") -> None:
     found = visitor(run.tracking_uri, run.experiment, root).ask(lambda m: m.unfinished())
     rows = [[r.name, r.run_id, time_text((time.time() - r.started_ms / 1000) / 3600)] for r in found or []]
     if rows:
-        print_table("Runs that are not closed: their stages run, or were killed", ["run", "id", "began before"], rows)
+        print_table("Runs that are not closed: their stages run, or were killed", ["run", "id", "age"], rows)
     elif found is not None:
         print("All tracked runs are closed.")
 

@@ -1,6 +1,7 @@
 """Tool `tracking`: runs that MLflow did not take."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +10,6 @@ import typer
 from stages.options import DEFAULT_PARAMS, Debug, ParamsFile
 
 tracking_app = typer.Typer(help="Runs that MLflow did not take.", no_args_is_help=True)
-
-
-@tracking_app.callback()
-def tracking() -> None:
-    """Runs that MLflow did not take."""
 
 
 AllMachines = Annotated[
@@ -41,7 +37,7 @@ def sync(all_machines: AllMachines = False, params_file: ParamsFile = DEFAULT_PA
     if files:
         with FileLock(root / ".lgp" / "sync.lock"):  # two calls at once would send a run twice
             for file in (file for file in files if file.exists()):
-                task = store.ask(lambda m, file=file: send(file, m))  # type: ignore[misc]
+                task = store.ask(partial(send, file))
                 if task is None:
                     sent = f"{len(tasks)} of {len(files)} runs were sent"
                     raise LgpError(f"{sent}: run it again when the store answers")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lgp.compute.launch import launched
 from lgp.compute.precision import in_single_precision
-from lgp.errors import LgpError
+from lgp.errors import LgpError, one_line
 
 WAIT = timedelta(minutes=30)  # for the slowest process, which may be saving a state
 PIECE_BYTES = 2**30  # sent at once
@@ -45,7 +45,7 @@ def joined(name: str, device: torch.device) -> Iterator[None]:
     except RuntimeError as e:
         if isinstance(e, dist.DistError) or "gloo/transport" in str(e) or "Connection" in str(e):
             raise LgpError(
-                f"{name}: process {rank()} of {world_size()} lost another one ({' '.join(str(e).split())[:200]}): run "
+                f"{name}: process {rank()} of {world_size()} lost another one ({one_line(e)[:200]}): run "
                 "again, it goes on from its last state"
             ) from None
         raise

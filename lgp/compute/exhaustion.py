@@ -4,7 +4,7 @@ import errno
 import re
 
 from lgp.compute.interruption import GO_ON
-from lgp.errors import is_disk_full
+from lgp.errors import is_disk_full, one_line
 
 LOWER = "lower the batch size of the stage, or cut its batches by run.accumulate, or end other programs"
 MEMORY = "memory ran out"
@@ -29,7 +29,7 @@ def said(error: BaseException) -> str | None:
     """Return the line for an error of memory or disk, None for any other error."""
     if isinstance(error, OSError) and is_disk_full(error):
         return f"disk full while writing {error.filename or 'a file'}: free some space and run again"
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return _line(MEMORY, text, LOWER)
     if isinstance(error, RuntimeError):

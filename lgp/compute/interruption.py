@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-
-import psutil
+from typing import TYPE_CHECKING
 
 from lgp.compute.launch import launched
 from lgp.compute.liveness import lives
+
+if TYPE_CHECKING:
+    import psutil
 
 LOOK_EVERY_S = 1.0
 SEND_AGAIN_S = 0.02
@@ -40,9 +42,10 @@ def line_and_code(stop: KeyboardInterrupt) -> tuple[str, int]:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block as Ctrl-C does. What comes after the block dies of any of them silently.
+    """End the process in one line when SIGINT, SIGTERM or SIGHUP stops the block.
 
-    A signal that is ignored stays so: `nohup` ignores SIGHUP.
+    After the block, each of them ends the process at once and prints nothing. An ignored signal stays ignored, as
+    `nohup` ignores SIGHUP.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
@@ -50,6 +53,10 @@ def stopped_by_signals() -> Iterator[None]:
     hook, sys.unraisablehook = sys.unraisablehook, _send_again
     try:
         yield
+    except KeyboardInterrupt as stop:  # before or after the command itself, which prints its own line
+        line, code = line_and_code(stop)
+        print(line, file=sys.stderr)
+        sys.exit(code)
     finally:
         sys.unraisablehook = hook
         # at its end Python would print a traceback
@@ -115,12 +122,14 @@ class Interruption:
             print("stopping after this step to save the state; press Ctrl-C again to stop at once", file=sys.stderr)
 
 
-def _what_started_us() -> dict[str, psutil.Process]:
+def _what_started_us() -> dict[str, "psutil.Process"]:
     """Return the processes whose death ends a training: DVC and torchrun, if they started it.
 
     DVC sets the variable `DVC_STAGE` for the processes that it starts. DVC is therefore the nearest ancestor without
     the variable. A shell may be between them.
     """
+    import psutil
+
     parents: dict[str, psutil.Process] = {}
     try:
         ancestors = psutil.Process().parents()

@@ -2,12 +2,16 @@
 
 import socket
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import psutil
+if TYPE_CHECKING:  # a command that tracks nothing does not import it
+    import psutil
 
 
-def lives(process: psutil.Process) -> bool:
+def lives(process: "psutil.Process") -> bool:
     """Return whether a process runs. One that has ended and waits for its parent does not."""
+    import psutil
+
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
@@ -23,6 +27,8 @@ class ProcessName:
     @classmethod
     def own(cls) -> "ProcessName":
         """Return the name of this process."""
+        import psutil
+
         process = psutil.Process()
         return cls(f"{socket.gethostname()} {process.pid} {process.create_time():.2f}")
 
@@ -31,11 +37,13 @@ class ProcessName:
         return self.text.rsplit(" ", 2)[0] == socket.gethostname()
 
     def may_live(self) -> bool:
-        """Return whether the process lives. One of another machine may, and so may one whose name is no name."""
+        """Return whether the process lives, as far as this machine knows. One of another machine may, or no name."""
+        import psutil
+
+        if not self.is_here():
+            return True
         try:
-            host, number, start = self.text.rsplit(" ", 2)
-            if host != socket.gethostname():
-                return True
+            _, number, start = self.text.rsplit(" ", 2)
             process = psutil.Process(int(number))
             return abs(process.create_time() - float(start)) < 1.0 and lives(process)
         except psutil.NoSuchProcess:

@@ -45,7 +45,7 @@ def pool(workers: int | None = None) -> Iterator[ProcessPoolExecutor]:
 def _begin_worker() -> None:
     """Leave Ctrl-C to the main process, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # by the first a broken pool ends its other processes
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a broken pool ends its other processes by SIGTERM
         signal.signal(number, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -277,7 +277,10 @@ def square(pixels: np.ndarray, shorter: int, size: int, resampling: Image.Resamp
 
 
 def _middle(pixels: np.ndarray) -> np.ndarray:
-    """Return the middle of a strip, `LONGEST_STRIP` times as long as wide, or one more: it stays in the middle."""
+    """Cut a strip (H, W, C) to its middle, `LONGEST_STRIP` times as long as wide; one pixel more if the rest is odd.
+
+    Other pixels are returned whole.
+    """
     height, width = pixels.shape[:2]
     length = max(height, width) - LONGEST_STRIP * min(height, width)
     cut = max(length // 2, 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lgp.errors import LgpError
+from lgp.errors import LgpError, one_line
 from lgp.params.evaluate import FeatureParams
 
 ROWS = 2**14  # compared at once
@@ -42,7 +42,7 @@ def read_embeddings(file: Path) -> Embeddings:
         values = features.flatten().to_numpy(zero_copy_only=False).reshape(len(features), -1)
         return Embeddings(about["arm"], about["encoder"], about["features"], table["path"].to_pylist(), values)
     except (OSError, pa.ArrowException, KeyError, ValueError) as e:
-        reason = " ".join(str(e).split())
+        reason = one_line(e)
         raise LgpError(f"{file} has no embeddings ({reason}): `lgp embed SOURCE --out {file}` writes them") from None
 
 

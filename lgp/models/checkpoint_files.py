@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lgp.errors import LgpError, escaped
+from lgp.errors import LgpError, escaped, one_line, shortened
 
 # The command line in MAE's checkpoints is a Namespace. Its multi-node command puts paths into it: they are read as pure
 # paths, which touch no disk and exist on every system. Python 3.13 pickles them under another name.
@@ -26,8 +26,8 @@ PLAIN_OBJECTS: list[Any] = [
 PAGE = "is a web page: the address is that of a page about the file, or wants a login; download it again"
 PACKED = "is compressed or an archive: unpack it first"
 CUT = "is cut off: the download broke off; get it again"
-# how a file begins that is often taken for a checkpoint → what it is, and what to do
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # a safetensors file begins with its length, which may read PK
+# how a file begins that is often taken for a checkpoint → what it is, and what to do
 NO_CHECKPOINTS = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: get it with `git lfs pull`",
     b"<!doctype": PAGE,
@@ -43,7 +43,12 @@ ARRAYS = (
     "checkpoint_path=FILE)`); save its state_dict as .safetensors"
 )
 PROGRAM = "is a program of TorchScript: save the state_dict of its model, best as .safetensors"
-WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # smaller floats are quantised, with a scale
+WEIGHT_DTYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)  # smaller floats are quantised, with a scale
 PICKLE = b"\x80"  # how a pickle begins
 BEGINNING = 40  # bytes of a file that a message shows
 LONGEST_NAME = 100  # characters of a tensor's name in a message
@@ -71,7 +76,7 @@ def read_tensors(path: Path) -> Any:
     except pickle.UnpicklingError as e:
         raise LgpError(f"{path} {_no_tensors(path, str(e))}") from None
     except Exception as e:  # noqa: BLE001 - readers of damaged files raise any exception
-        raise LgpError(f"{path} cannot be read as a checkpoint: {' '.join(str(e).split())[:200]}") from None
+        raise LgpError(f"{path} cannot be read as a checkpoint: {one_line(e)[:200]}") from None
 
 
 def _no_tensors(path: Path, refused: str) -> str:
@@ -140,8 +145,7 @@ def unwrapped(tensors: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def shown(name: Any) -> str:
     """Return the name of a tensor as text for a message: on one line, and cut if it is long."""
-    text = escaped(str(name))
-    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}…"
+    return shortened(str(name), LONGEST_NAME)
 
 
 def fault_of(tensor: Tensor) -> str | None:
@@ -151,7 +155,7 @@ def fault_of(tensor: Tensor) -> str | None:
     """
     if fault := _fault_of_form(tensor):
         return fault
-    if tensor.dtype not in WEIGHTS:
+    if tensor.dtype not in WEIGHT_DTYPES:
         return f"is of type {_dtype(tensor)}, not of floats of 16, 32 or 64 bits"
     if not tensor.to(torch.float32).isfinite().all():
         return "holds values that are not finite in single precision"
@@ -192,7 +196,7 @@ def object_beside(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as e:
-        fault = e.strerror if isinstance(e, OSError) else " ".join(str(e).split())[:100]
+        fault = e.strerror if isinstance(e, OSError) else one_line(e)[:100]
     else:
         if isinstance(found, dict):
             return found

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lgp.errors import LgpError
+from lgp.errors import LgpError, one_line
 from lgp.models.encoder_folder import PIXELS, load_encoder, read_config, save_tensors, save_texts
 from lgp.models.files import CONFIG, WEIGHTS, how_to_make
 from lgp.models.vit import pooled_by_block
@@ -167,7 +167,7 @@ def load_classifier(folder: Path, device: torch.device) -> OpenedClassifier:
     try:
         logits = _logits_of(folder, config, device)
     except (RuntimeError, SafetensorError, KeyError) as e:
-        raise LgpError(f"{folder} is damaged: {' '.join(str(e).split())}; {how_to_make(folder)} again") from None
+        raise LgpError(f"{folder} is damaged: {one_line(e)}; {how_to_make(folder)} again") from None
     return OpenedClassifier(logits, list(config["label_names"]), config)
 
 

@@ -16,7 +16,7 @@ from lgp.compute.intact import read_json
 from lgp.compute.seals import check_sealed
 from lgp.data.normalization import Normalization
 from lgp.data.storage import Images
-from lgp.errors import LgpError
+from lgp.errors import LgpError, one_line
 from lgp.models.files import CONFIG, PROVENANCE, WEIGHTS, how_to_make, no_encoder
 from lgp.models.vit import ARCHITECTURE, model_args
 from lgp.params.data import DataParams
@@ -121,7 +121,7 @@ def load_encoder(folder: Path) -> VisionTransformer:
         encoder.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     except (RuntimeError, SafetensorError) as e:
         raise LgpError(
-            f"{folder / WEIGHTS} is damaged or does not fit its {CONFIG} ({' '.join(str(e).split())}): "
+            f"{folder / WEIGHTS} is damaged or does not fit its {CONFIG} ({one_line(e)}): "
             f"{how_to_make(folder)} to make both anew"
         ) from None
     return encoder

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from lgp.errors import LgpError
+from lgp.errors import LgpError, one_line
 from lgp.models.classifier_folder import HEAD
 from lgp.models.encoder_folder import PIXELS, normalization_of, read_config
 from lgp.models.files import CONFIG, WEIGHTS
@@ -68,9 +68,7 @@ def load_model(folder: Path) -> VisionTransformer:
     try:
         model: VisionTransformer = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except (RuntimeError, SafetensorError) as e:
-        raise LgpError(
-            f"{folder / WEIGHTS} is damaged or does not fit its {CONFIG}: {' '.join(str(e).split())}"
-        ) from None
+        raise LgpError(f"{folder / WEIGHTS} is damaged or does not fit its {CONFIG}: {one_line(e)}") from None
     return model.eval()
 
 

@@ -197,7 +197,8 @@ def _take(
                 faults.append(f"{name} is {how}")
                 uses.append(Use(name, None, how))
             else:
-                _check_weight(fitted, f"{path}: {name}, {how},")
+                if fitted is not tensor:  # interpolated
+                    _check_weight(fitted, f"{path}: {name}, {how},")
                 taken[target] = fitted.to(wanted[target].dtype)
                 uses.append(Use(name, target, how))
         else:

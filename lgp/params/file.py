@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self, Union, get_args, get_origin
 import yaml
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from lgp.errors import LgpError
+from lgp.errors import LgpError, one_line
 from lgp.params.arms import BASELINES
 from lgp.params.data import DataParams
 from lgp.params.evaluate import FeatureParams, FewShotParams, FineTuneParams, LinearParams, PropagationParams
@@ -257,7 +257,7 @@ def parse_params(text: str, path: Path) -> Params:
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise LgpError(f"{path} is not valid YAML{place}: {e.problem}") from None
     except yaml.YAMLError as e:
-        raise LgpError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+        raise LgpError(f"{path} is not valid YAML: {one_line(e)}") from None
     if not isinstance(values, dict):
         raise LgpError(f"{path} must hold sections ({', '.join(Params.model_fields)}), not {type(values).__name__}")
     return check_values(values, path)

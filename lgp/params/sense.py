@@ -1,8 +1,9 @@
-"""What single keys allow and no training survives: numbers that overflow, crops of nothing, rates of nothing.
+"""Values that are valid key by key, but with which no training works: rates of nothing, crops of nothing.
 
 These checks refuse and change no result. `lgp.params.file` alone calls them, so that the code digests leave them out.
 """
 
+import itertools
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from lgp.params.pretrain import TrainingParams
 if TYPE_CHECKING:
     from lgp.params.file import Params
 
-REFERENCE_BATCH = 256  # learning rates are per so many images
+REFERENCE_BATCH = 256  # as in lgp.training.optimizer, which imports torch
 MAX_IMAGE_SIZE = 4096
 MAX_PARAMETERS = 1e11  # of the encoder and of each head
 MIN_RATE = 1e-12  # a smaller one moves no weight in single precision
@@ -57,6 +58,7 @@ def faults(params: "Params") -> Iterator[str]:
     yield from _out_of_range(keys)
     yield from _repeated(keys)
     yield from _too_large(params)
+    yield from _enlarged(params)
     yield from _nothing_left(params)
     yield from _nothing_trained(params)
     if not params.run.experiment.strip():
@@ -85,12 +87,13 @@ def _leaves(values: dict[str, Any], section: str = "") -> Iterator[tuple[str, An
 
 
 def _out_of_range(keys: dict[str, Any]) -> Iterator[str]:
-    for key, given in keys.items():
-        for pattern, (low, high) in RANGES.items():
-            if fnmatchcase(key, pattern):
-                for value in given if isinstance(given, list) else [given]:
-                    if value and not low <= value <= high:
-                        yield f"{key} {value:g} is not from {low:g} to {high:g}: choose a value of that range"
+    for key, pattern in itertools.product(keys, RANGES):
+        if not fnmatchcase(key, pattern):
+            continue
+        (low, high), given = RANGES[pattern], keys[key]
+        for value in given if isinstance(given, list) else [given]:
+            if value and not low <= value <= high:
+                yield f"{key} {value:g} is not from {low:g} to {high:g}: choose a value of that range"
 
 
 def _repeated(keys: dict[str, Any]) -> Iterator[str]:
@@ -115,6 +118,10 @@ def _too_large(params: "Params") -> Iterator[str]:
     for name, size in sizes.items():
         if size > MAX_PARAMETERS:
             yield f"{name} give a model of more than {MAX_PARAMETERS:.0e} weights: lower them"
+
+
+def _enlarged(params: "Params") -> Iterator[str]:
+    """Yield a stored size that is below the size of training."""
     short_side = params.data.store_short_side
     if short_side is not None and short_side < params.data.image_size:
         yield (
@@ -186,11 +193,7 @@ def _decayed_away(params: "Params") -> Iterator[str]:
 
 
 def _rates(training: Any) -> list[float]:
-    """Return the base learning rates of a training."""
-    of_policy = [getattr(training, name, None) for name in getattr(training, "policy", ())]
-    found = [rate for section in (training, *of_policy) for rate in _rates_in(section)]
-    return [rate for rates in found for rate in (rates if isinstance(rates, list) else [rates])]
-
-
-def _rates_in(section: Any) -> list[Any]:
-    return [value for name in ("base_lr", "base_lrs") if (value := getattr(section, name, None)) is not None]
+    """Return the base learning rates of a training, with those of its policies."""
+    sections = [training, *(getattr(training, name, None) for name in getattr(training, "policy", ()))]
+    given = [getattr(section, name, None) for section in sections for name in ("base_lr", "base_lrs")]
+    return [rate for value in given if value is not None for rate in (value if isinstance(value, list) else [value])]

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
-from lgp.errors import escaped
+from lgp.errors import shortened
 
 P = ParamSpec("P")
 DPI = 120
@@ -53,8 +53,7 @@ def _fonts() -> list[str]:
 
 def short(name: str) -> str:
     """Return a name of a user on one line, cut where it is long: an axis would leave no room for the picture."""
-    line = escaped(name)
-    return line if len(line) <= LONGEST_NAME else f"{line[:LONGEST_NAME]}…"
+    return shortened(name, LONGEST_NAME)
 
 
 def save(figure: Figure, path: Path) -> None:

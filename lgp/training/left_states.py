@@ -15,6 +15,14 @@ RESUME = Path(".lgp") / "resume"
 CODE_CHARACTERS = 16  # of the digest of the code, in the names of files
 
 
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there. A link is removed, not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @dataclass(frozen=True)
 class LeftState:
     """What one code left of one interrupted training, in all its parts.
@@ -40,6 +48,11 @@ class LeftState:
         return self.folder.parent.name.partition("-")[2]
 
     @property
+    def training(self) -> str:
+        """The arm and its task, as text."""
+        return f"{self.arm} / {self.task}"
+
+    @property
     def stage(self) -> str:
         """The name of the stage."""
         return self.arm if self.task == "pretrain" else self.task.partition("-")[0]
@@ -55,12 +68,9 @@ class LeftState:
         return code is not None and code[:CODE_CHARACTERS] == self.code
 
     def remove(self) -> None:
-        """Remove the files, and the folder if nothing else is left in it. A link is removed, not what it points to."""
+        """Remove the files, and the folder if nothing else is left in it."""
         for path in self.files:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
         if not any(self.folder.rglob("state-*")):
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -98,8 +108,10 @@ def running(resume: Path) -> list[str]:
     """Return the stages that run now, as text: name and process id."""
     found = []
     for holder in sorted(resume.glob("*-*/*.pid")):
+        if holder.name.startswith("in-"):  # the lock of a folder, beside that of a training
+            continue
         with unused(holder.with_suffix("")) as free:
-            if not free and not holder.name.startswith("in-"):
+            if not free:
                 found.append(f"{holder.parent.name} (process {holder.read_text(encoding='utf-8').strip()})")
     return found
 

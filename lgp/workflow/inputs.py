@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lgp.errors import LgpError, NoSource
+from lgp.errors import LgpError, NoSource, one_line
 from lgp.workflow.code_digest import code_digests
 
 FOLDER, PARAMS_FILE = Path("inputs"), Path("params.yaml")
@@ -52,7 +52,7 @@ def _states(params_file: Path) -> tuple[str, str]:
         return images_state(offers, noticed_by, sources), labelling_state(offers, lists)
     except NoSource as e:
         # a machine that only trains needs prepared data, not the source
-        print(f"{' '.join(str(e).split())}: prepared images and labels are taken as they are", flush=True)
+        print(f"{one_line(e)}: prepared images and labels are taken as they are", flush=True)
         kept = (PREPARED / STATE, LABELS / STATE)
         states = [
             file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else _said(e) for file in kept
@@ -121,7 +121,7 @@ def main() -> None:
     try:
         write_inputs(FOLDER, PARAMS_FILE, Path(os.environ.get("DVC_ROOT", ".")))
     except LgpError as e:
-        sys.exit(f"error: {' '.join(str(e).split())}")
+        sys.exit(f"error: {one_line(e)}")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def kept_files(root: Path, all_machines: bool = False) -> tuple[list[Path], list
             left.append(str(e))
             continue
         process = ProcessName(head["process"])
-        ended = bool(records) and "status" in records[-1]
+        ended = "status" in records[-1]
         if ended or not process.may_live() or (all_machines and not process.is_here()):
             ready.append(file)
         else:
@@ -80,9 +80,9 @@ def kept_files(root: Path, all_machines: bool = False) -> tuple[list[Path], list
 def send(file: Path, store: Store) -> str:
     """Send a run to the store, remove its file, and return its task.
 
-    A run that the store has already is continued. One that has finished since, or that another process writes, gets
-    what is missing, and keeps its end. A run without an end was killed. The file notes the new run before anything is
-    sent: a call that is cut off goes on with the same run.
+    A run that the store has is continued. If it has finished since, or another process writes it, only what is missing
+    is added and its end stays. A run without an end was killed, and is closed as KILLED. The file notes a new run
+    before anything is sent, so that a call that is cut off goes on with it.
 
     Args:
         file: of the run.
@@ -93,13 +93,13 @@ def send(file: Path, store: Store) -> str:
         Exception: whatever MLflow raises. The file stays.
     """
     head, *records = _lines(file)
-    others = store.attach(head["run_id"])
-    if not others:
+    attached = store.attach(head["run_id"])
+    if not attached:
         run_id = store.start(head["name"], head["tags"], head["values"], head["run_id"], head["started_ms"])
         _note(file, head | {"run_id": run_id}, records)
     for record in records:
         _send(record, head, file.with_suffix(""), store)
-    if not others:
+    if not attached:
         last = records[-1]
         store.client.set_terminated(store.run_id, last.get("status", "KILLED"), end_time=last["at_ms"])
     file.unlink()

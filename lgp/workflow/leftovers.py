@@ -1,4 +1,4 @@
-"""What a project does not need any more: expired resume states, caches that nothing refers to, what kills left.
+"""What a project does not need: expired resume states, unused caches, and halves that killed commands left.
 
 Nothing is found that DVC has in a lock file, that an evaluation of the parameters names, or that lies outside of the
 project behind a link.
@@ -6,9 +6,9 @@ project behind a link.
 
 import os
 import re
-import shutil
+import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from lgp.features.of_encoder import CACHE, encoder_source, feature_cache
 from lgp.models.encoder_folder import images_for
 from lgp.models.files import CLASSIFIERS, ENCODER, WEIGHTS
 from lgp.params.file import Params
-from lgp.training.left_states import RESUME, LeftState, left_states, unused
+from lgp.training.left_states import RESUME, LeftState, left_states, remove, unused
 from lgp.workflow.code_digest import code_digests
 
 LOCKS = ("dvc.lock", "controls/dvc.lock")
@@ -50,7 +50,7 @@ class Leftover:
     """Something that nothing needs.
 
     Attributes:
-        what: it is, as text.
+        what: a description, for the table.
         paths: files and folders.
         state: the resume state that it is, if any.
     """
@@ -71,23 +71,15 @@ class Leftover:
         return True
 
 
-def remove(path: Path) -> None:
-    """Remove a file or folder. A link is removed, not what it points to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def size_of(paths: Iterable[Path]) -> int:
     """Return the bytes of files and folders. Links count as links."""
-    inside = (file for path in paths for file in ([path] if _is_file(path) else _below(path)))
-    return sum(state.st_size for file in inside if _is_file(file) and (state := _state(file)))
+    states = (_state(file) for path in paths for file in (path, *_below(path)))
+    return sum(state.st_size for state in states if state and not stat.S_ISDIR(state.st_mode))
 
 
 def _below(folder: Path) -> list[Path]:
     try:
-        return list(folder.rglob("*"))
+        return [] if folder.is_symlink() else list(folder.rglob("*"))
     except FileNotFoundError:  # a stage that runs has moved it
         return []
 
@@ -98,10 +90,6 @@ def _state(path: Path) -> os.stat_result | None:
         return path.lstat()
     except FileNotFoundError:
         return None
-
-
-def _is_file(path: Path) -> bool:
-    return path.is_symlink() or not path.is_dir()
 
 
 def size_text(size: int) -> str:
@@ -166,11 +154,12 @@ def _is_free(path: Path, root: Path, needed: set[Path]) -> bool:
 def _states(root: Path, waiting: bool) -> Iterator[Leftover]:
     digests = code_digests(root)
     for state in left_states(root / RESUME):
-        if is_expired(state, digests) or waiting:
-            of = "other code" if is_expired(state, digests) else "this code"
-            yield Leftover(f"resume state of {of}: {state.arm} / {state.task}", state.files, state)
+        expired = is_expired(state, digests)
+        if expired or waiting:
+            of = "other code" if expired else "this code"
+            yield Leftover(f"resume state of {of}: {state.training}", state.files, state)
         elif torn := tuple(file for file in state.files if file.suffix == ".new"):
-            yield Leftover(f"half a resume state: {state.arm} / {state.task}", torn, replace(state, files=torn))
+            yield Leftover(f"half a resume state: {state.training}", torn, replace(state, files=torn))
 
 
 def _features(root: Path, params: Params, prepared: Path, labels: Path) -> Iterator[Leftover]:
@@ -235,8 +224,3 @@ def _unnamed(root: Path, params: Params) -> Iterator[Leftover]:
     for name, path in sorted(found):
         if name not in named and not path.name.startswith(".") and not (root / "metrics" / f"{name}.json").exists():
             yield Leftover(f"{'predictions' if path.suffix else 'classifier'} without metrics: {name}", (path,))
-
-
-def total(found: Sequence[Leftover]) -> int:
-    """Return the bytes of all."""
-    return size_of(path for left in found for path in left.paths)

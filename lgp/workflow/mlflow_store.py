@@ -199,7 +199,7 @@ def _without_links(folder: Path, scratch: Path) -> Iterator[Path]:
 
 @contextmanager
 def _other_version_said(uri: str) -> Iterator[None]:
-    """Say which version of MLflow wrote a database that this one does not read. MLflow tells to upgrade any."""
+    """Say that another version of MLflow wrote a database, and what to do. MLflow itself always tells to upgrade."""
     import mlflow
 
     try:
@@ -209,13 +209,14 @@ def _other_version_said(uri: str) -> Iterator[None]:
         if found is None:
             raise
         migrations = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
-        if any(found[1] in file.name for file in migrations.glob("*.py")):
+        older = any(found[1] in file.name for file in migrations.glob("*.py"))
+        if older:
             how = f"keep a copy of it, and run `python -m mlflow db upgrade {without_credentials(uri)}`"
         else:
             how = "install that version, or name another store by run.tracking_uri"
-        newer = "an older" if how.startswith("keep") else "a newer"
         raise LgpError(
-            f"{newer} MLflow than {mlflow.__version__}, which is installed, wrote this database: {how}"
+            f"{'an older' if older else 'a newer'} MLflow than {mlflow.__version__}, which is installed, wrote this "
+            f"database: {how}"
         ) from None
 
 
@@ -296,7 +297,10 @@ class Store:
         return True
 
     def attach(self, run_id: str | None) -> bool:
-        """Take up a run that is not to be reopened: it finished, or its process may live. Return whether it is one."""
+        """Write into a run as it is, without reopening it.
+
+        Return whether it must not be reopened: it has finished, or another process may write it.
+        """
         if run_id is None:
             return False
         try:
@@ -334,9 +338,10 @@ class Store:
         """
         from mlflow.entities import Metric
 
-        now, of = at_ms or int(time.time() * 1000), {} if links is None else dict.fromkeys(LINKED, links._asdict())
+        measured_ms = at_ms or int(time.time() * 1000)
+        of = {} if links is None else dict.fromkeys(LINKED, links._asdict())
         metrics = [
-            Metric(name, float(value), now, step, **of.get(name, {}))
+            Metric(name, float(value), measured_ms, step, **of.get(name, {}))
             for step, values in rows
             for name, value in values.items()
         ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lgp.errors import LgpError, without_credentials
+from lgp.errors import LgpError, one_line
 from lgp.workflow.inputs import FOLDER, PARAMS_FILE, write_inputs
 from lgp.workflow.origins import flatten
 
@@ -27,8 +27,6 @@ OUTPUTS = {
     "modified": "is not as the stage wrote it",
     "not in cache": "is not in DVC's cache",
 }
-
-
 NOT_YET = "it has not run yet"
 
 
@@ -73,7 +71,7 @@ def pending(root: Path) -> Pending:
     except LockError:
         raise LgpError("DVC cannot say what it would run while it runs: ask again afterwards") from None
     except DvcException as e:
-        raise LgpError(f"DVC cannot say what it would run: {' '.join(str(e).split())}") from None
+        raise LgpError(f"DVC cannot say what it would run: {one_line(e)}") from None
 
 
 def _behind(graph: Any, changed: Mapping[str, Any]) -> list[str]:
@@ -122,9 +120,6 @@ def _changed_keys(stage: Any, path: str) -> str:
     (dependency,) = (d for d in stage.deps if d.def_path == path and hasattr(d, "params"))
     before, now = flatten(dependency.hash_info.value or {}), flatten(dependency.read_params())
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    shown = [
-        without_credentials(f"{key} {before.get(key, 'not set')} → {now.get(key, 'not set')}")
-        for key in keys[:SHOWN_KEYS]
-    ]
+    shown = [f"{key} {before.get(key, 'not set')} → {now.get(key, 'not set')}" for key in keys[:SHOWN_KEYS]]
     more = [f"{len(keys) - SHOWN_KEYS} more"] if len(keys) > SHOWN_KEYS else []
     return ", ".join(shown + more)

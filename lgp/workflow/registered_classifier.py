@@ -46,7 +46,7 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.mode = MODES[channels]
         self.transform = create_transform(**config)
 
-    # MLflow warns where there is no hint, and checks nothing for this one: arrays and lists come too
+    # MLflow warns without a type hint. It does not check this one: arrays and lists are taken too
     def predict(self, context, model_input: pd.DataFrame, params=None):  # type: ignore[no-untyped-def]
         """Return class, probability and the probabilities of all classes of each image."""
         images = [self._image(row, given) for row, given in enumerate(_images_of(model_input))]

@@ -44,7 +44,7 @@ class Encoder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.encoder = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
         self.transform = create_transform(**resolve_data_config(self.encoder.pretrained_cfg, model=self.encoder))
 
-    # MLflow warns where there is no hint, and checks nothing for this one: arrays and lists come too
+    # MLflow warns without a type hint. It does not check this one: arrays and lists are taken too
     def predict(self, context, model_input: pd.DataFrame, params=None):  # type: ignore[no-untyped-def]
         """Return the class token of each image after the final norm."""
         images = _images_of(model_input)

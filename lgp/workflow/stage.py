@@ -6,7 +6,6 @@ It imports torch and MLflow only when a stage works or logs.
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from lgp.compute.seals import check_sealed
 from lgp.errors import LgpError, NotTrained, check_disk_space
 from lgp.models.files import CLASSIFIERS, HEADS, WEIGHTS, check_beside, check_trained, encoder_digest, no_encoder
 from lgp.params.file import Params, load_params, restricted, section_values
-from lgp.training.left_states import RESUME, expire
+from lgp.training.left_states import RESUME, expire, remove
 from lgp.training.resume_states import StateStore
 from lgp.workflow import tracking
 from lgp.workflow.code_digest import code_digests
@@ -154,14 +153,11 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
             tracker.register()
             tracker.log_result(spec.writes)
         succeeded = True
+        expire(store.folder, before["code"])
     finally:
         for written in partial.values():
-            _remove(written)
-        try:
-            if succeeded:
-                expire(store.folder, before["code"])
-        finally:
-            store.close(succeeded)
+            remove(written)
+        store.close(succeeded)
 
 
 def _check_inputs(spec: StageSpec) -> None:
@@ -267,7 +263,7 @@ def _check_unchanged(spec: StageSpec, before: dict[str, Any], params_file: Path,
 def _start_output(path: Path) -> Path:
     """Return where an output is written first: beside `path`, so that one rename moves it there."""
     partial = path.with_name(f".partial.{path.name}")  # the suffix is kept: some libraries choose a format by it
-    _remove(partial)
+    remove(partial)
     partial.parent.mkdir(parents=True, exist_ok=True)
     if not path.suffix:
         partial.mkdir()
@@ -278,12 +274,5 @@ def _publish(written: Path, path: Path) -> None:
     """Move an output to its place. The classifiers of an arm stay: they are outputs of other stages."""
     if (path / CLASSIFIERS).is_dir():
         (path / CLASSIFIERS).replace(written / CLASSIFIERS)
-    _remove(path)
+    remove(path)
     written.replace(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

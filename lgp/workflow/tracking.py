@@ -1,4 +1,4 @@
-"""Experiment tracking. What of MLflow a stage uses goes through here.
+"""Experiment tracking. All that a stage asks of MLflow goes through here.
 
 MLflow is a view of the files that the stages write. Where it is missing or does not answer, a stage warns once and
 writes JSON lines instead, which `lgp tracking sync` sends later. No result is lost.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lgp.compute.digests import file_digest
-from lgp.errors import LgpError, escaped, is_disk_full, without_credentials
+from lgp.errors import LgpError, escaped, is_disk_full, one_line, without_credentials
 from lgp.models.files import CLASSIFIERS as CLASSIFIER_FOLDERS
 from lgp.models.files import CONFIG, WEIGHTS, classifier_digest
 from lgp.workflow.kept_runs import KEPT, KeptRun
@@ -217,7 +217,7 @@ class Tracker:
         self._log_drawing("conflict.png", lambda figures, path: figures.plot_conflict(path, conflict))
 
     def _log_drawing(self, name: str, draw: Callable[[Any, Path], None]) -> None:
-        """Draw a picture and log it. A picture that fails is said, and ends nothing."""
+        """Draw a picture and log it. A failure is printed, and does not end the stage."""
         path = self._kept.pictures / name
         try:
             from lgp.report import figures
@@ -339,7 +339,7 @@ class Tracker:
 
 def _said(reason: Exception) -> str:
     """Return what an error says in one short line, with the remedy for a full disk."""
-    text = without_credentials(" ".join(str(reason).split()))[:300]
+    text = without_credentials(one_line(reason))[:300]
     if re.search("HTTPS?ConnectionPool", text):  # the rest is the inside of a library
         return "the server does not answer"
     if (isinstance(reason, OSError) and is_disk_full(reason)) or re.search("disk is full|No space left", text):

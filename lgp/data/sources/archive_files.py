@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from lgp.data.sources.cells import one_line, printable
+from lgp.data.sources.cells import printable
 from lgp.data.sources.image_cells import same, state_of
 from lgp.data.sources.listing import fail
 from lgp.data.sources.offers import Read
-from lgp.errors import LgpError
+from lgp.errors import LgpError, one_line
 
 LARGEST_BYTES = 2 * 2**30  # no image is larger; a member that declares more is meant to fill the memory
 CHUNK_BYTES = 2**20

@@ -21,12 +21,12 @@ from lgp.data.sources.archive_files import (
     zip_members,
     zip_reads,
 )
-from lgp.data.sources.cells import is_clutter, one_line, printable, split_word
+from lgp.data.sources.cells import is_clutter, printable, split_word
 from lgp.data.sources.image_cells import state_of
 from lgp.data.sources.listing import LISTS, Listing, OfFolders, by_folders
 from lgp.data.sources.member_labels import SIDECARS, Said, in_manifest, in_sidecar, manifest_rows, notes_on_manifest
 from lgp.data.sources.offers import Columns, Offers, Read, Skipped
-from lgp.errors import LgpError
+from lgp.errors import LgpError, one_line
 
 IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
@@ -90,6 +90,7 @@ def expand(pattern: str) -> list[Path]:
     Raises:
         LgpError: no file matches, or one that braces name is missing.
     """
+    # not Path.expanduser: it raises for a ~ that names no user
     if os.path.exists(os.path.expanduser(pattern)):
         return [Path(os.path.expanduser(pattern))]
     found: list[Path] = []

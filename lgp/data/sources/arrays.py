@@ -12,12 +12,12 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from lgp.data.sources.cells import class_name, one_line, split_of_cell
+from lgp.data.sources.cells import class_name, split_of_cell
 from lgp.data.sources.image_cells import state_of
 from lgp.data.sources.listing import Listing, fail
 from lgp.data.sources.offers import SPLITS, Columns, Offers, Read, Skipped, read_file
 from lgp.data.sources.specs import DIGITS
-from lgp.errors import LgpError
+from lgp.errors import LgpError, one_line
 
 CHANNELS = (1, 3, 4)
 ROLES = {

@@ -246,8 +246,3 @@ def is_clutter(path: str) -> bool:
 def printable(name: str) -> str:
     """Return a file's name as text that can be encoded. Bytes that are not UTF-8 are written as hexadecimal numbers."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

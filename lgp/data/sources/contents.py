@@ -103,6 +103,7 @@ def _places(source: Source) -> Iterator[Path]:
     if "://" in text:
         yield root / DOWNLOADS / sha256(text.encode()).hexdigest()[:16]
         return
+    # not Path.expanduser: it raises for a ~ that names no user
     path = root / os.path.expanduser(text)
     files = [path] if path.exists() else _expanded(path)
     yield from files

@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lgp.data.sources.cells import one_line
 from lgp.data.sources.listing import fail
 from lgp.data.sources.offers import Read, read_file, state_text
+from lgp.errors import one_line
 
 if TYPE_CHECKING:
     import numpy as np

@@ -26,7 +26,6 @@ from lgp.data.sources.cells import (
     column_of,
     meanings,
     note_on_columns,
-    one_line,
     plain_text,
     printable,
     split_words,
@@ -46,7 +45,7 @@ from lgp.data.sources.offers import (
     roots_of,
     state_text,
 )
-from lgp.errors import LgpError
+from lgp.errors import LgpError, one_line
 
 SHOWN = 3  # examples in a message
 MISSING = "no such file"

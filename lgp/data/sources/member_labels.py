@@ -6,18 +6,9 @@ import posixpath
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lgp.data.sources.cells import (
-    class_name,
-    column_of,
-    note_on_columns,
-    one_line,
-    plain_text,
-    rows_of,
-    split_of_cell,
-    text_of,
-)
+from lgp.data.sources.cells import class_name, column_of, note_on_columns, plain_text, rows_of, split_of_cell, text_of
 from lgp.data.sources.offers import Columns
-from lgp.errors import LgpError
+from lgp.errors import LgpError, one_line
 
 SIDECARS = (".cls", ".json")
 

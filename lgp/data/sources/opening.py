@@ -225,6 +225,7 @@ def _local(source: str) -> Path:
             return fetched(source, root / DOWNLOADS / sha256(source.encode()).hexdigest()[:16])
         except LgpError as e:
             raise NoSource(str(e)) from None
+    # not Path.expanduser: it raises for a ~ that names no user
     return root / os.path.expanduser(source)
 
 

@@ -14,8 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
-from lgp.data.sources.cells import one_line
-from lgp.errors import LgpError, check_disk_space, is_disk_full, without_credentials
+from lgp.errors import LgpError, check_disk_space, is_disk_full, one_line, without_credentials
 
 FILES, LOG, UNFINISHED, LOCK = "files", "fetched.jsonl", "unfinished", "lock"
 TAGS = ("ETag", "etag", "md5Hash", "generation", "mtime", "Last-Modified", "LastModified", "updated", "created")

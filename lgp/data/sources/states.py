@@ -21,6 +21,7 @@ STATE = "source_state"  # the file in the results of a stage that has the state 
 
 def list_file(path: Path) -> Path:
     """Return the path of a list. A relative path starts at the project, also if an experiment runs in a copy of it."""
+    # not Path.expanduser: it raises for a ~ that names no user
     return Path(os.environ.get("DVC_ROOT", ".")) / os.path.expanduser(path)
 
 

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lgp.data.sources.cells import one_line
-from lgp.errors import LgpError
+from lgp.errors import LgpError, one_line
 
 BATCH = 64  # rows of Parquet that are in memory at once
 BUFFER_BYTES = 2**20  # without a buffer, or with pre_buffer, a whole column of a row group is in memory

@@ -14,7 +14,6 @@ from lgp.data.sources.cells import (
     column_of,
     is_clutter,
     note_on_columns,
-    one_line,
     printable,
     split_word,
     split_words,
@@ -23,7 +22,7 @@ from lgp.data.sources.image_cells import inside, read_of, state_of
 from lgp.data.sources.listing import LISTS, Listing
 from lgp.data.sources.offers import SPLITS, UNLABELED, Columns, Offers, Read, Skipped
 from lgp.data.sources.table_files import TableFile, open_table
-from lgp.errors import LgpError
+from lgp.errors import LgpError, one_line
 
 STATE, INFO, DICT = "state.json", "dataset_info.json", "dataset_dict.json"  # files of `save_to_disk`
 
