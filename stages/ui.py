@@ -40,7 +40,8 @@ def ui(port: Port = 5000, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
             newest = list({result.arm: result.run_id for result in reversed(results)}.values())
             print(f"Encoders, a chart for each task and metric: {models_address(base, experiment)}")
             print(f"Runs of {task}, the best first: {runs_address(base, experiment, task)}")
-            print(f"The newest of each arm, compared: {compare_address(base, experiment, newest)}")
+            if newest:
+                print(f"The newest of each arm, compared: {compare_address(base, experiment, newest)}")
             print("`lgp compare TASK` prints the same for another task, with a table.", flush=True)
 
     serve(uri, port, announce)
