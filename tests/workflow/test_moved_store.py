@@ -90,5 +90,5 @@ def test_first_call_to_the_store_of_a_copy_follows(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     found = visitor(None, "lgp", copy).ask(lambda m: m.client.get_experiment(m.experiment_id).artifact_location)
     assert found == (copy / "mlartifacts").as_uri()
-    said = f"MLflow's store came from {(original / 'mlartifacts').as_uri()}: its addresses are those of this folder now"
+    said = f"MLflow's store came from {original / 'mlartifacts'}: its addresses are those of this folder now"
     assert said in capsys.readouterr().out

@@ -95,14 +95,18 @@ class ParquetTable:
     @property
     def rows(self) -> int:
         """The number of rows."""
-        return int(self._metadata.num_rows)
+        return sum(self._metadata.row_group(group).num_rows for group in range(self._metadata.num_row_groups))
 
     def columns(self, names: Sequence[str]) -> Any:
         """Read a few small columns, as a `pyarrow.Table`. `image.path` reads a field of a struct column alone."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         with _told(self.path), pq.ParquetFile(self.path) as file:
-            return _valid(file.read(columns=list(names)))
+            table = _valid(file.read(columns=list(names)))
+            if table.num_rows != self.rows:
+                raise pa.ArrowInvalid(f"its columns have {table.num_rows} values for {self.rows} rows")
+            return table
 
     def lacks(self, name: str, leaf: str) -> bool:
         """Return whether the statistics say that a field of a struct column is null in every row."""
@@ -111,7 +115,6 @@ class ParquetTable:
 
     def values(self, name: str, rows: np.ndarray) -> Iterator[object]:
         """Stream one column of these rows, which ascend. A damaged row group yields errors, and the next is read."""
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
@@ -119,14 +122,23 @@ class ParquetTable:
             for group in range(self._metadata.num_row_groups):
                 end = start + self._metadata.row_group(group).num_rows
                 wanted = rows[(rows >= start) & (rows < end)] - start
-                done = 0
-                try:
-                    for value in _of_group(file, group, name, wanted):
-                        yield value
-                        done += 1
-                except (pa.ArrowException, OSError) as e:
-                    yield from [e] * (len(wanted) - done)
+                yield from _each(_of_group(file, group, name, wanted), len(wanted))
                 start = end
+
+
+def _each(values: Iterator[object], number: int) -> Iterator[object]:
+    """Stream this number of values. Those that a damaged part does not give come as its error."""
+    import pyarrow as pa
+
+    fault: Exception = pa.ArrowInvalid("it has fewer values than rows")
+    done = 0
+    try:
+        for value in values:
+            yield value
+            done += 1
+    except (pa.ArrowException, OSError, UnicodeError) as e:
+        fault = e
+    yield from [fault] * (number - done)
 
 
 def _of_group(file: Any, group: int, name: str, wanted: np.ndarray) -> Iterator[object]:
@@ -187,18 +199,15 @@ class ArrowTable:
 
     def values(self, name: str, rows: np.ndarray) -> Iterator[object]:
         """Stream one column of these rows, which ascend. After a damaged batch, every value is the error."""
-        import pyarrow as pa
+        yield from _each(self._of_batches(name, rows), len(rows))
 
-        start = done = 0
-        try:
-            for batch in self._batches([name]):
-                column = batch.column(0)
-                for row in rows[(rows >= start) & (rows < start + len(column))]:
-                    yield column[int(row) - start].as_py()
-                    done += 1
-                start += len(column)
-        except (pa.ArrowException, OSError) as e:
-            yield from [e] * (len(rows) - done)
+    def _of_batches(self, name: str, rows: np.ndarray) -> Iterator[object]:
+        start = 0
+        for batch in self._batches([name]):
+            column = batch.column(0)
+            for row in rows[(rows >= start) & (rows < start + len(column))]:
+                yield column[int(row) - start].as_py()
+            start += len(column)
 
     @property
     def _small(self) -> int:
