@@ -137,7 +137,6 @@ def _run(work: Callable[[], int], folder: Path, output: int, imported: int) -> N
         for number in STOPPING:  # `nohup` and `&` of a shell let them be ignored
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         code = work()
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1

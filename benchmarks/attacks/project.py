@@ -3,13 +3,16 @@
 import functools
 import hashlib
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from forks import Ended, Fork
+from forks import STOPPING, Ended, Fork
+
+from lgp.compute.interruption import stopped_by_signals
 
 TRAINED = ["mim", "cl", "graft", "joint", "reverse"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +77,10 @@ def command(arguments: Sequence[str]) -> Callable[[], int]:
         from lgp.__main__ import main
 
         sys.argv = ["lgp", *arguments]
-        main()
+        with stopped_by_signals():
+            # a signal that came while this fork began falls into the command, as into a process of its own
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+            main()
         return 0
 
     return work
