@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from lgp.compute import exhaustion
-from lgp.compute.interruption import line_and_code
+from lgp.compute.interruption import line_and_code, stop_of
 from lgp.compute.launch import launched_rank
 from lgp.errors import LgpError, escaped, one_line, without_credentials
 
@@ -30,23 +30,25 @@ class OneLineErrors(TyperGroup):
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as e:
-            if ctx.find_root().meta.get("lgp.debug"):
-                raise
-            stopped, code = line_and_code(e)
-            if launched_rank() == 0:
-                with suppress(OSError):  # a terminal that closed cannot be written to
-                    print(stopped, file=sys.stderr, flush=True)
-            raise typer.Exit(code) from None
-        except (LgpError, OSError, RuntimeError, MemoryError) as e:
-            line = exhaustion.said(e)
-            if line is None and isinstance(e, LgpError | OSError):
-                line = escaped(without_credentials(one_line(e)))
+        except (Exception, KeyboardInterrupt) as e:
+            line, code = _line_and_code(e)
             if line is None or ctx.find_root().meta.get("lgp.debug"):
                 raise
-            rank = launched_rank()
-            print(f"error in process {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
-            raise typer.Exit(1) from None
+            with suppress(OSError):  # a terminal that closed cannot be written to
+                print(line, end="", file=sys.stderr, flush=True)
+            raise typer.Exit(code) from None
+
+
+def _line_and_code(error: BaseException) -> tuple[str | None, int]:
+    """Return what is said of an error, and the exit code. None: its traceback is needed."""
+    rank = launched_rank()
+    if stop := stop_of(error):
+        line, code = line_and_code(stop)
+        return "" if rank else f"{line}\n", code  # one of several processes says it
+    said = exhaustion.said(error) if isinstance(error, OSError | RuntimeError | MemoryError) else None
+    if said is None and isinstance(error, LgpError | OSError):
+        said = escaped(without_credentials(one_line(error)))
+    return said and f"error{f' in process {rank}' if rank else ''}: {said}\n", 1
 
 
 def print_version(wanted: bool) -> None:

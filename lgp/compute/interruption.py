@@ -35,8 +35,27 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = exit_code
 
 
+class _Unsaid:
+    """The signal that asked this process to stop, until the command says so."""
+
+    number: int | None = None
+
+
+def stop_of(error: BaseException) -> KeyboardInterrupt | None:
+    """Return the stop that an error is, None if it is none.
+
+    Where a signal falls into the code of a library, the library may raise an error of its own in place of the stop. So
+    the error that ends a command after a signal is the stop, whatever it is.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return error
+    ended_well = (isinstance(error, SystemExit) and not error.code) or getattr(error, "exit_code", None) == 0
+    return None if _Unsaid.number is None or ended_well else _stop(_Unsaid.number)
+
+
 def line_and_code(stop: KeyboardInterrupt) -> tuple[str, int]:
     """Return what a command says that was stopped, and its exit code. Ctrl-C says and has nothing of its own."""
+    _Unsaid.number = None
     return str(stop) or f"stopped by Ctrl-C: {GO_ON}", getattr(stop, "exit_code", 128 + signal.SIGINT)
 
 
@@ -47,14 +66,17 @@ def stopped_by_signals() -> Iterator[None]:
     After the block, each of them ends the process at once and prints nothing. An ignored signal stays ignored, as
     `nohup` ignores SIGHUP.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:
+    for number in ASKING:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _interrupt)
     hook, sys.unraisablehook = sys.unraisablehook, _send_again
     try:
         yield
-    except KeyboardInterrupt as stop:  # before or after the command itself, which prints its own line
-        line, code = line_and_code(stop)
+    except BaseException as e:
+        stop = stop_of(e)
+        if stop is None:
+            raise
+        line, code = line_and_code(stop)  # the stop came before or after the command itself, which prints its own line
         print(line, file=sys.stderr)
         sys.exit(code)
     finally:
@@ -66,7 +88,14 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
-    raise Interrupted(f"stopped by {signal.Signals(number).name}: {GO_ON}", 128 + number)
+    _Unsaid.number = number
+    raise _stop(number)
+
+
+def _stop(number: int) -> KeyboardInterrupt:
+    if number == signal.SIGINT:
+        return KeyboardInterrupt()
+    return Interrupted(f"stopped by {signal.Signals(number).name}: {GO_ON}", 128 + number)
 
 
 def _send_again(lost: "sys.UnraisableHookArgs") -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lgp.compute.digests import file_digest
+from lgp.compute.interruption import stop_of
 from lgp.errors import LgpError, escaped, is_disk_full, one_line, without_credentials
 from lgp.models.files import CLASSIFIERS as CLASSIFIER_FOLDERS
 from lgp.models.files import CONFIG, WEIGHTS, classifier_digest
@@ -375,7 +376,7 @@ def tracked(description: Description, root: Path, resume_file: Path) -> Iterator
     try:
         yield tracker
     except BaseException as e:
-        tracker.end("KILLED" if isinstance(e, KeyboardInterrupt) else "FAILED")
+        tracker.end("KILLED" if stop_of(e) else "FAILED")
         raise
     tracker.end("FINISHED")
 

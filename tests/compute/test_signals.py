@@ -12,6 +12,7 @@ from conftest import ROOT
 # a command line whose command waits, and what runs after it
 WAITING = """
 import sys, time, typer
+from typing import Annotated
 from lgp.compute.interruption import stopped_by_signals
 from stages.options import OneLineErrors
 
@@ -22,8 +23,19 @@ class Slow:
         print("waits", flush=True)
         time.sleep(60)
 
+def parse(value: str) -> None:
+    if sys.argv[1] == "while it parses":
+        print("waits", flush=True)
+        time.sleep(60)
+
 @app.command()
-def wait() -> None:
+def wait(option: Annotated[str, typer.Option(callback=parse)] = "") -> None:
+    if sys.argv[1] == "in a library":
+        print("waits", flush=True)
+        try:
+            time.sleep(60)
+        except BaseException:
+            raise ValueError("a library's own error") from None
     if sys.argv[1] == "in a finalizer":
         slow = Slow()
         del slow
@@ -70,7 +82,7 @@ def started(
     return process
 
 
-@pytest.mark.parametrize("where", ["inside", "in a finalizer"])
+@pytest.mark.parametrize("where", ["inside", "in a finalizer", "in a library", "while it parses"])
 @pytest.mark.parametrize(
     ("number", "said"),
     [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")],

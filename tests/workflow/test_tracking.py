@@ -1,5 +1,6 @@
 """A tracked run: it opens with the first thing logged, and began when its stage did."""
 
+import signal
 import time
 from pathlib import Path
 
@@ -73,6 +74,20 @@ def test_stage_that_stops_after_an_epoch_keeps_it(tmp_path: Path, stopped: type[
     run = run_in(tmp_path)
     assert run.info.status == status
     assert run.data.metrics == {"train/loss": 2.0}
+
+
+def test_run_whose_stop_a_library_turned_into_an_error_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train() -> None:
+        with tracked(ABOUT, tmp_path, tmp_path / "run_id") as tracker:
+            tracker.log_epoch({"epoch": 1, "train/loss": 2.0})
+            monkeypatch.setattr("lgp.compute.interruption._Unsaid.number", signal.SIGTERM)
+            raise ValueError
+
+    with pytest.raises(ValueError, match="^$"):
+        train()
+    assert run_in(tmp_path).info.status == "KILLED"
 
 
 def test_without_a_validation_image_no_reconstruction_is_drawn(tmp_path: Path) -> None:
