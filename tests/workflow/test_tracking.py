@@ -85,7 +85,7 @@ def test_run_whose_stop_a_library_turned_into_an_error_is_killed(
             monkeypatch.setattr("lgp.compute.interruption._Unsaid.number", signal.SIGTERM)
             raise ValueError
 
-    with pytest.raises(ValueError, match="^$"):
+    with pytest.raises(ValueError, match=r"^$"):
         train()
     assert run_in(tmp_path).info.status == "KILLED"
 
