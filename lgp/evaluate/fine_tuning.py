@@ -294,8 +294,7 @@ def build_classifier(
         config["architecture"],
         num_classes=classes,
         drop_path_rate=recipe.drop_path,
-        **_pooling(recipe),
-        **config["model_args"],
+        **config["model_args"] | _pooling(recipe, config["global_pool"]),
     )
     missing, unexpected = model.load_state_dict(load_encoder(encoder).state_dict(), strict=False)
     assert all(name.startswith(("head.", "fc_norm.")) for name in missing), missing
@@ -310,7 +309,7 @@ def build_classifier(
     return model
 
 
-def _classifier(model: nn.Module, recipe: FineTuneParams, temperature: float) -> Classifier:
+def _classifier(model: VisionTransformer, recipe: FineTuneParams, temperature: float) -> Classifier:
     """Return the weights of a trained model, on the CPU. Two layers of its head become one, as none lies between."""
     weights = {name: tensor.detach().float().cpu().clone() for name, tensor in model.state_dict().items()}
     if "head.0.weight" in weights:
@@ -318,12 +317,13 @@ def _classifier(model: nn.Module, recipe: FineTuneParams, temperature: float) ->
         weights |= {"head.weight": (second @ first).float(), "head.bias": weights.pop("head.1.bias")}
     for name in ("head.weight", "head.bias"):
         weights[name] = weights[name] / temperature
-    return Classifier(temperature, model=weights, model_args=_pooling(recipe), interpolation=recipe.interpolation)
+    pooling = {"global_pool": model.global_pool}
+    return Classifier(temperature, model=weights, model_args=pooling, interpolation=recipe.interpolation)
 
 
-def _pooling(recipe: FineTuneParams) -> dict[str, str]:
-    """Return timm's argument for how the tokens become features."""
-    return {"global_pool": "token" if recipe.pool == "class_token" else "avg"}
+def _pooling(recipe: FineTuneParams, of_encoder: str) -> dict[str, str]:
+    """Return timm's argument for how the tokens become features. An encoder without a class token keeps its own."""
+    return {"global_pool": "token" if recipe.pool == "class_token" else "avg"} if of_encoder == "token" else {}
 
 
 def layer_decayed_groups(model: VisionTransformer, rate: float, recipe: FineTuneParams) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ Encode = Callable[[Tensor], Tensor]
 BATCH = 256
 
 
-def class_token_of(encoder: VisionTransformer, device: torch.device) -> Encode:
-    """Return the function that gives an encoder's features: the class token after the final norm, (B, D)."""
+def features_of(encoder: VisionTransformer, device: torch.device) -> Encode:
+    """Return the function that gives an encoder's features, (B, D): its class token after the final norm, if it has one."""
     encoder = encoder.to(device).eval()
 
     def encode(images: Tensor) -> Tensor:

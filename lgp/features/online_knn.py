@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from lgp.compute.launch import launched_rank
 from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
-from lgp.features.extraction import class_token_of, extract
+from lgp.features.extraction import extract, features_of
 from lgp.features.knn import TEMPERATURE, K, knn_predict
 from lgp.params.run import OnlineKnnParams
 
@@ -46,7 +46,7 @@ class OnlineKnn:
         """Return `val/online_knn_top1` in percent every `every_epochs` epochs, else {}. Set evaluation mode."""
         if not self.every_epochs or epoch % self.every_epochs:
             return {}
-        encode = class_token_of(self.encoder, self.device)
+        encode = features_of(self.encoder, self.device)
         train, val = (extract(encode, self.data, ids) for ids in (self.train, self.val))
         labels, classes = self.data.labels, len(self.data.classes)
         predicted = knn_predict(train, labels[self.train], val, classes, K, TEMPERATURE)

@@ -115,7 +115,7 @@ def save_classifier(
     save_tensors(tensors, folder / WEIGHTS)
     plain = "head.weight" in tensors
     changes: dict[str, Any] = {"num_classes": len(classes)} if plain else {}
-    if head is not None and plain and head.pool == "average":
+    if head is not None and plain and head.pool == "average" and config["global_pool"] == "token":
         changes["model_args"] = {**config["model_args"], "global_pool": "avg", "fc_norm": False}
     if classifier.model_args:
         changes["model_args"] = {**config["model_args"], **classifier.model_args}

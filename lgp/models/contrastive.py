@@ -12,11 +12,10 @@ MASKED = {"queries": MoCo, "queries_and_keys": MaskedKeysMoCo, "one_sided": OneS
 
 
 def build_contrastive(encoder: VisionTransformer, params: ContrastiveParams) -> Contrastive:
-    """Put the heads of `objective` on an encoder. Freeze positions and, with `freeze_patch_embed`, the patch embedding.
+    """Put the heads of `objective` on an encoder. With `freeze_patch_embed`, freeze the patch embedding.
 
     A frozen random patch embedding keeps MoCo v3 stable (section 4.1).
     """
-    encoder.pos_embed.requires_grad_(False)
     if params.freeze_patch_embed:
         encoder.patch_embed.requires_grad_(False)
     hidden, dim, temperature = params.projector_hidden, params.projector_dim, params.temperature

@@ -18,7 +18,7 @@ from lgp.data.normalization import Normalization
 from lgp.data.storage import Images
 from lgp.errors import LgpError, one_line
 from lgp.models.files import CONFIG, PROVENANCE, WEIGHTS, how_to_make, no_encoder
-from lgp.models.vit import ARCHITECTURE, model_args
+from lgp.models.vit import architecture_of, fix_positions, model_args
 from lgp.params.data import DataParams
 from lgp.params.model import ModelParams
 
@@ -56,10 +56,10 @@ def save_encoder(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     save_tensors(tensors, folder / WEIGHTS)
     config = {
-        "architecture": ARCHITECTURE,
+        "architecture": architecture_of(model),
         "num_classes": 0,
         "num_features": model.width,
-        "global_pool": "token",
+        "global_pool": encoder.global_pool,
         "model_args": model_args(model, data),
         "pretrained_cfg": {
             "num_classes": 0,
@@ -124,6 +124,7 @@ def load_encoder(folder: Path) -> VisionTransformer:
             f"{folder / WEIGHTS} is damaged or does not fit its {CONFIG} ({one_line(e)}): "
             f"{how_to_make(folder)} to make both anew"
         ) from None
+    fix_positions(encoder)
     return encoder
 
 
@@ -173,7 +174,8 @@ def check_encoder_fits(folder: Path, model: ModelParams, data: DataParams) -> No
     config = read_config(folder)
     if config["architecture"] == PIXELS:
         raise LgpError(_no_weights(folder))
-    found, wanted = config["model_args"], model_args(model, data)
+    found = {"architecture": config["architecture"], **config["model_args"]}
+    wanted = {"architecture": architecture_of(model), **model_args(model, data)}
     if found != wanted:
         raise LgpError(
             f"the encoder in {folder} was trained with {found}, but the parameters say {wanted}: train it anew"

@@ -68,7 +68,9 @@ class MAE(PretrainingModel):
         grid = encoder.patch_embed.grid_size[0]
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_width, grid), requires_grad=False)
+        self.prefix = encoder.num_prefix_tokens
+        positions = sincos_positions(decoder_width, grid, self.prefix)
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.decoder_blocks = nn.Sequential(
             *(Block(decoder_width, decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(decoder_depth))
@@ -80,7 +82,10 @@ class MAE(PretrainingModel):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def encode(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode the visible patches. Return latent (B, 1 + n, D), mask (B, N), ids_restore (B, N)."""
+        """Encode the visible patches. Return latent (B, P + n, D), mask (B, N), ids_restore (B, N).
+
+        P is the number of prefix tokens: 1, the class token, in the paper's encoder.
+        """
         ids_keep, ids_restore, mask = random_masking(noise, self.mask_ratio)
         kept = keep_patches(embed(self.encoder, images), ids_keep)
         return encode_tokens(self.encoder, kept), mask, ids_restore
@@ -89,11 +94,11 @@ class MAE(PretrainingModel):
         """Predict every patch, (B, N, p·p·C), from the latent of the visible patches."""
         tokens = self.decoder_embed(latent)
         b, n = ids_restore.shape
-        mask_tokens = self.mask_token.to(tokens.dtype).expand(b, n + 1 - tokens.shape[1], -1)
-        patches = torch.cat([tokens[:, 1:], mask_tokens], dim=1)
+        mask_tokens = self.mask_token.to(tokens.dtype).expand(b, self.prefix + n - tokens.shape[1], -1)
+        patches = torch.cat([tokens[:, self.prefix :], mask_tokens], dim=1)
         patches = keep_patches(patches, ids_restore)
-        tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
-        return self.decoder_pred(self.decoder_norm(self.decoder_blocks(tokens)))[:, 1:]
+        tokens = torch.cat([tokens[:, : self.prefix], patches], dim=1) + self.decoder_pos_embed
+        return self.decoder_pred(self.decoder_norm(self.decoder_blocks(tokens)))[:, self.prefix :]
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         """Return the loss: squared error to the normalised patches, averaged over the hidden patches.

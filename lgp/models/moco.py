@@ -13,7 +13,7 @@ from lgp.compute.distributed import gather, rank
 from lgp.compute.precision import in_single_precision
 from lgp.models.heads import mlp
 from lgp.models.roles import PretrainingModel
-from lgp.models.vit import View, class_token
+from lgp.models.vit import View, features_of_view
 
 
 @in_single_precision
@@ -76,7 +76,7 @@ class MoCo(PretrainingModel):
 
     def query(self, view: View) -> Tensor:
         """Return the queries of a view, (B, D). Only its visible patches are encoded."""
-        queries: Tensor = self.predictor(self.projector(class_token(self.encoder, view)))
+        queries: Tensor = self.predictor(self.projector(features_of_view(self.encoder, view)))
         return queries
 
     @torch.no_grad()
@@ -102,7 +102,7 @@ class MaskedKeysMoCo(MoCo):
     @torch.no_grad()
     def key(self, view: View) -> Tensor:
         """Return the keys of a view, (B, D), of its visible patches."""
-        keys: Tensor = self.momentum_projector(class_token(self.momentum_encoder, view))
+        keys: Tensor = self.momentum_projector(features_of_view(self.momentum_encoder, view))
         return keys
 
 

@@ -31,7 +31,8 @@ class Role:
 def encoder_roles(encoder: VisionTransformer) -> dict[str, Role]:
     """Return the role of each parameter of an encoder, by its name in the encoder."""
     depth = len(encoder.blocks)
-    modules = [(NORM, depth + 1, encoder.norm), *((f"block{i}", 1 + i, b) for i, b in enumerate(encoder.blocks))]
+    norms = [(NORM, depth + 1, norm) for norm in (encoder.norm, encoder.fc_norm)]
+    modules = [*norms, *((f"block{i}", 1 + i, b) for i, b in enumerate(encoder.blocks))]
     by_id = {id(p): Role(part, layer) for part, layer, module in modules for p in module.parameters()}
     return {name: by_id.get(id(p), Role(EMBED, 0)) for name, p in encoder.named_parameters()}
 

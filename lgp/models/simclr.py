@@ -9,7 +9,7 @@ from lgp.compute.distributed import gather, rank
 from lgp.compute.precision import in_single_precision
 from lgp.models.heads import mlp
 from lgp.models.roles import PretrainingModel
-from lgp.models.vit import View, class_token
+from lgp.models.vit import View, features_of_view
 
 
 @in_single_precision
@@ -50,5 +50,5 @@ class SimCLR(PretrainingModel):
 
     def forward(self, view1: View, view2: View, progress: float) -> Tensor:
         """Return the loss of two views of each image. It is the same at any `progress`."""
-        z1, z2 = (self.projector(class_token(self.encoder, view)) for view in (view1, view2))
+        z1, z2 = (self.projector(features_of_view(self.encoder, view)) for view in (view1, view2))
         return nt_xent(z1, z2, self.temperature)

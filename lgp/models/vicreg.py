@@ -8,7 +8,7 @@ from lgp.compute.distributed import gather
 from lgp.compute.precision import in_single_precision
 from lgp.models.heads import mlp
 from lgp.models.roles import PretrainingModel
-from lgp.models.vit import View, class_token
+from lgp.models.vit import View, features_of_view
 from lgp.params.pretrain import VicregWeights
 
 EPS = 1e-4  # section 4.1
@@ -59,5 +59,5 @@ class VICReg(PretrainingModel):
 
     def forward(self, view1: View, view2: View, progress: float) -> Tensor:
         """Return the loss of two views of each image. It is the same at any `progress`."""
-        z1, z2 = (self.projector(class_token(self.encoder, view)) for view in (view1, view2))
+        z1, z2 = (self.projector(features_of_view(self.encoder, view)) for view in (view1, view2))
         return vicreg_loss(z1, z2, self.weights)

@@ -1,4 +1,8 @@
-"""The encoder: timm's ViT with fixed 2D sin-cos positions, initialised as in MAE or MoCo v3."""
+"""The encoder: timm's ViT with fixed 2D sin-cos positions, initialised as in MAE or MoCo v3.
+
+Under `model.timm` it is another plain ViT of timm: with registers, LayerScale, a norm before the blocks, SwiGLU, or
+without a class token. Its positions learn. Prefix tokens are the class token and the registers.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -8,37 +12,44 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from lgp.params.architecture import architecture
 from lgp.params.data import DataParams
 from lgp.params.model import ModelParams
 
-# any timm ViT: model_args set all dimensions and are stored in the encoder folder's config.json
+# without `model.timm`: model_args set all dimensions and are stored in the encoder folder's config.json
 ARCHITECTURE = "vit_base_patch16_224"
 
 
-def sincos_positions(width: int, grid: int) -> Tensor:
+def sincos_positions(width: int, grid: int, prefix: int = 1) -> Tensor:
     """Compute fixed 2D sin-cos positions (MoCo v3, section 5; MAE, appendix A.1).
 
     Columns come first, as in MAE's released code. MoCo v3's code has rows first: the same up to a transposition.
     A patch in column x and row y gets `[sin(xω), cos(xω), sin(yω), cos(yω)]` with
-    ω_k = 10000^(-k / (width / 4)), k = 0 … width/4 - 1. The class token gets zeros.
+    ω_k = 10000^(-k / (width / 4)), k = 0 … width/4 - 1. The class token gets zeros, as do other prefix tokens.
 
     Args:
         width: embedding width, a multiple of 4.
         grid: patches per side.
+        prefix: number of prefix tokens.
 
     Returns:
-        (1, 1 + grid², width) float32.
+        (1, prefix + grid², width) float32.
     """
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     places = torch.arange(grid, dtype=torch.float64)
     y, x = torch.meshgrid(places, places, indexing="ij")
     angles_x, angles_y = x.flatten()[:, None] * omega, y.flatten()[:, None] * omega
     patches = torch.cat([angles_x.sin(), angles_x.cos(), angles_y.sin(), angles_y.cos()], dim=1)
-    return torch.cat([torch.zeros(1, width), patches.float()])[None]
+    return torch.cat([torch.zeros(prefix, width), patches.float()])[None]
+
+
+def architecture_of(model: ModelParams) -> str:
+    """Return timm's name of the architecture."""
+    return model.timm or ARCHITECTURE
 
 
 def model_args(model: ModelParams, data: DataParams) -> dict[str, Any]:
-    """Return the arguments that make timm's `ARCHITECTURE` our encoder."""
+    """Return the arguments that make timm's architecture our encoder."""
     return {
         "img_size": data.image_size,
         "patch_size": model.patch_size,
@@ -46,16 +57,27 @@ def model_args(model: ModelParams, data: DataParams) -> dict[str, Any]:
         "embed_dim": model.width,
         "depth": model.depth,
         "num_heads": model.heads,
+        **(architecture(model.timm).changes if model.timm else {}),
     }
 
 
 def build_encoder(model: ModelParams, data: DataParams) -> VisionTransformer:
-    """Build the encoder without a head. Its features are the class token after the final norm, (B, width)."""
-    encoder: VisionTransformer = timm.create_model(ARCHITECTURE, num_classes=0, **model_args(model, data))
-    with torch.no_grad():
-        encoder.pos_embed.copy_(sincos_positions(model.width, data.image_size // model.patch_size))
-    encoder.pos_embed.requires_grad_(False)
+    """Build the encoder without a head. Its features, (B, width), are the class token after the final norm.
+
+    An encoder without a class token gives the average of its patches.
+    """
+    encoder: VisionTransformer = timm.create_model(architecture_of(model), num_classes=0, **model_args(model, data))
+    if model.timm is None:
+        with torch.no_grad():
+            encoder.pos_embed.copy_(sincos_positions(model.width, data.image_size // model.patch_size))
+    fix_positions(encoder)
     return encoder
+
+
+def fix_positions(encoder: VisionTransformer) -> None:
+    """Keep the 2D sin-cos positions from learning. Those of another architecture learn."""
+    if encoder.pretrained_cfg["architecture"] == ARCHITECTURE:
+        encoder.pos_embed.requires_grad_(False)
 
 
 def init_as_mae(module: nn.Module) -> None:
@@ -78,8 +100,7 @@ def init_encoder_as_mae(encoder: VisionTransformer) -> None:
     init_as_mae(encoder)
     projection = encoder.patch_embed.proj
     nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-    nn.init.zeros_(projection.bias)
-    nn.init.normal_(encoder.cls_token, std=0.02)
+    _init_bias_and_prefix(encoder, 0.02)
 
 
 def init_encoder_as_moco(encoder: VisionTransformer) -> None:
@@ -96,8 +117,14 @@ def init_encoder_as_moco(encoder: VisionTransformer) -> None:
     projection = encoder.patch_embed.proj
     bound = math.sqrt(6.0 / (projection.weight[0].numel() + projection.weight.shape[0]))
     nn.init.uniform_(projection.weight, -bound, bound)
-    nn.init.zeros_(projection.bias)
-    nn.init.normal_(encoder.cls_token, std=1e-6)
+    _init_bias_and_prefix(encoder, 1e-6)
+
+
+def _init_bias_and_prefix(encoder: VisionTransformer, std: float) -> None:
+    if encoder.patch_embed.proj.bias is not None:  # none before a norm, as in CLIP
+        nn.init.zeros_(encoder.patch_embed.proj.bias)
+    for token in _prefix_tokens(encoder):
+        nn.init.normal_(token, std=std)
 
 
 class View(NamedTuple):
@@ -108,28 +135,55 @@ class View(NamedTuple):
 
 
 def embed(encoder: VisionTransformer, images: Tensor) -> Tensor:
-    """Turn images (B, C, H, W) into patch tokens with their positions, (B, N, width), no class token."""
-    return encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
+    """Turn images (B, C, H, W) into patch tokens with their positions, (B, N, width), no prefix tokens."""
+    positions = encoder.pos_embed
+    return encoder.patch_embed(images) + (
+        positions if encoder.no_embed_class else positions[:, encoder.num_prefix_tokens :]
+    )
 
 
-def with_class_token(encoder: VisionTransformer, tokens: Tensor) -> Tensor:
-    """Put the class token before tokens (B, n, width): (B, 1 + n, width)."""
-    cls_token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-    return torch.cat([cls_token, tokens], dim=1)
+def _prefix_tokens(encoder: VisionTransformer) -> list[Tensor]:
+    return [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
+
+
+def with_prefix(encoder: VisionTransformer, tokens: Tensor) -> Tensor:
+    """Put the P prefix tokens before tokens (B, n, width): (B, P + n, width). The first norm follows, if there is one.
+
+    The class token comes first. It is the only one in the paper's encoder.
+    """
+    if own := _prefix_tokens(encoder):
+        prefix = torch.cat(own, dim=1)
+        if not encoder.no_embed_class:
+            prefix = prefix + encoder.pos_embed[:, : encoder.num_prefix_tokens]
+        tokens = torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
+    return encoder.norm_pre(tokens)
 
 
 def encode_tokens(encoder: VisionTransformer, tokens: Tensor) -> Tensor:
-    """Put the class token before tokens (B, n, width), run blocks and final norm: (B, 1 + n, width)."""
-    return encoder.norm(encoder.blocks(with_class_token(encoder, tokens)))
+    """Put the P prefix tokens before tokens (B, n, width), run blocks and final norm: (B, P + n, width)."""
+    return encoder.norm(encoder.blocks(with_prefix(encoder, tokens)))
 
 
 def tokens_by_block(encoder: VisionTransformer, images: Tensor) -> list[Tensor]:
-    """Return the tokens of images (B, C, S, S) after each block, passed through the final norm: (B, 1 + N, width)."""
-    tokens, after = with_class_token(encoder, embed(encoder, images)), []
+    """Return the tokens of images (B, C, S, S) after each block, passed through the final norm: (B, P + N, width)."""
+    tokens, after = with_prefix(encoder, embed(encoder, images)), []
     for block in encoder.blocks:
         tokens = block(tokens)
         after.append(encoder.norm(tokens))
     return after
+
+
+def pooled(encoder: VisionTransformer, tokens: Tensor, pool: str) -> Tensor:
+    """Return the features (B, width) of the tokens (B, P + n, width) after the final norm.
+
+    Args:
+        encoder: that gave the tokens.
+        tokens: after the final norm.
+        pool: `class_token`, or `average` of the patches. An encoder without a class token takes the average.
+    """
+    if pool == "class_token" and encoder.global_pool == "token":
+        return tokens[:, 0]
+    return encoder.fc_norm(tokens[:, encoder.num_prefix_tokens :].mean(dim=1))
 
 
 def pooled_by_block(encoder: VisionTransformer, images: Tensor, pool: str, blocks: int) -> Tensor:
@@ -138,12 +192,10 @@ def pooled_by_block(encoder: VisionTransformer, images: Tensor, pool: str, block
     Args:
         encoder: in evaluation mode.
         images: (B, C, S, S), normalised.
-        pool: `class_token`, or `average` of the patches.
+        pool: `class_token` or `average`, as `pooled` has them.
         blocks: number of last blocks.
     """
-    after = tokens_by_block(encoder, images)[-blocks:]
-    pooled = [tokens[:, 0] if pool == "class_token" else tokens[:, 1:].mean(dim=1) for tokens in after]
-    return torch.stack(pooled, dim=1)
+    return torch.stack([pooled(encoder, tokens, pool) for tokens in tokens_by_block(encoder, images)[-blocks:]], dim=1)
 
 
 def keep_patches(tokens: Tensor, ids_keep: Tensor) -> Tensor:
@@ -151,9 +203,13 @@ def keep_patches(tokens: Tensor, ids_keep: Tensor) -> Tensor:
     return tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
-def class_token(encoder: VisionTransformer, view: View) -> Tensor:
-    """Return the class token of a view after the final norm, (B, D). Only visible patches are encoded."""
+def features_of_view(encoder: VisionTransformer, view: View) -> Tensor:
+    """Return the features of a view, (B, D): the class token after the final norm, if there is one.
+
+    Only visible patches are encoded.
+    """
     if view.ids_keep is None:
         whole: Tensor = encoder(view.images)
         return whole
-    return encode_tokens(encoder, keep_patches(embed(encoder, view.images), view.ids_keep))[:, 0]
+    tokens = encode_tokens(encoder, keep_patches(embed(encoder, view.images), view.ids_keep))
+    return pooled(encoder, tokens, "class_token")

@@ -17,7 +17,7 @@ from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch, CropDataset
 from lgp.data.storage import Images
 from lgp.errors import check_disk_space
-from lgp.features.extraction import class_token_of, extract
+from lgp.features.extraction import extract, features_of
 from lgp.features.online_knn import OnlineKnn
 from lgp.models.roles import PretrainingModel
 from lgp.params.file import Params
@@ -199,7 +199,7 @@ class Checks:
         moved = check_weights(model, self.initial, self.rates, steps, self.optimizer, self.objective.regularized)
         # evenly spaced over all images, because sources are sorted by class
         ids = crops.ids[:: math.ceil(len(crops.ids) / images)]
-        return moved | check_features(extract(class_token_of(model.encoder, self.device), crops.data, ids))
+        return moved | check_features(extract(features_of(model.encoder, self.device), crops.data, ids))
 
 
 def _online_knn(objective: Objective, session: Session, device: torch.device) -> Callable[[int], Epoch]:

@@ -35,8 +35,7 @@ def pretrain_mim(session: Session) -> Pretrained:
 
 
 def build_mae(encoder: VisionTransformer, mim: MimParams) -> MAE:
-    """Put MAE's decoder on an encoder. The position embeddings stay fixed."""
-    encoder.pos_embed.requires_grad_(False)
+    """Put MAE's decoder on an encoder."""
     return MAE(encoder, mim.mask_ratio, mim.decoder_width, mim.decoder_depth, mim.decoder_heads)
 
 

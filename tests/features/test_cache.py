@@ -19,7 +19,7 @@ from lgp.compute.seals import seal
 from lgp.data.labels import LabelledImages
 from lgp.features import cache as module
 from lgp.features.cache import FeatureCache, Features, FeatureSource, normalizer, pixel_source, standardizer
-from lgp.features.extraction import class_token_of, extract, pixels
+from lgp.features.extraction import extract, features_of, pixels
 from lgp.features.of_encoder import encoder_source, live_features_of
 from lgp.models.encoder_folder import load_encoder
 from lgp.models.vit import tokens_by_block
@@ -58,7 +58,7 @@ def test_features_are_extracted_once(
     assert all(np.array_equal(first.x[split], again.x[split]) for split in first.x)
     assert all(isinstance(again.x[split], np.memmap) for split in ("train", "val", "test"))
     assert np.shares_memory(again.x["train"], again.by_block["train"][-1])
-    whole = extract(class_token_of(load_encoder(encoder_folder), CPU), prepared, prepared.ids("test"))
+    whole = extract(features_of(load_encoder(encoder_folder), CPU), prepared, prepared.ids("test"))
     assert np.abs(again.x["test"] - whole).max() < 1e-5
     assert np.array_equal(again.y["test"], prepared.labels[prepared.ids("test")])
 

@@ -11,7 +11,7 @@ from conftest import FOREIGN
 from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
 from lgp.features.cache import FeatureCache, pixel_source
-from lgp.features.extraction import by_block_of, class_token_of, extract, pixels
+from lgp.features.extraction import by_block_of, extract, features_of, pixels
 from lgp.features.of_encoder import encoder_features, encoder_source, live_features_of
 from lgp.models.encoder_folder import load_encoder, save_encoder, save_pixels
 from lgp.params.evaluate import FeatureParams
@@ -92,7 +92,7 @@ def test_features_are_of_images_with_the_encoders_statistics(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    ids, encode = prepared.ids("val"), class_token_of(load_encoder(encoder_folder), CPU)
+    ids, encode = prepared.ids("val"), features_of(load_encoder(encoder_folder), CPU)
     for folder, data in ((encoder_folder, prepared), (foreign_folder, prepared.normalized_by(FOREIGN))):
         found = encoder_features(folder, prepared, params, CPU).x["val"]
         assert np.abs(found - extract(encode, data, ids)).max() < 1e-5

@@ -10,7 +10,7 @@ from conftest import merged
 
 from lgp.data.labels import LabelledImages
 from lgp.data.storage import Images
-from lgp.features.extraction import class_token_of, extract
+from lgp.features.extraction import extract, features_of
 from lgp.features.knn import knn_predict
 from lgp.features.online_knn import OnlineKnn, labels_if_any
 from lgp.models.encoder_folder import load_encoder
@@ -59,7 +59,7 @@ def test_it_is_knn_of_val_among_some_of_train(prepared: LabelledImages, encoder_
     settings = OnlineKnnParams(every_epochs=1, train_images=10**6, val_images=10**6)
     found = OnlineKnn(encoder, prepared, CPU, settings).after_epoch(1)["val/online_knn_top1"]
     ids = {split: prepared.ids(split) for split in ("train", "val")}
-    x = {split: extract(class_token_of(encoder, CPU), prepared, i) for split, i in ids.items()}
+    x = {split: extract(features_of(encoder, CPU), prepared, i) for split, i in ids.items()}
     labels = prepared.labels
     predicted = knn_predict(x["train"], labels[ids["train"]], x["val"], 10, 20, 0.07)
     assert found == round(100 * (predicted == labels[ids["val"]]).mean(), 2)

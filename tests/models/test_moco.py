@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lgp.models.contrastive import build_contrastive
 from lgp.models.heads import mlp
 from lgp.models.moco import MoCo, contrastive_loss, momentum_at
-from lgp.models.vit import View, build_encoder, class_token, init_encoder_as_moco
+from lgp.models.vit import View, build_encoder, features_of_view, init_encoder_as_moco
 from lgp.params.file import Params
 
 
@@ -121,9 +121,9 @@ def test_learning_encoder_sees_kept_patches_only_and_momentum_encoder_all(moco: 
     images, ids_keep = torch.randn(6, 1, 8, 8), torch.tensor([[0, 5, 9]]).expand(6, -1)
     other = images.clone()
     other[:, :, 4:, 6:] += 1  # patches 11 and 15 of the 4×4 grid
-    query = class_token(moco.encoder, View(images, ids_keep))
-    assert torch.equal(query, class_token(moco.encoder, View(other, ids_keep)))
-    assert not torch.allclose(query, class_token(moco.encoder, View(images)))
+    query = features_of_view(moco.encoder, View(images, ids_keep))
+    assert torch.equal(query, features_of_view(moco.encoder, View(other, ids_keep)))
+    assert not torch.allclose(query, features_of_view(moco.encoder, View(images)))
     assert not torch.allclose(
         moco(View(images, ids_keep), View(images, ids_keep), 1.0),
         moco(View(other, ids_keep), View(other, ids_keep), 1.0),
@@ -133,8 +133,8 @@ def test_learning_encoder_sees_kept_patches_only_and_momentum_encoder_all(moco: 
 def test_keeping_every_patch_is_seeing_the_view_whole(moco: MoCo) -> None:
     moco.eval()
     images = torch.randn(3, 1, 8, 8)
-    kept = class_token(moco.encoder, View(images, torch.arange(16).expand(3, -1)))
-    assert torch.allclose(kept, class_token(moco.encoder, View(images)), atol=1e-6)
+    kept = features_of_view(moco.encoder, View(images, torch.arange(16).expand(3, -1)))
+    assert torch.allclose(kept, features_of_view(moco.encoder, View(images)), atol=1e-6)
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def variant(params: Params, masked: str) -> MoCo:
 def test_masked_keys_see_the_patches_of_their_queries(params: Params, masked_views: tuple[View, View]) -> None:
     model, plain = variant(params, "queries_and_keys"), variant(params, "queries")
     queries = [plain.query(view) for view in masked_views]
-    keys = [plain.momentum_projector(class_token(plain.momentum_encoder, view)) for view in masked_views]
+    keys = [plain.momentum_projector(features_of_view(plain.momentum_encoder, view)) for view in masked_views]
     expected = slow_loss(queries[0], keys[1], 0.2) + slow_loss(queries[1], keys[0], 0.2)
     assert model(*masked_views, 0.0).item() == pytest.approx(expected, rel=1e-6)
     assert expected != pytest.approx(plain(*masked_views, 0.0).item(), rel=1e-3)

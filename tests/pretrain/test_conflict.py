@@ -16,7 +16,7 @@ from torch import Tensor
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch
 from lgp.errors import LgpError
-from lgp.features.extraction import class_token_of, extract
+from lgp.features.extraction import extract, features_of
 from lgp.features.knn import knn_predict
 from lgp.models.encoder_folder import load_encoder
 from lgp.models.files import encoder_digest
@@ -146,7 +146,7 @@ def test_knn_by_block_is_knn_of_each_blocks_mean_token(session: Session, start: 
     predicted = knn_predict(x[0], data.labels[train], x[1], 10, 20, 0.07)
     expected = 100 * (predicted == data.labels[val]).mean()
     assert knn_by_block(start, data, session.params)[1] == pytest.approx(expected, abs=0.01)
-    assert extract(class_token_of(encoder, torch.device("cpu")), data, val).shape == (len(val), 16)
+    assert extract(features_of(encoder, torch.device("cpu")), data, val).shape == (len(val), 16)
 
 
 def cosines(values: list[float]) -> pd.DataFrame:

@@ -30,7 +30,7 @@ from lgp.data.labels import LabelledImages
 from lgp.evaluate.few_labels import evaluate_fewshot, evaluate_propagation
 from lgp.evaluate.prediction import kept_classifiers
 from lgp.evaluate.selection import selected_subsets
-from lgp.features.extraction import class_token_of, extract
+from lgp.features.extraction import extract, features_of
 from lgp.features.of_encoder import encoder_features
 from lgp.models.encoder_folder import load_encoder, normalization_of
 from lgp.models.files import read_arm_metrics
@@ -229,7 +229,7 @@ def test_plain_timm_without_lgp_gives_the_same_features(finished: Path, tmp_path
     data = labelled(finished)
     encoder = finished / "models" / "graft" / "encoder"
     ids = data.ids("test")
-    ours = extract(class_token_of(load_encoder(encoder), torch.device("cpu")), data, ids)
+    ours = extract(features_of(load_encoder(encoder), torch.device("cpu")), data, ids)
     np.save(tmp_path / "images.npy", data.normalize(data.whole(ids)).numpy())
     code = f"""
 import sys, numpy as np, timm, torch
@@ -334,7 +334,7 @@ np.save("theirs.npy", model.predict(np.load("images.npy")))
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     encoder = load_encoder(finished / "models" / "graft" / "encoder")
-    ours = extract(class_token_of(encoder, torch.device("cpu")), data, ids)
+    ours = extract(features_of(encoder, torch.device("cpu")), data, ids)
     assert np.abs(np.load(tmp_path / "theirs.npy") - ours).max() < 1e-5
 
 
