@@ -16,7 +16,7 @@ BATCH = 256
 
 
 def features_of(encoder: VisionTransformer, device: torch.device) -> Encode:
-    """Return the function that gives an encoder's features, (B, D): its class token after the final norm, if it has one."""
+    """Return the function that gives an encoder's features, (B, D): the class token after the final norm, if any."""
     encoder = encoder.to(device).eval()
 
     def encode(images: Tensor) -> Tensor:

@@ -229,6 +229,8 @@ class Store:
 
         # another part of the process may have imported it before, with more to say
         logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
+        # it prints tracebacks of errors while it cleans up after an error, as after a stop; it raises all that matters
+        logging.getLogger("sqlalchemy").setLevel(logging.CRITICAL)
         self.mlflow = mlflow
         self.run_id = ""
         self.scratch = root / ".lgp"

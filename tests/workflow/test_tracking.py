@@ -7,7 +7,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from sqlalchemy import make_url
+from sqlalchemy import create_engine, make_url
 
 from lgp.workflow.mlflow_store import file_of, has_store, store_uri
 from lgp.workflow.tracking import Description, Tracker, tracked
@@ -88,6 +88,18 @@ def test_run_whose_stop_a_library_turned_into_an_error_is_killed(
     with pytest.raises(ValueError, match=r"^$"):
         train()
     assert run_in(tmp_path).info.status == "KILLED"
+
+
+def test_cursor_that_a_stop_left_open_prints_no_traceback(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Cursor:
+        def close(self) -> None:
+            raise ValueError("Cannot operate on a closed database")
+
+    with tracked(ABOUT, tmp_path, tmp_path / "run_id") as tracker:
+        tracker.log_epoch({"epoch": 1, "train/loss": 2.0})
+    with create_engine("sqlite://").connect() as connection:
+        connection._safe_close_cursor(Cursor())
+    assert "cursor" not in caplog.text
 
 
 def test_without_a_validation_image_no_reconstruction_is_drawn(tmp_path: Path) -> None:
