@@ -10,7 +10,14 @@ from lgp.params.arms import BASELINES, TRAINED
 from stages.options import DEFAULT_PARAMS, ArmName, Debug, ParamsFile
 from stages.paths import PREPARED, arm_folder
 
-CheckpointFile = Annotated[Path, typer.Argument(metavar="FILE", help=".pth, .pth.tar, .pt or .safetensors.")]
+CheckpointFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE",
+        help=".pth, .pth.tar, .pt or .safetensors, a folder with one, or what timm fetches: timm:NAME, hf-hub:NAME.",
+    ),
+]
+Write = Annotated[bool, typer.Option("--write", help="First set `model` in the parameter file to the file's encoder.")]
 Mean = Annotated[str | None, typer.Option(metavar="M,M,M", help="Means of the images that it was trained on.")]
 Std = Annotated[str | None, typer.Option(metavar="S,S,S", help="Their standard deviations, of pixels in [0, 1].")]
 Partial = Annotated[bool, typer.Option("--partial", help="Take what fits, where tensors are missing or left over.")]
@@ -20,13 +27,15 @@ def import_checkpoint(
     file: CheckpointFile,
     arm: ArmName,
     params_file: ParamsFile = DEFAULT_PARAMS,
+    write: Write = False,
     partial: Partial = False,
     mean: Mean = None,
     std: Std = None,
     debug: Debug = False,
 ) -> None:
-    """Turn a checkpoint of MAE, MoCo v3, LGP, timm or lgp into an arm."""
+    """Turn a checkpoint of MAE, MoCo v3, LGP, timm, lgp, DINOv2, CLIP or Hugging Face's ViT into an arm."""
     from lgp.data.normalization import parse_normalization
+    from lgp.models.files import is_remote, weights_at
     from lgp.workflow.pipeline import SECTIONS
     from lgp.workflow.stage import StageSpec, stage
 
@@ -34,10 +43,11 @@ def import_checkpoint(
         raise LgpError(f"the arm {arm} is trained by `lgp {arm}`: choose another name, and set graft.start to it")
     if arm in BASELINES:
         raise LgpError(f"the arm {arm} is a baseline: choose another name")
-    if not file.is_file():
-        raise LgpError(f"no file {file}: give a checkpoint (.pth, .pth.tar, .pt or .safetensors)")
     folder, given = arm_folder(arm), parse_normalization(mean, std)
-    spec = StageSpec("import_checkpoint", SECTIONS["import_checkpoint"], [PREPARED, file], [folder], arm, "pretrain")
+    files = [] if is_remote(file) else [weights_at(file)]
+    if write:
+        _write_model(file, params_file)
+    spec = StageSpec("import_checkpoint", SECTIONS["import_checkpoint"], [PREPARED, *files], [folder], arm, "pretrain")
     with stage(spec, params_file) as run:
         from lgp.data.storage import Images
         from lgp.models.checkpoint_files import shown
@@ -50,10 +60,24 @@ def import_checkpoint(
             print(f"{shown(use.name):60} {shown(use.target or '–'):40} {use.how}")
         if imported.faults:
             print(f"warning: this encoder is not the file's: {few_faults(imported.faults)}")
-        print(f"the checkpoint does not say the number of heads: model.heads gives {run.params.model.heads}")
+        if not imported.heads_from:
+            print(f"the checkpoint does not say the number of heads: model.heads gives {run.params.model.heads}")
         ours = Images(PREPARED).normalization
         print(f"its images are normalised by {imported.normalization}, from {imported.normalization_from}")
         if imported.normalization != ours:
             print(f"the prepared images have {ours}: to graft on it, set data.mean and data.std to the former")
         publish_imported(run, folder, imported)
     print(f"{file} ({imported.layout}) is now the arm {arm}: list it in `arms`, or set graft.start to it")
+
+
+def _write_model(file: Path, params_file: Path) -> None:
+    """Set the section `model` of the parameter file to what a checkpoint holds."""
+    from lgp.models.layouts import model_of
+    from lgp.params.editing import write_values
+    from lgp.params.file import load_params
+
+    model = model_of(file)
+    if load_params(params_file).model.timm is None and model["timm"] is None:
+        del model["timm"]
+    write_values(params_file, {f"model.{key}": value for key, value in model.items()})
+    print(f"{params_file}: model is now {', '.join(f'{key} {value}' for key, value in model.items())}")

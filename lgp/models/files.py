@@ -15,6 +15,8 @@ WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "provenance.js
 HEADS, ARM_METRICS, CURVES = "heads.safetensors", "metrics.json", "curves.csv"
 CLASSIFIERS = "classifiers"  # a folder for each evaluation of the arm
 RECONSTRUCTIONS = "reconstructions.safetensors"  # only of an arm with a decoder
+WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin")  # of another project, in a folder of timm or Hugging Face
+REMOTE = ("timm:", "hf-hub:")  # how a name begins that timm fetches
 
 
 def how_to_make(folder: Path) -> str:
@@ -22,6 +24,26 @@ def how_to_make(folder: Path) -> str:
     if folder.parent.name == CLASSIFIERS:
         return how_to_evaluate(folder.parent.parent.name, folder.name)
     return how_to_get(folder.parent.name)
+
+
+def is_remote(checkpoint: Path) -> bool:
+    """Return whether timm fetches a checkpoint: `timm:NAME` or `hf-hub:NAME`."""
+    return str(checkpoint).startswith(REMOTE)
+
+
+def weights_at(path: Path) -> Path:
+    """Return the file of a checkpoint: the path, or what a folder of timm or Hugging Face has.
+
+    Raises:
+        LgpError: there is none.
+    """
+    found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), path)
+    if not found.is_file():
+        raise LgpError(
+            f"no checkpoint at {path}: give a file (.pth, .pth.tar, .pt or .safetensors), a folder with "
+            f"{' or '.join(WEIGHT_FILES)}, timm:NAME or hf-hub:NAME"
+        )
+    return found
 
 
 def seal_arm(arm: Path) -> None:

@@ -1,22 +1,20 @@
 """Import of other projects' checkpoints, and export in MAE's layout. Every tensor of a file is accounted for."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from lgp.compute.randomness import seeded
-from lgp.data.normalization import Normalization, foreign_normalization
+from lgp.data.normalization import Normalization
 from lgp.errors import LgpError
-from lgp.models.checkpoint_files import fault_of, fault_of_count, object_beside, read_tensors, shown, unwrapped
+from lgp.models.checkpoint_files import fault_of, fault_of_count, shown
 from lgp.models.files import CONFIG
+from lgp.models.layouts import DECODER, PRETRAINED_CFG, VITAL, Checkpoint
 from lgp.models.vit import build_encoder, init_encoder_as_moco
 from lgp.params.data import DataParams
 from lgp.params.model import ModelParams
@@ -25,11 +23,6 @@ Tensors = Mapping[str, Tensor]
 
 ENCODER, PROJECTOR = "encoder", "projector"
 PROJECTOR_FIRST_FC = f"{PROJECTOR}.0.weight"
-DECODER = re.compile(r"(decoder_|mask_token)")
-# LGP's classifier for 10 % of labels has two layers; MAE's linear probe has a BatchNorm before its layer
-CLASSIFIER = re.compile(r"(head|head_dist|fc|head\.0|head\.1)\.\w+$")
-IMAGENET = Normalization(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-PRETRAINED_CFG = "pretrained_cfg"  # timm's name for the record that holds an encoder's mean and std
 
 
 @dataclass(frozen=True)
@@ -39,50 +32,6 @@ class Use:
     name: str
     target: str | None
     how: str
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a project names its tensors.
-
-    Attributes:
-        name: name of the project, for messages.
-        container: the key of the tensors in the file, None if the file is the container.
-        encoder: prefix of the names of the encoder's tensors.
-        projector: prefix of the names of the projector's tensors, None without a projector.
-        left_out: returns the reason to leave out a tensor, None if the encoder should have it.
-        normalization: of the project's images, None if its encoders differ in it.
-    """
-
-    name: str
-    container: str | None
-    encoder: str
-    projector: str | None
-    left_out: Callable[[str], str | None]
-    normalization: Normalization | None
-
-
-def _moco_left_out(name: str) -> str | None:
-    if name.startswith("module.momentum_encoder."):
-        return "momentum encoder"
-    return "predictor" if name.startswith("module.predictor.") else None
-
-
-def _plain_left_out(name: str) -> str | None:
-    if DECODER.match(name):
-        return "decoder"
-    return "classifier" if CLASSIFIER.match(name) else None
-
-
-LAYOUTS = (
-    Layout(
-        "MoCo v3 / LGP", "state_dict", "module.base_encoder.", "module.base_encoder.head.", _moco_left_out, IMAGENET
-    ),
-    Layout("LGP (linear probe)", "backbone_state_dict", "", None, _plain_left_out, IMAGENET),
-    Layout("MAE", "model", "", None, _plain_left_out, IMAGENET),
-    Layout("timm (in a training checkpoint)", "state_dict", "", None, _plain_left_out, None),
-    Layout("timm or lgp", None, "", None, _plain_left_out, None),
-)
 
 
 @dataclass(frozen=True)
@@ -97,6 +46,7 @@ class Imported:
         normalization: of the images that the encoder was trained on.
         normalization_from: where that is from, as text.
         faults: what is missing, misshapen or left over, empty unless the import was partial.
+        heads_from: what tells the number of attention heads; empty if nothing does.
     """
 
     layout: str
@@ -106,6 +56,7 @@ class Imported:
     normalization: Normalization
     normalization_from: str
     faults: list[str]
+    heads_from: str
 
     @property
     def first_fc(self) -> str | None:
@@ -120,12 +71,13 @@ def import_checkpoint(
     partial: bool = False,
     normalization: Normalization | None = None,
 ) -> Imported:
-    """Read an encoder from a checkpoint of MAE, MoCo v3, LGP, timm or lgp.
+    """Read an encoder from a checkpoint of MAE, MoCo v3, LGP, timm, lgp, DINOv2, CLIP or Hugging Face's ViT.
 
     Position embeddings for another number of patches are interpolated, as in MAE's fine-tuning.
 
     Args:
-        path: `.pth`, `.pth.tar`, `.pt` or `.safetensors`.
+        path: `.pth`, `.pth.tar`, `.pt` or `.safetensors`, a folder with one, or `timm:NAME` or `hf-hub:NAME`, which are
+            fetched.
         model: dimensions that the encoder must have.
         data: size and channels of its images.
         partial: take the tensors that fit and leave out all others. Missing tensors keep their initial values.
@@ -134,31 +86,37 @@ def import_checkpoint(
 
     Raises:
         LgpError: the file cannot be read without running code, has no known layout, or (unless `partial`) has tensors
-            that are missing, misshapen or left over; the message names them. Or the normalization is not known, or of
-            another number of channels.
+            that are missing, misshapen or left over; the message names them. Or it has tokens, positions or scales
+            that the encoder has no place for. Or the normalization is not known, or of another number of channels.
     """
-    content, beside = read_tensors(path), object_beside(path.with_name(CONFIG))
-    layout, tensors = recognise(content, path)
-    _check_heads(path, beside, model)
+    checkpoint = Checkpoint.read(path)
+    path, layout = checkpoint.path, checkpoint.layout.name
+    heads_from = _check_heads(checkpoint, model)
     with seeded(0, "import"):
         encoder = build_encoder(model, data)
         init_encoder_as_moco(encoder)
     wanted = encoder.state_dict()
-    taken, projector, uses, faults = _take(tensors, layout, wanted, path)
+    taken, projector, uses, faults = _take(checkpoint, encoder)
+    vital = [fault for fault in faults if VITAL.match(fault)]
     faults += [f"{name} is missing" for name in wanted if name not in taken]
-    if faults and not partial:
+    if vital or (faults and not partial):
+        partly = "--partial leaves out no tokens, positions or scales" if partial else "add --partial to take what fits"
         raise LgpError(
-            f"{path} ({layout.name}) does not fill the encoder: {few_faults(faults)}. "
-            f"{_dimensions(layout, tensors)}, the parameters say width {model.width}, depth {model.depth}, "
-            f"patch {model.patch_size}, {data.channels} channels: set "
-            "`model` and `data` to the file's, or add --partial to take what fits"
+            f"{path} ({layout}) does not fill the encoder: {few_faults(vital if partial else faults)}. "
+            f"{checkpoint.dimensions()}, the parameters say {_said(model)}, {data.channels} channels: set `model` and "
+            f"`data` to the file's (--write sets `model`); {partly}"
         )
     if not taken:
-        raise LgpError(f"{path} ({layout.name}): not one tensor fits the encoder of the parameters")
+        raise LgpError(f"{path} ({layout}): not one tensor fits the encoder of the parameters")
     encoder.load_state_dict(wanted | taken, strict=True)
-    known = (normalization, "the command") if normalization else _known_normalization(path, content, beside, layout)
+    known = (normalization, "the command") if normalization else checkpoint.normalization()
     _check_channels(*known, data.channels)
-    return Imported(layout.name, encoder, projector, uses, *known, faults)
+    return Imported(layout, encoder, projector, uses, *known, faults, heads_from)
+
+
+def _said(model: ModelParams) -> str:
+    name = f"{model.timm}, " if model.timm else ""
+    return f"{name}width {model.width}, depth {model.depth}, patch {model.patch_size}"
 
 
 def few_faults(faults: Sequence[str]) -> str:
@@ -167,56 +125,54 @@ def few_faults(faults: Sequence[str]) -> str:
 
 
 def _take(
-    tensors: Tensors, layout: Layout, wanted: Tensors, path: Path
+    checkpoint: Checkpoint, encoder: VisionTransformer
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Use], list[str]]:
     """Return what is taken for the encoder, the projector, the use of each tensor, and the faults.
-
-    Args:
-        tensors: of the checkpoint.
-        layout: of the checkpoint.
-        wanted: the encoder's own tensors, in their shapes.
-        path: of the checkpoint, for messages.
 
     Raises:
         LgpError: a tensor of the encoder or the projector is no weight.
     """
+    layout, renamed, path, wanted = checkpoint.layout, checkpoint.renamed, checkpoint.path, encoder.state_dict()
     taken: dict[str, Tensor] = {}
     projector: dict[str, Tensor] = {}
     uses, faults = [], []
-    for name, tensor in tensors.items():
+    for name, tensor in checkpoint.tensors.items():
         target = name.removeprefix(layout.encoder) if name.startswith(layout.encoder) else ""
-        reason = layout.left_out(name)
+        reason, source = layout.left_out(name), renamed.sources.get(name, name)
         if layout.projector and name.startswith(layout.projector):
             head = f"{PROJECTOR}.{name.removeprefix(layout.projector)}"
-            projector[head] = _checked_head(head, tensor, wanted, f"{path}: {shown(name)}")
+            projector[head] = _checked_head(head, tensor, encoder.embed_dim, f"{path}: {shown(name)}")
             uses.append(Use(name, head, PROJECTOR))
         elif target in wanted:
-            _check_weight(tensor, f"{path}: {name}")
-            fitted, how = _fitted(target, tensor, wanted[target])
+            _check_weight(tensor, f"{path}: {source}")
+            fitted, how = _fitted(target, tensor, encoder)
             if fitted is None:
                 faults.append(f"{name} is {how}")
-                uses.append(Use(name, None, how))
+                uses.append(Use(source, None, how))
             else:
                 if fitted is not tensor:  # interpolated
-                    _check_weight(fitted, f"{path}: {name}, {how},")
+                    _check_weight(fitted, f"{path}: {source}, {how},")
                 taken[target] = fitted.to(wanted[target].dtype)
-                uses.append(Use(name, target, how))
+                uses.append(Use(source, target, how))
         else:
-            uses.append(Use(name, None, reason or "no place in the encoder"))
+            uses.append(Use(source, None, reason or "no place in the encoder"))
             if reason is None:
                 faults.append(f"{shown(name)} has no place in the encoder")
+    uses += [Use(name, None, reason) for name, reason in renamed.left_out.items()]
     return taken, projector, uses, faults
 
 
-def _check_heads(path: Path, beside: Mapping[str, Any], model: ModelParams) -> None:
-    """Check the number of attention heads against a configuration beside the file. No tensor shows this number."""
-    args = beside.get("model_args")
-    heads = args.get("num_heads", model.heads) if isinstance(args, Mapping) else model.heads
-    if heads != model.heads:
+def _check_heads(checkpoint: Checkpoint, model: ModelParams) -> str:
+    """Check the number of attention heads, which no tensor shows. Return what tells it; empty if nothing does."""
+    if model.timm:
+        return model.timm
+    heads, source = checkpoint.heads()
+    if heads is not None and heads != model.heads:
         raise LgpError(
-            f"{path.with_name(CONFIG)} says {shown(heads)} heads, model.heads is {model.heads}: set it to "
-            f"{shown(heads)}, or mend the file"
+            f"{source} says {shown(heads)} heads, model.heads is {model.heads}: set it to {shown(heads)}. If that is "
+            f'wrong, write {{"model_args": {{"num_heads": {model.heads}}}}} into a {CONFIG} beside the file'
         )
+    return source if heads is not None else ""
 
 
 def _check_channels(normalization: Normalization, source: str, channels: int) -> None:
@@ -227,65 +183,12 @@ def _check_channels(normalization: Normalization, source: str, channels: int) ->
         )
 
 
-def _known_normalization(
-    path: Path, content: Any, beside: Mapping[str, Any], layout: Layout
-) -> tuple[Normalization, str]:
-    """Return the normalization of the images that an encoder was trained on, and where it is from.
-
-    Args:
-        path: of the checkpoint.
-        content: of the checkpoint. `lgp export` puts the normalization there.
-        beside: the configuration beside it. Old ones of timm have no `pretrained_cfg` of their own.
-        layout: of the checkpoint.
-
-    Raises:
-        LgpError: none of these says it.
-    """
-    records = {path: content.get(PRETRAINED_CFG), path.with_name(CONFIG): beside.get(PRETRAINED_CFG, beside)}
-    for source, record in records.items():
-        if isinstance(record, Mapping) and None not in (record.get("mean"), record.get("std")):
-            return foreign_normalization(record, source), str(source)
-    if layout.normalization is not None:
-        return layout.normalization, f"the code of {layout.name}"
-    raise LgpError(
-        f"neither {path} ({layout.name}) nor a {CONFIG} beside it says by which mean and standard deviation its images "
-        "were normalised: give one value a channel, e.g. --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 "
-        "(many ViTs of timm have 0.5,0.5,0.5 for both)"
-    )
-
-
-def recognise(content: Any, path: Path) -> tuple[Layout, Tensors]:
-    """Return a file's layout, by its keys, and its tensors. Raise `LgpError` for an unknown layout."""
-    for layout in LAYOUTS:
-        inner = content.get(layout.container) if isinstance(content, dict) and layout.container else content
-        for tensors in (inner, unwrapped(inner)) if isinstance(inner, dict) else ():
-            if f"{layout.encoder}blocks.0.norm1.weight" in tensors:
-                return layout, {n: t for n, t in tensors.items() if isinstance(t, Tensor) and isinstance(n, str)}
-    raise LgpError(
-        f"{path} has no known layout (its keys begin with {_first_keys(content)}): expected a ViT of "
-        f"{', '.join(layout.name for layout in LAYOUTS)}"
-    )
-
-
-def _first_keys(content: Any) -> str:
-    """Return the first keys of a file, and of the containers in it, as text."""
-    if not isinstance(content, dict):
-        return type(content).__name__
-    keys = [
-        f"{shown(key)} ({', '.join(map(shown, list(value)[:2]))}, …)"
-        if isinstance(value, dict) and value
-        else shown(key)
-        for key, value in list(content.items())[:5]
-    ]
-    return ", ".join(keys) or "none"
-
-
 def _check_weight(tensor: Tensor, which: str) -> None:
     if fault := fault_of(tensor):
         raise LgpError(f"{which} {fault}: the file is damaged, or no checkpoint of plain weights")
 
 
-def _checked_head(head: str, tensor: Tensor, wanted: Tensors, which: str) -> Tensor:
+def _checked_head(head: str, tensor: Tensor, width: int, which: str) -> Tensor:
     """Return a tensor of the projector, a weight in single precision or a count, in memory of its own.
 
     Raises:
@@ -296,39 +199,30 @@ def _checked_head(head: str, tensor: Tensor, wanted: Tensors, which: str) -> Ten
             raise LgpError(f"{which} {fault}: the file is damaged")
         return tensor.clone()
     _check_weight(tensor, which)
-    width = len(wanted["norm.weight"])
     if head == PROJECTOR_FIRST_FC and (tensor.ndim != 2 or tensor.shape[1] != width or not len(tensor)):
         raise LgpError(f"{which} is {tuple(tensor.shape)} where (N, {width}) is needed: the file is damaged")
     return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-def _fitted(target: str, tensor: Tensor, wanted: Tensor) -> tuple[Tensor | None, str]:
+def _fitted(target: str, tensor: Tensor, encoder: VisionTransformer) -> tuple[Tensor | None, str]:
     """Return the tensor in the encoder's shape, None if it does not fit, and how it is used."""
+    wanted = encoder.state_dict()[target]
     if tensor.shape == wanted.shape:
         return tensor, ENCODER
     same_width = tensor.ndim == 3 and tensor.shape[::2] == wanted.shape[::2]
-    if target == "pos_embed" and same_width and _is_square(tensor.shape[1] - 1):
-        old, new = round((tensor.shape[1] - 1) ** 0.5), round((wanted.shape[1] - 1) ** 0.5)
+    prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+    if target == "pos_embed" and same_width and _is_square(tensor.shape[1] - prefix):
+        old, new = (round((tokens - prefix) ** 0.5) for tokens in (tensor.shape[1], wanted.shape[1]))
         # bicubic and not antialiased, as MAE's and LGP's code
-        resampled: Tensor = resample_abs_pos_embed(tensor.float(), [new, new], num_prefix_tokens=1, antialias=False)
+        resampled: Tensor = resample_abs_pos_embed(
+            tensor.float(), [new, new], num_prefix_tokens=prefix, antialias=False
+        )
         return resampled, f"interpolated from {old}×{old} to {new}×{new} patches"
     return None, f"{tuple(tensor.shape)} where {tuple(wanted.shape)} is needed"
 
 
 def _is_square(n: int) -> bool:
     return n > 0 and round(n**0.5) ** 2 == n
-
-
-def _dimensions(layout: Layout, tensors: Tensors) -> str:
-    """Return the dimensions of the ViT in a file, from the shapes of its tensors, as text."""
-    blocks = re.compile(rf"{re.escape(layout.encoder)}blocks\.(\d{{1,4}})\.")
-    depth = 1 + max(int(found[1]) for name in tensors if (found := blocks.match(name)))
-    patch = tensors.get(f"{layout.encoder}patch_embed.proj.weight")
-    if patch is None or patch.ndim != 4:
-        return f"The file holds a ViT of depth {depth}"
-    return (
-        f"The file holds a ViT of width {len(patch)}, depth {depth}, patch {patch.shape[2]}, {patch.shape[1]} channels"
-    )
 
 
 def export_checkpoint(encoder: Tensors, heads: Tensors, normalization: Normalization, path: Path) -> int:

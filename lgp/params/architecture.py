@@ -36,6 +36,7 @@ def architecture(name: str) -> Architecture:
     # slow to import, and only needed by who names an architecture
     import timm
     import torch
+    from timm.layers import PatchEmbed
     from timm.models.vision_transformer import Block, VisionTransformer
 
     if not timm.is_model(name):
@@ -52,6 +53,8 @@ def architecture(name: str) -> Architecture:
         reason = f"timm builds it as {type(model).__name__}"
     elif type(blocks[0]) is not Block:
         reason = f"its blocks are of another kind ({type(blocks[0]).__name__})"
+    elif type(model.patch_embed) is not PatchEmbed:
+        reason = "its patches come from a convolutional network"
     elif model.pos_embed is None:
         reason = "it has no positions that are added to the patches"
     elif len(set(model.patch_embed.patch_size)) > 1:

@@ -17,7 +17,8 @@ from torch import Tensor
 from lgp.data.normalization import Normalization
 from lgp.errors import LgpError
 from lgp.models.heads import mlp
-from lgp.models.interchange import IMAGENET, Imported, export_checkpoint, few_faults, import_checkpoint
+from lgp.models.interchange import Imported, export_checkpoint, few_faults, import_checkpoint
+from lgp.models.layouts import IMAGENET
 from lgp.models.mae import MAE
 from lgp.models.vit import ARCHITECTURE, model_args
 from lgp.params.file import Params
@@ -326,12 +327,29 @@ def test_export_comes_back_the_same_and_brings_the_decoder(vit: Any, params: Par
 
 
 def test_partial_import_says_what_makes_it_another_encoder(vit: Any, params: Params, tmp_path: Path) -> None:
-    scales = {f"blocks.{block}.ls1.gamma": torch.full((16,), 1e-5) for block in range(3)}
-    tensors = encoder_of(vit) | scales
+    tensors = encoder_of(vit) | {f"blocks.{block}.more": torch.zeros(2) for block in range(3)}
     del tensors["norm.bias"]
-    torch.save({"model": tensors}, tmp_path / "dinov2.pth")
-    faults = read(tmp_path / "dinov2.pth", params, partial=True).faults
-    assert faults == [*(f"{name} has no place in the encoder" for name in scales), "norm.bias is missing"]
+    torch.save({"model": tensors}, tmp_path / "other.pth")
+    faults = read(tmp_path / "other.pth", params, partial=True).faults
+    assert faults == [
+        *(f"blocks.{block}.more has no place in the encoder" for block in range(3)),
+        "norm.bias is missing",
+    ]
     assert few_faults(faults + faults).endswith("norm.bias is missing; and 4 more")
     torch.save({"model": encoder_of(vit)}, tmp_path / "mae.pth")
     assert read(tmp_path / "mae.pth", params, partial=True).faults == []
+
+
+@pytest.mark.parametrize("name", ["blocks.1.ls1.gamma", "blocks.0.gamma_2", "reg_token", "norm_pre.weight"])
+def test_partial_import_leaves_out_no_part_that_makes_an_encoder(
+    name: str, vit: Any, params: Params, tmp_path: Path
+) -> None:
+    torch.save({"model": encoder_of(vit) | {name: torch.full((16,), 1e-5)}}, tmp_path / "other.pth")
+    with pytest.raises(LgpError, match=rf"{name} has no place .*; --partial leaves out no tokens, positions or scales"):
+        read(tmp_path / "other.pth", params, partial=True)
+
+
+def test_partial_import_leaves_out_no_positions(vit: Any, params: Params, tmp_path: Path) -> None:
+    torch.save({"model": encoder_of(vit) | {"pos_embed": torch.zeros(1, 8, 16)}}, tmp_path / "other.pth")
+    with pytest.raises(LgpError, match=r"pos_embed is \(1, 8, 16\) where .*--partial leaves out no tokens"):
+        read(tmp_path / "other.pth", params, partial=True)
