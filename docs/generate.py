@@ -34,6 +34,7 @@ DEFAULT_PRESET = "digits"
 PRESETS = (DEFAULT_PRESET, "cifar10-cpu", "cifar10", "imagenet-vit-b16", "imagenet-vit-l16")
 # keys that no preset explains
 NOTES = {
+    "model.timm": "name of a plain ViT of timm in place of the numbers, e.g. `vit_small_patch14_reg4_dinov2`",
     "data.columns.image": "of paths or images; null: the first of the usual names that the table has, likewise below",
     "data.columns.label": "of names or numbers",
     "data.columns.split": "of train, val or test",
