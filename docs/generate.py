@@ -49,6 +49,10 @@ NOTES = {
     "finetune.LABELS.mixup": "timm's mixup alpha; 0: none",
     "finetune.LABELS.pool": "class_token, or average of the patches",
     "finetune.LABELS.random_erasing": "probability",
+    **{
+        f"{stage}.clip_norm": "largest norm of all gradients together, longer ones are scaled to it; null: any"
+        for stage in ("mim", "cl", "graft", "joint", "reverse", "finetune.LABELS")
+    },
     "run.accept": "arms that are taken although the checks of their training fail",
     "run.accumulate": "stage: parts of a batch whose gradients are summed; mim, reverse and finetune only",
     "run.compile": "compile the blocks",

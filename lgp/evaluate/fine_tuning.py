@@ -254,6 +254,7 @@ def _fit(shared: _FineTuning, trial: _Trial, ids: np.ndarray) -> tuple[nn.Module
         settings=run,
         store=session.store.part(f"training{trial.number}"),
         observer=_OneOfMany(session.observer, trial.number * recipe.epochs),
+        clip_norm=recipe.clip_norm,
     )
     return model, trainer.fit().train_flops
 

@@ -1,4 +1,4 @@
-"""Online k-NN: accuracy of the features during pre-training.
+"""Online k-NN: accuracy, and effective rank, of the features during pre-training.
 
 It reads labels of `train` and `val`. It does not affect the training: an encoder is the same with and without it.
 """
@@ -14,7 +14,9 @@ from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
 from lgp.features.extraction import extract, features_of
 from lgp.features.knn import TEMPERATURE, K, knn_predict
+from lgp.features.rank import effective_rank
 from lgp.params.run import OnlineKnnParams
+from lgp.training.alarms import KNN, RANK
 
 
 def labels_if_any(images: Path, labels: Path) -> LabelledImages | None:
@@ -43,14 +45,18 @@ class OnlineKnn:
         self.val = _spread(data.ids("val"), settings.val_images)
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
-        """Return `val/online_knn_top1` in percent every `every_epochs` epochs, else {}. Set evaluation mode."""
+        """Return `val/online_knn_top1` in percent and `val/effective_rank` every `every_epochs` epochs, else {}.
+
+        The model is in evaluation mode afterwards.
+        """
         if not self.every_epochs or epoch % self.every_epochs:
             return {}
         encode = features_of(self.encoder, self.device)
         train, val = (extract(encode, self.data, ids) for ids in (self.train, self.val))
         labels, classes = self.data.labels, len(self.data.classes)
         predicted = knn_predict(train, labels[self.train], val, classes, K, TEMPERATURE)
-        return {"val/online_knn_top1": round(100 * float((predicted == labels[self.val]).mean()), 2)}
+        top1 = round(100 * float((predicted == labels[self.val]).mean()), 2)
+        return {KNN: top1, RANK: float(f"{effective_rank(val):.4g}")}
 
 
 def _spread(ids: np.ndarray, most: int) -> np.ndarray:

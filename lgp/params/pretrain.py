@@ -83,6 +83,7 @@ class TrainingParams(Section):
     batch_size: Annotated[Whole, Field(ge=2)]
     warmup_epochs: NonNegative
     weight_decay: NonNegative
+    clip_norm: Positive | None = None
 
     @model_validator(mode="after")
     def _warmup_within_epochs(self) -> Self:

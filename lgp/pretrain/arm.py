@@ -141,6 +141,7 @@ def fit_arm(
             optimizer=optimizer,
             schedule=warmup_cosine(optimizer, steps, warmup_steps),
             epochs=stage.epochs,
+            clip_norm=stage.clip_norm,
             device=device,
             precision=precision,
             settings=params.run,

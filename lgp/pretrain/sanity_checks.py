@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lgp.features.rank import effective_rank
 from lgp.models.roles import PretrainingModel
 
 # smallest distance of a part, relative to a random walk with the same learning rates
@@ -130,8 +131,7 @@ def check_features(features: np.ndarray) -> Findings:
     """Measure the standard deviation and the effective rank of features (N, D).
 
     `features/std` is the mean standard deviation of the features on the unit sphere, times √D. It is 1 for a uniform
-    distribution (Chen and He 2021, section 4.1). `features/effective_rank` is exp of the entropy of the normalised
-    singular values of the centred features (Roy and Vetterli 2007).
+    distribution (Chen and He 2021, section 4.1). `features/effective_rank` is `effective_rank`.
 
     Returns:
         Both measures. Features that are constant or lie on one line have collapsed, which is a fault. Features that
@@ -141,9 +141,7 @@ def check_features(features: np.ndarray) -> Findings:
         return Findings({"features/std": 0.0, "features/effective_rank": 0.0}, {"a feature is not finite": CALM_DOWN})
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     std = float(unit.std(axis=0).mean() * math.sqrt(features.shape[1]))
-    singular = np.linalg.svd(features - features.mean(axis=0), compute_uv=False)
-    share = singular / max(float(singular.sum()), 1e-12)
-    rank = float(np.exp(-(share * np.log(np.maximum(share, 1e-12))).sum()))
+    rank = effective_rank(features)
     failed = [f"effective rank {rank:.3g} (alarm below {MIN_EFFECTIVE_RANK})"] if rank < MIN_EFFECTIVE_RANK else []
     failed += [f"deviation on the unit sphere {std:.3g} (alarm below {MIN_STD})"] if std < MIN_STD else []
     short = (

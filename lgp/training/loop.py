@@ -15,6 +15,7 @@ from timm.models.vision_transformer import Block
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,9 +24,11 @@ from lgp.compute.interruption import Interrupted, Interruption
 from lgp.data.loading import Batch, CropDataset, loader
 from lgp.errors import Diverged, is_disk_full
 from lgp.params.run import RunParams
+from lgp.training.alarms import fallen
 from lgp.training.progress import Progress
 from lgp.training.resume_states import StateStore
 
+SHOWN_IDS = 5  # of a batch's images, in a message
 CHECK_EVERY = 20  # steps between checks of the loss: each check makes a GPU wait
 SAVE_SHARE = 0.02  # largest fraction of the time for saving
 GO_ON, SAVE, STOP = range(3)  # requests of a process after a step; all processes follow the largest
@@ -37,7 +40,10 @@ class Observer(Protocol):
     """A tracker of experiments. It logs epochs."""
 
     def log_epoch(self, values: Epoch) -> None:
-        """Log `epoch` (from 1), `train/loss` (its mean), `train/lr` (the highest rate of its last step), and more."""
+        """Log `epoch` (from 1), `train/loss` and `train/grad_norm` (their means), `train/lr`, and more.
+
+        `train/lr` is the highest rate of its last step.
+        """
 
 
 @dataclass
@@ -46,6 +52,7 @@ class Progression:
 
     step: int = 0
     loss_sum: float = 0.0  # over the steps of the running epoch
+    norm_sum: float = 0.0  # of all gradients, likewise
     train_flops: int = 0  # of the whole training, counted on its first step; of the steps done where it ended early
     ended_early: bool = False
     history: list[Epoch] = field(default_factory=list)
@@ -104,6 +111,7 @@ class Trainer:
         settings: the `run` section.
         store: the resume states. `fit` continues from the newest one, if any.
         observer: logs every epoch. After a resume it logs the earlier epochs again.
+        clip_norm: the largest norm of all gradients together; longer ones are scaled down to it. None: any.
         after_epoch: called by the first process with an epoch's number, from 1. The observer logs what it measures.
         is_dead: called by the first process after each epoch but the last, with its number. True ends the training.
     """
@@ -120,6 +128,7 @@ class Trainer:
     settings: RunParams
     store: StateStore
     observer: Observer
+    clip_norm: float | None = None
     after_epoch: Callable[[int], Epoch] = _nothing_more
     is_dead: Callable[[int], bool] = _never_dead
 
@@ -136,7 +145,7 @@ class Trainer:
         self._resume()
         for values in self.now.history:
             self.observer.log_epoch(values)
-        self._unchecked: list[tuple[Tensor, float]] = []
+        self._unchecked: list[tuple[Tensor, Tensor, float]] = []  # loss, norm of the gradients, rate
         self._saved_at, self._save_took = time.monotonic(), 0.0
         self._disk_full = False
         self._parts = self.settings.accumulate.get(self.name, 1)
@@ -185,8 +194,9 @@ class Trainer:
             self.now.train_flops = counter.get_total_flops() * world_size() * total
         else:
             loss = self._backward(batch)
+        norm = self._clipped()
         self.optimizer.step()
-        self._unchecked.append((loss, self._rate))
+        self._unchecked.append((loss, norm, self._rate))
         self.now.step += 1
 
     def _backward(self, batch: Batch) -> Tensor:
@@ -200,6 +210,14 @@ class Trainer:
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
+    def _clipped(self) -> Tensor:
+        """Return the norm of all gradients, and clip them where that is asked for."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.clip_norm is not None:
+            clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        return norm
+
     def _alone(self) -> AbstractContextManager[None]:
         return self._loss.no_sync() if isinstance(self._loss, DistributedDataParallel) else nullcontext()
 
@@ -211,16 +229,19 @@ class Trainer:
         """Read the losses since the last check. Return the newest. Raise `Diverged` at the first that is not finite."""
         if not self._unchecked:
             return None
-        values = average(torch.stack([loss for loss, _ in self._unchecked])).tolist()
+        losses, norms, rates = zip(*self._unchecked, strict=True)
+        values = average(torch.stack(losses)).tolist()
         first = self.now.step - len(values)
-        for i, (value, (_, rate)) in enumerate(zip(values, self._unchecked, strict=True)):
+        for step, value, rate in zip(range(first, self.now.step), values, rates, strict=True):
             if not math.isfinite(value):
+                ids = ", ".join(map(str, self.crops.ids_of(step)[:SHOWN_IDS]))
                 raise Diverged(
-                    f"{self.name}: the loss is {value} at step {first + i}, learning rate {rate:.3g}: lower the "
-                    f"learning rate of {self.name} or lengthen its warm-up{self._kept()}"
+                    f"{self.name}: the loss is {value} at step {step} (images {ids}, …), learning rate {rate:.3g}: "
+                    f"lower the learning rate of {self.name}, lengthen its warm-up or set clip_norm{self._kept()}"
                 )
         self._unchecked.clear()
         self.now.loss_sum += math.fsum(values)
+        self.now.norm_sum += math.fsum(torch.stack(norms).tolist())
         return float(values[-1])
 
     def _kept(self) -> str:
@@ -231,12 +252,15 @@ class Trainer:
         values = {
             "epoch": float(epoch),
             "train/loss": self.now.loss_sum / self.crops.steps_per_epoch,
+            "train/grad_norm": self.now.norm_sum / self.crops.steps_per_epoch,
             "train/lr": self._rate,
         }
         if rank() == 0:
             values |= self.after_epoch(epoch)
-        self.now.loss_sum = 0.0
+        self.now.loss_sum = self.now.norm_sum = 0.0
         self.now.history.append(values)
+        for line in fallen(self.now.history) if rank() == 0 else ():
+            print(f"warning: {self.name}: {line}, after epoch {epoch} (step {self.now.step})", flush=True)
         self.observer.log_epoch(values)
 
     def _end_if_dead(self, total: int) -> None:

@@ -29,7 +29,7 @@ class Encoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.blocks = nn.Linear(4, 4), nn.ModuleList()
+        self.norm, self.fc_norm, self.blocks = nn.Linear(4, 4), nn.Identity(), nn.ModuleList()
 
 
 class Parts(PretrainingModel):

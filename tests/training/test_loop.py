@@ -129,7 +129,7 @@ def test_loss_that_is_not_finite_stops_with_step_and_rate_and_keeps_the_last_goo
 
     monkeypatch.setattr(Trainer, "_backward", poisoned)
     store = StateStore(tmp_path, "code")
-    with pytest.raises(LgpError, match=r"mim: the loss is nan at step 4, learning rate [\d.e-]+: lower") as error:
+    with pytest.raises(LgpError, match=r"mim: the loss is nan at step 4 .*, learning rate [\d.e-]+: lower") as error:
         pretrain_mim(Session(prepared, params, store, Notes()))
     assert str(tmp_path) in str(error.value)
     payload = store.read()
@@ -244,6 +244,42 @@ def test_history_has_the_mean_loss_of_each_epoch_and_the_highest_rate_of_its_las
     assert losses[-1] < losses[0] / 2
 
 
+def gradient_norms(trainer: Trainer) -> list[float]:
+    """Note the norm of all gradients before each step."""
+    norms: list[float] = []
+
+    def note(*_: Any) -> None:
+        gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+        norms.append(float(torch.cat(gradients).square().sum().sqrt()))
+
+    trainer.optimizer.register_step_pre_hook(note)
+    return norms
+
+
+def test_history_has_the_mean_norm_of_all_gradients(tmp_path: Path, prepared: LabelledImages) -> None:
+    trainer = tiny(tmp_path, prepared)
+    norms = gradient_norms(trainer)
+    history = trainer.fit().history
+    means = torch.tensor(norms).view(EPOCHS, PER_EPOCH).mean(1).tolist()
+    assert [values["train/grad_norm"] for values in history] == pytest.approx(means)
+
+
+def test_longer_gradients_are_scaled_to_the_norm_and_shorter_ones_kept(
+    tmp_path: Path, prepared: LabelledImages
+) -> None:
+    free = gradient_norms(trainer := tiny(tmp_path / "a", prepared))
+    trainer.fit()
+    limit = free[0] / 2
+    clipped = gradient_norms(trainer := tiny(tmp_path / "b", prepared, clip_norm=limit))
+    history = trainer.fit().history
+    assert clipped[0] == pytest.approx(limit, rel=1e-4)
+    assert max(clipped) <= limit * 1.0001
+    assert history[0]["train/grad_norm"] > limit / 2  # what is logged is not clipped
+    loose = gradient_norms(trainer := tiny(tmp_path / "c", prepared, clip_norm=2 * max(free)))
+    trainer.fit()
+    assert loose == pytest.approx(free)
+
+
 def test_measure_after_an_epoch_joins_its_values_and_training_goes_on_in_training_mode(
     tmp_path: Path, prepared: LabelledImages
 ) -> None:
@@ -321,9 +357,10 @@ def test_losses_are_checked_every_twenty_steps_and_the_first_bad_one_is_named(
     rate = 0.1 * (1 + math.cos(math.pi * 17 / 100)) / 2
     with pytest.raises(LgpError) as error:
         trainer.fit()
+    images = ", ".join(map(str, crops.ids_of(17)[:5]))
     assert str(error.value) == (
-        f"tiny: the loss is inf at step 17, learning rate {rate:.3g}: lower the learning rate of tiny or lengthen its "
-        "warm-up"
+        f"tiny: the loss is inf at step 17 (images {images}, …), learning rate {rate:.3g}: lower the learning rate of "
+        "tiny, lengthen its warm-up or set clip_norm"
     )
     assert len(trainer.model.losses) == 20
 
