@@ -21,6 +21,7 @@ RANGES = {  # keys → smallest and largest value; a zero that a key allows mean
     "*base_lr": (MIN_RATE, 1e4),
     "*base_lrs": (MIN_RATE, 1e4),
     "*epochs": (1e-6, 1e6),
+    "*.clip_norm": (1e-4, 1e6),  # Adam divides by the gradient plus 1e-8
     "contrastive.temperature": (1e-3, 100),
     "linear.weight_decays": (1e-12, 1),
     "linear.knn_temperature": (1e-4, 1e4),

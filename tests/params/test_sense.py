@@ -84,6 +84,7 @@ def test_what_is_accepted_comes_back_from_text(path: tuple[str, ...], value: Any
         ({"labels": {"shots": [2, True]}}, "labels.shots.1: true and false are no numbers"),
         ({"contrastive": {"temperature": 1e-30}}, "contrastive.temperature 1e-30 is not from 0.001 to 100: choose"),
         ({"cl": {"base_lr": 1e30}}, "cl.base_lr 1e+30 is not from 1e-12 to 10000"),
+        ({"cl": {"clip_norm": 1e-30}}, "cl.clip_norm 1e-30 is not from 0.0001 to 1e+06"),
         ({"mim": {"epochs": 10**12}}, "mim.epochs 1e+12 is not from 1e-06 to 1e+06"),
         ({"linear": {"base_lrs": [1e-3, 1e30]}}, "linear.base_lrs 1e+30 is not from"),
         ({"linear": {"base_lrs": [1, 1.0]}}, "linear.base_lrs names 1.0 twice: each value once"),
