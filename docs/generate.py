@@ -53,6 +53,7 @@ NOTES = {
         f"{stage}.clip_norm": "largest norm of all gradients together, longer ones are scaled to it; null: any"
         for stage in ("mim", "cl", "graft", "joint", "reverse", "finetune.LABELS")
     },
+    "graft.head_warmup_epochs": "of the new heads on the frozen encoder, before the encoder learns",
     "run.accept": "arms that are taken although the checks of their training fail",
     "run.accumulate": "stage: parts of a batch whose gradients are summed; mim, reverse and finetune only",
     "run.compile": "compile the blocks",

@@ -3,6 +3,7 @@
 It reads labels of `train` and `val`. It does not affect the training: an encoder is the same with and without it.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from lgp.compute.launch import launched_rank
 from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
-from lgp.features.extraction import extract, features_of
+from lgp.features.extraction import Encode, extract, features_of
 from lgp.features.knn import TEMPERATURE, K, knn_predict
 from lgp.features.rank import effective_rank
 from lgp.params.run import OnlineKnnParams
@@ -33,30 +34,46 @@ def labels_if_any(images: Path, labels: Path) -> LabelledImages | None:
         return None
 
 
+@dataclass(frozen=True)
 class OnlineKnn:
-    """Weighted k-NN of some validation images among some labelled training images, every `every_epochs` epochs."""
+    """Weighted k-NN of some validation images among some labelled training images.
 
-    def __init__(
-        self, encoder: VisionTransformer, data: LabelledImages, device: torch.device, settings: OnlineKnnParams
-    ) -> None:
-        """Measure `encoder` on images at even steps of `train` and `val`. Sources list their images class by class."""
-        self.encoder, self.data, self.device, self.every_epochs = encoder, data, device, settings.every_epochs
-        self.train = _spread(data.ids("train"), settings.train_images)
-        self.val = _spread(data.ids("val"), settings.val_images)
+    Attributes:
+        data: the images and their labels.
+        settings: how often, and of how many images. Sources list their images class by class, so they are taken at
+            even steps of `train` and `val`.
+    """
 
-    def after_epoch(self, epoch: int) -> dict[str, float]:
+    data: LabelledImages
+    settings: OnlineKnnParams
+
+    def after_epoch(self, epoch: int, encoder: VisionTransformer, device: torch.device) -> dict[str, float]:
         """Return `val/online_knn_top1` in percent and `val/effective_rank` every `every_epochs` epochs, else {}.
 
-        The model is in evaluation mode afterwards.
+        The encoder is in evaluation mode afterwards.
         """
-        if not self.every_epochs or epoch % self.every_epochs:
+        every = self.settings.every_epochs
+        if not every or epoch % every:
             return {}
-        encode = features_of(self.encoder, self.device)
+        top1, val = self.measured(features_of(encoder, device))
+        return {KNN: top1, RANK: float(f"{effective_rank(val):.4g}")}
+
+    def measured(self, encode: Encode) -> tuple[float, np.ndarray]:
+        """Return the accuracy of some features in percent, and those of the validation images (N, D)."""
         train, val = (extract(encode, self.data, ids) for ids in (self.train, self.val))
         labels, classes = self.data.labels, len(self.data.classes)
         predicted = knn_predict(train, labels[self.train], val, classes, K, TEMPERATURE)
-        top1 = round(100 * float((predicted == labels[self.val]).mean()), 2)
-        return {KNN: top1, RANK: float(f"{effective_rank(val):.4g}")}
+        return round(100 * float((predicted == labels[self.val]).mean()), 2), val
+
+    @property
+    def train(self) -> np.ndarray:
+        """The ids of the labelled images."""
+        return _spread(self.data.ids("train"), self.settings.train_images)
+
+    @property
+    def val(self) -> np.ndarray:
+        """The ids of the images whose labels are predicted."""
+        return _spread(self.data.ids("val"), self.settings.val_images)
 
 
 def _spread(ids: np.ndarray, most: int) -> np.ndarray:

@@ -44,6 +44,7 @@ class GraftParams(TrainingParams):
 
     start: ArmName
     end: ArmName
+    head_warmup_epochs: Annotated[Whole, Field(ge=0)] = 0
     policy: Annotated[tuple[Policy, ...], BeforeValidator(as_list), Field(min_length=1)]
     stage_lr: StageLrParams | None = None
     layer_decay: LayerDecayParams | None = None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from lgp.models.roles import PretrainingModel
 from lgp.params.file import Params
 from lgp.params.pretrain import TrainingParams
 from lgp.pretrain.batch_checks import check_batch
+from lgp.pretrain.head_warmup import HeadsObserver, HeadWarmup, frozen_encoder, knn_in_head
 from lgp.pretrain.sanity_checks import Findings, Weights, check_features, check_weights, weights_of
 from lgp.training.loop import Epoch, Observer, Progression, Trainer
 from lgp.training.optimizer import adamw, parameter_groups, warmup_cosine, whole_warmup_steps
@@ -68,6 +69,7 @@ class Objective:
         loss_of: batch → scalar loss, the mean over its images.
         crops: gives the batch of each step.
         regularized: parameters that the loss regularises towards their start. They may move less than others.
+        head_warmup: trains the heads before, on the frozen encoder; None: they start as they are.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Objective:
     loss_of: LossOf
     crops: CropDataset
     regularized: frozenset[str] = frozenset()
+    head_warmup: HeadWarmup | None = None
 
 
 @dataclass(frozen=True)
@@ -121,35 +124,18 @@ def fit_arm(
     params, model, crops = session.params, objective.model, objective.crops
     device = choose_device(params.run)
     precision = choose_precision(params.run, device, params.model.width)
-    steps = stage.epochs * crops.steps_per_epoch
     with joined(objective.name, device):
         check_batch(objective.name, crops.batch_size, len(crops.ids), world_size(), params.run.accumulate)
         check_disk_space(session.store.folder, DISK_BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()))
-        crops.shard(rank(), world_size())
-        crops.data.keep_decoded(params.run.decoded_gib * 2**30)
-        initial = weights_of(model)
         place(model, device, precision)
-        optimizer = adamw(parameter_groups(model, rates, stage.weight_decay), betas)
+        fitting = _Fitting(rates, betas, device, precision)
+        before, measured = fitting.warm_heads(objective, stage, session)
+        initial = weights_of(model)
+        trainer = fitting.trainer(objective, stage, session)
         accepted = objective.name in params.run.accept
-        checks = Checks(objective, initial, rates, optimizer, stage, device, accepted)
-        warmup_steps = whole_warmup_steps(stage.warmup_epochs, crops.steps_per_epoch, steps)
-        progression = Trainer(
-            name=objective.name,
-            model=model,
-            loss_of=objective.loss_of,
-            crops=crops,
-            optimizer=optimizer,
-            schedule=warmup_cosine(optimizer, steps, warmup_steps),
-            epochs=stage.epochs,
-            clip_norm=stage.clip_norm,
-            device=device,
-            precision=precision,
-            settings=params.run,
-            store=session.store,
-            observer=session.observer,
-            after_epoch=_online_knn(objective, session, device),
-            is_dead=checks.find_dead,
-        ).fit()
+        checks = Checks(objective, initial, rates, trainer.optimizer, stage, device, accepted)
+        trainer.after_epoch, trainer.is_dead = _online_knn(objective, session, device), checks.find_dead
+        progression = trainer.fit()
         computed = {
             "device": device.type,
             "precision": str(precision),
@@ -159,8 +145,66 @@ def fit_arm(
         }
         if rank() > 0:
             raise WorkerDone
-    findings = checks.of_all(progression)
-    return Pretrained(model.cpu(), progression, findings, computed)
+    progression.train_flops += before
+    return Pretrained(model.cpu(), progression, Findings(measured, {}) | checks.of_all(progression), computed)
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """What the trainings of an arm share: peak rates by parameter name, AdamW's betas, device and precision."""
+
+    rates: Mapping[str, float]
+    betas: tuple[float, float]
+    device: torch.device
+    precision: torch.dtype
+
+    def trainer(self, objective: Objective, stage: TrainingParams, session: Session) -> Trainer:
+        """Return the training of an objective, on this process's rows of its batches."""
+        model, crops, settings = objective.model, objective.crops, session.params.run
+        crops.shard(rank(), world_size())
+        crops.data.keep_decoded(settings.decoded_gib * 2**30)
+        steps = stage.epochs * crops.steps_per_epoch
+        optimizer = adamw(parameter_groups(model, self.rates, stage.weight_decay), self.betas)
+        return Trainer(
+            name=objective.name,
+            model=model,
+            loss_of=objective.loss_of,
+            crops=crops,
+            optimizer=optimizer,
+            schedule=warmup_cosine(
+                optimizer, steps, whole_warmup_steps(stage.warmup_epochs, crops.steps_per_epoch, steps)
+            ),
+            epochs=stage.epochs,
+            device=self.device,
+            precision=self.precision,
+            settings=settings,
+            store=session.store,
+            observer=session.observer,
+            clip_norm=stage.clip_norm,
+        )
+
+    def warm_heads(self, objective: Objective, stage: TrainingParams, session: Session) -> tuple[int, dict[str, float]]:
+        """Train the heads on the frozen encoder, where that is asked for.
+
+        The warm-up of their rate is as long a part of their epochs as that of the whole training is of its own.
+
+        Returns:
+            The FLOPs of it, and what k-NN finds inside the head after it.
+        """
+        warmup = objective.head_warmup
+        if warmup is None:
+            return 0, {}
+        heads = Objective(f"{objective.name}-heads", objective.model, warmup.loss_of, warmup.crops)
+        share = warmup.epochs / stage.epochs
+        of_heads = stage.model_copy(update={"epochs": warmup.epochs, "warmup_epochs": share * stage.warmup_epochs})
+        apart = replace(session, store=session.store.part("heads"), observer=HeadsObserver(session.observer))
+        with frozen_encoder(objective.model):
+            flops = self.trainer(heads, of_heads, apart).fit().train_flops
+        if session.labelled is None or rank() > 0:
+            return flops, {}
+        return flops, knn_in_head(
+            objective.model, OnlineKnn(session.labelled, session.params.run.online_knn), self.device
+        )
 
 
 @dataclass(frozen=True)
@@ -207,4 +251,5 @@ def _online_knn(objective: Objective, session: Session, device: torch.device) ->
     """Return the function that measures online k-NN after an epoch. Without labels it measures nothing."""
     if session.labelled is None:
         return lambda _epoch: {}
-    return OnlineKnn(objective.model.encoder, session.labelled, device, session.params.run.online_knn).after_epoch
+    knn = OnlineKnn(session.labelled, session.params.run.online_knn)
+    return lambda epoch: knn.after_epoch(epoch, objective.model.encoder, device)

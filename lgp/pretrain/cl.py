@@ -14,6 +14,7 @@ from lgp.models.mae import random_masking
 from lgp.models.vit import View, build_encoder, init_encoder_as_moco
 from lgp.params.pretrain import TrainingParams
 from lgp.pretrain.arm import LossOf, Objective, Pretrained, Session, fit_arm
+from lgp.pretrain.head_warmup import HeadWarmup
 from lgp.training.optimizer import peak_rate
 
 BETAS = (0.9, 0.999)  # AdamW's defaults: MoCo v3 names none
@@ -85,6 +86,7 @@ def contrast(
     stage: TrainingParams,
     session: Session,
     penalty: Penalty = Penalty(),
+    head_epochs: int = 0,
 ) -> Pretrained:
     """Train a contrastive model as the stage `name`.
 
@@ -95,12 +97,24 @@ def contrast(
         stage: epochs, batch, warm-up and weight decay.
         session: images, parameters, resume states and observer.
         penalty: added to the loss of every step.
+        head_epochs: of the heads on the frozen encoder before.
     """
-    stream = Stream(session.params.seed, name)
-    crops = CropDataset(session.data, session.params.contrastive.views, 2, stage.batch_size, stream)
-    contrastive = contrastive_loss_of(name, model, stage.epochs * crops.steps_per_epoch, session)
+    contrastive, crops = _loss_and_batches(name, model, stage, stage.epochs, session)
 
     def loss_of(batch: Batch) -> Tensor:
         return contrastive(batch) + penalty.value()
 
-    return fit_arm(Objective(name, model, loss_of, crops, penalty.regularized), rates, BETAS, stage, session)
+    warmup = None
+    if head_epochs:
+        warmup = HeadWarmup(head_epochs, *_loss_and_batches(f"{name}/heads", model, stage, head_epochs, session))
+    objective = Objective(name, model, loss_of, crops, penalty.regularized, warmup)
+    return fit_arm(objective, rates, BETAS, stage, session)
+
+
+def _loss_and_batches(
+    name: str, model: Contrastive, stage: TrainingParams, epochs: int, session: Session
+) -> tuple[LossOf, CropDataset]:
+    """Return the loss and the batches of a contrastive training, which draws from streams of its own name."""
+    stream = Stream(session.params.seed, name)
+    crops = CropDataset(session.data, session.params.contrastive.views, 2, stage.batch_size, stream)
+    return contrastive_loss_of(name, model, epochs * crops.steps_per_epoch, session), crops

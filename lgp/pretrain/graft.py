@@ -123,10 +123,11 @@ def pretrain_graft(session: Session, start: Path, end: Path) -> Pretrained:
     rates = graft_rates(model, graft, params.model.depth)
     lower = graft.cut("l1")
     if lower is None or graft.l1 is None:
-        return contrast("graft", model, rates, graft, session)
+        return contrast("graft", model, rates, graft, session, head_epochs=graft.head_warmup_epochs)
     regularized = frozenset(f"encoder.{name}" for name in regularized_names(encoder, lower))
     value = l1_penalty(encoder, lower, graft.l1.weight)
-    return contrast("graft", model, rates, graft, session, Penalty(value, regularized))
+    penalty = Penalty(value, regularized)
+    return contrast("graft", model, rates, graft, session, penalty, graft.head_warmup_epochs)
 
 
 def build_graft(encoder: VisionTransformer, params: Params) -> Contrastive:

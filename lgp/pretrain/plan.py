@@ -136,12 +136,15 @@ def stage_model(stage: str, params: Params) -> tuple[nn.ModuleDict, Callable[[Te
     return parts, loss_of
 
 
-def stage_cost(stage: str, params: Params) -> Cost:
-    """Count a step of `mim`, `cl`, `graft`, `joint` or `reverse`."""
+def stage_cost(stage: str, params: Params, heads_only: bool = False) -> Cost:
+    """Count a step of `mim`, `cl`, `graft`, `joint` or `reverse`; or of its head warm-up, with a frozen encoder."""
     size, channels = params.data.image_size, params.data.channels
 
     def build() -> tuple[nn.Module, Callable[[], Tensor]]:
         parts, loss_of = stage_model(stage, params)
+        for part in parts.values():
+            if heads_only:
+                part.encoder.requires_grad_(False)
         return parts, lambda: loss_of(torch.empty(BATCH, channels, size, size))
 
     return measure(build)
@@ -158,11 +161,15 @@ def plan_stage(stage: str, params: Params, images: int, machine: Machine) -> Sta
     """
     section: TrainingParams = getattr(params, stage)
     cost = stage_cost(stage, params)
-    steps = section.epochs * (images // section.batch_size)
+    per_epoch = images // section.batch_size
+    steps, head_steps = section.epochs * per_epoch, getattr(section, "head_warmup_epochs", 0) * per_epoch
+    flops = cost.flops_per_image * steps
+    if head_steps:
+        flops += stage_cost(stage, params, heads_only=True).flops_per_image * head_steps
     per_gpu = -(-section.batch_size // machine.gpus)
     state = 4 * cost.parameters + GRADIENT_BYTES * cost.trained
     memory = (state + per_gpu * cost.activation_bytes_per_image) / GIB
-    seconds = cost.flops_per_image * steps * section.batch_size / (machine.gpus * machine.tflops * 1e12)
+    seconds = flops * section.batch_size / (machine.gpus * machine.tflops * 1e12)
     warnings = []
     if steps == 0:
         warnings.append(f"{stage}.batch_size {section.batch_size} is larger than the {images} images")
@@ -174,7 +181,7 @@ def plan_stage(stage: str, params: Params, images: int, machine: Machine) -> Sta
         warnings.append(
             f"{stage} needs {memory:.0f} GiB for {per_gpu} images a GPU, a GPU has {machine.memory_gib:g} GiB: {remedy}"
         )
-    return StagePlan(stage, cost, steps, memory, seconds / 3600, seconds * machine.gpus / 86400, warnings)
+    return StagePlan(stage, cost, steps + head_steps, memory, seconds / 3600, seconds * machine.gpus / 86400, warnings)
 
 
 def plan(params: Params, images: int, machine: Machine) -> list[StagePlan]:

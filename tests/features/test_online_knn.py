@@ -57,13 +57,13 @@ def test_measured_every_so_many_epochs_and_the_encoder_is_the_same(
 def test_it_is_knn_of_val_among_some_of_train(prepared: LabelledImages, encoder_folder: Path) -> None:
     encoder = load_encoder(encoder_folder)
     settings = OnlineKnnParams(every_epochs=1, train_images=10**6, val_images=10**6)
-    found = OnlineKnn(encoder, prepared, CPU, settings).after_epoch(1)["val/online_knn_top1"]
+    found = OnlineKnn(prepared, settings).after_epoch(1, encoder, CPU)["val/online_knn_top1"]
     ids = {split: prepared.ids(split) for split in ("train", "val")}
     x = {split: extract(features_of(encoder, CPU), prepared, i) for split, i in ids.items()}
     labels = prepared.labels
     predicted = knn_predict(x["train"], labels[ids["train"]], x["val"], 10, 20, 0.07)
     assert found == round(100 * (predicted == labels[ids["val"]]).mean(), 2)
-    some = OnlineKnn(encoder, prepared, CPU, OnlineKnnParams(train_images=50, val_images=5))
+    some = OnlineKnn(prepared, OnlineKnnParams(train_images=50, val_images=5))
     assert len(set(labels[some.train])) == 10
     assert (len(some.train), len(some.val)) == (50, 5)
 
