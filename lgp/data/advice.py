@@ -144,7 +144,8 @@ def _about_settings(inspection: Inspection, params: Params, cuda: bool) -> list[
         ("data.channels", params.data.channels, good.channels, grey),
     ]
     lines = [f"set {key} to {value}, it is {now}: {why}" for key, now, value, why in found if now != value]
-    if patches < PATCHES_A_SIDE**2 or params.data.image_size != good.image_size:
+    few = patches < PATCHES_A_SIDE**2 or params.data.image_size != good.image_size
+    if few and params.model.timm is None:
         lines.append(
             f"set model.patch_size to {good.patch_size}, it is {params.model.patch_size}: "
             f"{good.image_size} pixels are then {(good.image_size // good.patch_size) ** 2} patches, 16 or more learn"

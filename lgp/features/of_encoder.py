@@ -29,7 +29,14 @@ def encoder_source(folder: Path, params: FeatureParams, device: torch.device) ->
     if config["architecture"] == PIXELS:
         return pixel_source()
     blocks = int(config["model_args"]["depth"]) if params.by_depth else params.blocks
-    decided_by = [encoder_digest(folder), config["model_args"], params.pool, blocks, device.type]
+    decided_by = [
+        encoder_digest(folder),
+        config["architecture"],
+        config["model_args"],
+        params.pool,
+        blocks,
+        device.type,
+    ]
     digest = sha256(json.dumps(decided_by).encode()).hexdigest()
     return FeatureSource(digest, blocks, lambda: by_block_of(load_encoder(folder), params.pool, blocks, device))
 

@@ -18,7 +18,7 @@ from lgp.data.normalization import Normalization
 from lgp.data.storage import Images
 from lgp.errors import LgpError, one_line
 from lgp.models.files import CONFIG, PROVENANCE, WEIGHTS, how_to_make, no_encoder
-from lgp.models.vit import architecture_of, fix_positions, model_args
+from lgp.models.vit import architecture_of, model_args, positions_learn
 from lgp.params.data import DataParams
 from lgp.params.model import ModelParams
 
@@ -60,6 +60,7 @@ def save_encoder(
         "num_classes": 0,
         "num_features": model.width,
         "global_pool": encoder.global_pool,
+        "positions_learn": positions_learn(model),
         "model_args": model_args(model, data),
         "pretrained_cfg": {
             "num_classes": 0,
@@ -124,7 +125,7 @@ def load_encoder(folder: Path) -> VisionTransformer:
             f"{folder / WEIGHTS} is damaged or does not fit its {CONFIG} ({one_line(e)}): "
             f"{how_to_make(folder)} to make both anew"
         ) from None
-    fix_positions(encoder)
+    encoder.pos_embed.requires_grad_(config.get("positions_learn", False))
     return encoder
 
 
@@ -176,6 +177,10 @@ def check_encoder_fits(folder: Path, model: ModelParams, data: DataParams) -> No
         raise LgpError(_no_weights(folder))
     found = {"architecture": config["architecture"], **config["model_args"]}
     wanted = {"architecture": architecture_of(model), **model_args(model, data)}
+    if config.get("positions_learn", False) != positions_learn(model):
+        found["positions"], wanted["positions"] = (
+            "learnt" if learn else "fixed" for learn in (not positions_learn(model), positions_learn(model))
+        )
     if found != wanted:
         raise LgpError(
             f"the encoder in {folder} was trained with {found}, but the parameters say {wanted}: train it anew"

@@ -14,7 +14,7 @@ from lgp.data.normalization import Normalization
 from lgp.errors import LgpError
 from lgp.models.checkpoint_files import fault_of, fault_of_count, shown
 from lgp.models.files import CONFIG
-from lgp.models.layouts import DECODER, PRETRAINED_CFG, VITAL, Checkpoint
+from lgp.models.layouts import DECODER, PRETRAINED_CFG, VITAL, Checkpoint, is_square
 from lgp.models.vit import build_encoder, init_encoder_as_moco
 from lgp.params.data import DataParams
 from lgp.params.model import ModelParams
@@ -97,10 +97,11 @@ def import_checkpoint(
         init_encoder_as_moco(encoder)
     wanted = encoder.state_dict()
     taken, projector, uses, faults = _take(checkpoint, encoder)
-    vital = [fault for fault in faults if VITAL.match(fault)]
     faults += [f"{name} is missing" for name in wanted if name not in taken]
+    computed = set() if model.timm else {"pos_embed is missing"}  # it keeps the paper's
+    vital = [fault for fault in faults if VITAL.match(fault) and fault not in computed]
     if vital or (faults and not partial):
-        partly = "--partial leaves out no tokens, positions or scales" if partial else "add --partial to take what fits"
+        partly = "--partial needs all tokens, positions and scales" if partial else "add --partial to take what fits"
         raise LgpError(
             f"{path} ({layout}) does not fill the encoder: {few_faults(vital if partial else faults)}. "
             f"{checkpoint.dimensions()}, the parameters say {_said(model)}, {data.channels} channels: set `model` and "
@@ -163,16 +164,21 @@ def _take(
 
 
 def _check_heads(checkpoint: Checkpoint, model: ModelParams) -> str:
-    """Check the number of attention heads, which no tensor shows. Return what tells it; empty if nothing does."""
-    if model.timm:
-        return model.timm
+    """Check the number of attention heads, which no tensor shows. Return what tells it; empty if nothing does.
+
+    A configuration beside the file may also tell timm's name of the architecture, which decides more than tensors show.
+    """
     heads, source = checkpoint.heads()
-    if heads is not None and heads != model.heads:
+    named = checkpoint.architecture()
+    if model.timm and named not in (None, model.timm):
+        raise LgpError(f"{checkpoint.path} is a {shown(named)}, model.timm is {model.timm}: set it to the former")
+    if heads is not None and str(heads) != str(model.heads):
+        ours = f"{model.timm} has {model.heads}" if model.timm else f"model.heads is {model.heads}"
         raise LgpError(
-            f"{source} says {shown(heads)} heads, model.heads is {model.heads}: set it to {shown(heads)}. If that is "
-            f'wrong, write {{"model_args": {{"num_heads": {model.heads}}}}} into a {CONFIG} beside the file'
+            f"{source} says {shown(heads)} heads, {ours}: set `model` to the file's encoder. If that is wrong, write "
+            f'{{"model_args": {{"num_heads": {model.heads}}}}} into a {CONFIG} beside the file'
         )
-    return source if heads is not None else ""
+    return model.timm or (source if heads is not None else "")
 
 
 def _check_channels(normalization: Normalization, source: str, channels: int) -> None:
@@ -211,7 +217,7 @@ def _fitted(target: str, tensor: Tensor, encoder: VisionTransformer) -> tuple[Te
         return tensor, ENCODER
     same_width = tensor.ndim == 3 and tensor.shape[::2] == wanted.shape[::2]
     prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-    if target == "pos_embed" and same_width and _is_square(tensor.shape[1] - prefix):
+    if target == "pos_embed" and same_width and is_square(tensor.shape[1] - prefix):
         old, new = (round((tokens - prefix) ** 0.5) for tokens in (tensor.shape[1], wanted.shape[1]))
         # bicubic and not antialiased, as MAE's and LGP's code
         resampled: Tensor = resample_abs_pos_embed(
@@ -219,10 +225,6 @@ def _fitted(target: str, tensor: Tensor, encoder: VisionTransformer) -> tuple[Te
         )
         return resampled, f"interpolated from {old}×{old} to {new}×{new} patches"
     return None, f"{tuple(tensor.shape)} where {tuple(wanted.shape)} is needed"
-
-
-def _is_square(n: int) -> bool:
-    return n > 0 and round(n**0.5) ** 2 == n
 
 
 def export_checkpoint(encoder: Tensors, heads: Tensors, normalization: Normalization, path: Path) -> int:

@@ -26,7 +26,7 @@ DECODER = re.compile(r"(decoder_|mask_token)")
 # LGP's classifier for 10 % of labels has two layers; MAE's linear probe has a BatchNorm before its layer
 CLASSIFIER = re.compile(r"(head|head_dist|fc|head\.0|head\.1)\.\w+$")
 # without these an encoder is another one, whatever else fits
-VITAL = re.compile(r".*(pos_embed|cls_token|reg_token|register_tokens|norm_pre|ls[12]\.gamma|gamma_[12]|lambda1)")
+VITAL = re.compile(r".*(pos_embed|cls_token|reg_token|register_tokens|norm_pre|ls[12]\.gamma|gamma_[12]|lambda_?[12])")
 IMAGENET = Normalization(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 CLIP = Normalization(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 # width → heads of the sizes that a project published; no tensor shows the number
@@ -34,9 +34,10 @@ MAE_HEADS = {768: 12, 1024: 16, 1280: 16}
 MOCO_HEADS = {384: 12, 768: 12, 1024: 16}
 TIMM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16}
 PREPROCESSOR = "preprocessor_config.json"
+POOLING = "pooling by attention"  # the reason to leave out a part of SigLIP
 # the word for a width in timm's names
-SIZES = {192: "tiny", 256: "xsmall", 384: "small", 512: "medium", 768: "base", 1024: "large", 1152: "so400m"}
-SIZES |= {1280: "huge", 1664: "gigantic"}
+SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1152: "so400m", 1280: "huge", 1408: "giant"}
+SIZES |= {1536: "giant", 1664: "gigantic"}
 PRETRAINED_CFG = "pretrained_cfg"  # timm's name for the record that holds an encoder's mean and std
 
 
@@ -77,7 +78,7 @@ def _plain_left_out(name: str) -> str | None:
     if DECODER.match(name):
         return "decoder"
     if name.startswith("attn_pool."):
-        return "pooling by attention"
+        return POOLING
     return "classifier" if CLASSIFIER.match(name) else None
 
 
@@ -157,6 +158,9 @@ class Checkpoint:
             beside = {path.with_name(name): object_beside(path.with_name(name)) for name in (CONFIG, PREPROCESSOR)}
             records = {path: content, **beside}
         layout, tensors = recognise(content, path)
+        activation = records.get(path.with_name(CONFIG), {}).get("hidden_act", "gelu")
+        if layout.rename is from_hugging_face and activation != "gelu":
+            raise LgpError(f"{path} ({layout.name}) has the activation {shown(activation)}: only gelu is taken")
         try:
             renamed = layout.rename(tensors) if layout.rename else Renamed(dict(tensors))
         except LgpError as e:
@@ -194,6 +198,11 @@ class Checkpoint:
                 return record["num_attention_heads"], str(source)
         width = self.numbers().get("width", 0)
         return self.layout.heads.get(width), f"the ViT of width {width} of {self.layout.name}"
+
+    def architecture(self) -> str | None:
+        """Return timm's name of the architecture without the name of weights, None where nothing tells one."""
+        named = next((record["architecture"] for record in self.records.values() if "architecture" in record), None)
+        return named.partition(".")[0] if isinstance(named, str) else None
 
     def normalization(self) -> tuple[Normalization, str]:
         """Return the normalization of the images that the encoder was trained on, and where it is from.
@@ -279,43 +288,48 @@ def model_of(path: Path) -> dict[str, Any]:
     """
     checkpoint = Checkpoint.read(path)
     numbers, (heads, _) = checkpoint.numbers(), checkpoint.heads()
-    if "width" not in numbers or f"{checkpoint.layout.encoder}pos_embed" not in checkpoint.tensors:
+    width, depth, patch = (numbers.get(name, 0) for name in ("width", "depth", "patch_size"))
+    if not (width and depth and patch) or f"{checkpoint.layout.encoder}pos_embed" not in checkpoint.tensors:
         raise LgpError(f"{path} has no patch embedding and positions, which tell the dimensions: set `model` yourself")
-    width, depth, patch = numbers["width"], numbers["depth"], numbers["patch_size"]
     if _fits(checkpoint, ARCHITECTURE, embed_dim=width, depth=depth, patch_size=patch, num_heads=1):
         if not isinstance(heads, int) or heads < 1 or width % heads:
-            raise LgpError(
-                f"nothing tells the number of attention heads of {path} ({width} wide): set `model` yourself"
-            )
+            raise LgpError(f"nothing tells the number of attention heads of {path} (width {width}): set `model`")
         return {"timm": None, "patch_size": patch, "width": width, "depth": depth, "heads": int(heads)}
-    named = [record["architecture"] for record in checkpoint.records.values() if "architecture" in record]
-    if not named and width in SIZES:
-        named = timm.list_models(f"vit_{SIZES[width]}_patch{patch}*", module="vision_transformer")
-    fitting = [name for name in named if _fits(checkpoint, name)]
-    if len(fitting) != 1:
-        several = f"several ViTs of timm have the tensors of {path} ({', '.join(fitting)})"
-        none = f"no plain ViT of timm has the tensors of {path}. {checkpoint.dimensions()}"
-        raise LgpError(f"{several if fitting else none}: set model.timm yourself")
+    named = checkpoint.architecture()
+    pattern = f"vit_{SIZES.get(width, '*')}_patch{patch}*"
+    names = [named] if named else timm.list_models(pattern, module="vision_transformer")
+    fitting = [name for name in names if _is_plain(name) and _fits(checkpoint, name)]
+    # names that differ only in the size of images, at their end, are one architecture
+    if len({re.sub(r"_\d+$", "", name) for name in fitting}) != 1:
+        several = (
+            f"several ViTs of timm have the tensors of {path} ({', '.join(fitting[:8])}): look up which it is, and"
+        )
+        none = f"no plain ViT of timm ({named or pattern}) has the tensors of {path}. {checkpoint.dimensions()}:"
+        raise LgpError(f"{several if fitting else none} set model.timm yourself")
     return {"timm": fitting[0]} | {name: getattr(architecture(fitting[0]), name) for name in NUMBERS}
 
 
 def _fits(checkpoint: Checkpoint, name: str, **dimensions: int) -> bool:
-    """Return whether a ViT of timm has the tensors of a checkpoint, whatever the number of its positions."""
-    channels, prefix = checkpoint.numbers()["channels"], checkpoint.layout.encoder
-    if not timm.is_model(str(name)):
-        return False
+    """Return whether a plain ViT of timm has the tensors of a checkpoint, whatever the number of its patches."""
+    layout, channels = checkpoint.layout, checkpoint.numbers()["channels"]
     with torch.device("meta"):  # shapes without memory
         model = timm.create_model(name, num_classes=0, in_chans=channels, **dimensions)
     theirs = {
-        name.removeprefix(prefix): tensor.shape
-        for name, tensor in checkpoint.tensors.items()
-        if name.startswith(prefix) and checkpoint.layout.left_out(name) is None
+        tensor.removeprefix(layout.encoder): value.shape
+        for tensor, value in checkpoint.tensors.items()
+        if tensor.startswith(layout.encoder)
+        and not (layout.projector and tensor.startswith(layout.projector))
+        and layout.left_out(tensor) in (None, POOLING)
     }
-    ours = {
-        name: tensor.shape for name, tensor in model.state_dict().items() if checkpoint.layout.left_out(name) is None
-    }
-    del theirs["pos_embed"], ours["pos_embed"]
-    return ours == theirs and _is_plain(name)
+    ours = {tensor: value.shape for tensor, value in model.state_dict().items()}
+    places, _ = theirs.pop("pos_embed"), ours.pop("pos_embed")
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    return ours == theirs and len(places) == 3 and is_square(places[1] - prefix)
+
+
+def is_square(n: int) -> bool:
+    """Return whether a number of patches is that of a square grid."""
+    return n > 0 and round(n**0.5) ** 2 == n
 
 
 def _is_plain(name: str) -> bool:

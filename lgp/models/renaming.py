@@ -14,6 +14,7 @@ from lgp.models.checkpoint_files import fault_of, shown
 Tensors = Mapping[str, Tensor]
 POSITIONS = ("pos_embed", "visual.positional_embedding")
 PATCHES = ("patch_embed.proj.weight", "visual.conv1.weight")
+ROTARY = re.compile(r"(^|\.)rope")
 QKV = ("query", "key", "value")
 # Hugging Face's name → timm's, in this order; each block's queries, keys and values are one tensor of timm
 HUGGING_FACE = (
@@ -54,16 +55,21 @@ def by_timm(tensors: Tensors) -> Renamed:
     Raises:
         LgpError: a tensor is no weight, or timm cannot convert them.
     """
+    if rotary := next((name for name in tensors if ROTARY.search(name)), None):
+        raise LgpError(f"it has rotary positions ({shown(rotary)}), as DINOv3 and EVA-02: that is no plain ViT")
     is_clip = "visual.class_embedding" in tensors
     ours = {name: tensor for name, tensor in tensors.items() if not is_clip or name.startswith("visual.")}
     _check(ours)
+    like_it = _of_the_files_size(ours)
     try:
-        converted = checkpoint_filter_fn(dict(ours), _of_the_files_size(ours))
+        converted = checkpoint_filter_fn(dict(ours), like_it)
     except Exception as e:  # noqa: BLE001 - timm raises any exception for tensors of other shapes
         raise LgpError(f"timm cannot give its tensors timm's names: {one_line(e)[:200]}") from None
     # most are the same memory under another name
-    at = {tensor.untyped_storage().data_ptr(): name for name, tensor in ours.items()}
-    sources = {name: at.get(tensor.untyped_storage().data_ptr(), name) for name, tensor in converted.items()}
+    at = {(tensor.data_ptr(), tensor.numel()): name for name, tensor in ours.items()}
+    found = {name: name if name in ours else at.get((t.data_ptr(), t.numel())) for name, t in converted.items()}
+    sources = {name: source for name, source in found.items() if source is not None}
+    converted = {name: converted[name] for name in sources}  # without a bias of zeros for CLIP's projection
     text = {name: "text tower" for name in tensors if name not in ours}
     unused = {name: "not used by timm" for name in ours if name not in {*sources.values(), *converted}}
     return Renamed(converted, sources, text | unused)
@@ -71,8 +77,12 @@ def by_timm(tensors: Tensors) -> Renamed:
 
 def _of_the_files_size(tensors: Tensors) -> VisionTransformer:
     """Build a ViT with as many patches as the file has positions, so that timm interpolates nothing."""
-    positions = next(tensors[name] for name in POSITIONS if name in tensors)
-    patches = next(tensors[name] for name in PATCHES if name in tensors)
+    positions = next((tensors[name] for name in POSITIONS if name in tensors), None)
+    patches = next((tensors[name] for name in PATCHES if name in tensors), None)
+    if positions is None or patches is None:
+        raise LgpError(f"it lacks positions ({' or '.join(POSITIONS)}) or patches ({' or '.join(PATCHES)})")
+    if patches.ndim != 4 or patches.shape[2] != patches.shape[3] or not patches.numel() or positions.ndim < 2:
+        raise LgpError(f"its patches {tuple(patches.shape)} or positions {tuple(positions.shape)} are of no ViT")
     with torch.device("meta"):  # shapes without memory
         return VisionTransformer(
             img_size=int((positions.shape[-2] - 1) ** 0.5) * patches.shape[-1],
@@ -105,11 +115,17 @@ def from_hugging_face(tensors: Tensors) -> Renamed:
             continue
         for theirs, timms in HUGGING_FACE:
             own = own.replace(theirs, timms)
+        if own in renamed.tensors:
+            raise LgpError(f"{shown(name)} and {shown(renamed.sources[own])} are one tensor of timm, {shown(own)}")
         renamed.tensors[own], renamed.sources[own] = tensors[name], name
     for target, names in parts.items():
         of_part = {names[part]: tensors[names[part]] for part in QKV if part in names}
         _check(of_part)
-        if len(of_part) != len(QKV) or len({t.shape for t in of_part.values()}) > 1:
+        if (
+            len(of_part) != len(QKV)
+            or len({t.shape for t in of_part.values()}) > 1
+            or not next(iter(of_part.values())).ndim
+        ):
             raise LgpError(f"{', '.join(map(shown, of_part))} are not the queries, keys and values of one block")
         renamed.tensors[target], renamed.sources[target] = torch.cat(list(of_part.values())), " + ".join(of_part)
     return renamed

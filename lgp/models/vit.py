@@ -70,14 +70,18 @@ def build_encoder(model: ModelParams, data: DataParams) -> VisionTransformer:
     if model.timm is None:
         with torch.no_grad():
             encoder.pos_embed.copy_(sincos_positions(model.width, data.image_size // model.patch_size))
-    fix_positions(encoder)
+    encoder.pos_embed.requires_grad_(positions_learn(model))
     return encoder
 
 
-def fix_positions(encoder: VisionTransformer) -> None:
-    """Keep the 2D sin-cos positions from learning. Those of another architecture learn."""
-    if encoder.pretrained_cfg["architecture"] == ARCHITECTURE:
-        encoder.pos_embed.requires_grad_(False)
+def positions_learn(model: ModelParams) -> bool:
+    """Return whether the positions learn: those of a ViT of timm do, the paper's 2D sin-cos positions do not."""
+    return model.timm is not None
+
+
+def freeze_pooling(encoder: VisionTransformer) -> None:
+    """Freeze the norm after the pooling, which some ViTs have: no loss of single tokens reaches it."""
+    encoder.fc_norm.requires_grad_(False)
 
 
 def init_as_mae(module: nn.Module) -> None:

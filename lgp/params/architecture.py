@@ -4,6 +4,10 @@ import difflib
 from functools import cache
 from typing import Any, NamedTuple
 
+from lgp.errors import shortened
+
+LONGEST = 60  # characters of a name in a message
+
 
 class Architecture(NamedTuple):
     """A plain ViT of timm.
@@ -36,33 +40,37 @@ def architecture(name: str) -> Architecture:
     # slow to import, and only needed by who names an architecture
     import timm
     import torch
-    from timm.layers import PatchEmbed
-    from timm.models.vision_transformer import Block, VisionTransformer
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models("vit_*"), 3)
         raise ValueError(
-            f"timm has no model {name!r}: choose a plain ViT, e.g. {', '.join(near) or 'vit_small_patch16_224'}"
+            f"timm has no model {shortened(name, LONGEST)!r}: choose a plain ViT, e.g. "
+            f"{', '.join(near) or 'vit_small_patch16_224'}"
         )
     if "." in name:
         raise ValueError(f"{name!r} names weights too: give the architecture alone, {name.partition('.')[0]!r}")
     with torch.device("meta"):  # shapes without memory
         model = timm.create_model(name, num_classes=0)
-    blocks = getattr(model, "blocks", [None])
+    if reason := _why_not_plain(model):
+        raise ValueError(f"{name!r} is no plain ViT, as {reason}: choose one that timm builds as VisionTransformer")
+    changes: dict[str, Any] = {"dynamic_img_size": False} if model.dynamic_img_size else {}
+    if model.attn_pool is not None:
+        changes |= {"global_pool": "avg", "fc_norm": False, "pool_include_prefix": False}
+    heads = model.blocks[0].attn.num_heads
+    return Architecture(model.patch_embed.patch_size[0], model.embed_dim, len(model.blocks), heads, changes)
+
+
+def _why_not_plain(model: Any) -> str:
+    """Return the reason why a model of timm is no plain ViT; empty if it is one."""
+    from timm.layers import PatchEmbed
+    from timm.models.vision_transformer import Block, VisionTransformer
+
     if type(model) is not VisionTransformer:
-        reason = f"timm builds it as {type(model).__name__}"
-    elif type(blocks[0]) is not Block:
-        reason = f"its blocks are of another kind ({type(blocks[0]).__name__})"
-    elif type(model.patch_embed) is not PatchEmbed:
-        reason = "its patches come from a convolutional network"
-    elif model.pos_embed is None:
-        reason = "it has no positions that are added to the patches"
-    elif len(set(model.patch_embed.patch_size)) > 1:
-        reason = "its patches are not square"
-    else:
-        changes: dict[str, Any] = {"dynamic_img_size": False} if model.dynamic_img_size else {}
-        if model.attn_pool is not None:
-            changes |= {"global_pool": "avg", "fc_norm": False, "pool_include_prefix": False}
-        heads = model.blocks[0].attn.num_heads
-        return Architecture(model.patch_embed.patch_size[0], model.embed_dim, len(blocks), heads, changes)
-    raise ValueError(f"{name!r} is no plain ViT, as {reason}: choose one that timm builds as VisionTransformer")
+        return f"timm builds it as {type(model).__name__}"
+    if type(model.blocks[0]) is not Block:
+        return f"its blocks are of another kind ({type(model.blocks[0]).__name__})"
+    if type(model.patch_embed) is not PatchEmbed:
+        return "its patches come from a convolutional network"
+    if model.pos_embed is None:
+        return "it has no positions that are added to the patches"
+    return "its patches are not square" if len(set(model.patch_embed.patch_size)) > 1 else ""

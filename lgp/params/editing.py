@@ -74,6 +74,10 @@ def _section(lines: list[str], section: str) -> tuple[int, int]:
         found = next((i for i in range(start, end) if head.match(lines[i])), None)
         if found is None:
             raise LgpError(f"the parameter file has no section {section}: add it")
+        if lines[found].partition(":")[2].partition("#")[0].strip():
+            raise LgpError(
+                f"the section {section} is on one line: give each of its keys a line of its own, indented by 2"
+            )
         start = found + 1
         end = next((i for i in range(start, end) if _is_at(lines[i], 2 * depth)), end)
     return start, end

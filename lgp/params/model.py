@@ -6,7 +6,7 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from lgp.params.architecture import architecture
-from lgp.params.section import Count, Section
+from lgp.params.section import Count, Section, whole_number
 
 NUMBERS = ("patch_size", "width", "depth", "heads")
 
@@ -27,7 +27,7 @@ class ModelParams(Section):
             return values
         found = architecture(values["timm"])._asdict()
         for number in NUMBERS:
-            if values.get(number, found[number]) != found[number]:
+            if whole_number(values.get(number, found[number])) != found[number]:
                 raise ValueError(
                     f"{number} {values[number]} is not that of {values['timm']}, {found[number]}: leave the numbers "
                     "out, or leave timm out"

@@ -29,7 +29,7 @@ from lgp.models.encoder_folder import check_encoder_fits, images_for, load_encod
 from lgp.models.files import encoder_digest
 from lgp.models.joint import Joint
 from lgp.models.roles import Role, encoder_roles
-from lgp.models.vit import tokens_by_block
+from lgp.models.vit import freeze_pooling, tokens_by_block
 from lgp.params.file import Params
 from lgp.params.pretrain import TrainingParams
 from lgp.pretrain.arm import Objective, Session, fit_arm
@@ -61,6 +61,7 @@ def measure_conflict(session: Session, start: Path) -> pd.DataFrame:
     session = replace(session, data=images_for(start, session.data))
     with seeded(params.seed, "conflict/init"):
         encoder = load_encoder(start)
+        freeze_pooling(encoder)
         contrastive = build_contrastive(encoder, params.contrastive)
         mae = build_mae(encoder, params.mim)
     model = Joint(contrastive, mae)

@@ -10,7 +10,7 @@ from lgp.errors import LgpError
 from lgp.models.contrastive import build_contrastive
 from lgp.models.encoder_folder import check_start, load_encoder
 from lgp.models.joint import Joint
-from lgp.models.vit import build_encoder, init_encoder_as_moco
+from lgp.models.vit import build_encoder, freeze_pooling, init_encoder_as_moco
 from lgp.pretrain.arm import Objective, Pretrained, Session, fit_arm
 from lgp.pretrain.cl import BETAS, contrastive_loss_of
 from lgp.pretrain.graft import stage_rates
@@ -54,6 +54,7 @@ def pretrain_reverse(session: Session, start: Path) -> Pretrained:
     check_start(start, params.model, params.data, session.data)
     with seeded(params.seed, "reverse/init"):
         mae = build_mae(load_encoder(start), params.mim)
+        freeze_pooling(mae.encoder)
     crops = CropDataset(session.data, params.mim.views, 1, reverse.batch_size, Stream(params.seed, "reverse"))
     peaks = [peak_rate(lr, reverse.batch_size) for lr in reverse.base_lrs]
     rates = stage_rates(mae.roles(), params.model.depth, peaks)

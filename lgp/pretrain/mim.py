@@ -11,7 +11,7 @@ from lgp.data.loading import Batch, CropDataset
 from lgp.data.storage import Images
 from lgp.models.encoder_folder import save_tensors
 from lgp.models.mae import MAE
-from lgp.models.vit import build_encoder, init_encoder_as_mae
+from lgp.models.vit import build_encoder, freeze_pooling, init_encoder_as_mae
 from lgp.params.pretrain import MimParams
 from lgp.pretrain.arm import LossOf, Objective, Pretrained, Session, fit_arm
 from lgp.training.optimizer import peak_rate
@@ -27,6 +27,7 @@ def pretrain_mim(session: Session) -> Pretrained:
         encoder = build_encoder(params.model, params.data)
         init_encoder_as_mae(encoder)
         mae = build_mae(encoder, mim)
+        freeze_pooling(encoder)
     crops = CropDataset(data, mim.views, 1, mim.batch_size, Stream(params.seed, "mim"))
     rate = peak_rate(mim.base_lr, mim.batch_size)
     rates = {name: rate for name, _ in mae.named_parameters()}

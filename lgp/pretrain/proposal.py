@@ -85,7 +85,7 @@ def _sizes(inspection: Inspection, params: Params, cuda: bool) -> dict[str, Any]
         "data.channels": good.channels,
         "data.max_train_images": None,
         "data.max_test_images": None,
-        "model.patch_size": good.patch_size,
+        **({} if params.model.timm else {"model.patch_size": good.patch_size}),
         "contrastive.views.crop_scale_min": min(
             params.contrastive.views.crop_scale_min, smallest_crop(good.image_size)
         ),

@@ -13,6 +13,7 @@ from lgp.evaluate.results_files import read_metrics
 from lgp.models.encoder_folder import normalization_of, read_config
 from lgp.models.exporting import load_model
 from lgp.models.files import CONFIG, ENCODER, WEIGHTS, check_trained, encoder_digest, read_provenance
+from lgp.models.vit import ARCHITECTURE
 from lgp.params.arms import how_to_evaluate
 
 CARD = "README.md"
@@ -222,6 +223,7 @@ def _facts(subject: Subject, parameters: int) -> list[tuple[str, ...]]:
         ("task", subject.folder.name if subject.is_classifier else ""),
         ("classes", ", ".join(names) if len(names) <= MANY else f"{len(names)}, named in {CONFIG}"),
         ("architecture", f"ViT, width {of['embed_dim']}, depth {of['depth']}, {of['num_heads']} heads"),
+        ("timm's name", "" if subject.config["architecture"] == ARCHITECTURE else subject.config["architecture"]),
         ("patches", f"{of['patch_size']} × {of['patch_size']} pixels"),
         ("parameters", f"{parameters:,}"),
         ("input", f"{height} × {width} pixels, {channels} channel(s) in [0, 1], {normalization_of(subject.folder)}"),

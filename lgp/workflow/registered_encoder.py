@@ -28,7 +28,7 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 class Encoder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
-    """Turns images into features (N, D) float32, the class token after the final norm.
+    """Turns images into features (N, D) float32: the class token after the final norm, if the encoder has one.
 
     Its input is an array (N, H, W, C) of pixels 0 … 255 of the encoder's size, or (N, H, W) where C is 1. Or it is a
     list of encoded images of any size, as bytes or in base64, or a table that has these in the column `image`.
@@ -46,7 +46,7 @@ class Encoder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     # MLflow warns without a type hint. It does not check this one: arrays and lists are taken too
     def predict(self, context, model_input: pd.DataFrame, params=None):  # type: ignore[no-untyped-def]
-        """Return the class token of each image after the final norm."""
+        """Return the features of each image."""
         images = _images_of(model_input)
         features = [np.zeros((0, self.encoder.num_features), dtype=np.float32)]
         with torch.inference_mode():

@@ -274,7 +274,7 @@ def test_damaged_configuration_beside_the_file_is_one_line(text: str, vit: Any, 
 
 def test_heads_are_checked_with_the_configuration_beside_the_file(vit: Any, params: Params, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_args": {"num_heads": 4}}')
-    with pytest.raises(LgpError, match=r"says 4 heads, model\.heads is 2: set it to 4"):
+    with pytest.raises(LgpError, match=r"says 4 heads, model\.heads is 2: set `model` to the file's encoder"):
         read(safetensors(vit, tmp_path), params)
 
 
@@ -345,11 +345,11 @@ def test_partial_import_leaves_out_no_part_that_makes_an_encoder(
     name: str, vit: Any, params: Params, tmp_path: Path
 ) -> None:
     torch.save({"model": encoder_of(vit) | {name: torch.full((16,), 1e-5)}}, tmp_path / "other.pth")
-    with pytest.raises(LgpError, match=rf"{name} has no place .*; --partial leaves out no tokens, positions or scales"):
+    with pytest.raises(LgpError, match=rf"{name} has no place .*; --partial needs all tokens, positions and scales"):
         read(tmp_path / "other.pth", params, partial=True)
 
 
 def test_partial_import_leaves_out_no_positions(vit: Any, params: Params, tmp_path: Path) -> None:
     torch.save({"model": encoder_of(vit) | {"pos_embed": torch.zeros(1, 8, 16)}}, tmp_path / "other.pth")
-    with pytest.raises(LgpError, match=r"pos_embed is \(1, 8, 16\) where .*--partial leaves out no tokens"):
+    with pytest.raises(LgpError, match=r"pos_embed is \(1, 8, 16\) where .*--partial needs all tokens"):
         read(tmp_path / "other.pth", params, partial=True)

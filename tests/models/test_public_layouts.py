@@ -232,10 +232,122 @@ def test_file_that_several_vits_fit_is_told(tmp_path: Path, monkeypatch: pytest.
         model_of(file)
 
 
-def test_file_of_no_vit_is_told(tmp_path: Path) -> None:
+def test_file_that_fits_names_of_several_sizes_takes_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"vit_base_patch16_siglip_{size}" for size in ("224", "256", "gap_224")]
+    monkeypatch.setattr(timm, "list_models", lambda *_, **__: names)
+    assert model_of(timms(vit_of("vit_base_patch16_siglip_224"), tmp_path))["timm"] == names[0]
+
+
+def test_file_with_a_projector_tells_its_numbers(tmp_path: Path) -> None:
+    vit = vit_of("vit_small_patch16_224", depth=2)
+    tensors = {f"module.base_encoder.{name}": tensor for name, tensor in vit.state_dict().items()}
+    tensors |= {"module.base_encoder.head.0.weight": torch.ones(8, 384), "module.predictor.0.weight": torch.ones(8, 8)}
+    torch.save({"state_dict": tensors}, tmp_path / "vit-s.pth.tar")
+    # heads of MoCo v3's ViT-S, not of timm's
+    assert model_of(tmp_path / "vit-s.pth.tar") == {
+        "timm": None,
+        "patch_size": 16,
+        "width": 384,
+        "depth": 2,
+        "heads": 12,
+    }
+
+
+@pytest.mark.parametrize("name", ["resnet50", "convnext_tiny", "vit_small_patch16_dinov3", "test_vit", 7, "x"])
+def test_name_beside_the_file_that_is_of_another_model_is_one_line(name: Any, tmp_path: Path) -> None:
+    folder = timms(vit_of("test_vit2"), tmp_path)
+    (folder / "config.json").write_text(json.dumps({"architecture": name}))
+    with pytest.raises(LgpError, match=r"no plain ViT of timm|several ViTs"):
+        model_of(folder)
+
+
+def test_name_beside_the_file_is_compared(values: dict[str, Any], tmp_path: Path) -> None:
+    folder = timms(vit_of("vit_small_patch14_dinov2"), tmp_path)
+    cfg = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (folder / "config.json").write_text(
+        json.dumps({"architecture": "vit_small_patch14_dinov2.lvd142m", "pretrained_cfg": cfg})
+    )
+    assert model_of(folder)["timm"] == "vit_small_patch14_dinov2"
+    assert read(folder, params_for(values, {"timm": "vit_small_patch14_dinov2"}, 42)).faults == []
+    with pytest.raises(LgpError, match=r"is a vit_small_patch14_dinov2, model\.timm is vit_small_patch16_224"):
+        read(folder, params_for(values, {"timm": "vit_small_patch16_224"}, 48))
+
+
+def test_heads_of_a_name_are_compared_too(values: dict[str, Any], tmp_path: Path) -> None:
+    vit = vit_of("vit_small_patch16_224")
+    tensors = {f"module.base_encoder.{name}": tensor for name, tensor in vit.state_dict().items()}
+    torch.save({"state_dict": tensors}, tmp_path / "vit-s.pth.tar")
+    with pytest.raises(LgpError, match=r"MoCo v3 / LGP says 12 heads, vit_small_patch16_224 has 6"):
+        read(tmp_path / "vit-s.pth.tar", params_for(values, {"timm": "vit_small_patch16_224"}, 48))
+
+
+@pytest.mark.parametrize("missing", ["reg_token", "blocks.0.ls1.gamma", "pos_embed", "cls_token"])
+def test_missing_parts_that_make_an_encoder_are_refused(missing: str, values: dict[str, Any], tmp_path: Path) -> None:
+    tensors = vit_of("vit_small_patch14_reg4_dinov2").state_dict()
+    del tensors[missing]
+    torch.save(tensors, tmp_path / "timm.pth")
+    with pytest.raises(LgpError, match=rf"{missing} is missing.*--partial needs all tokens, positions and scales"):
+        read(tmp_path / "timm.pth", params_for(values, {"timm": "vit_small_patch14_reg4_dinov2"}, 42), partial=True)
+
+
+def rotary(tensors: Tensors) -> None:
+    tensors["rope_embed.periods"] = torch.ones(16)
+    del tensors["pos_embed"]
+
+
+DAMAGES: dict[str, tuple[Callable[[Tensors], Any], str]] = {
+    "no positions": (lambda t: t.pop("pos_embed"), "it lacks positions"),
+    "no patches": (lambda t: t.pop("patch_embed.proj.weight"), r"it lacks .* or patches"),
+    "rotary": (rotary, r"has rotary positions \(rope_embed\.periods\), as DINOv3 and EVA-02: that is no plain ViT"),
+    "flat": (lambda t: t.update({"patch_embed.proj.weight": torch.ones(384, 588)}), "are of no ViT"),
+    "oblong": (lambda t: t.update({"patch_embed.proj.weight": torch.ones(384, 3, 7, 14)}), "are of no ViT"),
+    "empty": (lambda t: t.update({"patch_embed.proj.weight": torch.ones(384, 3, 0, 0)}), "are of no ViT"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_dinov2_is_one_line(damage: str, tmp_path: Path) -> None:
+    tensors = torch.load(dinov2(vit_of("vit_small_patch14_dinov2", depth=1), tmp_path))
+    change, said = DAMAGES[damage]
+    change(tensors)
+    torch.save(tensors, tmp_path / "dinov2.pth")
+    with pytest.raises(LgpError, match=rf"dinov2\.pth \(DINOv2\): .*{said}"):
+        model_of(tmp_path / "dinov2.pth")
+
+
+def test_hugging_faces_other_activation_is_refused(tmp_path: Path) -> None:
+    folder = hugging_face(vit_of("vit_tiny_patch16_224"), tmp_path)
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 3, "hidden_act": "relu"}))
+    with pytest.raises(LgpError, match="has the activation relu: only gelu is taken"):
+        model_of(folder)
+
+
+def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = hugging_face(vit_of("vit_tiny_patch16_224"), tmp_path)
+    save_file(
+        load_file(folder / "model.safetensors") | {"layernorm.weight": torch.ones(192)}, folder / "model.safetensors"
+    )
+    with pytest.raises(LgpError, match=r"are one tensor of timm, norm\.weight"):
+        model_of(folder)
+
+
+def test_tensors_that_share_memory_keep_their_names(values: dict[str, Any], tmp_path: Path) -> None:
+    vit = vit_of("vit_small_patch14_dinov2")
+    tensors = dict(vit.state_dict())
+    flat = torch.cat([tensors["norm.weight"], tensors["norm.bias"]])
+    tensors |= {"norm.weight": flat[:384], "norm.bias": flat[384:], "mask_token": flat[:384].view(1, 384)}
+    torch.save(tensors, tmp_path / "dinov2.pth")
+    uses = read(tmp_path / "dinov2.pth", params_for(values, {"timm": "vit_small_patch14_dinov2"}, 42)).uses
+    assert {use.target: use.name for use in uses if use.target}["norm.bias"] == "norm.bias"
+
+
+def test_file_of_no_vit_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "list_models", lambda *_, **__: ["test_vit", "vit_tiny_patch16_224"])
     tensors = vit_of("test_vit").state_dict() | {"blocks.0.more.weight": torch.zeros(2)}
     torch.save(tensors, tmp_path / "other.pth")
-    with pytest.raises(LgpError, match=r"no plain ViT of timm has the tensors .*width 64, depth 6, patch 16, 3 "):
+    with pytest.raises(LgpError, match=r"no plain ViT of timm .* has the tensors .*width 64, depth 6, patch 16, 3 "):
         model_of(tmp_path / "other.pth")
 
 
@@ -243,7 +355,7 @@ def test_heads_that_a_published_size_does_not_have_are_refused(values: dict[str,
     vit = vit_of("vit_base_patch16_224", depth=1)
     torch.save({"model": vit.state_dict()}, tmp_path / "mae.pth")
     model = {"patch_size": 16, "width": 768, "depth": 1, "heads": 4}
-    with pytest.raises(LgpError, match=r"the ViT of width 768 of MAE says 12 heads, model\.heads is 4: set it to 12"):
+    with pytest.raises(LgpError, match=r"the ViT of width 768 of MAE says 12 heads, model\.heads is 4: set `model`"):
         read(tmp_path / "mae.pth", params_for(values, model, 48))
     (tmp_path / "config.json").write_text('{"model_args": {"num_heads": 4}}')
     assert read(tmp_path / "mae.pth", params_for(values, model, 48)).heads_from == str(tmp_path / "config.json")

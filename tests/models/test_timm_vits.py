@@ -25,6 +25,7 @@ from lgp.models.vit import (
     embed,
     encode_tokens,
     features_of_view,
+    freeze_pooling,
     init_encoder_as_mae,
     init_encoder_as_moco,
     pooled,
@@ -106,18 +107,16 @@ def test_every_weight_that_trains_gets_a_gradient(chosen: Params, what: str) -> 
     if what == "mim":
         init_encoder_as_mae(encoder)
         mae = build_mae(encoder, chosen.mim)
+        freeze_pooling(encoder)
         mae(images, torch.rand(4, 4)).backward()
         model: Any = mae
-        # the mean over patches after the blocks is a part of the features, and of no reconstruction
-        unused = {"encoder.fc_norm.weight", "encoder.fc_norm.bias"}
     else:
         init_encoder_as_moco(encoder)
         model = build_contrastive(encoder, chosen.contrastive)
         model(View(images), View(images.flip(3)), 0.0).backward()
-        unused = set()
     without = {n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
     # queries see a bias of all keys alike
-    assert {name for name in without - unused if not name.endswith("qkv.bias")} == set()
+    assert {name for name in without if not name.endswith("qkv.bias")} == set()
     assert encoder.pos_embed.requires_grad
 
 
@@ -185,3 +184,15 @@ def test_fine_tuning_begins_with_the_encoders_weights(
     else:  # MAE averages the patches before a new norm
         mean = encoder.blocks(encoder.norm_pre(encoder._pos_embed(encoder.patch_embed(images))))[:, -4:].mean(dim=1)
         assert torch.allclose(model.forward_head(tokens, pre_logits=True), model.fc_norm(mean), atol=1e-5)
+
+
+def test_names_positions_learn_and_the_papers_do_not(values: dict[str, Any], params: Params, tmp_path: Path) -> None:
+    half = Normalization((0.5,) * 3, (0.5,) * 3)
+    named = params_of("vit_base_patch16_224", values)  # the architecture that the four numbers are of
+    for of, learn in ((named, True), (params, False)):
+        save_encoder(tmp_path / str(learn), build_encoder(of.model, of.data), of.model, of.data, half, {})
+        assert build_encoder(of.model, of.data).pos_embed.requires_grad is learn
+        assert load_encoder(tmp_path / str(learn)).pos_embed.requires_grad is learn
+    numbers = Params.model_validate(merged(named.model_dump(), {"model": {"timm": None}, "finetune": {}}))
+    with pytest.raises(LgpError, match=r"'positions': 'learnt'.*'positions': 'fixed'"):
+        check_encoder_fits(tmp_path / "True", numbers.model, numbers.data)

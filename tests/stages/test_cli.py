@@ -500,6 +500,30 @@ def test_statistics_of_an_import_are_given_or_asked_for(colour: Params) -> None:
     assert provenance["normalization_from"] == "the command"
 
 
+def test_import_can_write_the_dimensions_of_the_file(project: Path, colour: Params) -> None:
+    theirs = timm.create_model(ARCHITECTURE, num_classes=0, **model_args(colour.model, colour.data) | {"embed_dim": 32})
+    torch.save({"model": theirs.state_dict()}, "mae.pth")
+    before = (project / "params.yaml").read_text()
+    assert "set `model` and `data` to the file's (--write sets `model`)" in error_of(
+        lgp("import", "mae.pth", "--arm", "mae")
+    )
+    assert "nothing tells the number of attention heads" in error_of(
+        lgp("import", "mae.pth", "--arm", "mae", "--write")
+    )
+    assert (project / "params.yaml").read_text() == before
+    Path("config.json").write_text('{"model_args": {"num_heads": 8}}')
+    result = lgp("import", "mae.pth", "--arm", "mae", "--write")
+    assert result.exit_code == 0, result.output
+    assert "params.yaml: model is now patch_size 2, width 32, depth 3, heads 8" in result.output
+    assert load_encoder(Path("models/mae/encoder")).blocks[0].attn.num_heads == 8
+    Path("config.json").unlink()
+    # a name of timm goes into the section too, and comes out of it again
+    write(merged(yaml.safe_load((project / "params.yaml").read_text()), {"data": {"image_size": 32}}))
+    named = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0)
+    torch.save({"model": named.state_dict() | {"blocks.0.ls1.gamma": torch.ones(192)}}, "named.pth")
+    assert "no plain ViT of timm" in error_of(lgp("import", "named.pth", "--arm", "named", "--write"))
+
+
 def test_plan_needs_prepared_images_or_their_number(project: Path) -> None:
     assert "no prepared images to count: say how many with --images" in error_of(lgp("plan"))
     planned = lgp("plan", "--images", "1000", "--tflops", "1", "--gpus", "3")
