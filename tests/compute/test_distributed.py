@@ -30,6 +30,7 @@ from lgp.pretrain import arm as arm_module
 from lgp.pretrain.arm import Checks, Session
 from lgp.pretrain.batch_checks import check_batch
 from lgp.pretrain.cl import pretrain_cl
+from lgp.pretrain.graft import pretrain_graft
 from lgp.pretrain.mim import pretrain_mim
 from lgp.training import loop as engine
 from lgp.training.resume_states import StateStore
@@ -150,11 +151,16 @@ PAPERS = {"base_lr": 1.5e-4, "epochs": 40}
 SHARED = {"mim": {**PAPERS, "batch_size": 60}, "cl": {**PAPERS, "batch_size": 60}}
 
 
-def losses_of(params: Params, prepared: Path, folder: Path, steps: int) -> dict[str, list[float]]:
-    """Train both objectives for some steps in double precision, and return the loss of each."""
+def losses_of(
+    params: Params, prepared: Path, folder: Path, steps: int, start: Path | None = None
+) -> dict[str, list[float]]:
+    """Train both objectives, or a graft on `start`, for some steps in double precision. Return the losses of each."""
     losses: dict[str, list[float]] = {}
     normalize = Images.normalize
-    for arm, pretrain in (("mim", pretrain_mim), ("cl", pretrain_cl)):
+    arms: dict[str, Callable[[Session], object]] = {"mim": pretrain_mim, "cl": pretrain_cl}
+    if start is not None:
+        arms = {"graft": lambda session: pretrain_graft(session, start, start)}
+    for arm, pretrain in arms.items():
         seen = losses.setdefault(arm, [])
         take_step, mean = engine.Trainer._step, engine.average
 
@@ -180,12 +186,15 @@ def losses_of(params: Params, prepared: Path, folder: Path, steps: int) -> dict[
     return losses
 
 
-def one_trainer(rank: int, processes: int, port: int, values: str, prepared: str, folder: str, steps: int) -> None:
+def one_trainer(
+    rank: int, processes: int, port: int, values: str, prepared: str, folder: str, steps: int, start: str | None = None
+) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RUN_ID": "test",
         "RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes),
     }  # fmt: skip
-    losses = losses_of(Params.model_validate(json.loads(values)), Path(prepared), Path(folder), steps)
+    params, of_start = Params.model_validate(json.loads(values)), start and Path(start)
+    losses = losses_of(params, Path(prepared), Path(folder), steps, of_start or None)
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(losses))
 
@@ -212,6 +221,19 @@ def test_one_two_and_four_processes_have_the_same_losses(
         together = json.loads((folder / "losses.json").read_text())
         for arm, of_arm in alone.items():
             assert together[arm] == pytest.approx(of_arm, rel=1e-9), (arm, processes)
+
+
+def test_heads_learn_the_same_in_two_processes_before_the_encoder_does(
+    tmp_path: Path, values: dict[str, Any], prepared: LabelledImages, encoder_folder: Path
+) -> None:
+    graft = {"start": "mim", "epochs": 9, "head_warmup_epochs": 2, "batch_size": 60}
+    shared = merged(values, {"graft": graft})
+    alone = losses_of(Params.model_validate(shared), prepared.folder, tmp_path / "alone", 12, encoder_folder)
+    heads = 2 * (len(prepared.pretraining_ids) // 60)
+    assert len(alone["graft"]) == heads + 12
+    given = (2, free_port(), json.dumps(shared), str(prepared.folder), str(tmp_path), 12, str(encoder_folder))
+    mp.spawn(one_trainer, args=given, nprocs=2)
+    assert json.loads((tmp_path / "losses.json").read_text())["graft"] == pytest.approx(alone["graft"], rel=1e-9)
 
 
 def one_dead_trainer(rank: int, port: int, values: str, prepared: str, folder: str) -> None:
