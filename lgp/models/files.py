@@ -40,7 +40,7 @@ def weights_at(path: Path) -> Path:
     found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), path)
     if not found.is_file():
         raise LgpError(
-            f"no checkpoint at {path}: give a file (.pth, .pth.tar, .pt or .safetensors), a folder with "
+            f"no file {path}: give a checkpoint (.pth, .pth.tar, .pt or .safetensors), a folder with "
             f"{' or '.join(WEIGHT_FILES)}, timm:NAME or hf-hub:NAME"
         )
     return found
