@@ -11,7 +11,7 @@ from conftest import ROOT
 from lgp.errors import LgpError
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "attacks"))
-from forks import Ended, Fork
+from forks import Ended, Fork, take_signals
 from kills import _fault as fault_of_kill
 from project import differences, digests
 from tried import Wrong, fault_of, tried
@@ -83,7 +83,7 @@ def test_fork_that_hangs_is_killed(tmp_path: Path) -> None:
 
 
 def test_signal_reaches_a_fork(tmp_path: Path) -> None:
-    fork = Fork(lambda: signal.pause() or 0, tmp_path)
+    fork = Fork(lambda: take_signals() or signal.pause() or 0, tmp_path)
     fork.send(signal.SIGTERM)
     assert fork.wait(20).code == -signal.SIGTERM
 

@@ -117,6 +117,11 @@ def remember() -> None:
     Image.init()
 
 
+def take_signals() -> None:
+    """Take signals in a fork from here on. Those that came before it fall into what follows."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
 def _run(work: Callable[[], int], folder: Path, output: int, imported: int) -> None:
     """Be the fork: never return."""
     code, before = 70, set(sys.modules)

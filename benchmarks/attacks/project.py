@@ -3,14 +3,13 @@
 import functools
 import hashlib
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from forks import STOPPING, Ended, Fork
+from forks import Ended, Fork, take_signals
 
 from lgp.compute.interruption import stopped_by_signals
 
@@ -78,8 +77,7 @@ def command(arguments: Sequence[str]) -> Callable[[], int]:
 
         sys.argv = ["lgp", *arguments]
         with stopped_by_signals():
-            # a signal that came while this fork began falls into the command, as into a process of its own
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+            take_signals()  # in the command, as in a process of its own
             main()
         return 0
 

@@ -36,8 +36,8 @@ TIMM_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16}
 PREPROCESSOR = "preprocessor_config.json"
 POOLING = "pooling by attention"  # the reason to leave out a part of SigLIP
 # the word for a width in timm's names
-SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1152: "so400m", 1280: "huge", 1408: "giant"}
-SIZES |= {1536: "giant", 1664: "gigantic"}
+SIZES = {192: "tiny", 256: "xsmall", 384: "small", 512: "medium", 768: "base", 1024: "large", 1152: "so400m"}
+SIZES |= {1280: "huge", 1408: "giant", 1536: "giant", 1664: "gigantic"}
 PRETRAINED_CFG = "pretrained_cfg"  # timm's name for the record that holds an encoder's mean and std
 
 

@@ -254,7 +254,10 @@ def test_file_with_a_projector_tells_its_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet50", "convnext_tiny", "vit_small_patch16_dinov3", "test_vit", 7, "x"])
-def test_name_beside_the_file_that_is_of_another_model_is_one_line(name: Any, tmp_path: Path) -> None:
+def test_name_beside_the_file_that_is_of_another_model_is_one_line(
+    name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm, "list_models", lambda *_, **__: ["test_vit"])
     folder = timms(vit_of("test_vit2"), tmp_path)
     (folder / "config.json").write_text(json.dumps({"architecture": name}))
     with pytest.raises(LgpError, match=r"no plain ViT of timm|several ViTs"):
