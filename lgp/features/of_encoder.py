@@ -29,14 +29,8 @@ def encoder_source(folder: Path, params: FeatureParams, device: torch.device) ->
     if config["architecture"] == PIXELS:
         return pixel_source()
     blocks = int(config["model_args"]["depth"]) if params.by_depth else params.blocks
-    decided_by = [
-        encoder_digest(folder),
-        config["architecture"],
-        config["model_args"],
-        params.pool,
-        blocks,
-        device.type,
-    ]
+    network = {key: config[key] for key in ("architecture", "model_args")}
+    decided_by = [encoder_digest(folder), network, params.pool, blocks, device.type]
     digest = sha256(json.dumps(decided_by).encode()).hexdigest()
     return FeatureSource(digest, blocks, lambda: by_block_of(load_encoder(folder), params.pool, blocks, device))
 

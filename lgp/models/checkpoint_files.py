@@ -43,12 +43,8 @@ ARRAYS = (
     "checkpoint_path=FILE)`); save its state_dict as .safetensors"
 )
 PROGRAM = "is a program of TorchScript: save the state_dict of its model, best as .safetensors"
-WEIGHT_DTYPES = (
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-)  # smaller floats are quantised, with a scale
+# smaller floats are quantised, with a scale
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PICKLE = b"\x80"  # how a pickle begins
 BEGINNING = 40  # bytes of a file that a message shows
 LONGEST_NAME = 100  # characters of a tensor's name in a message

@@ -175,12 +175,10 @@ def check_encoder_fits(folder: Path, model: ModelParams, data: DataParams) -> No
     config = read_config(folder)
     if config["architecture"] == PIXELS:
         raise LgpError(_no_weights(folder))
-    found = {"architecture": config["architecture"], **config["model_args"]}
-    wanted = {"architecture": architecture_of(model), **model_args(model, data)}
-    if config.get("positions_learn", False) != positions_learn(model):
-        found["positions"], wanted["positions"] = (
-            "learnt" if learn else "fixed" for learn in (not positions_learn(model), positions_learn(model))
-        )
+    learn = {"positions_learn": config.get("positions_learn", False)}
+    found = {"architecture": config["architecture"], **config["model_args"], **learn}
+    learn = {"positions_learn": positions_learn(model)}
+    wanted = {"architecture": architecture_of(model), **model_args(model, data), **learn}
     if found != wanted:
         raise LgpError(
             f"the encoder in {folder} was trained with {found}, but the parameters say {wanted}: train it anew"

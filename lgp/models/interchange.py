@@ -146,7 +146,7 @@ def _take(
             uses.append(Use(name, head, PROJECTOR))
         elif target in wanted:
             _check_weight(tensor, f"{path}: {source}")
-            fitted, how = _fitted(target, tensor, encoder)
+            fitted, how = _fitted(target, tensor, wanted[target], encoder)
             if fitted is None:
                 faults.append(f"{name} is {how}")
                 uses.append(Use(source, None, how))
@@ -210,9 +210,8 @@ def _checked_head(head: str, tensor: Tensor, width: int, which: str) -> Tensor:
     return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-def _fitted(target: str, tensor: Tensor, encoder: VisionTransformer) -> tuple[Tensor | None, str]:
+def _fitted(target: str, tensor: Tensor, wanted: Tensor, encoder: VisionTransformer) -> tuple[Tensor | None, str]:
     """Return the tensor in the encoder's shape, None if it does not fit, and how it is used."""
-    wanted = encoder.state_dict()[target]
     if tensor.shape == wanted.shape:
         return tensor, ENCODER
     same_width = tensor.ndim == 3 and tensor.shape[::2] == wanted.shape[::2]

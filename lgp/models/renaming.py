@@ -121,11 +121,8 @@ def from_hugging_face(tensors: Tensors) -> Renamed:
     for target, names in parts.items():
         of_part = {names[part]: tensors[names[part]] for part in QKV if part in names}
         _check(of_part)
-        if (
-            len(of_part) != len(QKV)
-            or len({t.shape for t in of_part.values()}) > 1
-            or not next(iter(of_part.values())).ndim
-        ):
+        shapes = {tensor.shape for tensor in of_part.values()}
+        if len(of_part) != len(QKV) or len(shapes) > 1 or not shapes.pop():
             raise LgpError(f"{', '.join(map(shown, of_part))} are not the queries, keys and values of one block")
         renamed.tensors[target], renamed.sources[target] = torch.cat(list(of_part.values())), " + ".join(of_part)
     return renamed

@@ -194,5 +194,5 @@ def test_names_positions_learn_and_the_papers_do_not(values: dict[str, Any], par
         assert build_encoder(of.model, of.data).pos_embed.requires_grad is learn
         assert load_encoder(tmp_path / str(learn)).pos_embed.requires_grad is learn
     numbers = Params.model_validate(merged(named.model_dump(), {"model": {"timm": None}, "finetune": {}}))
-    with pytest.raises(LgpError, match=r"'positions': 'learnt'.*'positions': 'fixed'"):
+    with pytest.raises(LgpError, match=r"'positions_learn': True.*'positions_learn': False"):
         check_encoder_fits(tmp_path / "True", numbers.model, numbers.data)
