@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lgp.data.views import ColorJitter, random_boxes, random_flips
 from lgp.models.encoder_folder import save_encoder
 from lgp.models.vit import build_encoder, init_encoder_as_mae
 from lgp.params.file import Params
-from lgp.params.pretrain import ViewParams
+from lgp.params.pretrain import SmallViews, ViewParams
 from lgp.pretrain.arm import Pretrained, Session
 from lgp.pretrain.cl import pretrain_cl
 from lgp.pretrain.controls import pretrain_joint, pretrain_reverse
@@ -72,6 +72,10 @@ SETTINGS: dict[str, Any] = {
     "run": {"precision": "fp32", "threads": 1},
 }  # fmt: skip
 
+SMALL_VIEWS = {"count": 3, "size": 4, "crop_scale_min": 0.1, "crop_scale_max": 0.3, "blur_p": 0.4}
+SWAV = {"prototypes": 12, "frozen": 0.3}
+REFINE = {"neighbours": 3, "average": 0.5}
+
 # the name of a training, with what it changes; its arm is the first word
 ARMS: dict[str, dict[str, Any]] = {
     "mim": {},
@@ -81,6 +85,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "cl_one_sided": {"contrastive": {"mask_ratio": 0.5, "masked": "one_sided"}},
     "cl_simclr": {"contrastive": {"objective": "simclr"}},
     "cl_vicreg": {"contrastive": {"objective": "vicreg"}},
+    "cl_multi_crop": {"contrastive": {"small_views": SMALL_VIEWS}},
+    "cl_simclr_multi_crop": {"contrastive": {"objective": "simclr", "small_views": SMALL_VIEWS}},
+    "cl_vicreg_multi_crop": {"contrastive": {"objective": "vicreg", "small_views": SMALL_VIEWS}},
+    "cl_swav": {"contrastive": {"objective": "swav", "swav": SWAV}},
+    "cl_swav_multi_crop": {"contrastive": {"objective": "swav", "swav": SWAV, "small_views": SMALL_VIEWS}},
+    "cl_refine": {"contrastive": {"objective": "refine", "refine": REFINE}},
+    "graft_refine_multi_crop": {
+        "graft": {"policy": ["layer_decay"]},
+        "contrastive": {"objective": "refine", "refine": REFINE | {"heads": 2}, "small_views": SMALL_VIEWS},
+    },
     "graft_stage_lr": {"graft": {"policy": ["stage_lr"]}},
     "graft_layer_decay": {"graft": {"policy": ["layer_decay"]}},
     "graft_freeze": {"graft": {"policy": ["stage_lr", "freeze"]}},
@@ -267,6 +281,7 @@ class Slow:
         batch_size: of the training.
         stream: of the training.
         interpolation: of the resizing.
+        size: of the views in pixels; None: of the model.
     """
 
     data: LabelledImages
@@ -276,6 +291,19 @@ class Slow:
     batch_size: int
     stream: Stream
     interpolation: InterpolationMode = InterpolationMode.BILINEAR
+    size: int | None = None
+
+    def small(self, views: SmallViews) -> "Slow":
+        """Return the small views of the same images: with their own boxes, blur and size, never solarised."""
+        of_small = self.views.model_copy(
+            update={
+                "crop_scale_min": views.crop_scale_min,
+                "crop_scale_max": views.crop_scale_max,
+                "blur_p": (views.blur_p, views.blur_p),
+                "solarize_p": (0.0, 0.0),
+            }
+        )
+        return replace(self, views=of_small, number=views.count, size=views.size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -290,9 +318,9 @@ class Slow:
 
     def crops(self, step: int, view: int) -> Tensor:
         """Return the crops of one view, (B, C, S, S) in [0, 1], in whole grey levels."""
-        ids, rng = self.ids_of(step), self.stream.generator("crops", step)
-        size = self.data.image_size
-        boxes = random_boxes(torch.from_numpy(self.data.sizes[ids]), self.number, self.views.crop_scale_min, rng)
+        ids, rng = self.ids_of(step), self.stream.generator("crops" if self.size is None else "small crops", step)
+        size, scale = self.size or self.data.image_size, (self.views.crop_scale_min, self.views.crop_scale_max)
+        boxes = random_boxes(torch.from_numpy(self.data.sizes[ids]), self.number, scale[0], rng, scale[1])
         flips = random_flips(len(ids), self.number, self.views.flip_p, rng)
         crops = []
         for row, i in enumerate(ids):
@@ -303,8 +331,9 @@ class Slow:
 
     def coloured(self, step: int, view: int) -> Tensor:
         """Return the crops of one contrastive view with the colours that are drawn for it."""
-        crops = self.crops(step, view)
-        jitter = ColorJitter.draw(len(crops), view, self.views, self.stream.generator("colours", step, view))
+        crops, name = self.crops(step, view), "colours" if self.size is None else "small colours"
+        kind = view if self.size is None else 0
+        jitter = ColorJitter.draw(len(crops), kind, self.views, self.stream.generator(name, step, view))
         return torch.stack([jittered(crop, jitter, row) for row, crop in enumerate(crops)])
 
     def normalized(self, images: Tensor) -> Tensor:
@@ -327,7 +356,8 @@ def jittered(image: Tensor, jitter: ColorJitter, row: int) -> Tensor:
     if jitter.grey[row]:
         image = tvf.rgb_to_grayscale(image, 3)
     if jitter.blur[row]:
-        image = tvf.gaussian_blur(image, [13, 13], [float(jitter.sigma[row])] * 2)
+        kernel = 2 * min(6, image.shape[-1] - 1) + 1  # three times the largest sigma to each side, within the image
+        image = tvf.gaussian_blur(image, [kernel, kernel], [float(jitter.sigma[row])] * 2)
     if jitter.solarize[row]:
         image = tvf.solarize(image, 0.5)
     return image

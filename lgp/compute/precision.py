@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,15 @@ def in_single_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     def computed(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         if not any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
             return function(*args, **kwargs)
-        raised = [a.float() if isinstance(a, Tensor) and a.dtype == torch.bfloat16 else a for a in args]
+        raised = [_raised(a) for a in args]
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return function(*raised, **kwargs)  # type: ignore[arg-type]
+            return function(*raised, **kwargs)
 
     return computed
+
+
+def _raised(value: Any) -> Any:
+    """Return a tensor, or those of a list, in single precision if they were in bf16. Anything else stays."""
+    if isinstance(value, list):
+        return [_raised(of_list) for of_list in value]
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value

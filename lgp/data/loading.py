@@ -1,5 +1,6 @@
 """Batches of crops as a pure function of the step. Worker processes can read them."""
 
+import math
 import signal
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from lgp.compute.interruption import ASKING
 from lgp.compute.randomness import Stream
 from lgp.data.storage import Images
 from lgp.data.views import random_boxes, random_flips
-from lgp.params.pretrain import ViewParams
+from lgp.params.pretrain import ContrastiveParams, SmallViews, ViewParams
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Batch:
         step: of the training, from 0.
         rows: the places of these images in the step's batch.
         size: number of images of the step's whole batch.
+        small: (rows, n, C, s, s) uint8, smaller crops of the same images, where there are some.
     """
 
     crops: Tensor
     step: int
     rows: slice
     size: int
+    small: Tensor | None = None
 
     @classmethod
     def whole(cls, crops: Tensor, step: int) -> "Batch":
@@ -44,7 +47,11 @@ class Batch:
         each = len(self.crops) // parts
         starts = [self.rows.start + i * each for i in range(parts)]
         crops = self.crops.split(each)
-        return [Batch(c, self.step, slice(s, s + each), self.size) for c, s in zip(crops, starts, strict=True)]
+        small = [None] * parts if self.small is None else self.small.split(each)
+        return [
+            Batch(c, self.step, slice(start, start + each), self.size, s)
+            for c, start, s in zip(crops, starts, small, strict=True)
+        ]
 
 
 class CropDataset(Dataset[Tensor]):
@@ -100,17 +107,61 @@ class CropDataset(Dataset[Tensor]):
 
     def __getitem__(self, step: int) -> Tensor:
         """Return the crops of step `step`."""
-        ids = self.ids_of(step)
-        rng = self.stream.generator("crops", step)
-        boxes = random_boxes(torch.from_numpy(self.data.sizes[ids]), self.views, self.params.crop_scale_min, rng)
-        flipped = random_flips(len(ids), self.views, self.params.flip_p, rng)[self.rows]
-        crops = self.data.crops(ids[self.rows], boxes[self.rows], self.params.interpolation)
-        crops[flipped] = crops[flipped].flip(-1)
-        return crops
+        boxes, flipped = self._draw(step, "crops", self.params, self.views)
+        return _flip(self.data.crops(self.ids_of(step)[self.rows], boxes, self.params.interpolation), flipped)
+
+    def _draw(self, step: int, name: str, params: ViewParams, views: int) -> tuple[Tensor, Tensor]:
+        """Draw the boxes of this process's rows, (rows, views, 4), and which views are mirrored, (rows, views)."""
+        ids, rng = self.ids_of(step), self.stream.generator(name, step)
+        sizes = torch.from_numpy(self.data.sizes[ids])
+        boxes = random_boxes(sizes, views, params.crop_scale_min, rng, params.crop_scale_max)
+        return boxes[self.rows], random_flips(len(ids), views, params.flip_p, rng)[self.rows]
 
     def batch(self, step: int, crops: Tensor) -> Batch:
         """Return the crops of a step as a `Batch`."""
         return Batch(crops, step, self.rows, self.batch_size)
+
+
+class MultiCropDataset(CropDataset):
+    """The large crops of each step, and small crops of the same images (multi-crop).
+
+    Item s holds the bytes of both in one tensor, (rows, bytes) uint8, so that they travel together. `batch` parts them.
+    The large crops are those of a `CropDataset`.
+    """
+
+    def __init__(
+        self, data: Images, params: ViewParams, views: int, batch_size: int, stream: Stream, small: SmallViews
+    ) -> None:
+        """Make batches of all images of pre-training. `small` describes the small crops."""
+        super().__init__(data, params, views, batch_size, stream)
+        self.small, self.small_params = small, small.beside(params)
+
+    def __getitem__(self, step: int) -> Tensor:
+        """Return the crops of step `step`, flat."""
+        boxes, flipped = self._draw(step, "crops", self.params, self.views)
+        small_boxes, small_flipped = self._draw(step, "small crops", self.small_params, self.small.count)
+        wanted = [(boxes, self.data.image_size), (small_boxes, self.small.size)]
+        large, small = self.data.crops_of_sizes(self.ids_of(step)[self.rows], wanted, self.params.interpolation)
+        return torch.cat([_flip(large, flipped).flatten(1), _flip(small, small_flipped).flatten(1)], dim=1)
+
+    def batch(self, step: int, crops: Tensor) -> Batch:
+        """Return the crops of a step as a `Batch`."""
+        channels, size, small = self.data.channels, self.data.image_size, self.small.size
+        shapes = (self.views, channels, size, size), (self.small.count, channels, small, small)
+        large, rest = crops.split([math.prod(shape) for shape in shapes], dim=1)
+        return Batch(large.unflatten(1, shapes[0]), step, self.rows, self.batch_size, rest.unflatten(1, shapes[1]))
+
+
+def contrastive_crops(data: Images, params: ContrastiveParams, batch_size: int, stream: Stream) -> CropDataset:
+    """Return the batches of a contrastive training: two large crops of each image, and small ones where asked for."""
+    if params.small_views is None:
+        return CropDataset(data, params.views, 2, batch_size, stream)
+    return MultiCropDataset(data, params.views, 2, batch_size, stream, params.small_views)
+
+
+def _flip(crops: Tensor, flipped: Tensor) -> Tensor:
+    crops[flipped] = crops[flipped].flip(-1)
+    return crops
 
 
 def loader(crops: CropDataset, first: int, last: int, workers: int, pin: bool) -> DataLoader[Tensor]:

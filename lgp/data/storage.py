@@ -1,7 +1,7 @@
 """Prepared images as tensors: crops for training, squares for evaluation, normalised input of the encoder."""
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,22 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     x = positions(boxes[:, 1], boxes[:, 3], width)
     grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _crops_of_array(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Cut boxes (B, V, 4) out of images (B, C, H, W) uint8, resized bilinearly: (B, V, C, size, size) uint8."""
+    views, flat = boxes.shape[1], boxes.flatten(0, 1)
+    cut = crop_and_resize(images.float().repeat_interleave(views, dim=0), flat, size).round().to(torch.uint8)
+    for place in (flat[:, 2:] > size).any(dim=1).nonzero()[:, 0].tolist():  # these are antialiased
+        cut[place] = _resized(images[place // views][None], flat[place].tolist(), size, "bilinear")[0]
+    return cut.unflatten(0, (-1, views))
+
+
+def _resized(image: Tensor, box: Sequence[int], size: int, interpolation: Interpolation) -> Tensor:
+    """Cut one box out of an image (1, C, H, W) uint8, and resize it, antialiased: (1, C, size, size)."""
+    top, left, height, width = box
+    cut = image[:, :, top : top + height, left : left + width]
+    return F.interpolate(cut, (size, size), mode=interpolation, antialias=True)
 
 
 class KeptImages:
@@ -92,8 +108,6 @@ class Images(StoredImages):
     def crops(self, ids: np.ndarray, boxes: Tensor, interpolation: Interpolation = "bilinear") -> Tensor:
         """Cut V boxes out of each image and resize them to the model's size. Each image is decoded once.
 
-        Resizing is antialiased, as in torchvision for a tensor of bytes.
-
         Args:
             ids: (B,) image ids.
             boxes: (B, V, 4) top, left, height, width in pixels of the stored image.
@@ -102,18 +116,35 @@ class Images(StoredImages):
         Returns:
             (B, V, C, S, S) uint8.
         """
-        size, views = self.image_size, boxes.shape[1]
+        return self.crops_of_sizes(ids, [(boxes, self.image_size)], interpolation)[0]
+
+    def crops_of_sizes(
+        self, ids: np.ndarray, wanted: Sequence[tuple[Tensor, int]], interpolation: Interpolation = "bilinear"
+    ) -> list[Tensor]:
+        """Cut boxes out of each image for several sizes. Each image is decoded once.
+
+        Resizing is antialiased, as in torchvision for a tensor of bytes.
+
+        Args:
+            ids: (B,) image ids.
+            wanted: for each size S in pixels, boxes (B, V, 4): top, left, height, width in pixels of the stored image.
+            interpolation: of the resizing.
+
+        Returns:
+            For each size, (B, V, C, S, S) uint8.
+        """
         if self._array is not None and interpolation == "bilinear":
-            pixels = torch.from_numpy(self._array[self._rows[ids]]).permute(0, 3, 1, 2).float()
-            cut = crop_and_resize(pixels.repeat_interleave(views, dim=0), boxes.flatten(0, 1), size)
-            return cut.round().to(torch.uint8).unflatten(0, (-1, views))
-        crops = []
-        for image_id, image_boxes in zip(ids.tolist(), boxes.tolist(), strict=True):
+            pixels = torch.from_numpy(self._array[self._rows[ids]]).permute(0, 3, 1, 2)
+            return [_crops_of_array(pixels, boxes, size) for boxes, size in wanted]
+        crops: list[list[Tensor]] = [[] for _ in wanted]
+        for place, image_id in enumerate(ids.tolist()):
             image = torch.from_numpy(self.pixels(image_id)).permute(2, 0, 1)[None]
-            for top, left, height, width in image_boxes:
-                cut = image[:, :, top : top + height, left : left + width]
-                crops.append(F.interpolate(cut, (size, size), mode=interpolation, antialias=True))
-        return torch.cat(crops).unflatten(0, (-1, views))
+            for (boxes, size), of_size in zip(wanted, crops, strict=True):
+                of_size += [_resized(image, box, size, interpolation) for box in boxes[place].tolist()]
+        return [
+            torch.cat(of_size).unflatten(0, (-1, boxes.shape[1]))
+            for (boxes, _), of_size in zip(wanted, crops, strict=True)
+        ]
 
     def whole(self, ids: np.ndarray, interpolation: Interpolation = "bilinear") -> Tensor:
         """Return the squares of images for evaluation, without augmentation, (B, C, S, S) uint8."""

@@ -27,17 +27,20 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 CHUNK_BYTES = 2**22  # pixels that a CPU processes at a time: they stay in its cache
 
 
-def random_boxes(sizes: Tensor, views: int, crop_scale_min: float, rng: Generator) -> Tensor:
+def random_boxes(
+    sizes: Tensor, views: int, crop_scale_min: float, rng: Generator, crop_scale_max: float = 1.0
+) -> Tensor:
     """Draw crop boxes as torchvision's `RandomResizedCrop` does.
 
-    An area fraction in [crop_scale_min, 1] and a log-uniform aspect ratio in [3/4, 4/3] are drawn up to ten times,
-    until the box fits. If none fits, the box is the largest centred one of a valid aspect ratio.
+    An area fraction in [crop_scale_min, crop_scale_max] and a log-uniform aspect ratio in [3/4, 4/3] are drawn up to
+    ten times, until the box fits. If none fits, the box is the largest centred one of a valid aspect ratio.
 
     Args:
         sizes: (B, 2) height and width of each image in pixels.
         views: V, boxes per image.
         crop_scale_min: smallest fraction of the area.
         rng: counted generator.
+        crop_scale_max: largest fraction of the area.
 
     Returns:
         (B, V, 4) int64: top, left, height, width.
@@ -46,7 +49,7 @@ def random_boxes(sizes: Tensor, views: int, crop_scale_min: float, rng: Generato
     height = sizes[:, 0, None].expand(b, views).double()
     width = sizes[:, 1, None].expand(b, views).double()
     draws = torch.rand(4, b, views, TRIES, generator=rng, dtype=torch.float64)
-    area = (height * width)[..., None] * (crop_scale_min + (1 - crop_scale_min) * draws[0])
+    area = (height * width)[..., None] * (crop_scale_min + (crop_scale_max - crop_scale_min) * draws[0])
     aspect = torch.exp(math.log(ASPECT[0]) + math.log(ASPECT[1] / ASPECT[0]) * draws[1])
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (w >= 1) & (w <= width[..., None]) & (h >= 1) & (h <= height[..., None])

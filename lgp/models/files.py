@@ -13,6 +13,7 @@ from lgp.params.arms import how_to_evaluate, how_to_get
 ENCODER = "encoder"  # a folder of the next three files
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "provenance.json"
 HEADS, ARM_METRICS, CURVES = "heads.safetensors", "metrics.json", "curves.csv"
+LAST = "last"  # in an encoder folder that has an average: the encoder of the last step, a folder of the same files
 CLASSIFIERS = "classifiers"  # a folder for each evaluation of the arm
 RECONSTRUCTIONS = "reconstructions.safetensors"  # only of an arm with a decoder
 WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin")  # of another project, in a folder of timm or Hugging Face

@@ -22,6 +22,11 @@ class Joint(PretrainingModel):
         return self.contrastive.encoder
 
     @property
+    def published_encoder(self) -> VisionTransformer:
+        """What the contrastive model publishes."""
+        return self.contrastive.published_encoder
+
+    @property
     def projector(self) -> nn.Sequential:
         """The projector of the contrastive model."""
         return self.contrastive.projector

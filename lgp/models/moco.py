@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from lgp.compute.distributed import gather, rank
 from lgp.compute.precision import in_single_precision
 from lgp.models.heads import mlp
+from lgp.models.multi_crop import mean_over_targets, of_views
 from lgp.models.roles import PretrainingModel
 from lgp.models.vit import View, features_of_view
 
@@ -74,10 +77,13 @@ class MoCo(PretrainingModel):
         queries = [*self.encoder.parameters(), *self.projector.parameters()]
         average([k.detach() for k in keys], [q.detach() for q in queries], 0)
 
-    def query(self, view: View) -> Tensor:
-        """Return the queries of a view, (B, D). Only its visible patches are encoded."""
-        queries: Tensor = self.predictor(self.projector(features_of_view(self.encoder, view)))
-        return queries
+    def queries(self, large: Sequence[View], small: Tensor | None) -> list[Tensor]:
+        """Return the queries of each view, (B, D): the large ones, then the small ones (n, B, C, s, s).
+
+        Only visible patches are encoded.
+        """
+        encode = partial(features_of_view, self.encoder)
+        return [self.predictor(self.projector(features)) for features in of_views(encode, large, small)]
 
     @torch.no_grad()
     def key(self, view: View) -> Tensor:
@@ -85,15 +91,25 @@ class MoCo(PretrainingModel):
         keys: Tensor = self.momentum_projector(self.momentum_encoder(view.images))
         return keys
 
-    def forward(self, view1: View, view2: View, progress: float) -> Tensor:
-        """Update the momentum encoder and return the symmetric loss of two views of each image.
+    def forward(self, view1: View, view2: View, progress: float, small: Tensor | None = None) -> Tensor:
+        """Update the momentum encoder and return the symmetric loss of two large views of each image.
 
-        `progress`, in [0, 1] of the training, sets the momentum.
+        With small views it is twice the mean over all pairs of a query and the key of another, large view.
+
+        Args:
+            view1: of each image.
+            view2: of each image.
+            progress: in [0, 1] of the training; it sets the momentum.
+            small: (n, B, C, s, s), small views of each image.
         """
-        query1, query2 = self.query(view1), self.query(view2)
+        queries = self.queries((view1, view2), small)
         self.update_momentum_encoder(momentum_at(progress, self.momentum))
-        key1, key2 = self.key(view1), self.key(view2)
-        return contrastive_loss(query1, key2, self.temperature) + contrastive_loss(query2, key1, self.temperature)
+        keys = (self.key(view1), self.key(view2))
+
+        def loss(target: int, other: int) -> Tensor:
+            return contrastive_loss(queries[other], keys[target], self.temperature)
+
+        return 2 * mean_over_targets(loss, len(queries))
 
 
 class MaskedKeysMoCo(MoCo):
@@ -112,8 +128,9 @@ class OneSidedMoCo(MoCo):
     The released code leaves out the final norm of the queries. Here queries pass it, as the keys do.
     """
 
-    def forward(self, view1: View, view2: View, progress: float) -> Tensor:
-        """Update the momentum encoder and return the loss of the first views' queries."""
-        query1 = self.query(view1)
+    def forward(self, view1: View, view2: View, progress: float, small: Tensor | None = None) -> Tensor:
+        """Update the momentum encoder and return the mean loss of the first views' queries, and of small views'."""
+        queries = self.queries((view1,), small)
         self.update_momentum_encoder(momentum_at(progress, self.momentum))
-        return contrastive_loss(query1, self.key(view2), self.temperature)
+        key2 = self.key(view2)
+        return torch.stack([contrastive_loss(query, key2, self.temperature) for query in queries]).mean()

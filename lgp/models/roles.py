@@ -45,6 +45,11 @@ class PretrainingModel(nn.Module):
 
     encoder: VisionTransformer
 
+    @property
+    def published_encoder(self) -> VisionTransformer:
+        """The encoder that is evaluated and published: the trained one, or an average of it."""
+        return self.encoder
+
     def momentum_copies(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return (copy, module that it follows) of each momentum copy."""
         return []

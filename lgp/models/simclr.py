@@ -1,5 +1,7 @@
 """A simple framework for contrastive learning (SimCLR, Chen et al. 2020, arXiv 2002.05709)."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -8,6 +10,7 @@ from torch import Tensor
 from lgp.compute.distributed import gather, rank
 from lgp.compute.precision import in_single_precision
 from lgp.models.heads import mlp
+from lgp.models.multi_crop import mean_over_pairs, of_views
 from lgp.models.roles import PretrainingModel
 from lgp.models.vit import View, features_of_view
 
@@ -48,7 +51,10 @@ class SimCLR(PretrainingModel):
         self.encoder = encoder
         self.projector = mlp(2, encoder.embed_dim, projector_hidden, projector_dim)
 
-    def forward(self, view1: View, view2: View, progress: float) -> Tensor:
-        """Return the loss of two views of each image. It is the same at any `progress`."""
-        z1, z2 = (self.projector(features_of_view(self.encoder, view)) for view in (view1, view2))
-        return nt_xent(z1, z2, self.temperature)
+    def forward(self, view1: View, view2: View, progress: float, small: Tensor | None = None) -> Tensor:
+        """Return the loss of two large views of each image, and small ones (n, B, C, s, s).
+
+        It is the same at any `progress`.
+        """
+        z = [self.projector(f) for f in of_views(partial(features_of_view, self.encoder), (view1, view2), small)]
+        return mean_over_pairs(lambda z1, z2: nt_xent(z1, z2, self.temperature), z)

@@ -1,5 +1,7 @@
 """Variance-invariance-covariance regularisation (VICReg, Bardes et al. 2022, arXiv 2105.04906)."""
 
+from functools import partial
+
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from lgp.compute.distributed import gather
 from lgp.compute.precision import in_single_precision
 from lgp.models.heads import mlp
+from lgp.models.multi_crop import mean_over_pairs, of_views
 from lgp.models.roles import PretrainingModel
 from lgp.models.vit import View, features_of_view
 from lgp.params.pretrain import VicregWeights
@@ -57,7 +60,10 @@ class VICReg(PretrainingModel):
         self.encoder = encoder
         self.projector = mlp(3, encoder.embed_dim, expander_hidden, expander_dim, last_norm=False)
 
-    def forward(self, view1: View, view2: View, progress: float) -> Tensor:
-        """Return the loss of two views of each image. It is the same at any `progress`."""
-        z1, z2 = (self.projector(features_of_view(self.encoder, view)) for view in (view1, view2))
-        return vicreg_loss(z1, z2, self.weights)
+    def forward(self, view1: View, view2: View, progress: float, small: Tensor | None = None) -> Tensor:
+        """Return the loss of two large views of each image, and small ones (n, B, C, s, s).
+
+        It is the same at any `progress`.
+        """
+        z = [self.projector(f) for f in of_views(partial(features_of_view, self.encoder), (view1, view2), small)]
+        return mean_over_pairs(lambda z1, z2: vicreg_loss(z1, z2, self.weights), z)

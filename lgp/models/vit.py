@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -134,16 +135,27 @@ def _init_bias_and_prefix(encoder: VisionTransformer, std: float) -> None:
 class View(NamedTuple):
     """A view of each image of a batch: the input of a contrastive model."""
 
-    images: Tensor  # (B, C, S, S), normalised
+    images: Tensor  # (B, C, S, S), normalised; S may be smaller than the encoder's
     ids_keep: Tensor | None = None  # (B, n), the visible patches; None: all
 
 
 def embed(encoder: VisionTransformer, images: Tensor) -> Tensor:
-    """Turn images (B, C, H, W) into patch tokens with their positions, (B, N, width), no prefix tokens."""
-    positions = encoder.pos_embed
-    return encoder.patch_embed(images) + (
-        positions if encoder.no_embed_class else positions[:, encoder.num_prefix_tokens :]
-    )
+    """Turn images (B, C, S, S) into patch tokens with their positions, (B, N, width), no prefix tokens.
+
+    Images of another size than the encoder's get its positions resampled to their grid, as DINO does for small crops.
+    """
+    positions = encoder.pos_embed if encoder.no_embed_class else encoder.pos_embed[:, encoder.num_prefix_tokens :]
+    if not is_other_size(encoder, images):
+        return encoder.patch_embed(images) + positions
+    patches = encoder.patch_embed.proj(images)  # its `forward` refuses other sizes
+    grid = list(patches.shape[-2:])
+    resampled = resample_abs_pos_embed(positions, grid, num_prefix_tokens=0, antialias=False)
+    return encoder.patch_embed.norm(patches.flatten(2).transpose(1, 2)) + resampled
+
+
+def is_other_size(encoder: VisionTransformer, images: Tensor) -> bool:
+    """Return whether images (B, C, S, S) have another size than the encoder's."""
+    return tuple(images.shape[-2:]) != tuple(encoder.patch_embed.img_size)
 
 
 def _prefix_tokens(encoder: VisionTransformer) -> list[Tensor]:
@@ -212,8 +224,31 @@ def features_of_view(encoder: VisionTransformer, view: View) -> Tensor:
 
     Only visible patches are encoded.
     """
-    if view.ids_keep is None:
+    if view.ids_keep is None and not is_other_size(encoder, view.images):
         whole: Tensor = encoder(view.images)
         return whole
-    tokens = encode_tokens(encoder, keep_patches(embed(encoder, view.images), view.ids_keep))
-    return pooled(encoder, tokens, "class_token")
+    return pooled(encoder, encode_tokens(encoder, visible_tokens(encoder, view)), "class_token")
+
+
+def features_of_last_blocks(encoder: VisionTransformer, view: View, blocks: int) -> Tensor:
+    """Return the features of a view after each of the last blocks, (blocks, B, D), those of the last block at the end.
+
+    Those of the last block pass the final norm, as `features_of_view` has them. Those of the others pass none.
+    """
+    if blocks == 1:
+        return features_of_view(encoder, view)[None]
+    tokens, found = with_prefix(encoder, visible_tokens(encoder, view)), []
+    first = len(encoder.blocks) - blocks
+    for number, block in enumerate(encoder.blocks[:-1]):
+        tokens = block(tokens)
+        if number >= first:
+            by_class_token = encoder.global_pool == "token"
+            found.append(tokens[:, 0] if by_class_token else tokens[:, encoder.num_prefix_tokens :].mean(dim=1))
+    found.append(pooled(encoder, encoder.norm(encoder.blocks[-1](tokens)), "class_token"))
+    return torch.stack(found)
+
+
+def visible_tokens(encoder: VisionTransformer, view: View) -> Tensor:
+    """Return the embedded visible patches of a view, (B, n, width)."""
+    tokens = embed(encoder, view.images)
+    return tokens if view.ids_keep is None else keep_patches(tokens, view.ids_keep)

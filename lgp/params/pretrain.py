@@ -16,15 +16,18 @@ from lgp.params.section import (
     Whole,
 )
 
+CropScale = Annotated[float, Field(gt=0, le=1)]
+
 
 class ViewParams(Section):
     """Random views. Keys in `_p` are probabilities. `blur_p` and `solarize_p` have a value for each contrastive view.
 
     Jitter strengths are torchvision's. A factor is drawn from [1 - s, 1 + s]. The hue shift is drawn from [-s, s] of a
-    full turn.
+    full turn. The area of a crop is a fraction from `crop_scale_min` to `crop_scale_max` of the image.
     """
 
-    crop_scale_min: Annotated[float, Field(gt=0, le=1)]
+    crop_scale_min: CropScale
+    crop_scale_max: CropScale = 1.0
     interpolation: Interpolation = "bilinear"
     flip_p: Fraction = 0.0
     jitter_p: Fraction = 0.0
@@ -36,6 +39,31 @@ class ViewParams(Section):
     blur_p: tuple[Fraction, Fraction] = (0.0, 0.0)
     solarize_p: tuple[Fraction, Fraction] = (0.0, 0.0)
 
+    @model_validator(mode="after")
+    def _scales_ascend(self) -> Self:
+        if self.crop_scale_min > self.crop_scale_max:
+            raise ValueError(f"crop_scale_min {self.crop_scale_min:g} is above crop_scale_max {self.crop_scale_max:g}")
+        return self
+
+
+class SmallViews(Section):
+    """Small views beside the two large ones (multi-crop: Caron et al. 2020, arXiv 2006.09882, section 3.2).
+
+    Each image gets `count` crops of `size` pixels a side. Flips and colours are those of `views`, except `blur_p` and
+    no solarising. With small views the published large ones have a `views.crop_scale_min` of 0.25 or 0.14.
+    """
+
+    count: Count
+    size: Count
+    crop_scale_min: CropScale = 0.05
+    crop_scale_max: CropScale = 0.25
+    blur_p: Fraction = 0.0
+
+    def beside(self, views: ViewParams) -> ViewParams:
+        """Return the augmentation of the small views beside that of the large ones."""
+        own = {"crop_scale_min": self.crop_scale_min, "crop_scale_max": self.crop_scale_max}
+        return ViewParams(**views.model_dump() | own | {"blur_p": (self.blur_p,) * 2, "solarize_p": (0.0, 0.0)})
+
 
 class VicregWeights(Section):
     """Weights of VICReg's three terms (Bardes et al. 2022, section 4.1)."""
@@ -45,20 +73,51 @@ class VicregWeights(Section):
     covariance: NonNegative = 1.0
 
 
+class SwavParams(Section):
+    """The prototypes of SwAV (Caron et al. 2020, section 4.1 and appendix A).
+
+    The assignment of a batch to `prototypes` is found by `iterations` of Sinkhorn's algorithm at the temperature
+    `epsilon`. The prototypes stay as they start for the first `frozen` part of the training (published: an epoch).
+    """
+
+    prototypes: Annotated[Whole, Field(ge=2)] = 128
+    epsilon: Positive = 0.05
+    iterations: Count = 3
+    frozen: Annotated[float, Field(ge=0, lt=1)] = 0.01
+
+
+class RefineParams(Section):
+    """Nearest-neighbour alignment (MIM-Refiner, Alkin et al. 2024, arXiv 2402.10093, section 3).
+
+    A queue keeps the last `queue` projections, at most half as many as there are images. The positive of an image is
+    one of its `neighbours` nearest in the queue. `heads` is the number of last blocks that have a head of their own.
+    The published encoder is the exponential average of the trained one, over about `average` of the steps.
+    """
+
+    queue: Count = 65_536
+    neighbours: Count = 20
+    heads: Count = 1
+    average: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+
 class ContrastiveParams(Section):
     """Objective, heads and views of contrastive learning. The CL baseline and the graft share them.
 
-    mocov3 and simclr read `temperature`. mocov3 reads `predictor_hidden`, `momentum` and `masked`. vicreg reads
-    `vicreg`. `mask_ratio` of the patches is hidden from the inputs that `masked` names. With `queries` the trained
-    encoder sees masked views, and the momentum encoder sees whole ones. With `queries_and_keys` both see the same
-    patches of a view (`mae_aug` in LGP's released code). With `one_sided` queries are of the masked first view, and
-    keys are of the whole second one (`cmae` there).
+    All but vicreg read `temperature`. mocov3 and refine read `predictor_hidden`. mocov3 reads `momentum` and `masked`.
+    vicreg, swav and refine read the section of their name. `small_views` are for every objective.
+
+    `mask_ratio` of the patches is hidden from the inputs that `masked` names. With `queries` the trained encoder sees
+    masked views, and the momentum encoder sees whole ones. With `queries_and_keys` both see the same patches of a view
+    (`mae_aug` in LGP's released code). With `one_sided` queries are of the masked first view, and keys are of the whole
+    second one (`cmae` there). Small views are never masked.
     """
 
-    objective: Literal["mocov3", "simclr", "vicreg"] = "mocov3"
+    objective: Literal["mocov3", "simclr", "vicreg", "swav", "refine"] = "mocov3"
     mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     masked: Literal["queries", "queries_and_keys", "one_sided"] = "queries"
     vicreg: VicregWeights = VicregWeights()
+    swav: SwavParams = SwavParams()
+    refine: RefineParams = RefineParams()
     projector_hidden: Count
     projector_dim: Count
     predictor_hidden: Count
@@ -66,6 +125,7 @@ class ContrastiveParams(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)]
     freeze_patch_embed: bool
     views: ViewParams
+    small_views: SmallViews | None = None
 
     @model_validator(mode="after")
     def _only_mocov3_masks_keys(self) -> Self:

@@ -62,6 +62,7 @@ def faults(params: "Params") -> Iterator[str]:
     yield from _enlarged(params)
     yield from _nothing_left(params)
     yield from _nothing_trained(params)
+    yield from _unfit_views(params)
     if not params.run.experiment.strip():
         yield "run.experiment is empty: give MLflow's experiment a name, such as lgp"
 
@@ -111,6 +112,10 @@ def _too_large(params: "Params") -> Iterator[str]:
     hidden = max(contrastive.projector_hidden, contrastive.predictor_hidden, contrastive.projector_dim, model.width)
     sizes = {
         f"model.width {model.width} and model.depth {model.depth}": 12 * model.depth * model.width**2,
+        f"contrastive.swav.prototypes {contrastive.swav.prototypes}": (
+            contrastive.swav.prototypes * contrastive.projector_dim
+        ),
+        f"contrastive.refine.queue {contrastive.refine.queue}": contrastive.refine.queue * contrastive.projector_dim,
         f"contrastive.projector_hidden, projector_dim or predictor_hidden, {hidden},": hidden**2,
         f"mim.decoder_width {mim.decoder_width} and mim.decoder_depth {mim.decoder_depth}": (
             12 * mim.decoder_depth * mim.decoder_width**2
@@ -137,6 +142,11 @@ def _nothing_left(params: "Params") -> Iterator[str]:
     crops = {
         "mim.crop_scale_min": params.mim.crop_scale_min,
         "contrastive.views.crop_scale_min": params.contrastive.views.crop_scale_min,
+        **(
+            {"contrastive.small_views.crop_scale_min": params.contrastive.small_views.crop_scale_min}
+            if params.contrastive.small_views
+            else {}
+        ),
         "linear.crop_scale_min": params.linear.crop_scale_min,
         **{f"finetune.{name}.crop_scale_min": recipe.crop_scale_min for name, recipe in params.finetune.items()},
     }
@@ -151,6 +161,20 @@ def _nothing_left(params: "Params") -> Iterator[str]:
     for section, ratio in (("mim", params.mim.mask_ratio), ("contrastive", params.contrastive.mask_ratio)):
         if ratio and int(patches * (1 - ratio)) == patches:
             yield f"{section}.mask_ratio {ratio:g} hides none of the {patches} patches: raise it to {1 / patches:.2g}"
+
+
+def _unfit_views(params: "Params") -> Iterator[str]:
+    """Yield small views that have no whole patches or are not small, and heads of blocks that are not there."""
+    size, patch, depth = params.data.image_size, params.model.patch_size, params.model.depth
+    small, heads = params.contrastive.small_views, params.contrastive.refine.heads
+    fit = list(range(patch, size, patch))
+    if small is not None and small.size not in fit:
+        yield (
+            f"contrastive.small_views.size {small.size} must be a multiple of model.patch_size {patch} below "
+            f"data.image_size {size}: " + (f"choose one of {fit}" if fit else "set small_views to null")
+        )
+    if params.contrastive.objective == "refine" and heads > depth:
+        yield f"contrastive.refine.heads {heads} is more than the {depth} blocks: lower it (one head: 1)"
 
 
 def _nothing_trained(params: "Params") -> Iterator[str]:

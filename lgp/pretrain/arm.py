@@ -244,7 +244,7 @@ class Checks:
         moved = check_weights(model, self.initial, self.rates, steps, self.optimizer, self.objective.regularized)
         # evenly spaced over all images, because sources are sorted by class
         ids = crops.ids[:: math.ceil(len(crops.ids) / images)]
-        return moved | check_features(extract(features_of(model.encoder, self.device), crops.data, ids))
+        return moved | check_features(extract(features_of(model.published_encoder, self.device), crops.data, ids))
 
 
 def _online_knn(objective: Objective, session: Session, device: torch.device) -> Callable[[int], Epoch]:
@@ -252,4 +252,4 @@ def _online_knn(objective: Objective, session: Session, device: torch.device) ->
     if session.labelled is None:
         return lambda _epoch: {}
     knn = OnlineKnn(session.labelled, session.params.run.online_knn)
-    return lambda epoch: knn.after_epoch(epoch, objective.model.encoder, device)
+    return lambda epoch: knn.after_epoch(epoch, objective.model.published_encoder, device)

@@ -1,18 +1,19 @@
 """Contrastive learning (MoCo v3, Chen et al. 2021): the baseline arm `cl`, and the objective of the graft."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lgp.compute.randomness import Stream, generator, seeded
-from lgp.data.loading import Batch, CropDataset
+from lgp.data.loading import Batch, CropDataset, contrastive_crops
 from lgp.data.views import ColorJitter, color_jitter
-from lgp.models.contrastive import Contrastive, build_contrastive
+from lgp.models.contrastive import Contrastive, build_contrastive, loss_of_views
 from lgp.models.mae import random_masking
+from lgp.models.refine import Drawn
 from lgp.models.vit import View, build_encoder, init_encoder_as_moco
-from lgp.params.pretrain import TrainingParams
+from lgp.params.pretrain import TrainingParams, ViewParams
 from lgp.pretrain.arm import LossOf, Objective, Pretrained, Session, fit_arm
 from lgp.pretrain.head_warmup import HeadWarmup
 from lgp.training.optimizer import peak_rate
@@ -26,18 +27,19 @@ def pretrain_cl(session: Session) -> Pretrained:
     with seeded(params.seed, "cl/init"):
         encoder = build_encoder(params.model, params.data)
         init_encoder_as_moco(encoder)
-        model = build_contrastive(encoder, params.contrastive)
+        model = build_contrastive(encoder, params.contrastive, len(session.data.pretraining_ids))
     rate = peak_rate(params.cl.base_lr, params.cl.batch_size)
     rates = {name: rate for name, _ in model.named_parameters()}
     return contrast("cl", model, rates, params.cl, session)
 
 
-def contrastive_loss_of(name: str, model: Contrastive, total: int, session: Session) -> LossOf:
-    """Return the function from a batch to its loss. The loss is of the first two crops of each image.
+def contrastive_loss_of(name: str, model: Contrastive, crops: CropDataset, total: int, session: Session) -> LossOf:
+    """Return the function from a batch to its loss. The loss is of the first two crops of each image, and small ones.
 
     Args:
         name: of the stage. Each stage has its own random draws.
         model: encoder and heads.
+        crops: gives the batches.
         total: number of training steps.
         session: images and parameters.
     """
@@ -51,19 +53,47 @@ def contrastive_loss_of(name: str, model: Contrastive, total: int, session: Sess
         noise = torch.rand(batch.size, patches, generator=generator(params.seed, f"{name}/mask", batch.step, view))
         return random_masking(noise[batch.rows].to(batch.crops.device), mask_ratio)[0]
 
-    def jitter_of(batch: Batch, view: int) -> ColorJitter:
-        rng = generator(params.seed, f"{name}/colours", batch.step, view)
-        return ColorJitter.draw(batch.size, view, views, rng)[batch.rows]
-
     def loss_of(batch: Batch) -> Tensor:
-        # one call for both views of all images: half the calls, each with twice the work
-        crops = batch.crops[:, :2].transpose(0, 1).flatten(0, 1).float() / 255
-        images = color_jitter(crops, ColorJitter.cat([jitter_of(batch, 0), jitter_of(batch, 1)]), views)
-        view1, view2 = (View(half, ids_keep(batch, v)) for v, half in enumerate(data.normalize(images).chunk(2)))
-        loss: Tensor = model(view1, view2, min(batch.step / total, 1.0))
-        return loss
+        large = data.normalize(coloured(batch.crops[:, :2], (0, 1), views, f"{name}/colours", batch, params.seed))
+        view1, view2 = (View(images, ids_keep(batch, v)) for v, images in enumerate(large))
+        small = None
+        if batch.small is not None and params.contrastive.small_views is not None:
+            of_small = params.contrastive.small_views.beside(views)
+            each = (0,) * batch.small.shape[1]
+            small = data.normalize(coloured(batch.small, each, of_small, f"{name}/small colours", batch, params.seed))
+        drawn = _drawn(name, batch, crops, total, params.seed)
+        return loss_of_views(model, view1, view2, small, min(batch.step / total, 1.0), drawn)
 
     return loss_of
+
+
+def coloured(crops: Tensor, kinds: Sequence[int], views: ViewParams, name: str, batch: Batch, seed: int) -> Tensor:
+    """Apply drawn colour operations to V crops of each image, all in one call, which is faster.
+
+    Args:
+        crops: (B, V, C, S, S) uint8.
+        kinds: V times 0 or 1, for each view its place in `blur_p` and `solarize_p`.
+        views: the augmentation.
+        name: of the random draws.
+        batch: that the crops are of. Operations are drawn for all its images, each view apart.
+        seed: of the training.
+
+    Returns:
+        (V, B, C, S, S) float in [0, 1].
+    """
+    drawn = [
+        ColorJitter.draw(batch.size, kind, views, generator(seed, name, batch.step, view))[batch.rows]
+        for view, kind in enumerate(kinds)
+    ]
+    flat = crops.transpose(0, 1).flatten(0, 1).float() / 255
+    return color_jitter(flat, ColorJitter.cat(drawn), views).unflatten(0, (len(kinds), -1))
+
+
+def _drawn(name: str, batch: Batch, crops: CropDataset, total: int, seed: int) -> Drawn:
+    """Return what `refine` needs of a batch."""
+    neighbour = torch.rand(2, batch.size, generator=generator(seed, f"{name}/neighbours", batch.step))
+    ids, device = torch.from_numpy(crops.ids_of(batch.step)[batch.rows]), batch.crops.device
+    return Drawn(ids.to(device), neighbour[:, batch.rows].to(device), total)
 
 
 @dataclass(frozen=True)
@@ -116,5 +146,5 @@ def _loss_and_batches(
 ) -> tuple[LossOf, CropDataset]:
     """Return the loss and the batches of a contrastive training, which draws from streams of its own name."""
     stream = Stream(session.params.seed, name)
-    crops = CropDataset(session.data, session.params.contrastive.views, 2, stage.batch_size, stream)
-    return contrastive_loss_of(name, model, epochs * crops.steps_per_epoch, session), crops
+    crops = contrastive_crops(session.data, session.params.contrastive, stage.batch_size, stream)
+    return contrastive_loss_of(name, model, crops, epochs * crops.steps_per_epoch, session), crops

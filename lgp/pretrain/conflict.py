@@ -20,7 +20,7 @@ from lgp.compute.device import choose_device
 from lgp.compute.intact import reading
 from lgp.compute.randomness import Stream, seeded
 from lgp.data.labels import LabelledImages
-from lgp.data.loading import Batch, CropDataset
+from lgp.data.loading import Batch, contrastive_crops
 from lgp.errors import LgpError
 from lgp.features.extraction import extract
 from lgp.features.knn import knn_predict
@@ -62,12 +62,12 @@ def measure_conflict(session: Session, start: Path) -> pd.DataFrame:
     with seeded(params.seed, "conflict/init"):
         encoder = load_encoder(start)
         freeze_pooling(encoder)
-        contrastive = build_contrastive(encoder, params.contrastive)
+        contrastive = build_contrastive(encoder, params.contrastive, len(session.data.pretraining_ids))
         mae = build_mae(encoder, params.mim)
     model = Joint(contrastive, mae)
-    crops = CropDataset(session.data, params.contrastive.views, 2, settings.batch_size, Stream(params.seed, "conflict"))
+    crops = contrastive_crops(session.data, params.contrastive, settings.batch_size, Stream(params.seed, "conflict"))
     steps = settings.head_epochs * crops.steps_per_epoch
-    contrastive_loss = contrastive_loss_of("conflict", contrastive, steps, session)
+    contrastive_loss = contrastive_loss_of("conflict", contrastive, crops, steps, session)
     masked_loss = masked_loss_of("conflict/mim", mae, session)
 
     def both(batch: Batch) -> Tensor:

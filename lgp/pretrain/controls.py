@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lgp.compute.randomness import Stream, seeded
-from lgp.data.loading import Batch, CropDataset
+from lgp.data.loading import Batch, CropDataset, contrastive_crops
 from lgp.errors import LgpError
 from lgp.models.contrastive import build_contrastive
 from lgp.models.encoder_folder import check_start, load_encoder
@@ -31,10 +31,10 @@ def pretrain_joint(session: Session) -> Pretrained:
     with seeded(params.seed, "joint/init"):
         encoder = build_encoder(params.model, params.data)
         init_encoder_as_moco(encoder)
-        contrastive = build_contrastive(encoder, params.contrastive)
+        contrastive = build_contrastive(encoder, params.contrastive, len(session.data.pretraining_ids))
         mae = build_mae(encoder, params.mim)
-    crops = CropDataset(session.data, params.contrastive.views, 2, joint.batch_size, Stream(params.seed, "joint"))
-    contrastive_loss = contrastive_loss_of("joint", contrastive, joint.epochs * crops.steps_per_epoch, session)
+    crops = contrastive_crops(session.data, params.contrastive, joint.batch_size, Stream(params.seed, "joint"))
+    contrastive_loss = contrastive_loss_of("joint", contrastive, crops, joint.epochs * crops.steps_per_epoch, session)
     masked_loss = masked_loss_of("joint/mim", mae, session)
 
     def loss_of(batch: Batch) -> Tensor:

@@ -119,7 +119,7 @@ def pretrain_graft(session: Session, start: Path, end: Path) -> Pretrained:
     params, graft = session.params, session.params.graft
     with seeded(params.seed, "graft/init"):
         encoder = _stitched(session, start, end)
-        model = build_graft(encoder, params)
+        model = build_graft(encoder, params, len(session.data.pretraining_ids))
     rates = graft_rates(model, graft, params.model.depth)
     lower = graft.cut("l1")
     if lower is None or graft.l1 is None:
@@ -130,12 +130,12 @@ def pretrain_graft(session: Session, start: Path, end: Path) -> Pretrained:
     return contrast("graft", model, rates, graft, session, penalty, graft.head_warmup_epochs)
 
 
-def build_graft(encoder: VisionTransformer, params: Params) -> Contrastive:
+def build_graft(encoder: VisionTransformer, params: Params, images: int | None = None) -> Contrastive:
     """Put contrastive heads on the encoder to graft on. The policy `freeze` applies before the momentum copy."""
     frozen = params.graft.cut("freeze")
     if frozen is not None:
         freeze_lower(encoder, frozen)
-    return build_contrastive(encoder, params.contrastive)
+    return build_contrastive(encoder, params.contrastive, images)
 
 
 def _stitched(session: Session, start: Path, end: Path) -> VisionTransformer:

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lgp.compute.units import flop_text, time_text
 from lgp.errors import LgpError
-from lgp.models.contrastive import build_contrastive
+from lgp.models.contrastive import build_contrastive, loss_of_views
+from lgp.models.refine import Drawn
 from lgp.models.vit import View, build_encoder
 from lgp.params.arms import TRAINED
 from lgp.params.file import Params
@@ -128,12 +129,20 @@ def stage_model(stage: str, params: Params) -> tuple[nn.ModuleDict, Callable[[Te
         if "contrastive" in parts:
             few = (len(images), int(patches * (1 - mask_ratio)))
             kept = torch.zeros(few, dtype=torch.int64, device=at) if mask_ratio else None
-            losses.append(parts["contrastive"](View(images, kept), View(images, kept), 0.0))
+            views = View(images, kept), View(images, kept)
+            drawn = Drawn(torch.zeros(len(images), dtype=torch.int64), torch.zeros(2, len(images)), 1)
+            losses.append(loss_of_views(parts["contrastive"], *views, _small(images, params), 0.0, drawn))
         if "mae" in parts:
             losses.append(parts["mae"](images, torch.rand(len(images), patches, device=at)))
         return torch.stack(losses).sum()
 
     return parts, loss_of
+
+
+def _small(images: Tensor, params: Params) -> Tensor | None:
+    """Return images in the place of the small views, where there are some."""
+    small = params.contrastive.small_views
+    return None if small is None else images[None, :, :, : small.size, : small.size].expand(small.count, -1, -1, -1, -1)
 
 
 def stage_cost(stage: str, params: Params, heads_only: bool = False) -> Cost:

@@ -11,7 +11,7 @@ from lgp.errors import NotTrained
 from lgp.evaluate.results_files import write_predictions
 from lgp.models.classifier_folder import save_classifier
 from lgp.models.encoder_folder import save_encoder, save_pixels
-from lgp.models.files import ARM_METRICS, CURVES, ENCODER, encoder_digest, read_provenance, seal_arm
+from lgp.models.files import ARM_METRICS, CURVES, ENCODER, LAST, encoder_digest, read_provenance, seal_arm
 from lgp.models.heads_file import save_heads
 from lgp.workflow.metric_files import write_metrics
 from lgp.workflow.stage import StageRun
@@ -47,7 +47,8 @@ def publish_arm(
 
     Args:
         run: the stage.
-        folder: of the arm. It gets `encoder/`, the heads, `curves.csv` and `metrics.json`.
+        folder: of the arm. It gets `encoder/`, the heads, `curves.csv` and `metrics.json`. Where an average of the
+            encoder is published, `encoder/last/` has the encoder of the last step.
         result: the finished pre-training.
         data: the images that it was trained on.
         starts: encoder folders that it started from. `train/pflop_total` includes their compute.
@@ -79,7 +80,11 @@ def publish_arm(
         "metrics": values,
         "checks": {"faults": dict(checks.faults), "warnings": checks.warnings, "accepted": accepted},
     }
-    _publish_encoder(run, folder, model.encoder, data.normalization, provenance)
+    if model.published_encoder is not model.encoder:
+        last = out / ENCODER / LAST
+        save_encoder(last, model.encoder, run.params.model, run.params.data, data.normalization, provenance)
+        seal(last)
+    _publish_encoder(run, folder, model.published_encoder, data.normalization, provenance)
     run.tracker.tag("trained", str(trained).lower())
     for warning in checks.warnings:
         print(f"warning: {run.spec.arm}: {warning}", flush=True)

@@ -72,6 +72,8 @@ def test_losses_and_norms_are_computed_in_single_precision() -> None:
         assert torch.equal(
             contrastive_loss(queries.bfloat16(), keys.bfloat16(), 0.2), in_fp32(contrastive_loss, *rounded, 0.2)
         )
+        of_list = in_single_precision(lambda tensors: tensors[0] @ tensors[1])
+        assert of_list([x.bfloat16(), x.bfloat16()]).dtype == torch.float32
         assert SyncBatchNorm1d(4)(x.bfloat16()).dtype == torch.float32
     assert product(x.double(), x.double()).dtype == torch.float64
     assert seen == [torch.float32, torch.float64]

@@ -22,10 +22,12 @@ from lgp.data.labels import LabelledImages
 from lgp.data.storage import Images
 from lgp.errors import LgpError
 from lgp.models.moco import contrastive_loss
+from lgp.models.refine import neighbour_loss
 from lgp.models.simclr import nt_xent
+from lgp.models.swav import swapped_loss
 from lgp.models.vicreg import vicreg_loss
 from lgp.params.file import Params
-from lgp.params.pretrain import VicregWeights
+from lgp.params.pretrain import SwavParams, VicregWeights
 from lgp.pretrain import arm as arm_module
 from lgp.pretrain.arm import Checks, Session
 from lgp.pretrain.batch_checks import check_batch
@@ -38,10 +40,14 @@ from lgp.training.resume_states import StateStore
 PROCESSES, ROWS, WIDTH = 2, 5, 6
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+PROTOTYPES = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(2))
+SMALL_VIEWS = {"count": 2, "size": 4}
 LOSSES: dict[str, Loss] = {
     "mocov3": lambda a, b: contrastive_loss(a, b.detach(), 0.2),
     "simclr": lambda a, b: nt_xent(a, b, 0.5),
     "vicreg": lambda a, b: vicreg_loss(a, b, VicregWeights()),
+    "swav": lambda a, b: swapped_loss([a, b, a + b], PROTOTYPES, 0.2, SwavParams(prototypes=4)),
+    "refine": lambda a, b: neighbour_loss(a, b.detach(), b.detach().flip(1), 0.2),
 }
 
 
@@ -223,15 +229,16 @@ def test_one_two_and_four_processes_have_the_same_losses(
             assert together[arm] == pytest.approx(of_arm, rel=1e-9), (arm, processes)
 
 
+@pytest.mark.parametrize("contrastive", [{}, {"objective": "refine", "small_views": SMALL_VIEWS}], ids=str)
 def test_heads_learn_the_same_in_two_processes_before_the_encoder_does(
-    tmp_path: Path, values: dict[str, Any], prepared: LabelledImages, encoder_folder: Path
+    contrastive: dict[str, Any], tmp_path: Path, values: dict[str, Any], prepared: LabelledImages, encoder_folder: Path
 ) -> None:
-    graft = {"start": "mim", "epochs": 9, "head_warmup_epochs": 2, "batch_size": 60}
-    shared = merged(values, {"graft": graft})
-    alone = losses_of(Params.model_validate(shared), prepared.folder, tmp_path / "alone", 12, encoder_folder)
-    heads = 2 * (len(prepared.pretraining_ids) // 60)
-    assert len(alone["graft"]) == heads + 12
-    given = (2, free_port(), json.dumps(shared), str(prepared.folder), str(tmp_path), 12, str(encoder_folder))
+    graft = {"start": "mim", "epochs": 9, "head_warmup_epochs": 1, "batch_size": 60}
+    shared = merged(values, {"graft": graft, "contrastive": contrastive})
+    alone = losses_of(Params.model_validate(shared), prepared.folder, tmp_path / "alone", 8, encoder_folder)
+    heads = len(prepared.pretraining_ids) // 60
+    assert len(alone["graft"]) == heads + 8
+    given = (2, free_port(), json.dumps(shared), str(prepared.folder), str(tmp_path), 8, str(encoder_folder))
     mp.spawn(one_trainer, args=given, nprocs=2)
     assert json.loads((tmp_path / "losses.json").read_text())["graft"] == pytest.approx(alone["graft"], rel=1e-9)
 

@@ -30,7 +30,7 @@ from lgp.training.resume_states import StateStore
 
 pytestmark = ON_CARD
 PRETRAIN: dict[str, Callable[[Session], Pretrained]] = {"mim": pretrain_mim, "cl": pretrain_cl}
-OBJECTIVES = ["mim", "mocov3", "vicreg", "simclr"]
+OBJECTIVES = ["mim", "mocov3", "vicreg", "simclr", "swav", "refine"]
 
 
 @pytest.fixture

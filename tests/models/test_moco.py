@@ -155,7 +155,7 @@ def variant(params: Params, masked: str) -> MoCo:
 
 def test_masked_keys_see_the_patches_of_their_queries(params: Params, masked_views: tuple[View, View]) -> None:
     model, plain = variant(params, "queries_and_keys"), variant(params, "queries")
-    queries = [plain.query(view) for view in masked_views]
+    queries = plain.queries(masked_views, None)
     keys = [plain.momentum_projector(features_of_view(plain.momentum_encoder, view)) for view in masked_views]
     expected = slow_loss(queries[0], keys[1], 0.2) + slow_loss(queries[1], keys[0], 0.2)
     assert model(*masked_views, 0.0).item() == pytest.approx(expected, rel=1e-6)
@@ -167,7 +167,7 @@ def test_one_sided_loss_has_queries_of_the_masked_first_view_only(
 ) -> None:
     model, plain = variant(params, "one_sided"), variant(params, "queries")
     key = plain.momentum_projector(plain.momentum_encoder(masked_views[1].images))
-    expected = slow_loss(plain.query(masked_views[0]), key, 0.2)
+    expected = slow_loss(plain.queries(masked_views[:1], None)[0], key, 0.2)
     assert model(*masked_views, 0.0).item() == pytest.approx(expected, rel=1e-6)
     model(*masked_views, 0.0).backward()
     assert all(p.grad is None for p in model.momentum_encoder.parameters())

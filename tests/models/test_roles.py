@@ -44,13 +44,15 @@ MODELS: dict[str, Callable[[Params], PretrainingModel]] = {
     "mocov3": contrastive("mocov3"),
     "simclr": contrastive("simclr"),
     "vicreg": contrastive("vicreg"),
+    "swav": contrastive("swav"),
+    "refine": contrastive("refine"),
     "joint": joint,
 }
 
 
 def role_by_name(name: str) -> Role:
     """Tell a role from a name, as only a test may."""
-    encoder = r"(?P<before>(?:contrastive\.|mae\.)?)(?P<copy>momentum_)?encoder\.(?P<rest>.*)"
+    encoder = r"(?P<before>(?:contrastive\.|mae\.)?)(?P<copy>momentum_|averaged_)?encoder\.(?P<rest>.*)"
     found = re.fullmatch(encoder, name)
     if found is None:
         followed = re.fullmatch(r"(?P<before>(?:contrastive\.)?)momentum_(?P<rest>projector\..*)", name)
@@ -64,7 +66,7 @@ def role_by_name(name: str) -> Role:
         part, layer = ("norm", DEPTH + 1) if found["rest"].startswith("norm.") else ("embed", 0)
     if found["copy"] is None:
         return Role(part, layer)
-    return Role("momentum_encoder", layer, f"{found['before']}encoder.{found['rest']}")
+    return Role(f"{found['copy']}encoder", layer, f"{found['before']}encoder.{found['rest']}")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -75,6 +77,7 @@ def test_every_parameter_has_its_role(name: str, params: Params) -> None:
     assert list(model.roles()) == names
     parts = {"embed", "block0", "block1", "block2", "norm", "heads"}
     copies = {"momentum_encoder", "momentum_projector"} if name in ("mocov3", "joint") else set()
+    copies |= {"averaged_encoder"} if name == "refine" else set()
     assert {role.part for role in model.roles().values()} == parts | copies
 
 
@@ -117,7 +120,9 @@ def test_roles_of_an_encoder_do_not_go_by_names_alone(params: Params) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_heads_are_all_but_encoder_and_momentum_copies(name: str, params: Params) -> None:
     model, state = MODELS[name](params), MODELS[name](params).state_dict()
-    inside = re.compile(r"(contrastive\.|mae\.)?(momentum_)?encoder\.|(contrastive\.)?momentum_projector\.")
+    inside = re.compile(
+        r"(contrastive\.|mae\.)?(momentum_|averaged_)?encoder\.|(contrastive\.)?momentum_projector\.|.*\.queue\."
+    )
     heads = model.heads()
     assert set(heads) == {n for n in state if not inside.match(n)}
     assert all(torch.equal(tensor, model.state_dict()[n]) for n, tensor in heads.items())
@@ -125,7 +130,7 @@ def test_heads_are_all_but_encoder_and_momentum_copies(name: str, params: Params
     if name == "mae":
         assert {"mask_token", "decoder_pos_embed", "decoder_pred.weight"} <= heads.keys()
     else:
-        before = "contrastive." if name == "joint" else ""
+        before = {"joint": "contrastive.", "refine": "block_heads.0."}.get(name, "")
         norm = {f"{before}projector.1.{of}" for of in ("running_mean", "running_var", "num_batches_tracked")}
         assert norm <= heads.keys()
 
@@ -135,6 +140,8 @@ FIRST_FC = {
     "mocov3": "projector.0.weight",
     "simclr": "projector.0.weight",
     "vicreg": "projector.0.weight",
+    "swav": "projector.0.weight",
+    "refine": "block_heads.0.projector.0.weight",
     "joint": "contrastive.projector.0.weight",
 }
 
@@ -148,7 +155,7 @@ def test_first_layer_of_the_projector_is_named(name: str, params: Params) -> Non
         assert model.heads()[first].shape == (HIDDEN, WIDTH)
         seen: list[nn.Module] = []
         for n, module in model.named_modules():
-            if n in ("projector", "contrastive.projector"):
+            if n in ("projector", "contrastive.projector", "block_heads.0.projector"):
                 layers = [m for m in module if isinstance(m, nn.Linear)]
                 for layer in layers:
                     layer.register_forward_hook(lambda layer, _, __: seen.append(layer))

@@ -17,7 +17,10 @@ from lgp.params.pretrain import ViewParams
 
 Recorded = Callable[[str], Arrivals]
 CONTRASTIVE = [name for name in ARMS if name.startswith(("cl", "graft", "joint"))]
-WITH_MOMENTUM = [name for name in CONTRASTIVE if name not in ("cl_simclr", "cl_vicreg")]
+OBJECTIVES = {name: ARMS[name].get("contrastive", {}).get("objective", "mocov3") for name in CONTRASTIVE}
+WITH_MOMENTUM = [name for name, objective in OBJECTIVES.items() if objective == "mocov3"]
+MULTI_CROP = [name for name in CONTRASTIVE if name.endswith("multi_crop")]
+COPIES = ("momentum_", "averaged_")
 MASKED = ["mim", "reverse", "joint"]
 DEPTH, PATCHES = 3, 16
 
@@ -74,6 +77,20 @@ def test_each_contrastive_view_arrives_with_its_own_crop_and_colours(
         for view in (0, 1):
             expected = batches.normalized(batches.coloured(step, view))
             assert same(arrived[view], expected, levels=2), (step, view)
+
+
+@pytest.mark.parametrize("name", MULTI_CROP)
+def test_each_small_view_arrives_with_its_own_crop_and_colours(
+    name: str, recorded: Recorded, coloured: Coloured
+) -> None:
+    """Small views pass the projection of patches in one call, after the large ones."""
+    batches = slow(coloured, name)
+    small = batches.small(coloured.params(ARMS[name]).contrastive.small_views)
+    for step in (0, len(recorded(name).steps) - 1):
+        arrived = recorded(name).steps[step].inputs["encoder.patch_embed.proj"]
+        assert [len(images) for images in arrived] == [batches.batch_size] * 2 + [3 * batches.batch_size]
+        for view, images in enumerate(arrived[-1].chunk(3)):
+            assert same(images, batches.normalized(small.coloured(step, view)), levels=2), (step, view)
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_MOMENTUM if name != "cl_one_sided"])
@@ -272,7 +289,9 @@ def peak_of(name: str, parameter: str) -> float:
         "joint": (0.04, 12),
         "reverse": ((0.005, 0.01, 0.05)[third], 14),
         "graft": (
-            0.05 * 0.5 ** (DEPTH + 1 - layer) if name == "graft_layer_decay" else (0.003, 0.006, 0.03)[third],
+            0.05 * 0.5 ** (DEPTH + 1 - layer)
+            if "layer_decay" in ARMS[name].get("graft", {}).get("policy", ())
+            else (0.003, 0.006, 0.03)[third],
             16,
         ),
     }[name.split("_")[0]]
@@ -307,7 +326,7 @@ def test_optimizer_has_the_trained_parameters_with_their_decay_and_the_betas(nam
     trained = {
         key: 0.0 if parameter.ndim == 1 else decay
         for key, parameter in arrivals.model.named_parameters()
-        if not any(part in key for part in [*fixed, "momentum_", "decoder_pos_embed"])
+        if not any(part in key for part in [*fixed, *COPIES, "decoder_pos_embed"])
     }
     assert arrivals.grouped("weight_decay") == trained
     betas = (0.9, 0.95) if name in ("mim", "reverse") else (0.9, 0.999)
@@ -320,7 +339,7 @@ def test_step_moves_what_the_optimizer_has_and_nothing_else(name: str, recorded:
     before, after = (arrivals.steps[step].weights for step in (1, 2))
     moved = {key for key, _ in arrivals.model.named_parameters() if not torch.equal(before[key], after[key])}
     trained = set(arrivals.grouped("lr"))
-    copies = {key for key, _ in arrivals.model.named_parameters() if "momentum_" in key}
+    copies = {key for key, _ in arrivals.model.named_parameters() if any(part in key for part in COPIES)}
     assert trained - moved <= {key for key in trained if key.endswith("bias")}  # whose gradient may be 0
     assert moved <= trained | copies
 

@@ -7,11 +7,14 @@ import pytest
 import torch
 from conftest import Silent, merged
 
+from lgp.compute.randomness import Stream
 from lgp.data.labels import LabelledImages
-from lgp.data.loading import Batch
+from lgp.data.loading import Batch, contrastive_crops
 from lgp.models.contrastive import build_contrastive
 from lgp.models.moco import MoCo, momentum_at
+from lgp.models.refine import Refine
 from lgp.models.simclr import SimCLR
+from lgp.models.swav import SwAV
 from lgp.models.vicreg import VICReg, vicreg_loss
 from lgp.models.vit import View, build_encoder
 from lgp.params.file import Params
@@ -27,13 +30,18 @@ def session_of(values: Any, prepared: LabelledImages, tmp_path: Path, **contrast
     return Session(prepared, params, StateStore(tmp_path / "state", "code"), Silent())
 
 
-@pytest.mark.parametrize(("objective", "model"), [("mocov3", MoCo), ("simclr", SimCLR), ("vicreg", VICReg)])
+@pytest.mark.parametrize(
+    ("objective", "model"),
+    [("mocov3", MoCo), ("simclr", SimCLR), ("vicreg", VICReg), ("swav", SwAV), ("refine", Refine)],
+)
 def test_every_objective_is_built_and_trains(
     objective: str, model: type, values: Any, prepared: LabelledImages, tmp_path: Path
 ) -> None:
     result = pretrain_cl(session_of(values, prepared, tmp_path, objective=objective))
     assert isinstance(result.model, model)
-    copies = {"momentum_encoder", "momentum_projector"} if objective == "mocov3" else set()
+    copies = {"mocov3": {"momentum_encoder", "momentum_projector"}, "refine": {"averaged_encoder"}}.get(
+        objective, set()
+    )
     parts = {"embed", "block0", "block1", "block2", "norm", "heads"} | copies
     assert result.checks.metrics.keys() == {f"moved/{part}" for part in parts} | {
         "features/std",
@@ -56,14 +64,16 @@ def test_model_is_given_the_kept_patches_and_the_progress(
 ) -> None:
     session = session_of(values, prepared, tmp_path, mask_ratio=mask_ratio)
     model = build_contrastive(build_encoder(session.params.model, session.params.data), session.params.contrastive)
-    given: list[tuple[View, View, float]] = []
+    given: list[tuple[View, View, float, None]] = []
     model.forward = lambda *args: given.append(args) or torch.zeros(())  # type: ignore[assignment,func-returns-value]
-    loss_of = contrastive_loss_of("cl", model, 40, session)
+    batches = contrastive_crops(prepared, session.params.contrastive, 5, Stream(0, "cl"))
+    loss_of = contrastive_loss_of("cl", model, batches, 40, session)
     crops = torch.zeros(5, 2, 1, 8, 8, dtype=torch.uint8)
     for step in (10, 10, 11):
         loss_of(Batch.whole(crops, step))
-    assert [progress for _, _, progress in given] == [0.25, 0.25, 0.275]
-    for view1, view2, _ in given:
+    assert [progress for _, _, progress, _ in given] == [0.25, 0.25, 0.275]
+    for view1, view2, _, small in given:
+        assert small is None
         for view in (view1, view2):
             assert (view.ids_keep is None) if seen is None else (view.ids_keep.shape == (5, seen))  # type: ignore[union-attr]
     if seen is not None:

@@ -40,7 +40,7 @@ def test_joint_sums_both_losses_on_one_encoder(session: Session, monkeypatch: py
     model.eval()
     total = session.params.joint.epochs * objective.crops.steps_per_epoch  # type: ignore[union-attr]
     batch = Batch.whole(objective.crops[3], total)
-    contrastive = controls.contrastive_loss_of("joint", model.contrastive, total, session)(batch)
+    contrastive = controls.contrastive_loss_of("joint", model.contrastive, objective.crops, total, session)(batch)
     masked = controls.masked_loss_of("joint/mim", model.mae, session)(batch)
     assert torch.allclose(objective.loss_of(batch), contrastive + 0.5 * masked, rtol=1e-6)
     assert {

@@ -119,11 +119,15 @@ def test_epochs_of_the_heads_are_logged_apart_and_count_in_the_compute(
     assert not any(key.startswith("heads/") for key in without.checks.metrics)
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 4])  # in the warm-up of the heads, at its end, in the training
+@pytest.mark.parametrize(
+    ("objective", "stop_after"),  # in the warm-up of the heads, at its end, in the training
+    [("mocov3", 1), ("mocov3", 3), ("mocov3", 4), ("refine", 1), ("refine", 4), ("swav", 4)],
+)
 def test_stopped_and_continued_is_uninterrupted(
-    stop_after: int, values: dict[str, Any], prepared: LabelledImages, encoder_folder: Path, tmp_path: Path
+    objective: str, stop_after: int, values: Any, prepared: LabelledImages, encoder_folder: Path, tmp_path: Path
 ) -> None:
-    params, whole = params_of(values, 3), Notes()
+    small_views = None if objective == "mocov3" else {"count": 2, "size": 4}
+    params, whole = params_of(values, 3, objective=objective, small_views=small_views), Notes()
     expected = grafted(params, prepared, encoder_folder, tmp_path / "a", whole)
     with pytest.raises(KeyboardInterrupt):
         grafted(params, prepared, encoder_folder, tmp_path / "b", Notes(stop_after))

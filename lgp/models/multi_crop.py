@@ -1,0 +1,38 @@
+"""Multi-crop: small views beside the two large ones (Caron et al. 2020, arXiv 2006.09882, section 3.2).
+
+Small views show less of an image, cost little, and are compared with the large views only. A loss is the mean over all
+pairs of a large view and another one.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lgp.models.vit import View
+
+
+def of_views(encode: Callable[[View], Tensor], large: Sequence[View], small: Tensor | None) -> list[Tensor]:
+    """Return what `encode` gives for each view, (…, B, D): the large ones, then the small ones.
+
+    Args:
+        encode: features of a view.
+        large: views of the encoder's size.
+        small: (n, B, C, s, s), normalised; None: no small views. They are encoded in one call.
+    """
+    found = [encode(view) for view in large]
+    if small is not None:
+        found += encode(View(small.flatten(0, 1))).chunk(len(small), dim=-2)
+    return found
+
+
+def mean_over_pairs(loss: Callable[[Tensor, Tensor], Tensor], views: Sequence[Tensor]) -> Tensor:
+    """Return the mean of a symmetric loss over the pairs of a large view (the first two) and another one."""
+    pairs = [(0, 1), *((large, small) for small in range(2, len(views)) for large in (0, 1))]
+    return torch.stack([loss(views[u], views[v]) for u, v in pairs]).mean()
+
+
+def mean_over_targets(loss: Callable[[int, int], Tensor], views: int) -> Tensor:
+    """Return the mean of `loss(target, other)` over the large views (0 and 1) as targets, and all other views."""
+    pairs = [(1, 0), (0, 1), *((large, small) for small in range(2, views) for large in (0, 1))]
+    return torch.stack([loss(target, other) for target, other in pairs]).mean()
