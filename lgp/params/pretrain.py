@@ -19,15 +19,26 @@ from lgp.params.section import (
 CropScale = Annotated[float, Field(gt=0, le=1)]
 
 
-class ViewParams(Section):
-    """Random views. Keys in `_p` are probabilities. `blur_p` and `solarize_p` have a value for each contrastive view.
-
-    Jitter strengths are torchvision's. A factor is drawn from [1 - s, 1 + s]. The hue shift is drawn from [-s, s] of a
-    full turn. The area of a crop is a fraction from `crop_scale_min` to `crop_scale_max` of the image.
-    """
+class CropScales(Section):
+    """The area of a crop: a fraction from `crop_scale_min` to `crop_scale_max` of the image."""
 
     crop_scale_min: CropScale
     crop_scale_max: CropScale = 1.0
+
+    @model_validator(mode="after")
+    def _scales_ascend(self) -> Self:
+        if self.crop_scale_min > self.crop_scale_max:
+            raise ValueError(f"crop_scale_min {self.crop_scale_min:g} is above crop_scale_max {self.crop_scale_max:g}")
+        return self
+
+
+class ViewParams(CropScales):
+    """Random views. Keys in `_p` are probabilities. `blur_p` and `solarize_p` have a value for each contrastive view.
+
+    Jitter strengths are torchvision's. A factor is drawn from [1 - s, 1 + s]. The hue shift is drawn from [-s, s] of a
+    full turn.
+    """
+
     interpolation: Interpolation = "bilinear"
     flip_p: Fraction = 0.0
     jitter_p: Fraction = 0.0
@@ -39,14 +50,8 @@ class ViewParams(Section):
     blur_p: tuple[Fraction, Fraction] = (0.0, 0.0)
     solarize_p: tuple[Fraction, Fraction] = (0.0, 0.0)
 
-    @model_validator(mode="after")
-    def _scales_ascend(self) -> Self:
-        if self.crop_scale_min > self.crop_scale_max:
-            raise ValueError(f"crop_scale_min {self.crop_scale_min:g} is above crop_scale_max {self.crop_scale_max:g}")
-        return self
 
-
-class SmallViews(Section):
+class SmallViews(CropScales):
     """Small views beside the two large ones (multi-crop: Caron et al. 2020, arXiv 2006.09882, section 3.2).
 
     Each image gets `count` crops of `size` pixels a side. Flips and colours are those of `views`, except `blur_p` and

@@ -26,6 +26,8 @@ RANGES = {  # keys → smallest and largest value; a zero that a key allows mean
     "linear.weight_decays": (1e-12, 1),
     "linear.knn_temperature": (1e-4, 1e4),
     "contrastive.vicreg.*": (1e-6, 1e6),
+    "contrastive.swav.epsilon": (1e-3, 1e3),
+    "contrastive.refine.average": (1e-6, 1),
     "joint.mim_weight": (1e-9, 1e6),
     "graft.l1.weight": (1e-12, 1e6),
     "fewshot.c_*": (1e-12, 1e12),

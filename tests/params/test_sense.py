@@ -119,6 +119,25 @@ def test_what_is_accepted_comes_back_from_text(path: tuple[str, ...], value: Any
             {"contrastive": {"objective": "vicreg", "vicreg": {"invariance": 0, "variance": 0, "covariance": 0}}},
             "contrastive.vicreg has the weight 0 for all terms",
         ),
+        (
+            {"contrastive": {"small_views": {"count": 2, "size": 8}}},
+            "contrastive.small_views.size 8 must be a multiple",
+        ),
+        ({"contrastive": {"small_views": {"count": 2, "size": 3}}}, "below data.image_size 8: choose one of [2, 4, 6]"),
+        (
+            {"contrastive": {"small_views": {"count": 2, "size": 4, "crop_scale_min": 1e-3}}},
+            "contrastive.small_views.crop_scale_min 0.001 leaves less than one pixel",
+        ),
+        (
+            {"contrastive": {"small_views": {"count": 2, "size": 4, "crop_scale_min": 0.3}}},
+            "crop_scale_min 0.3 is above crop_scale_max 0.25",
+        ),
+        (
+            {"contrastive": {"objective": "refine", "refine": {"heads": 4}}},
+            "contrastive.refine.heads 4 is more than the 3 blocks",
+        ),
+        ({"contrastive": {"refine": {"queue": 10**12}}}, "contrastive.refine.queue 1000000000000 give"),
+        ({"contrastive": {"swav": {"prototypes": 10**12}}}, "contrastive.swav.prototypes 1000000000000 give"),
         ({"mim": {"weight_decay": 1e3}}, "mim.weight_decay 1000 times the peak rate 0.002 is 1 or more"),
         ({"graft": {"weight_decay": 1e3}}, "graft.weight_decay 1000 times the peak rate 0.002 is 1 or more"),
         ({"reverse": {"weight_decay": 1e3}}, "reverse.weight_decay 1000 times the peak rate 0.002 is 1 or more"),
@@ -141,6 +160,7 @@ def test_nonsense_is_named_with_what_is_valid(values: dict[str, Any], change: di
         {"linear": {"weight_decays": [0]}},
         {"mim": {"mask_ratio": 0.0626}},
         {"contrastive": {"vicreg": {"invariance": 0, "variance": 0, "covariance": 0}}},
+        {"contrastive": {"small_views": {"count": 2, "size": 6, "crop_scale_min": 0.25}}},
         {"run": {"workers": 0}},
         {"labels": {"whole_groups": True}},
         {"data": {"store_short_side": 8}},
