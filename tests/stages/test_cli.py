@@ -39,6 +39,7 @@ from lgp.models.vit import ARCHITECTURE, model_args
 from lgp.params.file import Params, load_params
 from lgp.params.selection import Method
 from lgp.report.embedding import embedding_map
+from lgp.workflow import publishing
 
 RUNNER = CliRunner()
 
@@ -698,6 +699,23 @@ def collapsed(project: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) ->
         "`trained: false`, take it as it is with `lgp mim --accept`, or with run.accept: [mim] for `dvc repro`"
     )
     return project
+
+
+def test_refined_arm_is_the_average_and_the_last_encoder_lies_beside_it(
+    project: Path, finished: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("data", "models/mim"):
+        shutil.copytree(finished / part, project / part)
+    write(merged(values, {"contrastive": {"objective": "refine"}}))
+    trained: list[Any] = []
+    publish = publishing.publish_arm
+    monkeypatch.setattr(publishing, "publish_arm", lambda *args: (trained.append(args[2].model), publish(*args)))
+    assert lgp("graft", "--accept").exit_code == 0
+    (model,), folder = trained, project / "models/graft/encoder"
+    for saved, encoder in ((folder, model.averaged_encoder), (folder / "last", model.encoder)):
+        loaded = timm.create_model(f"local-dir:{saved}", pretrained=True, num_classes=0).state_dict()
+        assert all(torch.equal(tensor, loaded[name]) for name, tensor in encoder.state_dict().items())
+    assert not torch.equal(model.encoder.cls_token, model.averaged_encoder.cls_token)
 
 
 def checks_of(arm: str) -> dict[str, Any]:
