@@ -25,7 +25,8 @@ from lgp.params.pretrain import TrainingParams
 from lgp.pretrain.batch_checks import check_batch
 from lgp.pretrain.head_warmup import HeadsObserver, HeadWarmup, frozen_encoder, knn_in_head
 from lgp.pretrain.sanity_checks import Findings, Weights, check_features, check_weights, weights_of
-from lgp.training.loop import Epoch, Observer, Progression, Trainer
+from lgp.training.alarms import fallen
+from lgp.training.loop import Observer, Progression, Trainer
 from lgp.training.optimizer import adamw, parameter_groups, warmup_cosine, whole_warmup_steps
 from lgp.training.resume_states import StateStore
 
@@ -134,7 +135,9 @@ def fit_arm(
         trainer = fitting.trainer(objective, stage, session)
         accepted = objective.name in params.run.accept
         checks = Checks(objective, initial, rates, trainer.optimizer, stage, device, accepted)
-        trainer.after_epoch, trainer.is_dead = _online_knn(objective, session, device), checks.find_dead
+        trainer.is_dead = checks.find_dead
+        if session.labelled is not None:
+            _watch(trainer, objective, OnlineKnn(session.labelled, params.run.online_knn), device)
         progression = trainer.fit()
         computed = {
             "device": device.type,
@@ -247,9 +250,7 @@ class Checks:
         return moved | check_features(extract(features_of(model.published_encoder, self.device), crops.data, ids))
 
 
-def _online_knn(objective: Objective, session: Session, device: torch.device) -> Callable[[int], Epoch]:
-    """Return the function that measures online k-NN after an epoch. Without labels it measures nothing."""
-    if session.labelled is None:
-        return lambda _epoch: {}
-    knn = OnlineKnn(session.labelled, session.params.run.online_knn)
-    return lambda epoch: knn.after_epoch(epoch, objective.model.published_encoder, device)
+def _watch(trainer: Trainer, objective: Objective, knn: OnlineKnn, device: torch.device) -> None:
+    """Let a training measure online k-NN after its epochs, and warn where it falls by more than chance."""
+    trainer.after_epoch = lambda epoch: knn.after_epoch(epoch, objective.model.published_encoder, device)
+    trainer.alarms = lambda history: fallen(history, len(knn.val))

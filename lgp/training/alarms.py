@@ -6,16 +6,23 @@ from collections.abc import Sequence
 KNN, RANK = "val/online_knn_top1", "val/effective_rank"
 # the least that a measure keeps of its best: accuracy less these points, rank times this share
 KNN_POINTS, RANK_SHARE = 10.0, 0.5
+DEVIATIONS = 1.96  # of the difference of two accuracies of 50 %: 95 % of what chance does
 
 
-def fallen(history: Sequence[dict[str, float]]) -> list[str]:
+def fallen(history: Sequence[dict[str, float]], images: int | None = None) -> list[str]:
     """Return a line for each measure of the last of some epochs that has just fallen.
 
     It falls once, when it passes below its bound: the best of the earlier epochs less 10 points of accuracy, or half
-    the best effective rank. An epoch without the measure counts for nothing.
+    the best effective rank. Accuracies of few images differ by more than 10 points by chance: then the bound is lower.
+    An epoch without the measure counts for nothing.
+
+    Args:
+        history: the epochs.
+        images: whose accuracy is measured. None: many.
     """
+    chance = 0.0 if images is None else 100 * DEVIATIONS * math.sqrt(2 * 0.25 / images)
     bounds = {
-        KNN: ("online k-NN accuracy", _best(history, KNN) - KNN_POINTS),
+        KNN: ("online k-NN accuracy", _best(history, KNN) - max(KNN_POINTS, chance)),
         RANK: ("the effective rank of the features", _best(history, RANK) * RANK_SHARE),
     }
     return [

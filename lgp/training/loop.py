@@ -5,7 +5,7 @@ It can stop and resume at any step.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -113,6 +113,7 @@ class Trainer:
         observer: logs every epoch. After a resume it logs the earlier epochs again.
         clip_norm: the largest norm of all gradients together; longer ones are scaled down to it. None: any.
         after_epoch: called by the first process with an epoch's number, from 1. The observer logs what it measures.
+        alarms: called by the first process with all epochs after each; returns lines to print as warnings.
         is_dead: called by the first process after each epoch but the last, with its number. True ends the training.
     """
 
@@ -130,6 +131,7 @@ class Trainer:
     observer: Observer
     clip_norm: float | None = None
     after_epoch: Callable[[int], Epoch] = _nothing_more
+    alarms: Callable[[Sequence[Epoch]], list[str]] = fallen
     is_dead: Callable[[int], bool] = _never_dead
 
     def fit(self) -> Progression:
@@ -259,7 +261,7 @@ class Trainer:
             values |= self.after_epoch(epoch)
         self.now.loss_sum = self.now.norm_sum = 0.0
         self.now.history.append(values)
-        for line in fallen(self.now.history) if rank() == 0 else ():
+        for line in self.alarms(self.now.history) if rank() == 0 else ():
             print(f"warning: {self.name}: {line}, after epoch {epoch} (step {self.now.step})", flush=True)
         self.observer.log_epoch(values)
 

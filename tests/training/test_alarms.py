@@ -48,3 +48,10 @@ def test_line_names_the_measure_the_stage_and_the_step(
     assert lines == [
         "warning: tiny: the effective rank of the features fell from 30, its best, to 12, after epoch 2 (step 8)"
     ]
+
+
+@pytest.mark.parametrize(("images", "fell"), [(16, False), (143, True), (None, True)])
+def test_fall_that_chance_explains_is_none(images: int | None, fell: bool) -> None:
+    """Two accuracies of 16 images differ by 35 points or less in 95 % of all cases, those of 143 by 11.6."""
+    assert bool(fallen([{KNN: 75.0}, {KNN: 56.25}], images)) == fell
+    assert fallen([{KNN: 75.0}, {KNN: 39.0}], 16)
