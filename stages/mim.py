@@ -1,6 +1,6 @@
 """Stage `mim`: masked image modelling of the encoder (MAE, He et al. 2022)."""
 
-from stages.options import DEFAULT_PARAMS, Accept, Debug, Fresh, ParamsFile, Resume
+from stages.options import DEFAULT_PARAMS, Accept, Debug, Fresh, ParamsFile, Replay, Resume
 from stages.pretraining import pretraining
 
 
@@ -9,10 +9,11 @@ def mim(
     fresh: Fresh = False,
     resume: Resume = False,
     accept: Accept = False,
+    replay: Replay = None,
     debug: Debug = False,
 ) -> None:
     """Pre-train an encoder by masked image modelling, without labels."""
-    with pretraining("mim", params_file, fresh, resume, accept) as training:
+    with pretraining("mim", params_file, fresh, resume, accept, replay) as training:
         from lgp.models.files import RECONSTRUCTIONS
         from lgp.pretrain.mim import pretrain_mim, write_reconstructions
 

@@ -82,6 +82,12 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from an interrupted run even if other code wrote its state.")
 ]
 Accept = Annotated[bool, typer.Option("--accept", help="Take the arm as it is if the checks of its training fail.")]
+Replay = Annotated[
+    int | None,
+    typer.Option(
+        "--replay", metavar="STEP", help="Repeat this step of the training, from 0, and show it; nothing is written."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_remember_debug)]
 Arm = Annotated[str, typer.Argument(help="Whose encoder: mim, cl, graft, …", callback=_arm_name)]
 ArmName = Annotated[str, typer.Option("--arm", metavar="NAME", help="What to call the arm.", callback=_arm_name)]

@@ -1,19 +1,20 @@
 """The frame of the pre-training stages: it opens the prepared images, and writes an arm."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.paths import LABELS, PREPARED, arm_folder, encoder_files, encoder_folder
+from stages.replaying import replaying, with_replay
 
 if TYPE_CHECKING:
     from lgp.pretrain.arm import Pretrained, Session
     from lgp.workflow.stage import StageRun
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Pretraining:
     """A running pre-training: its inputs, and where its arm goes."""
 
@@ -32,11 +33,18 @@ class Pretraining:
 
 @contextmanager
 def pretraining(
-    arm: str, params_file: Path, fresh: bool, resume: bool, accept: bool, starts: Sequence[str] = ()
+    arm: str,
+    params_file: Path,
+    fresh: bool,
+    resume: bool,
+    accept: bool,
+    replay: int | None,
+    starts: Sequence[str] = (),
 ) -> Iterator[Pretraining]:
     """Run the block as the pre-training of `arm`. It starts from the encoders of the arms `starts`, if any.
 
-    `accept` takes the arm even if the checks of its training fail.
+    `accept` takes the arm even if the checks of its training fail. With `replay` the block ends at this step of the
+    training, which is shown, and nothing is written.
     """
     from lgp.workflow.pipeline import SECTIONS
     from lgp.workflow.stage import StageSpec, stage
@@ -44,7 +52,8 @@ def pretraining(
     starts = sorted(set(starts), key=list(starts).index)
     reads = [PREPARED, *(file for start in starts for file in encoder_files(start))]
     spec = StageSpec(arm, SECTIONS[arm], reads, [arm_folder(arm)], arm, "pretrain", trains=True)
-    with stage(spec, params_file, fresh, resume) as run:
+    frame = stage(spec, params_file, fresh, resume) if replay is None else replaying(spec, params_file, fresh, resume)
+    with frame as run:
         from lgp.data.storage import Images
         from lgp.features.online_knn import labels_if_any
         from lgp.params.file import load_params
@@ -61,5 +70,9 @@ def pretraining(
         folders = [encoder_folder(start) for start in starts]
         if folders:
             run.tag_upstream(folders[0])
-        session = Session(data, params, run.store, run.tracker, labels_if_any(PREPARED, LABELS))
+        session = Session(data, params, run.store, run.tracker)
+        if replay is None:
+            session = dataclasses.replace(session, labelled=labels_if_any(PREPARED, LABELS))
+        else:
+            session = with_replay(session, arm, replay)
         yield Pretraining(run, session, arm_folder(arm), folders, accept)

@@ -62,6 +62,7 @@ SETTINGS: dict[str, Any] = {
         "stage_lr": {"base_lrs": [0.003, 0.006, 0.03]}, "layer_decay": {"base_lr": 0.05, "decay": 0.5},
         "freeze": {"lower_blocks": 1}, "l1": {"lower_blocks": 2, "weight": 1e-3},
         "scratch_end": {"lower_blocks": 1}, "cl_end": {"lower_blocks": 2},
+        "lora": {"rank": 4, "alpha": 2, "free_blocks": 1},
     },
     "joint": {
         "epochs": 2, "batch_size": 12, "base_lr": 0.04, "warmup_epochs": 1, "weight_decay": 0.04, "mim_weight": 0.7,
@@ -101,6 +102,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "graft_l1": {"graft": {"policy": ["stage_lr", "l1"]}},
     "graft_scratch_end": {"graft": {"policy": ["stage_lr", "scratch_end"]}},
     "graft_cl_end": {"graft": {"policy": ["stage_lr", "cl_end"], "end": "cl"}},
+    "graft_lora": {"graft": {"policy": ["stage_lr", "lora"]}},
     "joint": {},
     "reverse": {},
 }
@@ -197,7 +199,8 @@ class Arrivals:
     def __init__(self, trainer: Trainer) -> None:
         """Listen to a training that has not begun."""
         self.trainer, self.model, self.optimizer = trainer, trainer.model, trainer.optimizer
-        self.names = {id(p): name for name, p in self.model.named_parameters()}
+        self.parameters = dict(self.model.named_parameters())  # some are merged at the end
+        self.names = {id(p): name for name, p in self.parameters.items()}
         self.steps: list[Step] = []
         self.after: dict[str, list[Tensor]] = defaultdict(list)  # the inputs of modules after the training
         self.ended = False

@@ -128,6 +128,26 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _low_rank_updates_have_blocks(self) -> Self:
+        graft, model = self.graft, self.model
+        if (lora := graft.low_rank) is None:
+            return self
+        if lora.rank >= model.width:
+            raise ValueError(f"graft.lora.rank {lora.rank} is no low rank at model.width {model.width}: lower it")
+        adapted, frozen, anew = model.depth - lora.free_blocks, graft.cut("freeze") or 0, graft.cut("scratch_end")
+        if adapted <= frozen:
+            raise ValueError(
+                f"graft.lora.free_blocks {lora.free_blocks} and {frozen} frozen blocks leave none of {model.depth} for "
+                "low-rank updates: lower one of them, or drop lora from policy"
+            )
+        if anew is not None and anew < adapted:
+            raise ValueError(
+                f"scratch_end starts the blocks from {anew} on anew, which must learn freely: raise "
+                f"graft.lora.free_blocks {lora.free_blocks} to {model.depth - anew}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _labels_are_there(self) -> Self:
         valid = [*self.labels.names, ALL_LABELS]
         for key in ("few_labels", "propagated", "selected", "finetuned"):

@@ -5,9 +5,9 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from lgp.params.pretrain import TrainingParams
-from lgp.params.section import ArmName, Positive, Rates, Section, Whole, as_list
+from lgp.params.section import ArmName, Count, Positive, Rates, Section, Whole, as_list
 
-Policy = Literal["stage_lr", "layer_decay", "freeze", "l1", "scratch_end", "cl_end"]
+Policy = Literal["stage_lr", "layer_decay", "freeze", "l1", "scratch_end", "cl_end", "lora"]
 
 
 class StageLrParams(Section):
@@ -35,6 +35,17 @@ class L1Params(LowerBlocks):
     weight: Positive
 
 
+class LoraParams(Section):
+    """Low-rank updates of queries and values, in all blocks but the last `free_blocks` (ExPLoRA, Khanna et al. 2024).
+
+    An update has the rank `rank` and is scaled by `alpha` / `rank`.
+    """
+
+    rank: Count
+    alpha: Positive
+    free_blocks: Annotated[Whole, Field(ge=0)]
+
+
 class GraftParams(TrainingParams):
     """Contrastive learning on top of another arm's encoder.
 
@@ -52,6 +63,7 @@ class GraftParams(TrainingParams):
     l1: L1Params | None = None
     scratch_end: LowerBlocks | None = None
     cl_end: LowerBlocks | None = None
+    lora: LoraParams | None = None
 
     @model_validator(mode="after")
     def _policies_agree(self) -> Self:
@@ -84,7 +96,16 @@ class GraftParams(TrainingParams):
         regularized, frozen = self.cut("l1"), self.cut("freeze")
         if regularized is not None and frozen is not None and regularized <= frozen:
             raise ValueError("l1 covers only frozen blocks: raise l1.lower_blocks, or drop l1 from policy")
+        if regularized is not None and "lora" in self.policy:
+            raise ValueError(
+                "policy names both l1 and lora: lora holds the weights of the lower blocks by its rank already, drop l1"
+            )
         return self
+
+    @property
+    def low_rank(self) -> LoraParams | None:
+        """The section `lora`, None if the key `policy` does not name it."""
+        return self.lora if "lora" in self.policy else None
 
     def cut(self, policy: str) -> int | None:
         """Return `lower_blocks` of freeze, l1, scratch_end or cl_end, or None if the key `policy` does not name it."""

@@ -30,6 +30,7 @@ RANGES = {  # keys → smallest and largest value; a zero that a key allows mean
     "contrastive.refine.average": (1e-6, 1),
     "joint.mim_weight": (1e-9, 1e6),
     "graft.l1.weight": (1e-12, 1e6),
+    "graft.lora.alpha": (1e-6, 1e6),
     "fewshot.c_*": (1e-12, 1e12),
     "propagation.c": (1e-12, 1e12),
     "propagation.gamma": (1e-3, 1e3),

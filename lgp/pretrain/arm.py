@@ -31,6 +31,7 @@ from lgp.training.optimizer import adamw, parameter_groups, warmup_cosine, whole
 from lgp.training.resume_states import StateStore
 
 LossOf = Callable[[Batch], Tensor]
+Fit = Callable[[Trainer], Progression]
 
 CHECKED_IMAGES = 1024  # images whose features are checked after the training
 WATCHED_IMAGES = 256  # images whose features are checked while it goes on
@@ -39,6 +40,10 @@ WATCHED_IMAGES = 256  # images whose features are checked while it goes on
 WATCHES, WATCH_EVERY_EPOCHS = 10, 10
 # two resume states (each: weight, momentum copy, two moments), and three copies of the result (here, DVC, MLflow)
 DISK_BYTES_PER_PARAMETER = 4 * (2 * 4 + 3)
+
+
+def _fit(trainer: Trainer) -> Progression:
+    return trainer.fit()
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Session:
         store: where resume states are kept.
         observer: logs epochs.
         labelled: the same images with labels, for the online k-NN; None where no labels are prepared.
+        fit: runs a training. A replay takes its place.
     """
 
     data: Images
@@ -58,6 +64,7 @@ class Session:
     store: StateStore
     observer: Observer
     labelled: LabelledImages | None = None
+    fit: Fit = _fit
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ def fit_arm(
         trainer.is_dead = checks.find_dead
         if session.labelled is not None:
             _watch(trainer, objective, OnlineKnn(session.labelled, params.run.online_knn), device)
-        progression = trainer.fit()
+        progression = session.fit(trainer)
         computed = {
             "device": device.type,
             "precision": str(precision),
@@ -202,7 +209,7 @@ class _Fitting:
         of_heads = stage.model_copy(update={"epochs": warmup.epochs, "warmup_epochs": share * stage.warmup_epochs})
         apart = replace(session, store=session.store.part("heads"), observer=HeadsObserver(session.observer))
         with frozen_encoder(objective.model):
-            flops = self.trainer(heads, of_heads, apart).fit().train_flops
+            flops = session.fit(self.trainer(heads, of_heads, apart)).train_flops
         if session.labelled is None or rank() > 0:
             return flops, {}
         return flops, knn_in_head(

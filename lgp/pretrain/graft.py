@@ -1,7 +1,7 @@
 """The graft: contrastive learning continues on another arm's encoder (LGP, section 3.3).
 
-`graft.policy` decides four things for each block: its source, its learning rate, whether it is frozen, and whether it
-is regularised towards its start.
+`graft.policy` decides for each block its source, its learning rate, whether it is frozen, whether it is regularised
+towards its start, and whether it learns by low-rank updates.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,10 +14,11 @@ from torch import Tensor
 from lgp.compute.randomness import seeded
 from lgp.models.contrastive import Contrastive, build_contrastive
 from lgp.models.encoder_folder import check_start, load_encoder
+from lgp.models.low_rank import LowRankQkv, merge_low_rank
 from lgp.models.roles import Role, encoder_roles
 from lgp.models.vit import build_encoder, init_encoder_as_moco
 from lgp.params.file import Params
-from lgp.params.graft import GraftParams
+from lgp.params.graft import GraftParams, LoraParams
 from lgp.pretrain.arm import Pretrained, Session
 from lgp.pretrain.cl import Penalty, contrast
 from lgp.training.optimizer import peak_rate
@@ -75,6 +76,27 @@ def freeze_lower(encoder: VisionTransformer, lower_blocks: int) -> None:
         encoder.get_parameter(name).requires_grad_(False)
 
 
+def add_low_rank(encoder: VisionTransformer, lora: LoraParams, frozen_blocks: int | None) -> None:
+    """Hold all blocks but the last ones by low-rank updates (policy `lora`; ExPLoRA, Khanna et al. 2024).
+
+    The free blocks and the final norm learn as they do without. Below them only the updates of queries and values and
+    the norm layers learn. All other weights get no gradient, no step and no weight decay.
+
+    Args:
+        encoder: to be changed. `merge_low_rank` makes it plain again.
+        lora: rank, alpha and number of free blocks.
+        frozen_blocks: of the policy `freeze`: nothing learns in them and in the embeddings. None without that policy.
+    """
+    held = len(encoder.blocks) - lora.free_blocks
+    freeze_lower(encoder, held)
+    if frozen_blocks is None:
+        encoder.norm_pre.requires_grad_(True)
+    for block in encoder.blocks[frozen_blocks or 0 : held]:
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_("norm" in name)
+        block.attn.qkv = LowRankQkv(block.attn.qkv, lora.rank, lora.alpha)
+
+
 def regularized_names(encoder: VisionTransformer, lower_blocks: int) -> list[str]:
     """Name the parameters that the policy `l1` regularises: the trainable ones of the embeddings and lowest blocks."""
     return [name for name in lower_names(encoder, lower_blocks) if encoder.get_parameter(name).requires_grad]
@@ -109,7 +131,8 @@ def replace_upper(encoder: VisionTransformer, source: VisionTransformer, lower_b
 def pretrain_graft(session: Session, start: Path, end: Path) -> Pretrained:
     """Continue contrastive learning on the encoder in the folder `start`, as `graft.policy` says (LGP, section 3.3).
 
-    The encoder and the momentum encoder start with the same weights. The heads start with random weights.
+    The encoder and the momentum encoder start with the same weights. The heads start with random weights. Low-rank
+    updates end merged into plain weights.
 
     Args:
         session: images, parameters, resume states and observer.
@@ -123,7 +146,9 @@ def pretrain_graft(session: Session, start: Path, end: Path) -> Pretrained:
     rates = graft_rates(model, graft, params.model.depth)
     lower = graft.cut("l1")
     if lower is None or graft.l1 is None:
-        return contrast("graft", model, rates, graft, session, head_epochs=graft.head_warmup_epochs)
+        result = contrast("graft", model, rates, graft, session, head_epochs=graft.head_warmup_epochs)
+        merge_low_rank(result.model)
+        return result
     regularized = frozenset(f"encoder.{name}" for name in regularized_names(encoder, lower))
     value = l1_penalty(encoder, lower, graft.l1.weight)
     penalty = Penalty(value, regularized)
@@ -131,10 +156,12 @@ def pretrain_graft(session: Session, start: Path, end: Path) -> Pretrained:
 
 
 def build_graft(encoder: VisionTransformer, params: Params, images: int | None = None) -> Contrastive:
-    """Put contrastive heads on the encoder to graft on. The policy `freeze` applies before the momentum copy."""
-    frozen = params.graft.cut("freeze")
+    """Put contrastive heads on the encoder to graft on. `freeze` and `lora` apply before the momentum copy."""
+    frozen, lora = params.graft.cut("freeze"), params.graft.low_rank
     if frozen is not None:
         freeze_lower(encoder, frozen)
+    if lora is not None:
+        add_low_rank(encoder, lora, frozen)
     return build_contrastive(encoder, params.contrastive, images)
 
 

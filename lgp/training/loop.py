@@ -23,6 +23,7 @@ from lgp.compute.distributed import agree, average, rank, send_bytes, world_size
 from lgp.compute.interruption import Interrupted, Interruption
 from lgp.data.loading import Batch, CropDataset, loader
 from lgp.errors import Diverged, is_disk_full
+from lgp.params.arms import TRAINED
 from lgp.params.run import RunParams
 from lgp.training.alarms import fallen
 from lgp.training.progress import Progress
@@ -90,6 +91,15 @@ def _nothing_more(_epoch: int) -> Epoch:
 
 def _never_dead(_epoch: int) -> bool:
     return False
+
+
+def replay_hint(name: str, step: int) -> str:
+    """Return the command that repeats a step of a training, as the end of a message; none if no command does.
+
+    A warm-up of heads is part of its arm's training. Any replay of that passes through it, and ends where it diverges.
+    """
+    arm, _, part = name.partition("-")
+    return f"; `lgp {arm} --replay {0 if part else step}` repeats the step" if arm in TRAINED else ""
 
 
 @dataclass(kw_only=True)
@@ -239,7 +249,8 @@ class Trainer:
                 ids = ", ".join(map(str, self.crops.ids_of(step)[:SHOWN_IDS]))
                 raise Diverged(
                     f"{self.name}: the loss is {value} at step {step} (images {ids}, …), learning rate {rate:.3g}: "
-                    f"lower the learning rate of {self.name}, lengthen its warm-up or set clip_norm{self._kept()}"
+                    f"lower the learning rate of {self.name}, lengthen its warm-up or set clip_norm"
+                    f"{replay_hint(self.name, step)}{self._kept()}"
                 )
         self._unchecked.clear()
         self.now.loss_sum += math.fsum(values)
@@ -291,7 +302,7 @@ class Trainer:
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise Diverged(
                 f"{self.name}: a weight stopped being finite by step {self.now.step}, learning rate {self._rate:.3g}: "
-                f"lower the learning rate of {self.name}{self._kept()}"
+                f"lower the learning rate of {self.name}{replay_hint(self.name, self.now.step - 1)}{self._kept()}"
             )
         if rank() == 0:
             self._write()

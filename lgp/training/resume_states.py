@@ -184,3 +184,23 @@ class StateStore:
         if not any(self.folder.rglob("state-*")):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._release()
+
+
+class EarlierStates(StateStore):
+    """The resume states of a training up to a step, for a replay. They are read without a lock, and never changed."""
+
+    def __init__(self, of: StateStore, last: float) -> None:
+        """Read the states of the store `of` that are not later than step `last`."""
+        self.folder, self.latest, self.previous, self.last = of.folder, of.latest, of.previous, last
+
+    def read(self) -> bytes | None:
+        """Return the newest whole state that is not later. One of a training that ended early is left out."""
+        for path in (self.latest, self.previous):
+            payload = _payload(path)
+            progression = self.decode(payload)["progression"] if payload else None
+            if progression and progression["step"] <= self.last and not progression["ended_early"]:
+                return payload
+        return None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Save nothing."""

@@ -30,6 +30,7 @@ NOT_DIGESTED = (
     "lgp.params.file",
     "lgp.pretrain.batch_checks",
     "lgp.training.progress",
+    "lgp.training.replay",
     "lgp.workflow.code_digest",
     "lgp.workflow.mlflow_store",
     "lgp.workflow.moved_store",
@@ -41,6 +42,7 @@ NOT_DIGESTED = (
     "lgp.workflow.stage",
     "lgp.workflow.tracking",
     "stages.options",
+    "stages.replaying",
 )
 PARAMS_CLASS = ("lgp.params.file", "Params")  # the class whose fields are the sections
 WHOLE = "*"  # in place of a name: everything in a module

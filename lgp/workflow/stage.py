@@ -127,8 +127,7 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
         "torch": version("torch"),
         **git,
     }
-    key = sha256(json.dumps([before["parameters"], before["inputs"]], sort_keys=True).encode()).hexdigest()[:16]
-    store = StateStore(root / RESUME / f"{spec.arm}-{spec.task}" / key, before["code"])
+    store = _state_store(spec, before, root)
     store.acquire()
     succeeded = False
     partial: dict[Path, Path] = {}
@@ -158,6 +157,30 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
         for written in partial.values():
             remove(written)
         store.close(succeeded)
+
+
+@contextmanager
+def unrecorded(spec: StageSpec, params_file: Path) -> Iterator[StageRun]:
+    """Run the block on what a stage reads. Nothing is tracked, published or locked.
+
+    The run has no outputs. Its store is the one of the stage: the block must not write to it.
+
+    Raises:
+        LgpError: the parameters are not valid, or an input is missing or damaged.
+    """
+    params = load_params(params_file)
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    _check_inputs(spec)
+    for warning in filter(None, [check_trained(encoder) for encoder in _encoders(spec)]):
+        print(warning, flush=True)
+    store = _state_store(spec, _digests(spec, params, root), root)
+    yield StageRun(spec, restricted(params, spec.sections), {}, tracking.Untracked(), store, {})
+
+
+def _state_store(spec: StageSpec, digests: dict[str, Any], root: Path) -> StateStore:
+    """Return the resume states of the stage with these digests of its parameters, inputs and code."""
+    key = sha256(json.dumps([digests["parameters"], digests["inputs"]], sort_keys=True).encode()).hexdigest()[:16]
+    return StateStore(root / RESUME / f"{spec.arm}-{spec.task}" / key, digests["code"])
 
 
 def _check_inputs(spec: StageSpec) -> None:
