@@ -7,7 +7,7 @@ from lgp.data.inspection import Inspection
 from lgp.data.preparation import FEW_FILES
 from lgp.data.splits import notes_on_classes
 from lgp.params.file import Params
-from lgp.params.labels import shot_name
+from lgp.params.labels import ALL_LABELS, shot_name
 
 CPU_SIZE, CUDA_SIZE = 64, 224  # pixels that a square of a photograph is shrunk to
 LEAST_SIZE = 8
@@ -18,6 +18,7 @@ STEPS = 4  # or more in an epoch
 DIGIT_SIZE = 12  # pixels, up to which a crop must keep most of an image
 SHARES = {"1pct": 0.01, "10pct": 0.1}
 SHOTS = (1, 5)
+MOST_FEW = 2_000  # labels that are few enough to evaluate all of them on frozen features, in seconds
 SPARE = 1.5  # the smallest class has so many times the labels of a shot, as a copy or a damaged image may be lost
 LONG = 2.0  # ratio of the sides from which a centred square misses half of an image
 SHOWN = 5
@@ -35,15 +36,27 @@ class Settings:
 
 @dataclass(frozen=True)
 class FewLabels:
-    """Few labels that a data source has enough for: `labels.shares`, `labels.shots`, and the names of both."""
+    """Few labels that a data source has enough for: `labels.shares`, `labels.shots`, and the names of both.
+
+    Attributes:
+        shares: name → share of the labels.
+        shots: images of each class.
+        all_are_few: whether a classifier of all labels on frozen features takes seconds, and is the one to use.
+    """
 
     shares: dict[str, float]
     shots: list[int]
+    all_are_few: bool = False
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of parts of the labels, fewest first."""
+        return [*map(shot_name, self.shots), *self.shares]
 
     @property
     def names(self) -> list[str]:
-        """The names, fewest labels first."""
-        return [*map(shot_name, self.shots), *self.shares]
+        """The names, fewest labels first, with that of all labels if these are few."""
+        return [*self.parts, *([ALL_LABELS] if self.all_are_few else [])]
 
 
 def suggest_settings(inspection: Inspection, cuda: bool) -> Settings:
@@ -84,13 +97,14 @@ def suggest_few_labels(inspection: Inspection) -> FewLabels:
     labels = list(inspection.train_labels.values())
     if not labels:
         return FewLabels(dict(SHARES), [])
+    few = sum(labels) <= MOST_FEW
     per_class = {name: share * sum(labels) / len(labels) for name, share in SHARES.items()}
     if per_class["1pct"] >= 1:
-        return FewLabels(dict(SHARES), [])
+        return FewLabels(dict(SHARES), [], few)
     shots = [shot for shot in SHOTS if shot == 1 or shot * SPARE <= min(labels)]
     if round(per_class["10pct"]) < 2:
-        return FewLabels({}, shots)
-    return FewLabels({"10pct": SHARES["10pct"]}, shots[:1])
+        return FewLabels({}, shots, few)
+    return FewLabels({"10pct": SHARES["10pct"]}, shots[:1], few)
 
 
 def advise(inspection: Inspection, params: Params, cuda: bool) -> list[str]:

@@ -53,7 +53,10 @@ class Predicted:
     ids: Mapping[str, np.ndarray]
 
     def scored(self) -> Scored:
-        """Score top-1 on test and val; on test also top-5 (with ten classes or more), and how sure it may be."""
+        """Score top-1 on test and val; on test also top-5 (with ten classes or more), and how sure it may be.
+
+        The Brier score on val tells apart what has one accuracy there.
+        """
         test, labels = self.probabilities["test"], self.labels["test"]
         correct = {f"{s}/top1": self.probabilities[s].argmax(1) == self.labels[s] for s in ("test", "val")}
         if test.shape[1] >= TOP5_FROM:
@@ -61,6 +64,8 @@ class Predicted:
             correct["test/top5"] = (five == labels[:, None]).any(axis=1)
         scores = {name: percent(of_images) for name, of_images in correct.items()}
         scores |= _believed(test, labels) if len(labels) else {}
+        if len(self.labels["val"]):
+            scores["val/brier"] = round(brier_score(self.probabilities["val"], self.labels["val"]), 4)
         table = {"id": self.ids["test"], "label": labels, "prediction": test.argmax(1).astype(np.int64)}
         return Scored(scores, correct, pd.DataFrame(table | {"confidence": test.max(1).astype(np.float32)}))
 

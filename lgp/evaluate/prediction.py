@@ -1,5 +1,6 @@
 """Predictions of a kept classifier for the images of any source, image by image, in bounded memory."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -47,7 +48,8 @@ class Kept:
 def kept_classifiers(models: Path) -> list[Kept]:
     """Return the classifiers of all arms whose encoder is still the one that they were made of, the best on val first.
 
-    Of equally good ones the one with more labels comes first.
+    Of equally good ones the one whose probabilities are better comes first (their Brier score on val), then the one
+    with more labels. With few validation images many are equally good.
     """
     found = []
     digest_of = cache(encoder_digest)
@@ -59,7 +61,12 @@ def kept_classifiers(models: Path) -> list[Kept]:
         encoder = folder.parent.parent / ENCODER
         if (encoder / WEIGHTS).exists() and metrics["encoder"] == digest_of(encoder):
             found.append(Kept(folder, metrics))
-    return sorted(found, key=lambda kept: (-np.nan_to_num(kept.metrics["val/top1"], nan=-1.0), -kept.metrics["labels"]))
+    return sorted(found, key=_worse)
+
+
+def _worse(kept: Kept) -> tuple[float, float, float]:
+    top1, brier = kept.metrics["val/top1"], kept.metrics.get("val/brier", math.inf)
+    return -np.nan_to_num(top1, nan=-1.0), brier, -kept.metrics["labels"]
 
 
 def best_plain_classifier(models: Path, arm: str) -> Path | None:

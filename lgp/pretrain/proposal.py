@@ -96,9 +96,10 @@ def _sizes(inspection: Inspection, params: Params, cuda: bool) -> dict[str, Any]
 def _labels(inspection: Inspection, params: Params) -> dict[str, Any]:
     """Choose few labels, and which of them to fine-tune with. Images per class take the recipe of a share."""
     few = suggest_few_labels(inspection)
-    tuned = [name for name in params.finetuned if name in few.names] or few.names[-1:]
-    spread = [name for name in params.propagated if name in few.names] or few.names[-1:]
-    chosen = [name for name in params.selected if name in few.names]
+    tuned = [name for name in params.finetuned if name in few.parts] or few.parts[-1:]
+    spread = [name for name in params.propagated if name in few.parts] or few.parts[-1:]
+    spread += [name for name in few.names if name not in few.parts]
+    chosen = [name for name in params.selected if name in few.parts]
     values = {**label_values(few), "propagated": spread, "selected": chosen, "finetuned": tuned}
     recipe = params.finetune[FEW_SHOT_RECIPE].model_dump(mode="json", exclude_unset=True)
     return values | {f"finetune.{name}": recipe for name in tuned if name not in params.finetune}

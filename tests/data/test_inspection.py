@@ -231,6 +231,12 @@ def test_few_labels_are_of_the_numbers_that_there_are(
 ) -> None:
     few = suggest_few_labels(labelled(data, counts))
     assert (list(few.shares), few.shots) == (shares, shots)
+    assert few.names == [*(f"{n}shot" for n in shots), *shares, *(["all"] if counts else [])]
+
+
+@pytest.mark.parametrize(("each", "few"), [(1300, True), (1600, False)])
+def test_all_labels_are_evaluated_where_they_are_few(each: int, few: bool, data: DataParams) -> None:
+    assert ("all" in suggest_few_labels(labelled(data, [each, each])).names) == few
 
 
 def test_advice_names_what_to_set(params: Params, data: DataParams) -> None:

@@ -136,6 +136,19 @@ def test_best_on_val_is_the_default_and_stale_ones_do_not_count(models: Path) ->
         find_classifier(models, None)
 
 
+def test_of_equal_accuracies_on_val_the_better_probabilities_win(models: Path) -> None:
+    def record(task: str, **metrics: float) -> None:
+        file = models / "graft" / "classifiers" / task / PROVENANCE
+        of_task = json.loads(file.read_text())
+        file.write_text(json.dumps(of_task | {"metrics": of_task["metrics"] | metrics}))
+
+    record("linear", **{"val/top1": 100.0, "val/brier": 0.8, "labels": 144})
+    record("fewshot-1pct", **{"val/top1": 100.0, "val/brier": 0.1, "labels": 10})
+    assert [kept.name for kept in kept_classifiers(models)] == ["graft/fewshot-1pct", "graft/linear"]
+    record("linear", **{"val/brier": 0.1})
+    assert [kept.name for kept in kept_classifiers(models)] == ["graft/linear", "graft/fewshot-1pct"]
+
+
 def test_squares_are_those_that_timm_cuts(models: Path) -> None:
     config = json.loads((models / "graft" / "classifiers" / "linear" / CONFIG).read_text())
     assert form_of(config) == Form(3, 16, 17, "bilinear")

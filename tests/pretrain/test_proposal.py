@@ -95,7 +95,9 @@ def test_few_labels_and_their_fine_tuning_are_proposed(cifar: Params) -> None:
     plenty = proposed(cifar, source_of()).params
     assert (plenty.few_labels, plenty.finetuned) == (["1pct", "10pct"], ["1pct", "10pct"])
     scarce = proposed(cifar, source_of(140)).params
-    assert (scarce.few_labels, scarce.labels.shots, scarce.finetuned) == (["1shot", "5shot"], [1, 5], ["5shot"])
+    assert scarce.few_labels == ["1shot", "5shot", "all"]
+    assert (scarce.labels.shots, scarce.finetuned) == ([1, 5], ["5shot"])
+    assert scarce.propagated[-1:] == ["all"]
     assert scarce.finetune["5shot"] == cifar.finetune["10pct"]
 
 

@@ -68,7 +68,7 @@ def test_proposal_is_written_and_the_old_file_kept(project: Path) -> None:
     assert params.data.source == ["photos"]
     assert "source: photos " in Path("params.yaml").read_text()
     assert (params.data.image_size, params.data.channels, params.model.patch_size) == (28, 3, 7)
-    assert params.few_labels == ["1shot", "5shot"]
+    assert params.few_labels == ["1shot", "5shot", "all"]
     assert Path("params.yaml.before").read_text() == before
     again = lgp("data", "inspect", "--write")
     assert again.exit_code == 0, again.output
