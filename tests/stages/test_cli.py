@@ -872,6 +872,7 @@ LISTED = [
     "linear",
     "fewshot",
     "finetune",
+    "semi",
     "report",
     "joint",
     "reverse",
