@@ -511,9 +511,33 @@ def test_each_process_reads_its_rows_of_every_batch(coloured: Coloured) -> None:
     assert part.labelled.labels(batch).tolist() == labels[2:].tolist()
 
 
+def test_trainer_gets_the_rows_of_its_process_and_the_limit_of_gradients(
+    coloured: Coloured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def noted(**about: Any) -> None:
+        given.update(about)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "rank", lambda: 1)
+    monkeypatch.setattr(module, "world_size", lambda: 2)
+    monkeypatch.setattr(module, "Trainer", noted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(coloured, tmp_path, clip_norm=0.7)
+    assert (given["name"], given["clip_norm"], given["epochs"]) == ("semi", 0.7, 2)
+    assert (given["crops"].rows, given["crops"].labelled.rows) == (slice(6, 12), slice(2, 4))
+
+
 # what is refused
 
 
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "fit", lambda *_: pytest.fail("it trains"))
+
+
+@pytest.mark.usefixtures("no_training")
 def test_too_few_unlabelled_images_are_refused_before_any_training(coloured: Coloured, tmp_path: Path) -> None:
     with pytest.raises(LgpError, match=r"36 images of train are outside the labelled ones, and a step takes 40"):
         trained(coloured, tmp_path, unlabelled_ratio=10)
@@ -527,7 +551,8 @@ def test_too_few_unlabelled_images_are_refused_before_any_training(coloured: Col
         )
 
 
-def test_batch_that_cannot_be_cut_is_refused(coloured: Coloured, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_training")
+def test_batch_that_cannot_be_cut_is_refused_before_any_training(coloured: Coloured, tmp_path: Path) -> None:
     with pytest.raises(LgpError, match=r"semi: 4 labelled images a batch cannot be cut into 3 equal parts"):
         trained(coloured, tmp_path, run={"accumulate": {"semi": 3}})
 
