@@ -64,7 +64,10 @@ def test_exponent_without_dot_is_a_number(tmp_path: Path, values: dict[str, Any]
             {"semi_supervised": ["10pct"], "semi": None},
             "semi_supervised names 10pct, but there is no section semi: add",
         ),
-        ({"semi": {"unlabelled_ratio": 1}}, "semi: mixing both needs an unlabelled_ratio of 2 or more"),
+        (
+            {"semi": {"unlabelled_ratio": 1, "mixing": "both"}},
+            "semi: mixing both needs an unlabelled_ratio of 2 or more",
+        ),
         (
             {"semi": {"rand_augment": "much"}},
             "semi.rand_augment: 'much' is not valid: give timm's description, like ra",
