@@ -37,6 +37,7 @@ from stages.results import results
 from stages.reverse import reverse
 from stages.select import select
 from stages.selected import selected
+from stages.semi import semi
 from stages.similar import similar
 from stages.status import status
 from stages.suggest import suggest
@@ -47,7 +48,7 @@ TOOLS = "Tools"
 
 app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 PANELS: dict[str, list[Callable[..., None]]] = {
-    "Pipeline": [prepare, mim, cl, graft, baseline, linear, fewshot, propagate, selected, finetune, report],
+    "Pipeline": [prepare, mim, cl, graft, baseline, linear, fewshot, propagate, selected, finetune, semi, report],
     "Controls of the paper": [joint, reverse],
     TOOLS: [
         init,

@@ -51,11 +51,11 @@ NOTES = {
     "finetune.LABELS.random_erasing": "probability",
     **{
         f"{stage}.clip_norm": "largest norm of all gradients together, longer ones are scaled to it; null: any"
-        for stage in ("mim", "cl", "graft", "joint", "reverse", "finetune.LABELS")
+        for stage in ("mim", "cl", "graft", "joint", "reverse", "finetune.LABELS", "semi")
     },
     "graft.head_warmup_epochs": "of the new heads on the frozen encoder, before the encoder learns",
     "run.accept": "arms that are taken although the checks of their training fail",
-    "run.accumulate": "stage: parts of a batch whose gradients are summed; mim, reverse and finetune only",
+    "run.accumulate": "stage: parts of a batch whose gradients are summed; mim, reverse, finetune and semi only",
     "run.compile": "compile the blocks",
     "run.decoded_gib": "photographs up to that size stay decoded in memory, for each training process",
     "run.experiment": "of MLflow",

@@ -96,14 +96,24 @@ def check_labels(labels: str) -> None:
 
 @contextmanager
 def evaluation(
-    arm: str, task: str, sections: Sequence[str], params_file: Path, fresh: bool, resume: bool = False
+    arm: str,
+    task: str,
+    sections: Sequence[str],
+    params_file: Path,
+    fresh: bool,
+    resume: bool = False,
+    also: Sequence[Path] = (),
 ) -> Iterator[Evaluation]:
-    """Run the block as the evaluation `task` of `arm`. Fine-tuning is a training, and also reads the arm's heads."""
+    """Run the block as the evaluation `task` of `arm`. Fine-tuning is a training, and also reads the arm's heads.
+
+    `also` are more files that it reads.
+    """
+    from lgp.params.arms import TUNING
     from lgp.workflow.stage import StageSpec, stage
 
     encoder, name = encoder_folder(arm), task.partition("-")[0]
-    trains = name == "finetune"
-    reads = [PREPARED, LABELS, *encoder_files(arm), *([heads_file(arm)] if trains else [])]
+    trains = name in TUNING
+    reads = [PREPARED, LABELS, *encoder_files(arm), *([heads_file(arm)] if trains else []), *also]
     with stage(
         StageSpec(name, sections, reads, _places(arm, task), arm, task, trains), params_file, fresh, resume
     ) as run:

@@ -7,7 +7,7 @@ is 0.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from lgp.models.classifier_folder import Classifier
 from lgp.models.encoder_folder import images_for, load_encoder, read_config
 from lgp.models.files import ENCODER, WEIGHTS
 from lgp.models.heads_file import load_first_fc
-from lgp.params.evaluate import FineTuneParams
+from lgp.params.evaluate import FineTuneParams, SemiParams
 from lgp.pretrain.arm import Session
 from lgp.training.loop import Epoch, Observer, Trainer
 from lgp.training.optimizer import adamw, peak_rate, warmup_cosine, whole_warmup_steps
@@ -50,17 +50,18 @@ STATE_BYTES_PER_WEIGHT_BYTE = 2 * 3  # two resume states, each with the weight a
 
 
 @dataclass(frozen=True)
-class _OneOfMany:
+class OneOfMany:
     """The observer of one of several trainings in a row. Epoch numbers continue after those of earlier trainings."""
 
     observer: Observer
     before: int
 
     def log_epoch(self, values: Epoch) -> None:
+        """Log an epoch under its number among those of all trainings."""
         self.observer.log_epoch(values | {"epoch": values["epoch"] + self.before})
 
 
-class _LabelledCrops(CropDataset):
+class LabelledCrops(CropDataset):
     """Crops of labelled images, with RandAugment on each."""
 
     data: LabelledImages
@@ -69,18 +70,12 @@ class _LabelledCrops(CropDataset):
         self, data: LabelledImages, recipe: FineTuneParams, batch_size: int, stream: Stream, ids: np.ndarray
     ) -> None:
         super().__init__(data, recipe.views, 1, batch_size, stream, ids)
-        self.augment = _rand_augment(recipe, data) if recipe.rand_augment else None
+        self.augment = RandAugmentation.of(recipe.rand_augment, recipe, data)
 
     def __getitem__(self, step: int) -> Tensor:
         crops = super().__getitem__(step)
-        if self.augment is None:
-            return crops
-        mode = MODES[self.data.channels]
-        for row, crop in enumerate(crops[:, 0], start=self.rows.start):
-            image = Image.fromarray(crop.permute(1, 2, 0).squeeze(-1).numpy()).convert("RGB")
-            with self.stream.seeded("rand_augment", step, row):
-                augmented = self.augment(image).convert(mode)
-            crops[row - self.rows.start, 0] = torch.from_numpy(np.atleast_3d(np.array(augmented))).permute(2, 0, 1)
+        if self.augment is not None:
+            self.augment.apply(crops[:, 0], self.stream, step, self.rows.start)
         return crops
 
     def labels(self, batch: Batch) -> Tensor:
@@ -88,16 +83,41 @@ class _LabelledCrops(CropDataset):
         return torch.from_numpy(self.data.labels[self.ids_of(batch.step)[batch.rows]])
 
 
-def _rand_augment(recipe: FineTuneParams, data: LabelledImages) -> RandAugment:
-    # empty pixels after a rotation or a shift take the mean colour; colour and shift are as in timm's own pipeline
-    colour, shift = tuple(round(255 * mean) for mean in (data.mean * 3)[:3]), round(0.45 * data.image_size)
-    hparams = {"img_mean": colour, "translate_const": shift, "interpolation": str_to_pil_interp(recipe.interpolation)}
-    augment: RandAugment = rand_augment_transform(recipe.rand_augment, hparams)
-    for operation in augment.ops:
-        if operation.name.startswith("Posterize"):
-            # at full strength timm asks for 0 bits, but Pillow needs at least 1
-            operation.level_fn = functools.partial(_one_bit_or_more, operation.level_fn)
-    return augment
+@dataclass(frozen=True)
+class RandAugmentation:
+    """timm's RandAugment for crops of prepared images.
+
+    Attributes:
+        augment: takes and gives a coloured image of Pillow.
+        mode: Pillow's name of the images' pixels.
+    """
+
+    augment: RandAugment
+    mode: str
+
+    @classmethod
+    def of(cls, description: str | None, recipe: FineTuneParams, data: LabelledImages) -> "RandAugmentation | None":
+        """Return the one of timm's `description`, with the interpolation of a recipe; None without a description."""
+        if description is None:
+            return None
+        # empty pixels after a rotation or a shift take the mean colour; colour and shift are as in timm's own pipeline
+        colour, shift = tuple(round(255 * mean) for mean in (data.mean * 3)[:3]), round(0.45 * data.image_size)
+        resampling = str_to_pil_interp(recipe.interpolation)
+        hparams = {"img_mean": colour, "translate_const": shift, "interpolation": resampling}
+        augment: RandAugment = rand_augment_transform(description, hparams)
+        for operation in augment.ops:
+            if operation.name.startswith("Posterize"):
+                # at full strength timm asks for 0 bits, but Pillow needs at least 1
+                operation.level_fn = functools.partial(_one_bit_or_more, operation.level_fn)
+        return cls(augment, MODES[data.channels])
+
+    def apply(self, crops: Tensor, stream: Stream, step: int, first: int) -> None:
+        """Augment crops (rows, C, S, S) uint8 in place. `first` is the place of the first of them in the batch."""
+        for row, crop in enumerate(crops):
+            image = Image.fromarray(crop.permute(1, 2, 0).squeeze(-1).numpy()).convert("RGB")
+            with stream.seeded("rand_augment", step, first + row):
+                augmented = self.augment(image).convert(self.mode)
+            crops[row] = torch.from_numpy(np.atleast_3d(np.array(augmented))).permute(2, 0, 1)
 
 
 def _one_bit_or_more(bits_of: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
@@ -105,7 +125,7 @@ def _one_bit_or_more(bits_of: Callable[..., tuple[int]], level: float, hparams: 
 
 
 @dataclass(frozen=True)
-class _Trial:
+class Trial:
     """One training: its number among all, the number of its subset, and its rate per 256 images."""
 
     number: int
@@ -114,7 +134,7 @@ class _Trial:
 
 
 @dataclass(frozen=True)
-class _FineTuning:
+class FineTuning:
     """The inputs that all trainings share."""
 
     arm: Path
@@ -123,6 +143,21 @@ class _FineTuning:
     session: Session
     device: torch.device
     first_fc: Tensor | None
+
+    @classmethod
+    def of(cls, arm: Path, data: LabelledImages, recipe: FineTuneParams, session: Session) -> "FineTuning":
+        """Open what trainings from the encoder of `arm` share."""
+        run, data = session.params.run, images_for(arm / ENCODER, data)
+        data.keep_decoded(run.decoded_gib * 2**30)
+        first_fc = _first_fc(arm) if recipe.from_first_fc else None
+        return cls(arm, data, recipe, session, choose_device(run), first_fc)
+
+    def check_disk(self, bytes_per_weight_byte: int) -> None:
+        """Raise `LgpError` where the disk has no room for the states of all trainings: they stay until all are done."""
+        store = self.session.store
+        of_states = bytes_per_weight_byte * (self.arm / ENCODER / WEIGHTS).stat().st_size
+        there = sum(file.stat().st_size for file in store.folder.rglob("state-*.pt"))
+        check_disk_space(store.folder, max(of_states - there, 0))
 
 
 def finetune(
@@ -145,18 +180,11 @@ def finetune(
         LgpError: a batch cannot be divided, the disk is full, or a training fails.
         Diverged: every rate diverged.
     """
-    run, store, data = session.params.run, session.store, images_for(arm / ENCODER, data)
-    device = choose_device(run)
-    # the states of finished trainings stay until all are done
-    trainings = len(recipe.base_lrs) * len(subsets)
-    of_states = STATE_BYTES_PER_WEIGHT_BYTE * (arm / ENCODER / WEIGHTS).stat().st_size * trainings
-    there = sum(file.stat().st_size for file in store.folder.rglob("state-*.pt"))
-    check_disk_space(store.folder, max(of_states - there, 0))
-    data.keep_decoded(run.decoded_gib * 2**30)
-    shared = _FineTuning(arm, data, recipe, session, device, _first_fc(arm) if recipe.from_first_fc else None)
+    shared = FineTuning.of(arm, data, recipe, session)
+    shared.check_disk(STATE_BYTES_PER_WEIGHT_BYTE * len(recipe.base_lrs) * len(subsets))
     tried: dict[float, Outcome] = {}
     diverged, flops = [], 0
-    with joined("finetune", device):
+    with joined("finetune", shared.device):
         for trial, base_lr in enumerate(recipe.base_lrs):
             try:
                 outcome, of_rate = _try_rate(shared, subsets, trial, base_lr)
@@ -177,16 +205,16 @@ def finetune(
     return replace(chosen, metrics=chosen.metrics | of_choice | {"diverged": float(len(diverged))} | more)
 
 
-def _try_rate(shared: _FineTuning, subsets: list[np.ndarray], trial: int, base_lr: float) -> tuple[Outcome, int]:
+def _try_rate(shared: FineTuning, subsets: list[np.ndarray], trial: int, base_lr: float) -> tuple[Outcome, int]:
     """Train at one rate on every subset; return the outcome, which is empty but in the first process, and the FLOPs."""
     scored, kept, flops = [], None, 0
     for number, ids in enumerate(subsets):
         if rank() == 0:
             said = f"rate {base_lr:g}, subset {number + 1} of {len(subsets)}, {len(ids)} labels"
             print(f"finetune: {shared.arm.name}, {said}", flush=True)
-        model, of_training = _fit(shared, _Trial(trial * len(subsets) + number, number, base_lr), ids)
+        model, of_training = fit(shared, Trial(trial * len(subsets) + number, number, base_lr), ids)
         flops += of_training
-        predicted = _predict(model, shared.data, shared.recipe, shared.device) if rank() == 0 else None
+        predicted = predict(model, shared) if rank() == 0 else None
         if agree(int(predicted is not None and not predicted.finite)):
             raise Diverged(
                 f"finetune: the predictions are not finite at the rate {base_lr:g} per 256 images: lower the learning "
@@ -196,7 +224,7 @@ def _try_rate(shared: _FineTuning, subsets: list[np.ndarray], trial: int, base_l
             temperature = predicted.temperature_on_val()
             scored.append(predicted.scored(temperature))
             if best_on_val(scored) == number:
-                kept = _classifier(model, shared.recipe, temperature)
+                kept = kept_classifier(model, shared.recipe, temperature)
     return over_subsets(scored, len(subsets[0]), kept) if scored else Outcome({}, pd.DataFrame()), flops
 
 
@@ -212,7 +240,7 @@ def _choose_rate(tried: Mapping[float, Outcome]) -> tuple[Outcome, dict[str, flo
     return tried[best], {"base_lr": best} | at_rates
 
 
-def _fit(shared: _FineTuning, trial: _Trial, ids: np.ndarray) -> tuple[nn.Module, int]:
+def fit(shared: FineTuning, trial: Trial, ids: np.ndarray) -> tuple[VisionTransformer, int]:
     """Train a trial on the images `ids`; return the classifier and the FLOPs it took."""
     data, recipe, session, device = shared.data, shared.recipe, shared.session, shared.device
     seed, run, classes = session.params.seed, session.params.run, len(data.classes)
@@ -222,7 +250,7 @@ def _fit(shared: _FineTuning, trial: _Trial, ids: np.ndarray) -> tuple[nn.Module
     precision = choose_precision(run, device, model.embed_dim)
     place(model, device, precision)
     batch_size = batch_size_for(len(ids), recipe, world_size() * run.accumulate.get("finetune", 1))
-    crops = _LabelledCrops(data, recipe, batch_size, Stream(seed, name), ids)
+    crops = LabelledCrops(data, recipe, batch_size, Stream(seed, name), ids)
     crops.shard(rank(), world_size())
     rate, steps = peak_rate(trial.base_lr, batch_size), recipe.epochs * crops.steps_per_epoch
     optimizer = adamw(layer_decayed_groups(model, rate, recipe), BETAS)
@@ -253,7 +281,7 @@ def _fit(shared: _FineTuning, trial: _Trial, ids: np.ndarray) -> tuple[nn.Module
         precision=precision,
         settings=run,
         store=session.store.part(f"training{trial.number}"),
-        observer=_OneOfMany(session.observer, trial.number * recipe.epochs),
+        observer=OneOfMany(session.observer, trial.number * recipe.epochs),
         clip_norm=recipe.clip_norm,
     )
     return model, trainer.fit().train_flops
@@ -310,7 +338,7 @@ def build_classifier(
     return model
 
 
-def _classifier(model: VisionTransformer, recipe: FineTuneParams, temperature: float) -> Classifier:
+def kept_classifier(model: VisionTransformer, recipe: FineTuneParams, temperature: float) -> Classifier:
     """Return the weights of a trained model, on the CPU. Two layers of its head become one, as none lies between."""
     weights = {name: tensor.detach().float().cpu().clone() for name, tensor in model.state_dict().items()}
     if "head.0.weight" in weights:
@@ -327,7 +355,9 @@ def _pooling(recipe: FineTuneParams, of_encoder: str) -> dict[str, str]:
     return {"global_pool": "token" if recipe.pool == "class_token" else "avg"} if of_encoder == "token" else {}
 
 
-def layer_decayed_groups(model: VisionTransformer, rate: float, recipe: FineTuneParams) -> list[dict[str, Any]]:
+def layer_decayed_groups(
+    model: VisionTransformer, rate: float, recipe: FineTuneParams | SemiParams
+) -> list[dict[str, Any]]:
     """Group a classifier's parameters by layer: timm's layer decay, each group with its own rate.
 
     The head takes `rate`. Each block takes `layer_decay` times the rate of the layer above. The final norm takes the
@@ -351,13 +381,14 @@ def _first_fc(arm: Path) -> Tensor | None:
     return first_fc
 
 
-def _predict(model: nn.Module, data: LabelledImages, recipe: FineTuneParams, device: torch.device) -> Logits:
-    """Return logits on val and test, of whole images."""
+def predict(model: nn.Module, shared: FineTuning, splits: Sequence[str] = ("val", "test")) -> Logits:
+    """Return logits of whole images, on val and test."""
+    data = shared.data
     model.eval()
 
     def encode(images: Tensor) -> Tensor:
-        return model(images.to(device)).float()
+        return model(images.to(shared.device)).float()
 
-    ids = {split: data.ids(split) for split in ("val", "test")}
-    logits = {split: extract(encode, data, of_split, recipe.interpolation) for split, of_split in ids.items()}
+    ids = {split: data.ids(split) for split in splits}
+    logits = {split: extract(encode, data, of_split, shared.recipe.interpolation) for split, of_split in ids.items()}
     return Logits(logits, {split: data.labels[i] for split, i in ids.items()}, ids)

@@ -4,6 +4,7 @@ An arm is one way to get an encoder. Every arm that is not named here is importe
 """
 
 TRAINED = ("mim", "cl", "graft", "joint", "reverse")
+TUNING = ("finetune", "semi")  # the evaluations that train an arm's encoder further
 BASELINES = ("pixels", "random")  # not trained: `lgp baseline` writes them
 
 

@@ -1,9 +1,9 @@
-"""Sections `features`, `linear`, `fewshot` and `finetune`: evaluation."""
+"""Sections `features`, `linear`, `fewshot`, `finetune` and `semi`: evaluation."""
 
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lgp.params.pretrain import TrainingParams, ViewParams
 from lgp.params.section import Count, Fraction, Interpolation, NonNegative, OpenFraction, Positive, Section, Whole
@@ -75,6 +75,15 @@ class PropagationParams(Section):
 RAND_AUGMENT = r"rand(-(m\d+|n\d+|mstd\d+(\.\d+)?|mmax\d+|inc[01]|p\d+(\.\d+)?))+"
 
 
+def _known_to_timm(given: str) -> str:
+    if not re.fullmatch(RAND_AUGMENT, given):
+        raise ValueError("give timm's description, like rand-m9-mstd0.5-inc1, or null")
+    return given
+
+
+RandAugmentName = Annotated[str, AfterValidator(_known_to_timm)]
+
+
 class FineTuneParams(TrainingParams):
     """Fine-tuning of the whole encoder with labels, as in MAE and LGP. Probabilities and strengths are timm's.
 
@@ -91,18 +100,11 @@ class FineTuneParams(TrainingParams):
     crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
     interpolation: Interpolation = "bicubic"
     flip_p: Fraction = 0.5
-    rand_augment: str | None = None
+    rand_augment: RandAugmentName | None = None
     random_erasing: Fraction = 0.0
     mixup: NonNegative = 0.0
     cutmix: NonNegative = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    @field_validator("rand_augment")
-    @classmethod
-    def _timm_knows_it(cls, given: str | None) -> str | None:
-        if given is not None and not re.fullmatch(RAND_AUGMENT, given):
-            raise ValueError("give timm's description, like rand-m9-mstd0.5-inc1, or null")
-        return given
 
     @model_validator(mode="after")
     def _projector_takes_the_class_token(self) -> Self:
@@ -119,3 +121,43 @@ class FineTuneParams(TrainingParams):
     def views(self) -> ViewParams:
         """Crops and flips. timm applies all other augmentations."""
         return ViewParams(crop_scale_min=self.crop_scale_min, interpolation=self.interpolation, flip_p=self.flip_p)
+
+
+class SemiParams(TrainingParams):
+    """Semi-supervised fine-tuning (Semi-ViT, Cai et al. 2022): it goes on from fine-tuning, with unlabelled images.
+
+    An epoch is a pass over the unlabelled images. A step takes `batch_size` labelled images and `unlabelled_ratio`
+    times as many unlabelled ones. A teacher predicts the unlabelled ones. The student learns predictions with a
+    probability of `threshold` or more. Their loss has the weight `weight`. The teacher is the exponential average of
+    the student over about `teacher_share` of the steps. All other keys of the images and the model (crops, flips, drop
+    path, label smoothing) are those of `finetune.LABELS`.
+
+    `rand_augment` and `color_jitter` change the student's view of an unlabelled image. `color_jitter` is the strength
+    of brightness, contrast and saturation. `mixing` says how unlabelled images are mixed in pairs. `both` draws mixup
+    or cutmix for each image.
+    """
+
+    base_lr: Positive
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
+    unlabelled_ratio: Count = 5
+    threshold: Fraction = 0.6
+    weight: NonNegative = 5.0
+    teacher_share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    mixing: Literal["both", "mixup", "cutmix", "none"] = "both"
+    rand_augment: RandAugmentName | None = "rand-m9-mstd0.5-inc1"
+    color_jitter: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _there_is_a_partner(self) -> Self:
+        if self.mixing != "none" and self.unlabelled_ratio < 2:
+            raise ValueError(
+                f"mixing {self.mixing} needs an unlabelled_ratio of 2 or more, because an image is mixed with another "
+                "of the same labelled one: raise it, or set mixing to none"
+            )
+        return self
+
+    @property
+    def strong(self) -> ViewParams:
+        """The colours of the student's view. timm's RandAugment comes before, crop and flip come first."""
+        strength = self.color_jitter
+        return ViewParams(crop_scale_min=1.0, jitter_p=1.0, brightness=strength, contrast=strength, saturation=strength)

@@ -13,7 +13,14 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_va
 from lgp.errors import LgpError, one_line
 from lgp.params.arms import BASELINES
 from lgp.params.data import DataParams
-from lgp.params.evaluate import FeatureParams, FewShotParams, FineTuneParams, LinearParams, PropagationParams
+from lgp.params.evaluate import (
+    FeatureParams,
+    FewShotParams,
+    FineTuneParams,
+    LinearParams,
+    PropagationParams,
+    SemiParams,
+)
 from lgp.params.graft import GraftParams
 from lgp.params.labels import ALL_LABELS, LabelsParams
 from lgp.params.model import ModelParams
@@ -58,6 +65,7 @@ class Params(Section):
     selected: list[LabelsName] = Field(default_factory=list)
     finetuned: list[LabelsName]
     finetuned_arms: list[ArmName]
+    semi_supervised: list[LabelsName] = Field(default_factory=list)
     data: DataParams
     labels: LabelsParams
     model: ModelParams
@@ -73,22 +81,30 @@ class Params(Section):
     propagation: PropagationParams = PropagationParams()
     selection: SelectionParams = SelectionParams()
     finetune: dict[LabelsName, FineTuneParams] = Field(default_factory=dict)
+    semi: SemiParams | None = None
     conflict: ConflictParams = ConflictParams()
     run: RunParams = RunParams()
 
     def tasks_of(self, arm: str) -> list[str]:
         """Return the names of an arm's tasks."""
-        tuned = [f"finetune-{labels}" for labels in self.finetuned] if arm in self.finetuned_arms else []
+        tuned = [f"finetune-{labels}" for labels in self.finetuned]
+        tuned += [f"semi-{labels}" for labels in self.semi_supervised]
         few = [f"fewshot-{labels}" for labels in self.few_labels]
         propagated = [f"propagate-{labels}" for labels in self.propagated]
         selected = [task for labels in self.selected for task in selected_tasks(labels)]
-        return ["linear", *few, *propagated, *selected, *tuned]
+        return ["linear", *few, *propagated, *selected, *(tuned if arm in self.finetuned_arms else [])]
 
     def recipe(self, labels: str) -> FineTuneParams:
         """Return the recipe `finetune.LABELS`. If there is none, raise `LgpError` with the existing recipes."""
         if labels not in self.finetune:
             raise LgpError(f"there is no recipe finetune.{labels}, only {', '.join(self.finetune) or 'none'}: add it")
         return self.finetune[labels]
+
+    def semi_recipe(self) -> SemiParams:
+        """Return the section `semi`. Raise `LgpError` if there is none."""
+        if self.semi is None:
+            raise LgpError("there is no section semi: add it (the preset digits has one)")
+        return self.semi
 
     @model_validator(mode="after")
     def _stages_agree(self) -> Self:
@@ -150,7 +166,7 @@ class Params(Section):
     @model_validator(mode="after")
     def _labels_are_there(self) -> Self:
         valid = [*self.labels.names, ALL_LABELS]
-        for key in ("few_labels", "propagated", "selected", "finetuned"):
+        for key in ("few_labels", "propagated", "selected", "finetuned", "semi_supervised"):
             names = getattr(self, key)
             for name in names:
                 if name not in valid:
@@ -162,6 +178,16 @@ class Params(Section):
                     raise ValueError(f"{key} names {name} twice")
                 if key == "finetuned" and name not in self.finetune:
                     raise ValueError(f"finetuned names {name}, but there is no recipe finetune.{name}: add it")
+                if key == "semi_supervised" and name not in self.finetuned:
+                    raise ValueError(
+                        f"semi_supervised names {name}, which is not among finetuned, and it starts from that: add it "
+                        "there, or drop it here"
+                    )
+        if self.semi_supervised and self.semi is None:
+            raise ValueError(
+                f"semi_supervised names {self.semi_supervised[0]}, but there is no section semi: add it (the preset "
+                "digits has one)"
+            )
         if self.features.blocks > self.model.depth:
             raise ValueError(f"features.blocks {self.features.blocks} is more than model.depth {self.model.depth}")
         return self

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lgp.params.arms import TRAINED
+from lgp.params.arms import TRAINED, TUNING
 from lgp.params.section import ArmName, Count, NonNegative, Positive, Section, Whole
 
 
@@ -45,14 +45,14 @@ class RunParams(Section):
     @model_validator(mode="after")
     def _accumulates_masked_modelling_only(self) -> Self:
         for stage, parts in self.accumulate.items():
-            if stage not in (*TRAINED, "finetune"):
+            if stage not in (*TRAINED, *TUNING):
                 raise ValueError(
-                    f"accumulate names {stage}, which is no training: choose of {', '.join(TRAINED)}, finetune"
+                    f"accumulate names {stage}, which is no training: choose of {', '.join((*TRAINED, *TUNING))}"
                 )
-            if parts > 1 and stage not in ("mim", "reverse", "finetune"):
+            if parts > 1 and stage not in ("mim", "reverse", *TUNING):
                 raise ValueError(
                     f"accumulate.{stage} {parts}: a contrastive loss compares each image with all others of its batch, "
                     "so a batch in parts has another loss: divide it among more processes, or lower "
-                    f"{stage}.batch_size; mim, reverse and finetune can be accumulated"
+                    f"{stage}.batch_size; mim, reverse, {' and '.join(TUNING)} can be accumulated"
                 )
         return self

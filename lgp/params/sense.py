@@ -36,6 +36,8 @@ RANGES = {  # keys → smallest and largest value; a zero that a key allows mean
     "propagation.gamma": (1e-3, 1e3),
     "finetune.*.mixup": (1e-3, 1e3),
     "finetune.*.cutmix": (1e-3, 1e3),
+    "semi.weight": (1e-6, 1e6),
+    "semi.unlabelled_ratio": (1, 1000),
     "data.eval_crop": (0.1, 1),
     "labels.subsets": (5, 1000),
     "run.threads": (1, 1024),
@@ -190,6 +192,8 @@ def _nothing_trained(params: "Params") -> Iterator[str]:
         if not any(rates):
             yield f"{key} are all 0, so nothing is trained: give one block or more a rate"
     decays = {f"finetune.{name}.layer_decay": recipe.layer_decay for name, recipe in params.finetune.items()}
+    if params.semi:
+        decays["semi.layer_decay"] = params.semi.layer_decay
     if graft.layer_decay and "layer_decay" in graft.policy:
         decays["graft.layer_decay.decay"] = graft.layer_decay.decay
     for key, decay in decays.items():
@@ -206,7 +210,7 @@ def _nothing_trained(params: "Params") -> Iterator[str]:
 def _decayed_away(params: "Params") -> Iterator[str]:
     """Yield trainings in which a step of AdamW shrinks the weights by all they are: peak rate × weight decay ≥ 1."""
     trainings: dict[str, TrainingParams | None] = {
-        name: getattr(params, name) for name in ("mim", "cl", "graft", "joint", "reverse")
+        name: getattr(params, name) for name in ("mim", "cl", "graft", "joint", "reverse", "semi")
     }
     trainings |= {f"finetune.{name}": recipe for name, recipe in params.finetune.items()}
     for name, training in trainings.items():

@@ -26,6 +26,7 @@ METHODS = {
     "selected": "images selected",
     "selected, propagated": "selected and propagated",
     "finetune": "fine-tuned",
+    "semi": "semi-supervised",
 }
 SHOWN_CLASSES = 20
 MISTAKES_A_ROW = 8

@@ -17,7 +17,7 @@ from lgp.evaluate.calibration import calibration_interval
 from lgp.evaluate.outcome import COVERAGES
 from lgp.models.files import read_arm_metrics
 from lgp.params.file import Params
-from lgp.report.gains import METHODS, Gain
+from lgp.report.gains import COLUMNS, SEMI, Gain
 from lgp.report.outcomes import ArmOutcomes, confidence_by_subset, leader
 from lgp.report.pairs import Pair
 from lgp.report.table import plain_and_added, task_name, wide_rows
@@ -108,13 +108,15 @@ def _added(found: list[Gain]) -> list[str]:
         "class. Bold: p is below 0.05 after the correction for the comparisons of that row (Holm); the others are "
         "undecided."
     )
-    cells = {(g.arm, g.labels, g.method): f"**{g.interval()}**" if g.decided else g.interval() for g in found}
-    rows = dict.fromkeys((g.arm, g.labels) for g in found)
-    body = [
-        [arm, task_name(f"fewshot-{labels}"), *(cells.get((arm, labels, method), "–") for method in METHODS)]
-        for arm, labels in rows
-    ]
-    return [*lines, "", *_table(["arm", "labels", *METHODS], body)]
+    methods = [method for method in COLUMNS if any(g.method == method for g in found)]
+    if SEMI in methods:
+        lines += _paragraph(
+            "Semi-supervised: fine-tuning goes on with the unlabelled training images, compared with fine-tuning alone."
+        )
+    cells = {(g.arm, g.base, g.method): f"**{g.interval()}**" if g.decided else g.interval() for g in found}
+    rows = dict.fromkeys((g.arm, g.base) for g in found)
+    body = [[arm, task_name(base), *(cells.get((arm, base, method), "–") for method in methods)] for arm, base in rows]
+    return [*lines, "", *_table(["arm", "labels", *methods], body)]
 
 
 def _knn_variant(arms: list[ArmOutcomes]) -> str:

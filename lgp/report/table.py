@@ -104,7 +104,8 @@ def task_name(task: str) -> str:
     labels, _, spread = labels.partition("-")
     name = re.sub(r"^(\d+)shot$", r"\1 a class", re.sub(r"^(\d+)pct$", r"\1 %", labels))
     chosen = f"{name}, selected{' and propagated' if spread else ''}"
-    names |= {"finetune": f"fine-tuned, {name}", "propagate": f"{name}, propagated", "selected": chosen}
+    names |= {"finetune": f"fine-tuned, {name}", "semi": f"semi-supervised, {name}"}
+    names |= {"propagate": f"{name}, propagated", "selected": chosen}
     return names.get(kind, name)
 
 

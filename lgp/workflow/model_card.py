@@ -33,6 +33,7 @@ TASKS = {
     "propagate": "logistic regression on labels that spread to all training images",
     "selected": "logistic regression on images that the features chose",
     "finetune": "fine-tuning",
+    "semi": "semi-supervised fine-tuning",
 }
 
 

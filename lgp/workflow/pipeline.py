@@ -25,6 +25,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "propagate": ("features", "fewshot", "propagation"),
     "selected": ("seed", "features", "fewshot", "propagation", "selection"),
     "finetune": ("seed", "finetune"),
+    "semi": ("seed", "finetune", "semi"),
     "report": (
         "seed",
         "arms",
@@ -33,6 +34,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "selected",
         "finetuned",
         "finetuned_arms",
+        "semi_supervised",
         "data",
         "model",
         "features",

@@ -18,6 +18,7 @@ from lgp.compute.launch import WorkerDone, launch, launched, launched_rank
 from lgp.compute.seals import check_sealed
 from lgp.errors import LgpError, NotTrained, check_disk_space
 from lgp.models.files import CLASSIFIERS, HEADS, WEIGHTS, check_beside, check_trained, encoder_digest, no_encoder
+from lgp.params.arms import how_to_evaluate
 from lgp.params.file import Params, load_params, restricted, section_values
 from lgp.training.left_states import RESUME, expire, remove
 from lgp.training.resume_states import StateStore
@@ -257,6 +258,9 @@ def _as_worker(spec: StageSpec, params: Params, root: Path) -> Iterator[StageRun
 def _remedy(path: Path) -> str:
     if path.name == WEIGHTS:
         return no_encoder(path.parent)
+    if path.parts[0] == "metrics":
+        arm, _, task = path.stem.partition("-")
+        return how_to_evaluate(arm, task)
     return (
         f"run `lgp {'labels' if path.name == 'labels' else 'prepare'}`"
         if path.parts[0] == "data"

@@ -24,7 +24,7 @@ from lgp.data.loading import Batch
 from lgp.errors import Diverged, LgpError
 from lgp.evaluate import fine_tuning as module
 from lgp.evaluate.fine_tuning import (
-    _LabelledCrops,
+    LabelledCrops,
     batch_size_for,
     build_classifier,
     finetune,
@@ -274,7 +274,7 @@ def test_state_that_other_code_left_is_adopted_for_every_subset(
 def test_rand_augment_changes_the_crops_as_the_step_says(prepared: LabelledImages, params: Params) -> None:
     ids = prepared.subsets("10pct")[0]
     plain, augmented, again = (
-        _LabelledCrops(prepared, recipe(params, rand_augment=given), 20, Stream(0, "f"), ids)
+        LabelledCrops(prepared, recipe(params, rand_augment=given), 20, Stream(0, "f"), ids)
         for given in (None, "rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1")
     )
     assert augmented[1].shape == plain[1].shape == (20, 1, 1, 8, 8)
@@ -288,7 +288,7 @@ def test_rand_augment_changes_the_crops_as_the_step_says(prepared: LabelledImage
 
 def test_rand_augment_of_full_strength_keeps_a_bit(prepared: LabelledImages, params: Params) -> None:
     ids = prepared.ids("train")
-    crops = _LabelledCrops(prepared, recipe(params, rand_augment="rand-m10-n4-inc1"), len(ids), Stream(0, "f"), ids)
+    crops = LabelledCrops(prepared, recipe(params, rand_augment="rand-m10-n4-inc1"), len(ids), Stream(0, "f"), ids)
     assert crops[0].shape == (len(ids), 1, 1, 8, 8)
 
 
@@ -296,7 +296,7 @@ def test_rand_augment_of_full_strength_keeps_a_bit(prepared: LabelledImages, par
 def test_recipes_of_the_presets_are_built(preset: Path, prepared: LabelledImages) -> None:
     ids = prepared.subsets("10pct")[0]
     for settings in load_params(preset).finetune.values():
-        assert _LabelledCrops(prepared, settings, 4, Stream(0, "f"), ids)[0].shape == (4, 1, 1, 8, 8)
+        assert LabelledCrops(prepared, settings, 4, Stream(0, "f"), ids)[0].shape == (4, 1, 1, 8, 8)
 
 
 def test_rand_augment_that_timm_does_not_know_is_refused(params: Params) -> None:
@@ -372,9 +372,9 @@ def test_rand_augment_turns_images_as_the_recipe_resizes(prepared: LabelledImage
     ids = prepared.subsets("10pct")[0]
     for name, mode in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
         given = recipe(params, rand_augment="rand-m9-mstd0.5-inc1", interpolation=name)
-        augment = _LabelledCrops(prepared, given, 4, Stream(0, "f"), ids).augment
-        assert augment is not None
-        assert all(operation.hparams["interpolation"] == mode for operation in augment.ops)
+        augmentation = LabelledCrops(prepared, given, 4, Stream(0, "f"), ids).augment
+        assert augmentation is not None
+        assert all(operation.hparams["interpolation"] == mode for operation in augmentation.augment.ops)
 
 
 def test_batch_is_what_so_few_images_fill(params: Params) -> None:

@@ -59,6 +59,19 @@ def test_exponent_without_dot_is_a_number(tmp_path: Path, values: dict[str, Any]
         ),
         ({"finetune": {"10pct": {"base_lr": ["x"]}}}, "yaml: finetune.10pct.base_lr.0: 'x' is not valid: input"),
         ({"finetuned": ["all"]}, "finetuned names all, but there is no recipe finetune.all: add it"),
+        ({"semi_supervised": ["1pct"]}, "semi_supervised names 1pct, which is not among finetuned, and it starts from"),
+        (
+            {"semi_supervised": ["10pct"], "semi": None},
+            "semi_supervised names 10pct, but there is no section semi: add",
+        ),
+        (
+            {"semi": {"unlabelled_ratio": 1, "mixing": "both"}},
+            "semi: mixing both needs an unlabelled_ratio of 2 or more",
+        ),
+        (
+            {"semi": {"rand_augment": "much"}},
+            "semi.rand_augment: 'much' is not valid: give timm's description, like ra",
+        ),
         ({"labels": {"lists": {"1pct": "list.txt"}}}, "name 1pct twice"),
         ({"labels": {"shots": [5, 5]}}, "name 5shot twice"),
         ({"labels": {"lists": {"all": "list.txt"}}}, "all means all labels: call the share or list otherwise"),
@@ -131,7 +144,15 @@ def test_every_new_place_of_a_moved_key_is_there(new: str) -> None:
 
 def test_an_arm_goes_through_the_tasks_of_its_kind(values: dict[str, Any]) -> None:
     params = Params.model_validate(
-        merged(values, {"finetuned_arms": ["graft"], "few_labels": ["10pct", "1pct"], "propagated": ["1pct"]})
+        merged(
+            values,
+            {
+                "finetuned_arms": ["graft"],
+                "few_labels": ["10pct", "1pct"],
+                "propagated": ["1pct"],
+                "semi_supervised": ["10pct"],
+            },
+        )
     )
     frozen = ["linear", "fewshot-10pct", "fewshot-1pct", "propagate-1pct", "selected-1pct", "selected-1pct-propagated"]
     assert {arm: params.tasks_of(arm) for arm in params.arms} == {
@@ -139,7 +160,7 @@ def test_an_arm_goes_through_the_tasks_of_its_kind(values: dict[str, Any]) -> No
         "random": frozen,
         "mim": frozen,
         "cl": frozen,
-        "graft": [*frozen, "finetune-10pct"],
+        "graft": [*frozen, "finetune-10pct", "semi-10pct"],
     }
 
 

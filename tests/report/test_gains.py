@@ -10,6 +10,7 @@ from lgp.evaluate.statistics import holm, paired_gap
 from lgp.report.figures import plot_label_efficiency
 from lgp.report.gains import METHODS, answer, gains, tasks_of
 from lgp.report.outcomes import ArmOutcomes
+from lgp.report.page import _added
 from lgp.report.table import plain_and_added, results_table, task_name, wide_rows
 from lgp.report.verdict import judge
 
@@ -22,6 +23,8 @@ RIGHT = {
     "selected-1pct-propagated": 60,
     "fewshot-10pct": 150,
     "propagate-10pct": 150,
+    "finetune-10pct": 140,
+    "semi-10pct": 170,
 }
 
 
@@ -48,21 +51,19 @@ def arm(name: str, shift: int, val: float) -> ArmOutcomes:
 ARMS = [arm("mim", 20, 0.6), arm("graft", 0, 0.9)]
 
 
-def test_each_method_is_compared_with_regression_on_random_images_of_its_arm_and_labels() -> None:
+def test_each_method_is_compared_with_its_base_of_the_same_arm_and_labels() -> None:
     found = gains(ARMS)
-    assert [(g.arm, g.labels, g.method) for g in found] == [
-        (a.arm, labels, method)
-        for a in ARMS
-        for labels, methods in (("1pct", list(METHODS)), ("10pct", ["propagated"]))
-        for method in methods
+    measured = {"fewshot-1pct": list(METHODS), "fewshot-10pct": ["propagated"], "finetune-10pct": ["semi-supervised"]}
+    assert [(g.arm, g.base, g.method) for g in found] == [
+        (a.arm, base, method) for a in ARMS for base, methods in measured.items() for method in methods
     ]
     for gain in found:
         of = next(a for a in ARMS if a.arm == gain.arm).tasks
-        assert gain.task == tasks_of(gain.labels)[gain.method]
-        tables = [of[t].predictions.sort_values(["subset", "id"]) for t in (gain.task, f"fewshot-{gain.labels}")]
+        assert gain.task == tasks_of(gain.base)[gain.method]
+        tables = [of[t].predictions.sort_values(["subset", "id"]) for t in (gain.task, gain.base)]
         right = [(t["prediction"] == t["label"]).to_numpy().reshape(SUBSETS, -1) for t in tables]
         assert gain.gap == paired_gap(right[0], right[1])
-    for row in ([0, 1, 2], [3], [4, 5, 6], [7]):
+    for row in ([0, 1, 2], [3], [4], [5, 6, 7], [8], [9]):
         assert [found[i].p for i in row] == holm([found[i].gap.p for i in row])
 
 
@@ -93,14 +94,16 @@ def test_answer_is_the_first_line_unless_nobody_is_crowned() -> None:
 
 def test_what_choosing_adds_is_not_compared_between_arms() -> None:
     tasks = {pair.task for pair in judge(ARMS, Data()).pairs}  # type: ignore[arg-type]
-    assert tasks == {"linear", "fewshot-1pct", "fewshot-10pct", "propagate-1pct", "propagate-10pct"}
+    frozen = {"linear", "fewshot-1pct", "fewshot-10pct", "propagate-1pct", "propagate-10pct"}
+    assert tasks == {*frozen, "finetune-10pct", "semi-10pct"}
 
 
 def test_tables_keep_the_methods_apart() -> None:
     rows = [{k: str(v) for k, v in row.items()} for row in results_table(ARMS).to_dict("records")]
     plain, added = plain_and_added(rows)
     header, _ = wide_rows(plain)
-    assert header == ["arm", "k-NN (1000 labels)", "linear (1000 labels)", "1 % (10 labels)", "10 % (100 labels)"]
+    frozen = ["arm", "k-NN (1000 labels)", "linear (1000 labels)", "1 % (10 labels)", "10 % (100 labels)"]
+    assert header == [*frozen, "fine-tuned, 10 % (100 labels)", "semi-supervised, 10 % (100 labels)"]
     header, cells = wide_rows(added)
     assert header[1:] == [
         "1 %, propagated (10 labels)",
@@ -122,4 +125,14 @@ def test_picture_has_a_plot_for_each_method(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda _: None)
     plot_label_efficiency(tmp_path / "picture.png", results_table(ARMS), 2)  # type: ignore[operator]
     assert drawn[1] == ("graft", [50.0, 75.0, 95.0])
-    assert [values for name, values in drawn if name == "graft"][1:] == [[90.0, 75.0], [52.0], [30.0]]
+    assert [values for name, values in drawn if name == "graft"][1:] == [[90.0, 75.0], [52.0], [30.0], [70.0], [85.0]]
+
+
+def test_page_has_a_row_for_what_semi_supervised_fine_tuning_adds() -> None:
+    lines = _added(gains(ARMS))
+    assert "| arm | labels | propagated | selected | selected and propagated | semi-supervised |" in lines
+    (row,) = (line for line in lines if line.startswith("| graft | fine-tuned, 10 % |"))
+    assert row.split(" | ")[2:5] == ["–", "–", "–"]
+    assert "+15.0 [" in row.split(" | ")[5]
+    without = [ArmOutcomes("graft", {t: o for t, o in ARMS[1].tasks.items() if not t.startswith("semi")})]
+    assert not [line for line in _added(gains(without)) if "emi-supervised" in line]

@@ -890,6 +890,7 @@ LISTED = [
     "linear",
     "fewshot",
     "finetune",
+    "semi",
     "report",
     "joint",
     "reverse",

@@ -32,6 +32,7 @@ CHOICES = {
     "${propagated}": ("1pct", "10pct"),
     "${selected}": ("1pct", "10pct"),
     "${finetuned}": ("10pct",),
+    "${semi_supervised}": (),
 }
 DVC = [sys.executable, "-m", "dvc"]
 
@@ -57,7 +58,7 @@ ALL = {"prepare", "labels", "report", *TRAINED, *BASELINE} | EVALUATIONS
 @pytest.mark.parametrize("name", STAGES)
 def test_parameters_in_dvc_are_those_that_the_stage_digests(name: str) -> None:
     listed = STAGES[name].get("params", [])
-    if name == "finetune":
+    if name in ("finetune", "semi"):
         listed = [section.removesuffix(".${item.labels}") for section in listed]
     assert tuple(listed) == SECTIONS.get(name, ())
 
@@ -207,6 +208,8 @@ def changed(folder: Path) -> tuple[set[str], set[str]]:
         ({"finetune": {"all": {"epochs": 7}}}, set()),
         ({"few_labels": ["1pct"]}, {"report"}),
         ({"finetuned": []}, {"report"}),
+        ({"semi_supervised": ["10pct"]}, {"report"} | {f"semi@{arm}-10pct" for arm in TRAINED}),
+        ({"semi": {"epochs": 7}}, set()),
         ({"labels": {"shots": [5]}}, {"labels", "report"} | EVALUATIONS),
         ({"labels": {"shares": {"2pct": 0.02}}}, {"labels", "report"} | EVALUATIONS),
         ({"labels": {"leaks": "drop_test"}}, {"labels", "report"} | EVALUATIONS),
@@ -326,10 +329,7 @@ def test_changed_file_of_images_prepares_them_again(edited: Path) -> None:
         write_images(edited)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["mim", "cl", "graft", "joint", "reverse", "baseline", "linear", "fewshot", "propagate", "selected", "finetune"],
-)
+@pytest.mark.parametrize("name", [name for name in STAGES if name not in ("inputs", "prepare", "labels", "report")])
 def test_training_and_evaluation_depend_on_the_digest_of_the_images(name: str) -> None:
     """So the same images from another layout, or under other names, train nothing again."""
     assert [dep for dep in STAGES[name]["deps"] if dep.startswith("data/prepared")] == ["data/prepared/meta.json"]
