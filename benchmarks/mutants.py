@@ -52,7 +52,7 @@ TESTS = {
     "lgp.pretrain.arm": ["pretrain/test_arm.py", "pretrain/test_sanity_checks.py"],
     "lgp.training.loop": ["training/test_loop.py"],
     "lgp.evaluate.linear": ["evaluate/test_linear.py", "evaluate/test_evaluation_arrivals.py"],
-    "lgp.evaluate.fine_tuning": ["evaluate/test_fine_tuning.py", "evaluate/test_evaluation_arrivals.py"],
+    "lgp.evaluate.fine_tuning": ["evaluate/test_fine_tuning_parts.py"],
 }
 
 
