@@ -1,5 +1,6 @@
 """What few-label evaluation asks of its parts, on random features: scaling, folds, temperature, what is kept."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -242,3 +243,33 @@ def test_head_is_scored_at_the_given_temperature_or_vals(features: Features) -> 
     x = features.x["test"].astype(np.float64)
     assert np.allclose(kept.head.logits(x), head.logits((x - scale.mean) / scale.std) / 3)
     assert module._scored(head, scale, features, None)[1].temperature != 1
+
+
+def test_two_classes_without_an_intercept_and_with_a_feature_that_is_always_0() -> None:
+    rng = np.random.default_rng(0)
+    x, y = np.column_stack([rng.normal(size=(20, 3)), np.zeros(20)]), np.arange(20) % 2
+    model, _ = fit_logistic_regression(x, y, x, y, fewshot(choose="fixed", intercept=False))
+    head = module.head_of(model, 2)
+    assert head.weight.tolist() == [[0] * 4, model[-1].coef_[0].tolist()]
+    assert head.bias.tolist() == [0, 0]
+
+
+def test_subset_of_two_classes_is_fitted(features: Features) -> None:
+    rows = [row for row in range(40) if row % CLASSES != 1]
+    outcome = evaluate_fewshot(features, [subset(features, *rows)], fewshot())
+    assert set(outcome.predictions["prediction"]) == {0, 2}
+
+
+def test_other_warnings_than_that_of_convergence_are_passed_on(
+    features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warned(of: Any) -> Any:
+        return lambda *about: warnings.warn("something else", UserWarning, stacklevel=1) or of(*about)  # type: ignore[func-returns-value]
+
+    few = [subset(features, *FEW)]
+    monkeypatch.setattr(module, "choose_propagation", warned(module.choose_propagation))
+    with pytest.warns(UserWarning, match="something else"):
+        evaluate_propagation(features, few, fewshot(), PropagationParams(k=[4]), CPU)
+    monkeypatch.setattr(module, "make_pipeline", warned(module.make_pipeline))
+    with pytest.warns(UserWarning, match="something else"):
+        evaluate_fewshot(features, few, fewshot())

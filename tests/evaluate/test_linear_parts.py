@@ -51,6 +51,7 @@ def features(prepared: LabelledImages) -> Features:
     """Two blocks of random features that hint at the class."""
     rng = np.random.default_rng(0)
     ids = {split: prepared.ids(split) for split in ("train", "val", "test")}
+    ids["train"] = ids["train"][:170]  # fewer than there are
     y = {split: prepared.labels[i] for split, i in ids.items()}
     middle = rng.normal(size=(CLASSES, WIDTH))
     by_block = {
@@ -221,9 +222,9 @@ def test_knn_is_of_the_features_and_of_each_block(features: Features, params: Pa
 
 def test_knn_is_computed_on_the_device(features: Features, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(module, "knn_predict", lambda *about: asked.append(about[-1]) or features.y["test"])  # type: ignore[func-returns-value]
-    assert module._knn(features, "test", 0, params.linear, CPU).all()
-    assert asked == [CPU]
+    monkeypatch.setattr(module, "knn_predict", lambda *about: asked.append(about[-1]) or knn_predict(*about))  # type: ignore[func-returns-value]
+    module._outcome(heads_of(features), features, params.linear, CPU)
+    assert asked == [CPU] * 4  # test, val, and two blocks
 
 
 def test_heads_that_all_diverged_are_refused(features: Features, params: Params) -> None:
