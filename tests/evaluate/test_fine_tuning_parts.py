@@ -145,6 +145,11 @@ def test_processes_and_parts_share_a_batch(
     ids = session.data.ids("train")[:70]
     _fit(shared_of(encoder_folder, session, recipe_of(session.params)), TRIAL, ids)
     assert trainers[0].given.crops.rows == slice(10, 20)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "Trainer", Fixed)
+    _fit(shared_of(encoder_folder, session, recipe_of(session.params)), TRIAL, ids[:15])
+    assert trainers[1].given.crops.batch_size == 15  # one process and one part take any number
+    monkeypatch.setattr(module, "world_size", lambda: 2)
     run = session.params.run.model_copy(update={"accumulate": {"finetune": 3}})
     parted = replace(session, params=session.params.model_copy(update={"run": run}))
     with pytest.raises(LgpError, match="20 labelled images a batch cannot be cut into 6 equal parts"):
@@ -224,6 +229,27 @@ def test_every_crop_is_augmented_by_its_own_draw_in_the_images_mode(prepared: La
         assert np.array_equal(crops[1][row, 0, 0].numpy(), np.array(expected))
 
 
+def test_other_processes_augment_their_rows_as_one_process_does(prepared: LabelledImages, params: Params) -> None:
+    whole, half = colour_crops(prepared, params), colour_crops(prepared, params)
+    half.shard(1, 2)
+    assert torch.equal(half[1], whole[1][4:])
+    assert half.labels(Batch(half[1], 1, half.rows, 8)).tolist() == prepared.labels[whole.ids_of(1)[4:]].tolist()
+
+
+def test_mean_colour_of_colour_images_has_their_three_channels(params: Params) -> None:
+    data = SimpleNamespace(mean=(0.1, 0.2, 0.3), image_size=20)
+    augment = module._rand_augment(recipe_of(params, rand_augment="rand-m9-mstd0.5-inc1"), data)  # type: ignore[arg-type]
+    assert augment.ops[0].hparams["img_mean"] == (26, 51, 76)
+    assert augment.ops[0].hparams["translate_const"] == 9
+
+
+def test_bits_are_of_the_level_and_the_parameters() -> None:
+    def bits_of(level: float, hparams: dict[str, int]) -> tuple[int]:
+        return (int(level) + hparams["more"],)
+
+    assert [module._one_bit_or_more(bits_of, level, {"more": -2}) for level in (1, 2, 3, 5)] == [(1,), (1,), (1,), (3,)]
+
+
 def test_posterize_leaves_at_least_one_bit_and_more_where_it_would(prepared: LabelledImages, params: Params) -> None:
     augment = colour_crops(prepared, params).augment
     assert augment is not None
@@ -277,7 +303,12 @@ def test_weight_decay_of_groups_is_timms_rule(encoder_folder: Path, params: Para
     groups = layer_decayed_groups(model, 0.8, recipe_of(params))
     assert [set(group) for group in groups] == [{"params", "weight_decay", "lr"}] * len(groups)
     assert {group["weight_decay"] for group in groups} == {0.0, 0.06}
-    assert max(group["lr"] for group in groups) == 0.8
+    of = {id(p): group for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        whole = p.ndim <= 1 or name in ("cls_token", "pos_embed")
+        assert of[id(p)]["weight_decay"] == (0 if whole else 0.06), name
+    rates = [of[id(model.get_parameter(name))]["lr"] for name in ("head.bias", "norm.bias", "cls_token")]
+    assert rates == pytest.approx([0.8, 0.8 / 2, 0.8 / 2**4])
 
 
 def test_arm_without_a_projector_is_named_once(
@@ -298,12 +329,14 @@ def test_arm_without_a_projector_is_named_once(
 
 
 def test_prediction_is_of_whole_images_of_val_and_test(
-    session: Session, encoder_folder: Path, prepared: LabelledImages
+    session: Session, encoder_folder: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(session.params, drop_path=0.9)
-    model = build_classifier(encoder_folder, 10, recipe)
+    model, asked, read = build_classifier(encoder_folder, 10, recipe), set[Any](), LabelledImages.whole
+    monkeypatch.setattr(LabelledImages, "whole", lambda self, ids, how: asked.add(how) or read(self, ids, how))  # type: ignore[func-returns-value]
     nn.init.normal_(model.head.weight)
     found = module._predict(model.train(), prepared, recipe, CPU)
+    assert asked == {"bicubic"}
     for split in ("val", "test"):
         ids = prepared.ids(split)
         with torch.inference_mode():
@@ -355,7 +388,7 @@ class Around:
     def fit(self, shared: _FineTuning, trial: _Trial, ids: np.ndarray) -> tuple[Any, int]:
         self.trials.append((trial, ids.tolist()))
         self.about.append(shared)
-        return f"model {trial.number}", 10 ** (15 - 3) * (trial.number + 1)
+        return f"model {trial.number}", 10**12 * (trial.number + 1) + 1_234_567
 
     def predict(self, model: Any, *about: Any) -> Logits:
         shared = self.about[-1]
@@ -391,7 +424,7 @@ def test_every_rate_trains_on_every_subset_and_the_best_on_val_is_kept(
     assert outcome.predictions.equals(expected.predictions)
     on_val = [over_subsets(scored[2 * i : 2 * i + 2], labels).metrics["val/top1"] for i in range(3)]
     more = {f"val/top1_at_{lr}": top1 for lr, top1 in zip((0.1, 0.01, 0.001), on_val, strict=True)}
-    more |= {"base_lr": 0.01, "diverged": 0.0, "train/pflop": 0.021, "first_fc": 0.0}
+    more |= {"base_lr": 0.01, "diverged": 0.0, "train/pflop": 0.021000007, "first_fc": 0.0}
     assert outcome.metrics == {**expected.metrics, **more}
     assert outcome.classifier == ("model 2", recipe, temperatures[2])  # the better of its two
     shared = around.about[0]
@@ -422,7 +455,7 @@ def test_rate_without_finite_predictions_is_left_out_and_counted(
     assert outcome.metrics["diverged"] == 1
     assert outcome.metrics.keys() >= {"val/top1_at_0.3", "val/top1_at_0.1"}
     assert "val/top1_at_0.2" not in outcome.metrics
-    assert outcome.metrics["train/pflop"] == pytest.approx(0.004)  # of the rates that are left
+    assert outcome.metrics["train/pflop"] == pytest.approx(0.004, abs=1e-8)  # of the rates that are left
     reason = (
         "finetune: the predictions are not finite at the rate 0.2 per 256 images: lower the learning rate of finetune"
     )
@@ -445,7 +478,7 @@ def test_other_process_predicts_and_says_nothing(
     assert len(around.trials) == 2
     assert not capsys.readouterr().out
     outcome, flops = module._try_rate(around.about[0], session.data.subsets("10pct")[:2], 0, 0.1)
-    assert (outcome.metrics, outcome.predictions.empty, flops) == ({}, True, 3 * 10**12)
+    assert (outcome.metrics, outcome.predictions.empty, flops) == ({}, True, 3 * 10**12 + 2 * 1_234_567)
 
 
 def test_predictions_of_the_first_process_stop_all_of_them(

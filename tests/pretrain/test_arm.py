@@ -138,6 +138,7 @@ def test_device_precision_disk_and_memory_are_asked_for_with_what_the_arm_needs(
     computed = {"device": "cpu", "precision": "torch.bfloat16", "threads": torch.get_num_threads(), "processes": 1}
     assert result.computed == computed | {"compiled": False}
     assert result.model is objective.model
+    assert result.progression.train_flops == 1000
 
 
 def test_batch_that_the_images_or_the_parts_do_not_allow_is_refused(trainers: list[Fixed], session: Session) -> None:
