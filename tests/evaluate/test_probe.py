@@ -151,13 +151,18 @@ def test_heads_start_from_one_draw_of_small_weights_and_biases_of_zero() -> None
     (group,) = some.optimizer().param_groups
     assert (group["lr"], group["weight_decay"], group["momentum"]) == (3.0, 0, 0)
     assert (some.decayed, heads([(0.3, 0.0)]).decayed) == (True, False)
-    assert {name for name, _ in some.named_buffers()} == {"rate_ratio", "decay_ratio"}
+    assert {name: of.dtype for name, of in some.named_buffers()} == {
+        "rate_ratio": torch.float64, "decay_ratio": torch.float64,
+    }  # fmt: skip
+    features, labels = (torch.from_numpy(array) for array in separable())
+    assert some.loss(features.float(), labels).dtype == torch.float32
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_one_head_is_read_as_weight_and_bias_on_the_features_as_they_are(batch_norm: bool) -> None:
     features, labels = separable()
     features = 3 + 2 * features
+    features[:, 0] *= 1e-4  # so little that the norm's eps counts
     some = heads([(0.1, 0.0), (1.0, 0.0)], batch_norm)
     train_heads(some, features, labels, 10, BATCH, seed=0)
     logits = some.logits(features).numpy()
