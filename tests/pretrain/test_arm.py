@@ -225,7 +225,7 @@ class Known:
         self.labelled, self.settings = labelled, settings
 
     def after_epoch(self, *about: Any) -> Any:
-        return about
+        return self.labelled, self.settings, *about
 
 
 def test_trainer_measures_knn_after_an_epoch_where_labels_are_prepared(
@@ -237,7 +237,7 @@ def test_trainer_measures_knn_after_an_epoch_where_labels_are_prepared(
     fitted(objective, replace(session, labelled=session.data))
     without, with_labels = (trainer.after_epoch(7) for trainer in trainers)  # type: ignore[attr-defined]
     assert without == {}
-    assert with_labels == (7, objective.model.encoder, CPU)
+    assert with_labels == (session.data, session.params.run.online_knn, 7, objective.model.encoder, CPU)
 
 
 def checks_of(objective: Objective, stage: Any, accepted: bool = False) -> Checks:
