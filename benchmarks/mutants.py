@@ -44,15 +44,15 @@ TESTS = {
     "lgp.evaluate.statistics": ["evaluate/test_statistics.py"],
     "lgp.evaluate.outcome": ["evaluate/test_statistics.py"],
     "lgp.evaluate.probe": ["evaluate/test_probe.py"],
-    "lgp.evaluate.few_labels": ["evaluate/test_few_labels.py"],
-    "lgp.pretrain.graft": ["pretrain/test_graft.py"],
-    "lgp.pretrain.mim": ["pretrain/test_arrivals.py"],
-    "lgp.pretrain.cl": ["pretrain/test_cl.py", "pretrain/test_arrivals.py"],
-    "lgp.pretrain.controls": ["pretrain/test_controls.py", "pretrain/test_arrivals.py"],
-    "lgp.pretrain.arm": ["pretrain/test_sanity_checks.py", "pretrain/test_arrivals.py"],
+    "lgp.evaluate.few_labels": ["evaluate/test_few_labels_parts.py", "evaluate/test_few_labels.py"],
+    "lgp.pretrain.graft": ["pretrain/test_handed_over.py", "pretrain/test_graft.py"],
+    "lgp.pretrain.mim": ["pretrain/test_handed_over.py", "pretrain/test_mim.py"],
+    "lgp.pretrain.cl": ["pretrain/test_handed_over.py", "pretrain/test_cl.py"],
+    "lgp.pretrain.controls": ["pretrain/test_handed_over.py", "pretrain/test_controls.py"],
+    "lgp.pretrain.arm": ["pretrain/test_arm.py", "pretrain/test_sanity_checks.py"],
     "lgp.training.loop": ["training/test_loop.py"],
-    "lgp.evaluate.linear": ["evaluate/test_linear.py", "evaluate/test_evaluation_arrivals.py"],
-    "lgp.evaluate.fine_tuning": ["evaluate/test_fine_tuning.py", "evaluate/test_evaluation_arrivals.py"],
+    "lgp.evaluate.linear": ["evaluate/test_linear_parts.py", "evaluate/test_linear.py"],
+    "lgp.evaluate.fine_tuning": ["evaluate/test_fine_tuning_parts.py"],
 }
 
 

@@ -183,7 +183,7 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
-    gap = np.bincount(calibration_bins(confidence), correct.astype(float) - confidence, minlength=CALIBRATION_BINS)
+    gap = np.bincount(calibration_bins(confidence), correct.astype(float) - confidence)
     return 100 * float(np.abs(gap).sum() / len(labels))
 
 

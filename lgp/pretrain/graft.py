@@ -112,7 +112,7 @@ def l1_penalty(encoder: VisionTransformer, lower_blocks: int, weight: float) -> 
 
     def penalty() -> Tensor:
         nonlocal start
-        if start and start[0].device != regularized[0].device:
+        if start[0].device != regularized[0].device:
             start = [s.to(regularized[0].device) for s in start]
         return weight * torch.stack([(p - s).abs().sum() for p, s in zip(regularized, start, strict=True)]).sum()
 

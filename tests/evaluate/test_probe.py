@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lgp.compute.randomness import generator
+from lgp.evaluate import probe
 from lgp.evaluate.probe import LinearHeads, choose_head, cross_entropy_of_heads, head_settings, train_heads
 from lgp.params.evaluate import LinearParams
 from lgp.params.file import Params
@@ -132,3 +133,105 @@ def test_mixed_precision_does_not_round_rates_and_decays() -> None:
             for h, (rate, of_setting) in enumerate(settings)
         )
         assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_loss_of_an_impossible_label_is_finite() -> None:
+    logits = torch.tensor([[[0.0], [1000.0]]], dtype=torch.float64)
+    loss = cross_entropy_of_heads(logits, torch.tensor([0])).item()
+    assert loss == pytest.approx(-np.log(torch.finfo(torch.float64).tiny))
+
+
+def test_heads_start_from_one_draw_of_small_weights_and_biases_of_zero() -> None:
+    some = heads([(0.3, 0.0), (3.0, 0.1), (0.7, 0.0)])
+    start = 0.01 * torch.randn(WIDTH, CLASSES, generator=torch.Generator().manual_seed(0))
+    for number in range(3):
+        weight, bias = some.head(number)
+        assert np.allclose(weight, start.T.numpy())
+        assert not bias.any()
+    (group,) = some.optimizer().param_groups
+    assert (group["lr"], group["weight_decay"], group["momentum"]) == (3.0, 0, 0)
+    assert (some.decayed, heads([(0.3, 0.0)]).decayed) == (True, False)
+    assert {name: of.dtype for name, of in some.named_buffers()} == {
+        "rate_ratio": torch.float64, "decay_ratio": torch.float64,
+    }  # fmt: skip
+    features, labels = (torch.from_numpy(array) for array in separable())
+    assert some.loss(features.float(), labels).dtype == torch.float32
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_one_head_is_read_as_weight_and_bias_on_the_features_as_they_are(batch_norm: bool) -> None:
+    features, labels = separable()
+    features = 3 + 2 * features
+    features[:, 0] *= 1e-4  # so little that the norm's eps counts
+    some = heads([(0.1, 0.0), (1.0, 0.0)], batch_norm)
+    train_heads(some, features, labels, 10, BATCH, seed=0)
+    logits = some.logits(features).numpy()
+    for number in (0, 1):
+        weight, bias = some.head(number)
+        assert weight.dtype == bias.dtype == np.float64
+        assert np.allclose(features @ weight.T + bias, logits[..., number], atol=1e-4)
+
+
+@pytest.mark.parametrize("images", [1, 3, 4, 9])
+def test_scores_are_the_same_in_pieces(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = (array[:images] for array in separable())
+    some = heads([(0.1, 0.0), (1.0, 0.0)], batch_norm=True)
+    train_heads(some, *separable(), EPOCHS, BATCH, seed=0)
+    whole = some.logits(features), some.accuracies(features, labels)
+    monkeypatch.setattr(probe, "SCORED_ROWS", 4)
+    assert not some.train().logits(features).requires_grad
+    assert torch.allclose(some.train().logits(features), whole[0])
+    assert np.array_equal(some.train().accuracies(features, labels), whole[1])
+    expected = (whole[0].argmax(1).numpy() == labels[:, None]).mean(0)
+    assert whole[1] == pytest.approx(expected)
+
+
+def test_accuracy_of_no_image_is_zero() -> None:
+    assert heads([(0.1, 0.0)] * 3).accuracies(np.empty((0, WIDTH)), np.empty(0, dtype=int)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_one_weight_that_is_not_finite_rules_a_head_out(bad: float) -> None:
+    features, labels = separable()
+    some = heads([(0.1, 0.0)] * 3)
+    with torch.no_grad():
+        some.weight.view(WIDTH, CLASSES, -1)[4, 2, 1] = bad
+    accuracies = some.accuracies(features, labels)
+    assert accuracies[1] == -1
+    assert min(accuracies[[0, 2]]) >= 0
+
+
+def test_products_are_of_the_precision_that_is_asked_for() -> None:
+    features, labels = separable()
+    weights = []
+    for precision in (torch.float32, torch.bfloat16):
+        some = heads([(0.5, 1e-3)])
+        train_heads(some, features.astype(np.float32), labels, 2, BATCH, 0, precision)
+        weights.append(some.weight.detach())
+    assert not torch.equal(*weights)
+    assert torch.allclose(*weights, atol=1e-2)
+    assert weights[1].dtype == torch.float32
+
+
+def test_gradients_of_the_step_before_are_gone() -> None:
+    features, labels = separable()
+    some = heads([(0.5, 0.0)])
+    some.weight.grad = torch.full_like(some.weight, 100.0)
+    fresh = heads([(0.5, 0.0)])
+    for each in (some, fresh):
+        train_heads(each, features, labels, 1, BATCH, seed=0)
+    assert torch.equal(some.weight, fresh.weight)
+
+
+def test_choice_is_the_first_of_the_best_with_its_base_rate_and_decay(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear = params.linear.model_copy(update={"base_lrs": [0.1, 0.2, 0.3], "weight_decays": [0.0, 0.5]})
+    asked: list[tuple[np.ndarray, np.ndarray]] = []
+    accuracies = np.array([0.1, 0.2, 0.4, 0.7, 0.7, 0.6])
+    monkeypatch.setattr(LinearHeads, "accuracies", lambda _, *about: asked.append(about) or accuracies)  # type: ignore[func-returns-value]
+    x, y = separable()
+    assert choose_head(heads([(0.1, 0.0)]), linear, x, y) == probe.Chosen(3, 0.2, 0.5, 0.7)
+    assert asked[0][0] is x
+    assert asked[0][1] is y
+    assert head_settings(linear, 128) == [(lr / 2, decay) for lr in (0.1, 0.2, 0.3) for decay in (0.0, 0.5)]

@@ -8,7 +8,14 @@ from scipy import optimize, stats
 from sklearn.metrics import top_k_accuracy_score
 
 from lgp.evaluate.outcome import Predicted, over_subsets, percent
-from lgp.evaluate.statistics import accuracy_interval, calibration_error, holm, paired_gap
+from lgp.evaluate.statistics import (
+    accuracy_interval,
+    calibration_bins,
+    calibration_error,
+    holm,
+    paired_gap,
+    students_interval,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -31,24 +38,40 @@ def test_all_right_in_every_subset_has_a_width() -> None:
         assert (low, high) == (pytest.approx(98.94, abs=0.01), pytest.approx(100))
 
 
-def test_interval_of_several_subsets_equals_an_analysis_of_variance_written_out() -> None:
-    correct = (RNG.normal(size=40) + RNG.normal(0, 0.3, (4, 1)) + RNG.normal(size=(4, 40)) > -1).astype(float)
-    table = np.column_stack([correct, np.ones(4), np.zeros(4)])  # with one image always right, and one always wrong
-    subsets, images = table.shape
+def test_interval_does_not_leave_0_to_100_percent_by_rounding() -> None:
+    ends = [accuracy_interval(np.full((1, images), right)) for right in (False, True) for images in range(1, 99)]
+    assert min(low for low, _ in ends) == 0
+    assert max(high for _, high in ends) == 100
+
+
+@pytest.mark.parametrize(
+    ("subsets", "images", "few"),
+    [(4, 40, False), (2, 12, True)],  # of few images the formula has a lower freedom than the subsets alone
+)
+def test_interval_of_several_subsets_equals_an_analysis_of_variance_written_out(
+    subsets: int, images: int, few: bool
+) -> None:
+    rng = np.random.default_rng(5)
+    correct = (rng.normal(0, 0.1, images) + rng.normal(0, 0.3, (subsets, 1)) + rng.normal(size=(subsets, images))) > 0
+    # with one image always right, and one always wrong
+    table = np.column_stack([correct.astype(float), np.ones(subsets), np.zeros(subsets)])
+    padded = images + 2
     mean, rows, columns = table.mean(), table.mean(1), table.mean(0)
-    of_images = subsets * sum((c - mean) ** 2 for c in columns) / (images - 1)
-    of_subsets = images * sum((r - mean) ** 2 for r in rows) / (subsets - 1)
-    rest = sum((table[s, i] - rows[s] - columns[i] + mean) ** 2 for s in range(subsets) for i in range(images))
-    of_rest = rest / (subsets - 1) / (images - 1)
-    variance = (of_images + max(of_subsets - of_rest, 0)) / (subsets * images)
-    parts = of_images**2 / (images - 1) + of_subsets**2 / (subsets - 1)
-    t = stats.t.ppf(0.975, max((variance * subsets * images) ** 2 / parts, subsets - 1))
-    worth, share = 40 * mean * (1 - mean) / (images - 1) / variance, correct.mean()
+    of_images = subsets * sum((c - mean) ** 2 for c in columns) / (padded - 1)
+    of_subsets = padded * sum((r - mean) ** 2 for r in rows) / (subsets - 1)
+    rest = sum((table[s, i] - rows[s] - columns[i] + mean) ** 2 for s in range(subsets) for i in range(padded))
+    of_rest = rest / (subsets - 1) / (padded - 1)
+    variance = (of_images + max(of_subsets - of_rest, 0)) / (subsets * padded)
+    parts = of_images**2 / (padded - 1) + of_subsets**2 / (subsets - 1)
+    freedom = (variance * subsets * padded) ** 2 / parts
+    assert (freedom < subsets - 1) == few
+    t = stats.t.ppf(0.975, max(freedom, subsets - 1))
+    worth, share = images * mean * (1 - mean) / (padded - 1) / variance, correct.mean()
     ends = [  # Wilson's: where the measured share is t standard errors off
         optimize.brentq(lambda p: (p - share) ** 2 - t**2 * p * (1 - p) / worth, *span)
         for span in ((0, share), (share, 1))
     ]
-    assert accuracy_interval(correct.astype(bool)) == pytest.approx([100 * end for end in ends])
+    assert accuracy_interval(correct) == pytest.approx([100 * end for end in ends])
 
 
 def pairs_of(only_a: int, only_b: int, images: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,14 +92,17 @@ def test_p_value_of_one_subset_is_mcnemars() -> None:
         assert paired_gap(*pairs_of(only_a, only_b, 50)).p == pytest.approx(expected)
 
 
-def test_ends_of_the_gap_are_where_the_score_test_is_at_its_quantile() -> None:
-    only_a, only_b, images = 9, 4, 60
+@pytest.mark.parametrize(("only_a", "only_b"), [(9, 4), (8, 0)])
+def test_ends_of_the_gap_are_where_the_score_test_is_at_its_quantile(only_a: int, only_b: int) -> None:
+    images, same = 60, 60 - only_a - only_b
 
     def score(d: float) -> float:
         """The score test of a difference d, by numeric maximum likelihood."""
 
         def surprise(share: float) -> float:
-            return -(only_a * np.log(share + d) + only_b * np.log(share) + 47 * np.log(max(1 - 2 * share - d, 1e-300)))
+            return -(
+                only_a * np.log(share + d) + only_b * np.log(share) + same * np.log(max(1 - 2 * share - d, 1e-300))
+            )
 
         bounds = (max(-d, 0) + 1e-12, (1 - d) / 2 - 1e-12)
         share = optimize.minimize_scalar(surprise, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
@@ -84,6 +110,17 @@ def test_ends_of_the_gap_are_where_the_score_test_is_at_its_quantile() -> None:
 
     gap = paired_gap(*pairs_of(only_a, only_b, images))
     assert [score(gap.low / 100), score(gap.high / 100)] == pytest.approx([1.96, -1.96], abs=1e-3)
+
+
+@pytest.mark.parametrize("subsets", [1, 3])
+@pytest.mark.parametrize("images", [5, 20, 60])
+def test_arm_that_is_ahead_on_every_image_ends_at_100_points(subsets: int, images: int) -> None:
+    right = np.ones((subsets, images), dtype=bool)
+    for a, b, sign in ((right, ~right, 1), (~right, right, -1)):
+        gap = paired_gap(a, b)
+        ends = sorted((sign * gap.low, sign * gap.high))
+        assert (gap.points, ends[1], gap.won) == (sign * 100, 100, subsets * (sign > 0))
+        assert -10 < ends[0] < 90
 
 
 @pytest.mark.parametrize("subsets", [1, 5])
@@ -217,6 +254,18 @@ def test_calibration_error_equals_the_definition() -> None:
     assert calibration_error(probabilities, labels) == pytest.approx(100 * expected)
     certain = np.eye(4)[labels]
     assert calibration_error(certain, labels) == 0
+
+
+def test_bins_are_open_below_and_the_ends_belong_to_the_first_and_the_last() -> None:
+    confidence = [0.0, 1e-9, 1 / 15, 1 / 15 + 1e-9, 14 / 15, 14 / 15 + 1e-9, 1.0, 1 + 1e-7]  # a rounded sum of shares
+    assert calibration_bins(np.array(confidence)).tolist() == [0, 0, 0, 1, 13, 14, 14, 14]
+
+
+def test_interval_of_seeds_is_students() -> None:
+    values = [70.0, 74.0, 71.0, 76.0]
+    low, high = students_interval(values)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((expected.low, expected.high))
 
 
 def predicted(classes: int, images: int = 200) -> Predicted:

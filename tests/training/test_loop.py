@@ -1,6 +1,8 @@
 """The training loop: reproducible, resumable, and stopping where it must."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,12 @@ from lgp.errors import LgpError
 from lgp.params.file import Params
 from lgp.params.pretrain import ViewParams
 from lgp.params.run import RunParams
-from lgp.pretrain.arm import Pretrained, Session
-from lgp.pretrain.cl import pretrain_cl
+from lgp.pretrain.arm import Session
 from lgp.pretrain.mim import pretrain_mim
+from lgp.training import loop
 from lgp.training.loop import Progression, Trainer
 from lgp.training.optimizer import adamw, warmup_cosine
 from lgp.training.resume_states import StateStore
-
-PRETRAIN = {"mim": pretrain_mim, "cl": pretrain_cl}
 
 
 class Notes:
@@ -37,56 +37,6 @@ class Notes:
     def log_epoch(self, values: dict[str, float]) -> None:
         """Keep the values."""
         self.epochs.append(values)
-
-
-def bytes_of(result: Pretrained) -> dict[str, bytes]:
-    return {name: tensor.numpy().tobytes() for name, tensor in result.model.state_dict().items()}
-
-
-class StopError(Exception):
-    """What a test raises to interrupt a training."""
-
-
-@pytest.mark.parametrize("arm", ["mim", "cl"])
-def test_two_runs_are_bitwise_equal_and_another_seed_differs(
-    arm: str, tmp_path: Path, prepared: LabelledImages, params: Params
-) -> None:
-    results = [
-        bytes_of(PRETRAIN[arm](Session(prepared, p, StateStore(tmp_path / str(i), "code"), Notes())))
-        for i, p in enumerate([params, params, params.model_copy(update={"seed": 1})])
-    ]
-    assert results[0] == results[1]
-    assert results[0] != results[2]
-
-
-@pytest.mark.parametrize("arm", ["mim", "cl"])
-@pytest.mark.parametrize("stop_at", [1, 3, 4, 5])
-def test_resumed_equals_uninterrupted(
-    arm: str, stop_at: int, tmp_path: Path, prepared: LabelledImages, params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    notes = Notes()
-    whole = PRETRAIN[arm](Session(prepared, params, StateStore(tmp_path / "whole", "code"), notes))
-    always = params.model_copy(update={"run": params.run.model_copy(update={"save_every_s": 1e-9})})
-    monkeypatch.setattr("lgp.training.loop.SAVE_SHARE", math.inf)
-    step = Trainer._step
-
-    def interrupted(self: Trainer, batch: Any, total: int) -> None:
-        if self.now.step == stop_at:
-            raise StopError
-        step(self, batch, total)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", interrupted)
-        with pytest.raises(StopError):
-            PRETRAIN[arm](Session(prepared, always, StateStore(tmp_path / "state", "code"), Notes()))
-    resumed_notes = Notes()
-    steps: list[int] = []
-    monkeypatch.setattr(Trainer, "_step", lambda self, b, t: (steps.append(self.now.step), step(self, b, t))[1])
-    resumed = PRETRAIN[arm](Session(prepared, params, StateStore(tmp_path / "state", "code"), resumed_notes))
-    assert steps[0] == stop_at
-    assert bytes_of(resumed) == bytes_of(whole)
-    assert resumed_notes.epochs == notes.epochs == whole.progression.history
-    assert resumed.progression.train_flops == whole.progression.train_flops > 0
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
@@ -109,13 +59,6 @@ def test_blocks_are_compiled_after_the_first_step_whose_operations_are_counted(
     assert frames["ok"] > 0
     assert result.progression.train_flops > 0
     torch._dynamo.reset()
-
-
-def test_loss_falls(tmp_path: Path, prepared: LabelledImages, params: Params) -> None:
-    longer = params.model_copy(update={"mim": params.mim.model_copy(update={"epochs": 8})})
-    history = pretrain_mim(Session(prepared, longer, StateStore(tmp_path, "code"), Notes())).progression.history
-    assert [h["epoch"] for h in history] == list(range(1, 9))
-    assert history[-1]["train/loss"] < 0.9 * history[0]["train/loss"]
 
 
 def test_loss_that_is_not_finite_stops_with_step_and_rate_and_keeps_the_last_good_state(
@@ -458,3 +401,285 @@ def test_stop_at_the_last_step_is_the_end(
     trainer = tiny(tmp_path, prepared)
     monkeypatch.setattr(Interruption, "asked", lambda _: trainer.now.step == EPOCHS * PER_EPOCH)
     assert trainer.fit().step == EPOCHS * PER_EPOCH
+
+
+# what the loop gives to the parts around it
+
+
+class Shown:
+    """Stands for the progress line: keeps what it was made with, and the steps and losses that it shows."""
+
+    made: list["Shown"]
+
+    def __init__(self, *about: Any) -> None:
+        self.about, self.steps = about, list[tuple[int, float | None]]()
+        self.made.append(self)
+
+    def showing(self) -> Any:
+        return nullcontext()
+
+    def step(self, done: int, loss: float | None) -> None:
+        self.steps.append((done, loss))
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[Shown]:
+    Shown.made = []
+    monkeypatch.setattr(loop, "Progress", Shown)
+    return Shown.made
+
+
+def test_progress_shows_the_newest_loss_at_each_check(
+    tmp_path: Path, prepared: LabelledImages, shown: list[Shown], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check is at the end of an epoch, every 20 steps, and before a state is saved."""
+    trainer = tiny(tmp_path, prepared, epochs=2, settings=RunParams(device="cpu", print_every_s=7))
+    trainer.crops = CropDataset(prepared, ViewParams(crop_scale_min=1.0), 1, 5, Stream(0, "tiny"))
+    saving = Trainer._save_due
+    monkeypatch.setattr(Trainer, "_save_due", lambda self, *about: self.now.step == 7 or saving(self, *about))
+    trainer.fit()
+    assert shown[0].about == ("tiny", 2, 44, 5, 0, 7)
+    assert [step for step, _ in shown[0].steps] == [7, 20, 40, 44, 60, 80, 88]
+    assert [loss for _, loss in shown[0].steps] == [
+        pytest.approx(trainer.model.losses[s - 1]) for s, _ in shown[0].steps
+    ]
+
+
+def test_progress_goes_on_from_the_resumed_step(
+    tmp_path: Path, prepared: LabelledImages, shown: list[Shown], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = tiny(tmp_path, prepared)
+    with monkeypatch.context() as patch:
+        patch.setattr(Interruption, "asked", lambda _: stopped.now.step == 5)
+        with pytest.raises(Interrupted):
+            stopped.fit()
+    tiny(tmp_path, prepared).fit()
+    assert [progress.about[4] for progress in shown] == [0, 5]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_loader_reads_the_steps_that_are_left_and_pins_for_a_gpu(
+    device: str, tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class EnoughError(Exception):
+        pass
+
+    def noted(*about: Any, pin: bool) -> Any:
+        asked.append((*about, pin))
+        raise EnoughError
+
+    asked: list[Any] = []
+    monkeypatch.setattr(loop, "loader", noted)
+    settings = RunParams(device="cpu", workers=3)
+    trainer = tiny(tmp_path, prepared, device=torch.device(device), settings=settings)
+    with pytest.raises(EnoughError):
+        trainer.fit()
+    assert asked == [(trainer.crops, 0, EPOCHS * PER_EPOCH, 3, device == "cuda")]
+
+
+def test_crops_move_to_the_device_without_waiting(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    class Crops:
+        def __init__(self, crops: Tensor) -> None:
+            self.crops = crops
+
+        def to(self, device: torch.device, *, non_blocking: bool) -> Tensor:
+            asked.append((device, non_blocking))
+            return self.crops
+
+    load = loop.loader
+    monkeypatch.setattr(loop, "loader", lambda *about, pin: map(Crops, load(*about, pin=pin)))
+    tiny(tmp_path, prepared, epochs=1).fit()
+    assert asked == [(torch.device("cpu"), True)] * PER_EPOCH
+
+
+def saved_at(trainer: Trainer) -> list[int]:
+    """Note the steps at which a training saves its state."""
+    steps, save = list[int](), trainer.store.save
+    trainer.store.save = lambda state: (steps.append(trainer.now.step), save(state))[1]  # type: ignore[method-assign]
+    return steps
+
+
+def test_first_state_is_saved_after_the_first_epoch_and_the_last_however_long_saving_takes(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_SHARE", 0.0)
+    steps = saved_at(trainer := tiny(tmp_path, prepared))
+    trainer.fit()
+    assert steps == [PER_EPOCH, EPOCHS * PER_EPOCH]
+
+
+def test_flops_are_counted_in_the_first_step_alone_and_nothing_is_printed(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer, counted = tiny(tmp_path, prepared), list[int]()
+    count = loop.FlopCounterMode
+    monkeypatch.setattr(loop, "FlopCounterMode", lambda **how: counted.append(trainer.now.step) or count(**how))  # type: ignore[func-returns-value]
+    trainer.fit()
+    assert counted == [0]
+    assert [line[:11] for line in capsys.readouterr().out.splitlines()] == ["tiny: epoch"]
+
+
+def test_parameter_without_a_gradient_does_not_move(tmp_path: Path, prepared: LabelledImages) -> None:
+    trainer = tiny(tmp_path, prepared)
+    whole, biases = trainer.model.loss_of, list[float]()
+
+    def loss_of(batch: Batch) -> Tensor:
+        biases.append(trainer.model.bias.item())
+        if batch.step == 0:
+            return whole(batch)
+        return (batch.crops.flatten(1).float() @ trainer.model.weight.T).square().mean()
+
+    trainer.loss_of = loss_of
+    trainer.fit()
+    assert biases[1] != biases[0]
+    assert set(biases[2:]) == {biases[1]}
+
+
+def test_dead_training_ends_with_its_state_and_is_not_continued(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    whole = tiny(tmp_path / "whole", prepared, is_dead=lambda epoch: asked.append(epoch) or False)  # type: ignore[func-returns-value]
+    whole.fit()
+    assert asked == [1, 2]  # the last epoch ends it anyway
+    assert not whole.now.ended_early
+    dead = tiny(tmp_path / "dead", prepared, is_dead=lambda epoch: epoch == 2)
+    steps = saved_at(dead)
+    now = dead.fit()
+    assert (now.step, now.ended_early, len(now.history)) == (2 * PER_EPOCH, True, 2)
+    assert now.train_flops == whole.now.train_flops * 2 // 3
+    assert isinstance(now.train_flops, int)
+    assert steps[-1] == 2 * PER_EPOCH
+    again = tiny(tmp_path / "dead", prepared, is_dead=lambda _: pytest.fail("it is over"))
+    asked_of: list[Any] = []
+    load = loop.loader
+    monkeypatch.setattr(loop, "loader", lambda *about, pin: asked_of.append(about[1:3]) or load(*about, pin=pin))  # type: ignore[func-returns-value]
+    assert again.fit() == now
+    assert asked_of == [(2 * PER_EPOCH, 2 * PER_EPOCH)]
+    assert not again.model.losses
+
+
+def test_what_fell_is_told_after_its_epoch(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop, "fallen", lambda history: ["it fell"] if len(history) == 2 else [])
+    tiny(tmp_path, prepared).fit()
+    warned, _ = capsys.readouterr().out.splitlines()  # and the last line of the progress
+    assert warned == "warning: tiny: it fell, after epoch 2 (step 8)"
+
+
+def test_other_process_neither_reads_nor_saves_nor_measures_nor_prints(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny(tmp_path, prepared).fit()
+    capsys.readouterr()
+    monkeypatch.setattr(loop, "rank", lambda: 1)
+    monkeypatch.setattr(loop, "fallen", lambda _: ["it fell"])
+    asked = {"after_epoch": lambda _: pytest.fail("it measured"), "is_dead": lambda _: pytest.fail("it asked")}
+    other = tiny(tmp_path, prepared, settings=RunParams(device="cpu", print_every_s=0), **asked)
+    steps = saved_at(other)
+    assert other.fit().step == EPOCHS * PER_EPOCH
+    assert len(other.model.losses) == EPOCHS * PER_EPOCH
+    assert not steps
+    assert not capsys.readouterr().out
+    assert not other._save_due(True, EPOCHS * PER_EPOCH)
+    other._save()
+    assert not steps
+
+
+def test_other_process_goes_on_from_the_state_it_is_sent(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tiny(tmp_path, prepared)
+    whole.fit()
+    capsys.readouterr()
+    sent: list[bytes | None] = []
+    monkeypatch.setattr(loop, "rank", lambda: 1)
+    monkeypatch.setattr(loop, "send_bytes", lambda data: sent.append(data) or StateStore(tmp_path, "code").read())  # type: ignore[func-returns-value]
+    other = tiny(tmp_path / "other", prepared, precision=torch.bfloat16)
+    assert other.fit() == whole.now
+    assert sent == [None]
+    assert not capsys.readouterr().out
+
+
+def test_state_of_another_model_is_not_loaded_in_part(tmp_path: Path, prepared: LabelledImages) -> None:
+    tiny(tmp_path, prepared).fit()
+    store = StateStore(tmp_path, "code")
+    payload = store.read()
+    assert payload is not None
+    state = StateStore.decode(payload)
+    del state["model"]["bias"]
+    store.save(state)
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "bias"'):
+        tiny(tmp_path, prepared).fit()
+
+
+class Shared(nn.Module):
+    """Stands for DistributedDataParallel. It notes which parts are computed without an exchange of gradients."""
+
+    made: list["Shared"]
+
+    def __init__(self, module: nn.Module, *, gradient_as_bucket_view: bool) -> None:
+        super().__init__()
+        assert gradient_as_bucket_view is True  # which saves the memory of all gradients
+        self.module, self.alone = module, False
+        self.parts: list[bool] = []
+        self.made.append(self)
+
+    def forward(self, batch: Batch) -> Any:
+        self.parts.append(self.alone)
+        return self.module(batch)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self.alone = True
+        yield
+        self.alone = False
+
+
+def test_several_processes_exchange_gradients_with_the_last_part_and_all_count_in_the_flops(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Shared.made = []
+    alone = tiny(tmp_path / "alone", prepared)
+    alone.fit()
+    monkeypatch.setattr(loop, "world_size", lambda: 2)
+    monkeypatch.setattr(loop, "DistributedDataParallel", Shared)
+    parts = RunParams(device="cpu", print_every_s=1000, accumulate={"mim": 3})
+    trainer = tiny(tmp_path / "two", prepared, settings=parts, name="mim")
+    trainer.fit()
+    (shared,) = Shared.made
+    assert shared.parts == [True, True, False] * EPOCHS * PER_EPOCH
+    assert trainer.now.train_flops == 2 * alone.now.train_flops
+
+
+def test_parts_of_two_are_cut_too(tmp_path: Path, prepared: LabelledImages) -> None:
+    parts = RunParams(device="cpu", print_every_s=1000, accumulate={"mim": 2})
+    trainer = tiny(tmp_path, prepared, settings=parts, name="mim")
+    trainer.fit()
+    assert len(trainer.model.losses) == 2 * EPOCHS * PER_EPOCH
+
+
+def test_losses_of_all_processes_are_averaged(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "average", lambda values: values + 10)
+    trainer = tiny(tmp_path, prepared)
+    losses = [values["train/loss"] for values in trainer.fit().history]
+    own = torch.tensor(trainer.model.losses).view(EPOCHS, PER_EPOCH).mean(1)
+    assert losses == pytest.approx((own + 10).tolist())
+
+
+def test_bad_loss_right_after_a_check_is_named_by_its_own_step_and_rate(
+    tmp_path: Path, prepared: LabelledImages
+) -> None:
+    trainer = tiny(tmp_path, prepared)
+    loss_of = trainer.model.loss_of
+    trainer.loss_of = lambda batch: loss_of(batch) * (math.nan if batch.step >= 9 else 1)
+    rate = 0.1 * (1 + math.cos(math.pi * 9 / 12)) / 2
+    with pytest.raises(LgpError, match=rf"the loss is nan at step 9 .*learning rate {rate:.3g}.*is kept in {tmp_path}"):
+        trainer.fit()
