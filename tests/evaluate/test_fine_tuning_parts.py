@@ -29,15 +29,17 @@ from lgp.data.loading import Batch, CropDataset
 from lgp.errors import Diverged, LgpError
 from lgp.evaluate import fine_tuning as module
 from lgp.evaluate.fine_tuning import (
-    _FineTuning,
-    _fit,
-    _LabelledCrops,
-    _OneOfMany,
-    _Trial,
+    FineTuning,
+    LabelledCrops,
+    OneOfMany,
+    RandAugmentation,
+    Trial,
     batch_size_for,
     build_classifier,
     finetune,
+    fit,
     layer_decayed_groups,
+    predict,
 )
 from lgp.evaluate.outcome import Logits, Outcome, over_subsets
 from lgp.models.encoder_folder import load_encoder
@@ -96,26 +98,26 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Fixed]:
 
 # one training
 
-TRIAL = _Trial(5, 2, 0.4)  # the sixth training, on the third subset, at 0.4 per 256 images
+TRIAL = Trial(5, 2, 0.4)  # the sixth training, on the third subset, at 0.4 per 256 images
 
 
-def shared_of(folder: Path, session: Session, recipe: FineTuneParams, first_fc: Tensor | None = None) -> _FineTuning:
-    return _FineTuning(folder.parent, session.data, recipe, session, CPU, first_fc)  # type: ignore[arg-type]
+def shared_of(folder: Path, session: Session, recipe: FineTuneParams, first_fc: Tensor | None = None) -> FineTuning:
+    return FineTuning(folder.parent, session.data, recipe, session, CPU, first_fc)  # type: ignore[arg-type]
 
 
 def test_training_gets_what_recipe_and_trial_say(trainers: list[Fixed], session: Session, encoder_folder: Path) -> None:
     recipe, ids = recipe_of(session.params, clip_norm=0.7), session.data.ids("train")[:70]
-    model, flops = _fit(shared_of(encoder_folder, session, recipe), TRIAL, ids)
+    model, flops = fit(shared_of(encoder_folder, session, recipe), TRIAL, ids)
     given = trainers[0].given
     assert flops == 123
     assert (given.name, given.model, given.settings) == ("finetune", model, session.params.run)
     assert (given.epochs, given.device, given.precision, given.clip_norm) == (6, CPU, torch.float32, 0.7)
     assert given.store.folder == session.store.folder / "training5"
-    assert given.observer == _OneOfMany(session.observer, 5 * 6)
+    assert given.observer == OneOfMany(session.observer, 5 * 6)
     with seeded(6, "finetune/2/init"):
         expected = build_classifier(encoder_folder, 10, recipe).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    crops = _LabelledCrops(session.data, recipe, 20, Stream(6, "finetune/2"), ids)
+    crops = LabelledCrops(session.data, recipe, 20, Stream(6, "finetune/2"), ids)
     assert torch.equal(given.crops[2], crops[2])
     assert given.crops.ids.tolist() == ids.tolist()
     groups = layer_decayed_groups(model, 0.4 * 20 / 256, recipe)
@@ -132,7 +134,7 @@ def test_first_layer_of_the_projector_reaches_the_classifier(
 ) -> None:
     first_fc = torch.randn(32, 16)
     shared = shared_of(encoder_folder, session, recipe_of(session.params, from_first_fc=True), first_fc)
-    model, _ = _fit(shared, TRIAL, session.data.ids("train")[:70])
+    model, _ = fit(shared, TRIAL, session.data.ids("train")[:70])
     assert torch.equal(model.head[0].weight, first_fc)  # type: ignore[index,union-attr]
     assert 1e-5 < model.head[1].weight.std() < 3e-5  # type: ignore[index,union-attr,operator]
 
@@ -143,17 +145,17 @@ def test_processes_and_parts_share_a_batch(
     monkeypatch.setattr(module, "rank", lambda: 1)
     monkeypatch.setattr(module, "world_size", lambda: 2)
     ids = session.data.ids("train")[:70]
-    _fit(shared_of(encoder_folder, session, recipe_of(session.params)), TRIAL, ids)
+    fit(shared_of(encoder_folder, session, recipe_of(session.params)), TRIAL, ids)
     assert trainers[0].given.crops.rows == slice(10, 20)
     monkeypatch.undo()
     monkeypatch.setattr(module, "Trainer", Fixed)
-    _fit(shared_of(encoder_folder, session, recipe_of(session.params)), TRIAL, ids[:15])
+    fit(shared_of(encoder_folder, session, recipe_of(session.params)), TRIAL, ids[:15])
     assert trainers[1].given.crops.batch_size == 15  # one process and one part take any number
     monkeypatch.setattr(module, "world_size", lambda: 2)
     run = session.params.run.model_copy(update={"accumulate": {"finetune": 3}})
     parted = replace(session, params=session.params.model_copy(update={"run": run}))
     with pytest.raises(LgpError, match="20 labelled images a batch cannot be cut into 6 equal parts"):
-        _fit(shared_of(encoder_folder, parted, recipe_of(session.params)), TRIAL, ids)
+        fit(shared_of(encoder_folder, parted, recipe_of(session.params)), TRIAL, ids)
 
 
 def test_precision_and_place_are_asked_for_with_the_models_width(
@@ -162,7 +164,7 @@ def test_precision_and_place_are_asked_for_with_the_models_width(
     asked: list[Any] = []
     monkeypatch.setattr(module, "choose_precision", lambda *about: asked.append(about) or torch.bfloat16)
     monkeypatch.setattr(module, "place", lambda *about: asked.append(about))
-    model, _ = _fit(shared_of(encoder_folder, session, recipe_of(session.params)), TRIAL, session.data.ids("train"))
+    model, _ = fit(shared_of(encoder_folder, session, recipe_of(session.params)), TRIAL, session.data.ids("train"))
     assert asked == [(session.params.run, CPU, 16), (model, CPU, torch.bfloat16)]
     assert trainers[0].given.precision == torch.bfloat16
 
@@ -184,7 +186,7 @@ def test_loss_is_of_the_rows_augmented_as_the_step_says(
     changes: dict[str, Any], trainers: list[Fixed], session: Session, encoder_folder: Path
 ) -> None:
     data, recipe = session.data, recipe_of(session.params, **changes)
-    model, _ = _fit(shared_of(encoder_folder, session, recipe), TRIAL, data.ids("train")[:70])
+    model, _ = fit(shared_of(encoder_folder, session, recipe), TRIAL, data.ids("train")[:70])
     nn.init.normal_(model.get_parameter("head.weight"))  # from near zero every loss is the same
     given = trainers[0].given
     batch = Batch(given.crops[STEP][ROWS], STEP, ROWS, 20)
@@ -204,16 +206,16 @@ def test_loss_is_of_the_rows_augmented_as_the_step_says(
 # images
 
 
-def colour_crops(data: LabelledImages, params: Params, **changes: Any) -> _LabelledCrops:
+def colour_crops(data: LabelledImages, params: Params, **changes: Any) -> LabelledCrops:
     recipe = recipe_of(params, rand_augment="rand-m9-mstd0.5-inc1", crop_scale_min=0.5, **changes)
-    return _LabelledCrops(data, recipe, 8, Stream(0, "f"), data.ids("train")[:20])
+    return LabelledCrops(data, recipe, 8, Stream(0, "f"), data.ids("train")[:20])
 
 
 def test_rand_augment_knows_mean_colour_shift_and_interpolation(prepared: LabelledImages, params: Params) -> None:
     augment = colour_crops(prepared, params).augment
     assert augment is not None
     grey, size = round(255 * prepared.mean[0]), prepared.image_size
-    for operation in augment.ops:
+    for operation in augment.augment.ops:
         assert operation.hparams["img_mean"] == (grey, grey, grey)
         assert operation.hparams["translate_const"] == round(0.45 * size)
         assert operation.hparams["interpolation"] == Image.Resampling.BICUBIC
@@ -225,7 +227,7 @@ def test_every_crop_is_augmented_by_its_own_draw_in_the_images_mode(prepared: La
     assert crops.augment is not None
     for row, crop in enumerate(plain[1][:, 0]):
         with Stream(0, "f").seeded("rand_augment", 1, row):
-            expected = crops.augment(Image.fromarray(crop[0].numpy()).convert("RGB")).convert("L")
+            expected = crops.augment.augment(Image.fromarray(crop[0].numpy()).convert("RGB")).convert("L")
         assert np.array_equal(crops[1][row, 0, 0].numpy(), np.array(expected))
 
 
@@ -237,8 +239,10 @@ def test_other_processes_augment_their_rows_as_one_process_does(prepared: Labell
 
 
 def test_mean_colour_of_colour_images_has_their_three_channels(params: Params) -> None:
-    data = SimpleNamespace(mean=(0.1, 0.2, 0.3), image_size=20)
-    augment = module._rand_augment(recipe_of(params, rand_augment="rand-m9-mstd0.5-inc1"), data)  # type: ignore[arg-type]
+    data = SimpleNamespace(mean=(0.1, 0.2, 0.3), image_size=20, channels=3)
+    described = RandAugmentation.of("rand-m9-mstd0.5-inc1", recipe_of(params), data)  # type: ignore[arg-type]
+    assert described is not None
+    augment = described.augment
     assert augment.ops[0].hparams["img_mean"] == (26, 51, 76)
     assert augment.ops[0].hparams["translate_const"] == 9
 
@@ -251,8 +255,9 @@ def test_bits_are_of_the_level_and_the_parameters() -> None:
 
 
 def test_posterize_leaves_at_least_one_bit_and_more_where_it_would(prepared: LabelledImages, params: Params) -> None:
-    augment = colour_crops(prepared, params).augment
-    assert augment is not None
+    described = colour_crops(prepared, params).augment
+    assert described is not None
+    augment = described.augment
     (posterize,) = (operation for operation in augment.ops if operation.name == "PosterizeIncreasing")
     assert [posterize.level_fn(level, {}) for level in (0, 5, 9, 10)] == [(4,), (2,), (1,), (1,)]
     others = [operation for operation in augment.ops if not operation.name.startswith("Posterize")]
@@ -286,7 +291,7 @@ def test_kept_weights_give_the_logits_over_the_temperature(
     model = build_classifier(encoder_folder, 10, recipe, torch.randn(32, 16) if with_layer else None).eval()
     for parameter in model.head.parameters():
         nn.init.normal_(parameter)
-    kept, images = module._classifier(model, recipe, 2.5), torch.randn(4, 1, 8, 8)
+    kept, images = module.kept_classifier(model, recipe, 2.5), torch.randn(4, 1, 8, 8)
     assert (kept.temperature, kept.interpolation, kept.model_args) == (2.5, "bilinear", {"global_pool": "token"})
     assert kept.model is not None
     plain = build_classifier(encoder_folder, 10, recipe).eval()
@@ -335,7 +340,7 @@ def test_prediction_is_of_whole_images_of_val_and_test(
     model, asked, read = build_classifier(encoder_folder, 10, recipe), set[Any](), LabelledImages.whole
     monkeypatch.setattr(LabelledImages, "whole", lambda self, ids, how: asked.add(how) or read(self, ids, how))  # type: ignore[func-returns-value]
     nn.init.normal_(model.head.weight)
-    found = module._predict(model.train(), prepared, recipe, CPU)
+    found = predict(model.train(), FineTuning(encoder_folder.parent, prepared, recipe, session, CPU, None))
     assert asked == {"bicubic"}
     for split in ("val", "test"):
         ids = prepared.ids(split)
@@ -378,21 +383,20 @@ class Around:
     """Replaces training and prediction: each of the trainings in turn has a share of right images."""
 
     def __init__(self, data: LabelledImages, shares: list[float], patch: pytest.MonkeyPatch) -> None:
-        self.trials: list[tuple[_Trial, list[int]]] = []
-        self.about: list[_FineTuning] = []
+        self.trials: list[tuple[Trial, list[int]]] = []
+        self.about: list[FineTuning] = []
         self.logits = [logits_of(data, share, number) for number, share in enumerate(shares)]
-        patch.setattr(module, "_fit", self.fit)
-        patch.setattr(module, "_predict", self.predict)
-        patch.setattr(module, "_classifier", lambda model, recipe, temperature: (model, recipe, temperature))
+        patch.setattr(module, "fit", self.fit)
+        patch.setattr(module, "predict", self.predict)
+        patch.setattr(module, "kept_classifier", lambda model, recipe, temperature: (model, recipe, temperature))
 
-    def fit(self, shared: _FineTuning, trial: _Trial, ids: np.ndarray) -> tuple[Any, int]:
+    def fit(self, shared: FineTuning, trial: Trial, ids: np.ndarray) -> tuple[Any, int]:
         self.trials.append((trial, ids.tolist()))
         self.about.append(shared)
         return f"model {trial.number}", 10**12 * (trial.number + 1) + 1_234_567
 
     def predict(self, model: Any, *about: Any) -> Logits:
-        shared = self.about[-1]
-        assert about == (shared.data, shared.recipe, shared.device)
+        assert about == (self.about[-1],)
         return self.logits[int(model.split()[1])]
 
 
@@ -411,7 +415,7 @@ def test_every_rate_trains_on_every_subset_and_the_best_on_val_is_kept(
     outcome = finetune(encoder_folder.parent, session.data, subsets, recipe, session)
     assert [ids for _, ids in around.trials] == [subset.tolist() for subset in subsets] * 3
     assert [trial for trial, _ in around.trials] == [
-        _Trial(number, number % 2, (0.1, 0.01, 0.001)[number // 2]) for number in range(6)
+        Trial(number, number % 2, (0.1, 0.01, 0.001)[number // 2]) for number in range(6)
     ]
     arm, labels = encoder_folder.parent.name, len(subsets[0])
     said = [
@@ -470,7 +474,7 @@ def test_other_process_predicts_and_says_nothing(
 ) -> None:
     around = Around(session.data, [0.5, 0.9], monkeypatch)
     monkeypatch.setattr(module, "rank", lambda: 1)
-    monkeypatch.setattr(module, "_predict", lambda *_: pytest.fail("only the first process predicts"))
+    monkeypatch.setattr(module, "predict", lambda *_: pytest.fail("only the first process predicts"))
     with pytest.raises(WorkerDone):
         finetune(
             encoder_folder.parent, session.data, session.data.subsets("10pct")[:2], recipe_of(session.params), session
@@ -504,16 +508,16 @@ def test_disk_memory_device_and_processes_are_asked_for_what_all_trainings_need(
     subsets, recipe = session.data.subsets("10pct")[:2], recipe_of(session.params, base_lr=[0.1, 0.01, 0.001])
     weights = (encoder_folder / "model.safetensors").stat().st_size
     finetune(encoder_folder.parent, session.data, subsets, recipe, session)
-    assert asked == [session.params.run, (session.store.folder, 6 * weights * 6), 2**29, ("finetune", CPU)]
+    assert asked == [2**29, session.params.run, (session.store.folder, 6 * weights * 6), ("finetune", CPU)]
     assert {about.device for about in around.about} == {CPU}
     for part, size in (("training0", 1000), ("training1", 300)):  # what is there needs no more room
         (session.store.folder / part).mkdir(parents=True)
         (session.store.folder / part / "state-code.pt").write_bytes(b"0" * size)
     finetune(encoder_folder.parent, session.data, subsets, recipe, session)
-    assert asked[5] == (session.store.folder, 6 * weights * 6 - 1300)
+    assert asked[6] == (session.store.folder, 6 * weights * 6 - 1300)
     (session.store.folder / "training0" / "state-code.pt").write_bytes(b"0" * 100 * weights)
     finetune(encoder_folder.parent, session.data, subsets, recipe, session)
-    assert asked[9] == (session.store.folder, 0)
+    assert asked[10] == (session.store.folder, 0)
 
 
 def test_first_layer_is_read_where_the_recipe_asks_for_it(
@@ -538,5 +542,5 @@ def test_choice_is_by_val_alone() -> None:
 
 def test_epochs_continue_after_those_of_earlier_trainings() -> None:
     told: list[dict[str, float]] = []
-    _OneOfMany(SimpleNamespace(log_epoch=told.append), 12).log_epoch({"epoch": 3.0, "train/loss": 1.0})  # type: ignore[arg-type]
+    OneOfMany(SimpleNamespace(log_epoch=told.append), 12).log_epoch({"epoch": 3.0, "train/loss": 1.0})  # type: ignore[arg-type]
     assert told == [{"epoch": 15.0, "train/loss": 1.0}]
