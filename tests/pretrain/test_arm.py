@@ -24,6 +24,7 @@ from lgp.pretrain import arm
 from lgp.pretrain.arm import Checks, Objective, Pretrained, Session, fit_arm
 from lgp.pretrain.head_warmup import HeadsObserver, HeadWarmup
 from lgp.pretrain.sanity_checks import Findings, check_features, weights_of
+from lgp.training.alarms import KNN, fallen
 from lgp.training.loop import Progression
 from lgp.training.optimizer import warmup_cosine
 from lgp.training.resume_states import StateStore
@@ -219,7 +220,9 @@ def test_heads_are_measured_with_labels_by_the_first_process(
 
 
 class Known:
-    """Stands for the online k-NN."""
+    """Stands for the online k-NN, of three validation images."""
+
+    val = (4, 5, 6)
 
     def __init__(self, labelled: Any, settings: Any) -> None:
         self.labelled, self.settings = labelled, settings
@@ -235,9 +238,13 @@ def test_trainer_measures_knn_after_an_epoch_where_labels_are_prepared(
     objective = objective_of(session)
     fitted(objective, session)
     fitted(objective, replace(session, labelled=session.data))
-    without, with_labels = (trainer.after_epoch(7) for trainer in trainers)  # type: ignore[attr-defined]
-    assert without == {}
-    assert with_labels == (session.data, session.params.run.online_knn, 7, objective.model.encoder, CPU)
+    without, with_labels = trainers
+    assert not hasattr(without, "after_epoch")
+    after_epoch = with_labels.after_epoch(7)  # type: ignore[attr-defined]
+    assert after_epoch == (session.data, session.params.run.online_knn, 7, objective.model.encoder, CPU)
+    history = [{KNN: 90.0}, {KNN: 20.0}]
+    assert (fallen(history, 3), with_labels.alarms(history)) == ([], [])  # type: ignore[attr-defined]
+    assert fallen(history)
 
 
 def checks_of(objective: Objective, stage: Any, accepted: bool = False) -> Checks:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,7 +75,9 @@ class Project:
         }  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             for module in (cl, mim, controls):
-                patch.setattr(module, "fit_arm", lambda *args: given.append(args))
+                patch.setattr(
+                    module, "fit_arm", lambda *args: given.append(args) or SimpleNamespace(model=args[0].model)
+                )
             pretrain[arm](session)
         (args,) = given
         return Handed(*args)
