@@ -281,7 +281,9 @@ class LabelledImages(Images):
         return load_subsets(self._labels_folder, name)
 
     def names_of_same_subsets(self, name: str) -> list[str]:
-        """Return the names whose subsets are those of `name`, in order, itself included; `all` gives none."""
+        """Return the names whose subsets are those of `name`, in order, itself included. `all` gives itself alone."""
+        if name == ALL_LABELS:
+            return [ALL_LABELS]
         return names_of_same_subsets(self._labels_folder, name)
 
     def labelled(self, name: str) -> list[np.ndarray]:

@@ -22,6 +22,8 @@ REMOTE = ("timm:", "hf-hub:")  # how a name begins that timm fetches
 
 def how_to_make(folder: Path) -> str:
     """Return the instruction to make an encoder folder or a classifier folder, as text for a message."""
+    if folder.name == LAST:
+        folder = folder.parent
     if folder.parent.name == CLASSIFIERS:
         return how_to_evaluate(folder.parent.parent.name, folder.name)
     return how_to_get(folder.parent.name)

@@ -35,11 +35,11 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     Returns:
         (N, K), the probabilities of each image.
     """
-    assignment = torch.exp((scores - scores.max()) / epsilon)
-    for _ in range(iterations):
-        assignment = assignment / assignment.sum(dim=0, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
-        assignment = assignment / assignment.sum(dim=1, keepdim=True)
-    return assignment
+    logarithm = scores / epsilon
+    for _ in range(iterations):  # in logarithms: no exponential vanishes
+        logarithm = logarithm - logarithm.logsumexp(dim=0, keepdim=True)
+        logarithm = logarithm.log_softmax(dim=1)
+    return logarithm.exp()
 
 
 @in_single_precision

@@ -1,7 +1,7 @@
 """Contrastive learning (MoCo v3, Chen et al. 2021): the baseline arm `cl`, and the objective of the graft."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,9 @@ def pretrain_cl(session: Session) -> Pretrained:
     return contrast("cl", model, rates, params.cl, session)
 
 
-def contrastive_loss_of(name: str, model: Contrastive, crops: CropDataset, total: int, session: Session) -> LossOf:
+def contrastive_loss_of(
+    name: str, model: Contrastive, crops: CropDataset, total: int, session: Session, nearest: bool = False
+) -> LossOf:
     """Return the function from a batch to its loss. The loss is of the first two crops of each image, and small ones.
 
     Args:
@@ -42,6 +44,7 @@ def contrastive_loss_of(name: str, model: Contrastive, crops: CropDataset, total
         crops: gives the batches.
         total: number of training steps.
         session: images and parameters.
+        nearest: whether `refine` takes the nearest neighbour, in place of a drawn one.
     """
     data, params = session.data, session.params
     views, mask_ratio = params.contrastive.views, params.contrastive.mask_ratio
@@ -62,6 +65,8 @@ def contrastive_loss_of(name: str, model: Contrastive, crops: CropDataset, total
             each = (0,) * batch.small.shape[1]
             small = data.normalize(coloured(batch.small, each, of_small, f"{name}/small colours", batch, params.seed))
         drawn = _drawn(name, batch, crops, total, params.seed)
+        if nearest:
+            drawn = replace(drawn, neighbour=torch.zeros_like(drawn.neighbour))
         return loss_of_views(model, view1, view2, small, min(batch.step / total, 1.0), drawn)
 
     return loss_of
@@ -136,15 +141,16 @@ def contrast(
 
     warmup = None
     if head_epochs:
-        warmup = HeadWarmup(head_epochs, *_loss_and_batches(f"{name}/heads", model, stage, head_epochs, session))
+        of_heads = _loss_and_batches(f"{name}/heads", model, stage, head_epochs, session, nearest=True)
+        warmup = HeadWarmup(head_epochs, *of_heads)
     objective = Objective(name, model, loss_of, crops, penalty.regularized, warmup)
     return fit_arm(objective, rates, BETAS, stage, session)
 
 
 def _loss_and_batches(
-    name: str, model: Contrastive, stage: TrainingParams, epochs: int, session: Session
+    name: str, model: Contrastive, stage: TrainingParams, epochs: int, session: Session, nearest: bool = False
 ) -> tuple[LossOf, CropDataset]:
     """Return the loss and the batches of a contrastive training, which draws from streams of its own name."""
     stream = Stream(session.params.seed, name)
     crops = contrastive_crops(session.data, session.params.contrastive, stage.batch_size, stream)
-    return contrastive_loss_of(name, model, crops, epochs * crops.steps_per_epoch, session), crops
+    return contrastive_loss_of(name, model, crops, epochs * crops.steps_per_epoch, session, nearest), crops

@@ -29,7 +29,7 @@ from filelock import FileLock
 from lgp.compute.liveness import ProcessName
 from lgp.data.sources.cells import printable
 from lgp.errors import LgpError, escaped, without_credentials
-from lgp.models.files import CONFIG
+from lgp.models.files import CONFIG, LAST
 from lgp.workflow.moved_store import ARTIFACTS, follow
 
 SQLITE = "sqlite:///"  # how the address of a store in a file begins
@@ -188,13 +188,16 @@ class Logged(NamedTuple):
 
 
 @contextmanager
-def _without_links(folder: Path, scratch: Path) -> Iterator[Path]:
-    """Yield a folder whose files are no links. MLflow refuses links, as DVC makes with `cache.type symlink`."""
-    if not any(path.is_symlink() for path in folder.rglob("*")):
+def _as_logged(folder: Path, scratch: Path) -> Iterator[Path]:
+    """Yield a folder whose files are no links, without the encoder of the last step beside an average.
+
+    MLflow refuses links, as DVC makes with `cache.type symlink`.
+    """
+    if not (folder / LAST).exists() and not any(path.is_symlink() for path in folder.rglob("*")):
         yield folder
         return
     with TemporaryDirectory(prefix=".partial.", dir=scratch) as place:
-        yield Path(shutil.copytree(folder, Path(place) / folder.name))
+        yield Path(shutil.copytree(folder, Path(place) / folder.name, ignore=shutil.ignore_patterns(LAST)))
 
 
 @contextmanager
@@ -404,7 +407,7 @@ class Store:
 
     def _log_model(self, kind: Registered, folder: Path, tags: dict[str, str], name: str) -> Logged:
         with (
-            _without_links(folder, self.scratch) as files,
+            _as_logged(folder, self.scratch) as files,
             self.mlflow.start_run(run_id=self.run_id),
             warnings.catch_warnings(),
             redirect_stderr(io.StringIO()),

@@ -82,7 +82,9 @@ def publish_arm(
     }
     if model.published_encoder is not model.encoder:
         last = out / ENCODER / LAST
-        save_encoder(last, model.encoder, run.params.model, run.params.data, data.normalization, provenance)
+        of_last = {name: value for name, value in values.items() if not name.startswith("features/")}
+        its = provenance | {"metrics": of_last}  # the measures of features are the average's
+        save_encoder(last, model.encoder, run.params.model, run.params.data, data.normalization, its)
         seal(last)
     _publish_encoder(run, folder, model.published_encoder, data.normalization, provenance)
     run.tracker.tag("trained", str(trained).lower())

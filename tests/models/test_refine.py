@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lgp.models.refine import EMPTY, Drawn, Queue, Refine, neighbour_loss
@@ -110,6 +111,23 @@ def test_model_sums_its_heads_losses_over_all_pairs_with_a_large_view(heads: int
         total += sum(terms) / len(terms)
     loss = model(View(views[0]), View(views[1]), drawn, small if count else None)
     assert loss.item() == pytest.approx(total, rel=1e-6)
+
+
+def test_gradient_is_that_of_the_slow_loss_with_constant_targets(params: Params) -> None:
+    model = model_of(params).eval()
+    views, drawn = torch.randn(2, 4, 1, 8, 8).double(), drawn_for(4, 0)
+    model(View(views[0]), View(views[1]), drawn).backward()
+    weight = model.projector[0].weight
+    found, weight.grad = weight.grad.clone(), None
+    (head,) = model._heads()
+    z = [head.projector(features_of_view(model.encoder, View(images))) for images in views]
+    p = [F.normalize(head.predictor(of_view), dim=1) for of_view in z]
+    terms = []
+    for u, v in ((0, 1), (1, 0)):  # the queue is empty, so each target is its own neighbour
+        logits = F.normalize(z[u].detach(), dim=1) @ p[v].T / 0.3
+        terms.append((torch.logsumexp(logits, dim=1) - logits.diagonal()).mean())
+    (sum(terms) / 2).backward()
+    assert torch.allclose(found, weight.grad, rtol=1e-6)
 
 
 def test_features_of_the_last_block_are_the_encoders_and_the_others_have_no_norm(params: Params) -> None:

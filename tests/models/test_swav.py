@@ -57,7 +57,14 @@ def test_assignments_equal_the_slow_ones_and_use_all_prototypes_equally() -> Non
 
 def test_prototype_that_no_image_is_near_makes_no_nan() -> None:
     scores = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
-    assert sinkhorn(scores, 0.001, 3).isfinite().all()
+    assert torch.allclose(sinkhorn(scores, 0.001, 3), torch.full((2, 2), 0.5))
+
+
+def test_hard_assignments_of_any_scores_are_probabilities() -> None:
+    torch.manual_seed(0)
+    scores = F.normalize(torch.randn(64, 8), dim=1) @ F.normalize(torch.randn(8, 32), dim=0)
+    for epsilon in (1e-3, 5e-3, 0.05, 10):
+        assert torch.allclose(sinkhorn(scores, epsilon, 3).sum(1), torch.ones(64), atol=1e-5)
 
 
 @pytest.mark.parametrize("views", [2, 5])

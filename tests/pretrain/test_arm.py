@@ -18,6 +18,7 @@ from lgp.data.loading import Batch, CropDataset
 from lgp.errors import LgpError
 from lgp.features.extraction import extract, features_of
 from lgp.models.contrastive import build_contrastive
+from lgp.models.refine import Refine
 from lgp.models.vit import build_encoder
 from lgp.params.file import Params
 from lgp.pretrain import arm
@@ -245,6 +246,22 @@ def test_trainer_measures_knn_after_an_epoch_where_labels_are_prepared(
     history = [{KNN: 90.0}, {KNN: 20.0}]
     assert (fallen(history, 3), with_labels.alarms(history)) == ([], [])  # type: ignore[attr-defined]
     assert fallen(history)
+
+
+def test_published_encoder_is_checked_and_watched(
+    trainers: list[Fixed], session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refined = session.params.contrastive.model_copy(update={"objective": "refine"})
+    model = build_contrastive(build_encoder(session.params.model, session.params.data), refined)
+    assert isinstance(model, Refine)
+    asked: list[Any] = []
+    monkeypatch.setattr(arm, "OnlineKnn", Known)
+    monkeypatch.setattr(arm, "features_of", lambda encoder, _: asked.append(encoder))
+    monkeypatch.setattr(arm, "extract", lambda *_: np.eye(4))
+    objective = replace(objective_of(session), model=model)
+    fitted(objective, replace(session, labelled=session.data))
+    assert asked == [model.averaged_encoder]
+    assert trainers[-1].after_epoch(1)[3] is model.averaged_encoder  # type: ignore[attr-defined]
 
 
 def checks_of(objective: Objective, stage: Any, accepted: bool = False) -> Checks:

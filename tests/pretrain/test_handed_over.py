@@ -23,6 +23,7 @@ from lgp.models.contrastive import build_contrastive
 from lgp.models.encoder_folder import load_encoder
 from lgp.models.joint import Joint
 from lgp.models.mae import MAE, random_masking
+from lgp.models.refine import Drawn
 from lgp.models.vit import View, build_encoder, init_encoder_as_mae, init_encoder_as_moco
 from lgp.params.file import Params
 from lgp.params.pretrain import TrainingParams, ViewParams
@@ -263,3 +264,28 @@ def test_control_without_its_section_is_refused(arm: str, project: Project) -> N
     project.values[arm] = None
     with pytest.raises(LgpError, match=f"there is no section {arm} in the parameters: add it"):
         project.handed(arm)
+
+
+REFINE = {"contrastive": {"objective": "refine"}}
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_refine_is_given_the_images_of_the_rows_a_draw_of_each_and_the_steps(heads: bool, project: Project) -> None:
+    handed = project.handed("graft", graft={"head_warmup_epochs": 7}, **REFINE)
+    objective, given = handed.objective, list[Drawn]()
+    objective.model.forward = lambda *args: given.append(args[2]) or torch.zeros(())  # type: ignore[assignment,func-returns-value]
+    training = objective.head_warmup if heads else objective
+    assert training is not None
+    training.loss_of(Batch(training.crops[STEP][ROWS], STEP, ROWS, 16))
+    (drawn,) = given
+    assert drawn.ids.tolist() == training.crops.ids_of(STEP)[ROWS].tolist()
+    assert drawn.steps == (7 if heads else handed.stage.epochs) * objective.crops.steps_per_epoch
+    whole = torch.rand(2, 16, generator=generator(SEED, "graft/neighbours", STEP))
+    assert torch.equal(drawn.neighbour, torch.zeros(2, 4) if heads else whole[:, ROWS])  # heads: the nearest
+
+
+@pytest.mark.parametrize("arm", ["cl", "graft", "joint"])
+def test_queue_of_refine_is_bounded_by_the_images(arm: str, project: Project) -> None:
+    model = project.handed(arm, **REFINE).objective.model
+    refine = model.contrastive if isinstance(model, Joint) else model
+    assert [len(head.queue.ids) for head in refine._heads()] == [len(project.data.pretraining_ids) // 2]  # type: ignore[union-attr,operator]

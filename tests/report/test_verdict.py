@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from lgp.data.labels import LabelledImages
 from lgp.evaluate.outcome import Outcome, Predicted, over_subsets
 from lgp.report.outcomes import ArmOutcomes
-from lgp.report.verdict import Verdict, judge
+from lgp.report.verdict import Verdict, judge, repeated
 
 TASKS = {"linear": 1, "fewshot-1pct": 5, "fewshot-10pct": 5}  # with their number of subsets
 LABELS = {"linear": 1000, "fewshot-1pct": 10, "fewshot-10pct": 100}
@@ -150,6 +151,12 @@ def test_small_validation_part_is_a_warning_where_a_baseline_is_not_beaten() -> 
     found = judged(arm("pixels", {}), arm("graft", {}), data=Data(val=9))
     assert "undecided" in found.sentence
     assert found.notes[-1].startswith("Warning: val has 9 images")
+
+
+def test_all_labels_repeat_no_others(prepared: LabelledImages) -> None:
+    given = arm("graft", {})
+    of_all = replace(given, tasks=given.tasks | {"fewshot-all": given.tasks["fewshot-1pct"]})
+    assert repeated([of_all], prepared) == {}
 
 
 def test_verdict_reads_real_subsets(prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch) -> None:

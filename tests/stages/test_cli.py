@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 from cli import app
 from lgp.data.labels import LabelledImages
+from lgp.errors import LgpError
 from lgp.evaluate.few_labels import evaluate_fewshot, evaluate_propagation
 from lgp.evaluate.prediction import kept_classifiers
 from lgp.evaluate.selection import selected_subsets
@@ -716,6 +717,13 @@ def test_refined_arm_is_the_average_and_the_last_encoder_lies_beside_it(
         loaded = timm.create_model(f"local-dir:{saved}", pretrained=True, num_classes=0).state_dict()
         assert all(torch.equal(tensor, loaded[name]) for name, tensor in encoder.state_dict().items())
     assert not torch.equal(model.encoder.cls_token, model.averaged_encoder.cls_token)
+    assert not list(project.glob("mlartifacts/**/last")) + list(project.glob("mlruns/**/last"))
+    features = {"features/std", "features/effective_rank"}
+    of_arm, of_last = (json.loads((at / "provenance.json").read_text())["metrics"] for at in (folder, folder / "last"))
+    assert of_arm.keys() - of_last.keys() == features
+    (folder / "last" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(LgpError, match=r"`lgp graft`"):
+        load_encoder(folder / "last")
 
 
 def checks_of(arm: str) -> dict[str, Any]:

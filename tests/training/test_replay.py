@@ -12,9 +12,11 @@ from torch import Tensor
 from lgp.compute.interruption import Interrupted, Interruption
 from lgp.data.labels import LabelledImages
 from lgp.data.normalization import Normalization
+from lgp.data.storage import Images
 from lgp.errors import Diverged, LgpError
 from lgp.params.file import Params
 from lgp.pretrain.arm import Session
+from lgp.pretrain.cl import pretrain_cl
 from lgp.pretrain.graft import pretrain_graft
 from lgp.pretrain.mim import pretrain_mim
 from lgp.training.loop import Trainer
@@ -93,6 +95,22 @@ def test_replayed_step_is_that_of_the_training(
     assert "encoder.blocks.0.attn.qkv.weight" in seen.grad_norms
     assert (seen.inputs_finite, seen.bad_weight, seen.bad_module, seen.bad_gradients) == (True, None, None, None)
     assert not (tmp_path / "none").exists()
+
+
+def test_small_views_are_among_the_inputs(tmp_path: Path, values: dict[str, Any], prepared: LabelledImages) -> None:
+    """Small views that are not finite are told, where the large ones are."""
+    normalize, small_views = Images.normalize, {"small_views": {"count": 1, "size": 4}}
+    params = Params.model_validate(merged(values, {"contrastive": small_views}))
+
+    def spoilt(self: Images, images: Tensor) -> Tensor:
+        return normalize(self, images) * (math.nan if images.shape[-1] == 4 else 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Images, "normalize", spoilt)
+        steps = params.cl.epochs * (len(prepared.pretraining_ids) // params.cl.batch_size)
+        with pytest.raises(Replayed) as ended:
+            pretrain_cl(Session(prepared, params, StateStore(tmp_path, "code"), Deaf(), fit=Replay("cl", 0, steps).fit))
+    assert not ended.value.seen.inputs_finite
 
 
 def left_states(
