@@ -564,10 +564,9 @@ def test_dead_training_ends_with_its_state_and_is_not_continued(
 
 
 def test_what_fell_is_told_after_its_epoch(
-    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, prepared: LabelledImages, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loop, "fallen", lambda history: ["it fell"] if len(history) == 2 else [])
-    tiny(tmp_path, prepared).fit()
+    tiny(tmp_path, prepared, alarms=lambda history: ["it fell"] if len(history) == 2 else []).fit()
     warned, _ = capsys.readouterr().out.splitlines()  # and the last line of the progress
     assert warned == "warning: tiny: it fell, after epoch 2 (step 8)"
 
