@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lgp.compute.distributed import agree, average, joined, rank, world_size
 from lgp.compute.launch import WorkerDone
@@ -42,6 +41,7 @@ from lgp.evaluate.fine_tuning import (
     predict,
 )
 from lgp.evaluate.outcome import Logits, Outcome, Scored, best_on_val, over_subsets, percent
+from lgp.models.averaging import decay_over, follow
 from lgp.models.classifier_folder import Classifier
 from lgp.models.files import encoder_digest
 from lgp.params.arms import how_to_evaluate
@@ -84,11 +84,6 @@ class SelfTraining(nn.Module):
         super().train(mode)
         self.teacher.eval()
         return self
-
-    def follow(self, decay: float) -> None:
-        """Move the teacher towards the student: teacher ← decay · teacher + (1 - decay) · student."""
-        both = (list(model.parameters()) for model in (self.teacher, self.student))
-        get_ema_multi_avg_fn(decay)(*both, 0)
 
     def count(self, kept: Tensor) -> None:
         """Count the kept images among those of all processes. `kept` is (N,) bool."""
@@ -350,8 +345,8 @@ def _fit(
     crops.shard(rank(), world_size())
     rate, steps = peak_rate(semi.base_lr, batch_size), semi.epochs * crops.steps_per_epoch
     optimizer = adamw(layer_decayed_groups(model.student, rate, semi), BETAS)
-    decay = teacher_decay(semi.teacher_share, steps)
-    optimizer.register_step_post_hook(lambda *_: model.follow(decay))
+    decay = decay_over(semi.teacher_share, steps)  # the published 0.9999 is a share of about 0.05 with 1 % of ImageNet
+    optimizer.register_step_post_hook(lambda *_: follow(model.teacher, model.student, decay))
 
     def after_epoch(_: int) -> Epoch:
         on_val = predict(model.teacher, shared, ("val",))
@@ -373,14 +368,6 @@ def _fit(
         clip_norm=semi.clip_norm,
         after_epoch=after_epoch,
     ).fit()
-
-
-def teacher_decay(share: float, steps: int) -> float:
-    """Return the decay of an average over about `share` of the steps: 1 - 1 / (share · steps).
-
-    The published 0.9999 is a share of about 0.05 of the 198,000 steps with 1 % of ImageNet.
-    """
-    return 1 - 1 / max(share * steps, 1)
 
 
 def _loss_of(

@@ -3,18 +3,17 @@
 import copy
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lgp.compute.distributed import gather, rank
 from lgp.compute.precision import in_single_precision
+from lgp.models.averaging import follow
 from lgp.models.heads import mlp
-from lgp.models.multi_crop import mean_over_targets, of_views
+from lgp.models.multi_crop import mean_over_targets, projections
 from lgp.models.roles import PretrainingModel
 from lgp.models.vit import View, features_of_view
 
@@ -69,21 +68,17 @@ class MoCo(PretrainingModel):
         """Return encoder and projector with their copies."""
         return [(self.momentum_encoder, self.encoder), (self.momentum_projector, self.projector)]
 
-    @torch.no_grad()
     def update_momentum_encoder(self, momentum: float) -> None:
         """Update the momentum encoder and projector: θ_k ← m · θ_k + (1 - m) · θ_q, over all parameters."""
-        average = get_ema_multi_avg_fn(momentum)
-        keys = [*self.momentum_encoder.parameters(), *self.momentum_projector.parameters()]
-        queries = [*self.encoder.parameters(), *self.projector.parameters()]
-        average([k.detach() for k in keys], [q.detach() for q in queries], 0)
+        for copied, learner in self.momentum_copies():
+            follow(copied, learner, momentum)
 
     def queries(self, large: Sequence[View], small: Tensor | None) -> list[Tensor]:
         """Return the queries of each view, (B, D): the large ones, then the small ones (n, B, C, s, s).
 
         Only visible patches are encoded.
         """
-        encode = partial(features_of_view, self.encoder)
-        return [self.predictor(self.projector(features)) for features in of_views(encode, large, small)]
+        return [self.predictor(z) for z in projections(self.encoder, self.projector, large, small)]
 
     @torch.no_grad()
     def key(self, view: View) -> Tensor:

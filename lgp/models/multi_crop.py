@@ -5,11 +5,13 @@ pairs of a large view and another one.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
-from lgp.models.vit import View
+from lgp.models.vit import View, features_of_view
 
 
 def of_views(encode: Callable[[View], Tensor], large: Sequence[View], small: Tensor | None) -> list[Tensor]:
@@ -24,6 +26,13 @@ def of_views(encode: Callable[[View], Tensor], large: Sequence[View], small: Ten
     if small is not None:
         found += encode(View(small.flatten(0, 1))).chunk(len(small), dim=-2)
     return found
+
+
+def projections(
+    encoder: VisionTransformer, projector: nn.Module, large: Sequence[View], small: Tensor | None
+) -> list[Tensor]:
+    """Return the projections of each view, (B, D): the large ones, then the small ones. BatchNorm sees a view apart."""
+    return [projector(features) for features in of_views(partial(features_of_view, encoder), large, small)]
 
 
 def mean_over_pairs(loss: Callable[[Tensor, Tensor], Tensor], views: Sequence[Tensor]) -> Tensor:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lgp.compute.distributed import gather, rank
 from lgp.compute.precision import in_single_precision
+from lgp.models.averaging import decay_over, follow
 from lgp.models.heads import mlp
 from lgp.models.multi_crop import mean_over_targets, of_views
 from lgp.models.roles import PretrainingModel
@@ -179,13 +179,6 @@ class Refine(PretrainingModel):
         """Return the tensors of the heads without the queues."""
         return {name: tensor for name, tensor in super().heads().items() if ".queue." not in name}
 
-    @torch.no_grad()
-    def update_average(self, steps: int) -> None:
-        """Update the average, with a time constant of the part `average` of all steps."""
-        decay = 1 - 1 / max(self.params.average * steps, 1)
-        average = get_ema_multi_avg_fn(decay)
-        average(list(self.averaged_encoder.parameters()), [p.detach() for p in self.encoder.parameters()], 0)
-
     def forward(self, view1: View, view2: View, drawn: Drawn, small: Tensor | None = None) -> Tensor:
         """Update the average, and return the sum of the heads' losses (weight 1 each).
 
@@ -196,7 +189,7 @@ class Refine(PretrainingModel):
             small: (n, B, C, s, s), small views of each image.
         """
         if self.training:
-            self.update_average(drawn.steps)
+            follow(self.averaged_encoder, self.encoder, decay_over(self.params.average, drawn.steps))
         heads = self._heads()
         found = of_views(lambda view: features_of_last_blocks(self.encoder, view, len(heads)), (view1, view2), small)
         losses = [

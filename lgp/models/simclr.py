@@ -1,7 +1,5 @@
 """A simple framework for contrastive learning (SimCLR, Chen et al. 2020, arXiv 2002.05709)."""
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -10,9 +8,9 @@ from torch import Tensor
 from lgp.compute.distributed import gather, rank
 from lgp.compute.precision import in_single_precision
 from lgp.models.heads import mlp
-from lgp.models.multi_crop import mean_over_pairs, of_views
+from lgp.models.multi_crop import mean_over_pairs, projections
 from lgp.models.roles import PretrainingModel
-from lgp.models.vit import View, features_of_view
+from lgp.models.vit import View
 
 
 @in_single_precision
@@ -56,5 +54,5 @@ class SimCLR(PretrainingModel):
 
         It is the same at any `progress`.
         """
-        z = [self.projector(f) for f in of_views(partial(features_of_view, self.encoder), (view1, view2), small)]
+        z = projections(self.encoder, self.projector, (view1, view2), small)
         return mean_over_pairs(lambda z1, z2: nt_xent(z1, z2, self.temperature), z)

@@ -4,8 +4,6 @@ A view predicts to which prototypes another view of the same image is assigned. 
 prototypes equally. There is no momentum encoder and no queue.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -14,9 +12,9 @@ from torch import Tensor, nn
 from lgp.compute.distributed import gather, rank
 from lgp.compute.precision import in_single_precision
 from lgp.models.heads import mlp
-from lgp.models.multi_crop import mean_over_targets, of_views
+from lgp.models.multi_crop import mean_over_targets, projections
 from lgp.models.roles import PretrainingModel
-from lgp.models.vit import View, features_of_view
+from lgp.models.vit import View
 from lgp.params.pretrain import SwavParams
 
 
@@ -87,7 +85,7 @@ class SwAV(PretrainingModel):
 
         The prototypes get no gradient at the first `progress`, in [0, 1] of the training.
         """
-        z = [self.projector(f) for f in of_views(partial(features_of_view, self.encoder), (view1, view2), small)]
+        z = projections(self.encoder, self.projector, (view1, view2), small)
         prototypes = self.prototypes.weight
         if progress < self.params.frozen:
             prototypes = prototypes.detach() + 0 * prototypes  # gradients of 0, which every process can average

@@ -1,7 +1,5 @@
 """Variance-invariance-covariance regularisation (VICReg, Bardes et al. 2022, arXiv 2105.04906)."""
 
-from functools import partial
-
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -9,9 +7,9 @@ from torch import Tensor
 from lgp.compute.distributed import gather
 from lgp.compute.precision import in_single_precision
 from lgp.models.heads import mlp
-from lgp.models.multi_crop import mean_over_pairs, of_views
+from lgp.models.multi_crop import mean_over_pairs, projections
 from lgp.models.roles import PretrainingModel
-from lgp.models.vit import View, features_of_view
+from lgp.models.vit import View
 from lgp.params.pretrain import VicregWeights
 
 EPS = 1e-4  # section 4.1
@@ -65,5 +63,5 @@ class VICReg(PretrainingModel):
 
         It is the same at any `progress`.
         """
-        z = [self.projector(f) for f in of_views(partial(features_of_view, self.encoder), (view1, view2), small)]
+        z = projections(self.encoder, self.projector, (view1, view2), small)
         return mean_over_pairs(lambda z1, z2: vicreg_loss(z1, z2, self.weights), z)

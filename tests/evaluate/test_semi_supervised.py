@@ -32,8 +32,8 @@ from lgp.evaluate.semi_supervised import (
     reliability,
     semi_supervise,
     semi_supervised_loss,
-    teacher_decay,
 )
+from lgp.models.averaging import decay_over
 from lgp.models.files import encoder_digest
 from lgp.params.evaluate import FineTuneParams, SemiParams
 from lgp.params.pretrain import ViewParams
@@ -52,12 +52,6 @@ SEMI = {
 }  # fmt: skip
 EPOCH = 3  # steps: 36 unlabelled images are three batches of 12
 VIEWS = ViewParams(crop_scale_min=0.4, flip_p=0.5)
-
-
-@pytest.fixture(autouse=True)
-def _torch_is_left_as_it_was() -> Iterator[None]:
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 class Recorder:
@@ -243,9 +237,9 @@ def test_loss_is_that_of_a_slow_loop(smoothing: float, changes: dict[str, Any]) 
 
 
 def test_teacher_averages_over_its_share_of_the_steps() -> None:
-    assert teacher_decay(0.1, 1000) == pytest.approx(0.99)
-    assert teacher_decay(0.05, 200_000) == pytest.approx(0.9999)
-    assert teacher_decay(0.1, 3) == 0
+    assert decay_over(0.1, 1000) == pytest.approx(0.99)
+    assert decay_over(0.05, 200_000) == pytest.approx(0.9999)
+    assert decay_over(0.1, 3) == 0
 
 
 def test_reliability_is_share_and_accuracy_of_what_the_threshold_keeps() -> None:
