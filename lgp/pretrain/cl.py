@@ -1,7 +1,7 @@
 """Contrastive learning (MoCo v3, Chen et al. 2021): the baseline arm `cl`, and the objective of the graft."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,9 +9,9 @@ from torch import Tensor
 from lgp.compute.randomness import Stream, generator, seeded
 from lgp.data.loading import Batch, CropDataset, contrastive_crops
 from lgp.data.views import ColorJitter, color_jitter
-from lgp.models.contrastive import Contrastive, build_contrastive, loss_of_views
+from lgp.models.contrastive import Contrastive, build_contrastive
 from lgp.models.mae import random_masking
-from lgp.models.refine import Drawn
+from lgp.models.refine import Drawn, Refine
 from lgp.models.vit import View, build_encoder, init_encoder_as_moco
 from lgp.params.pretrain import TrainingParams, ViewParams
 from lgp.pretrain.arm import LossOf, Objective, Pretrained, Session, fit_arm
@@ -48,13 +48,19 @@ def contrastive_loss_of(
     """
     data, params = session.data, session.params
     views, mask_ratio = params.contrastive.views, params.contrastive.mask_ratio
-    patches = model.encoder.patch_embed.num_patches
+    patches, refines = model.encoder.patch_embed.num_patches, isinstance(model, Refine)
 
     def ids_keep(batch: Batch, view: int) -> Tensor | None:
         if not mask_ratio:
             return None
         noise = torch.rand(batch.size, patches, generator=generator(params.seed, f"{name}/mask", batch.step, view))
         return random_masking(noise[batch.rows].to(batch.crops.device), mask_ratio)[0]
+
+    def drawn(batch: Batch) -> Drawn:
+        neighbour = torch.rand(2, batch.size, generator=generator(params.seed, f"{name}/neighbours", batch.step))
+        neighbour = torch.zeros_like(neighbour) if nearest else neighbour
+        ids, device = torch.from_numpy(crops.ids_of(batch.step)[batch.rows]), batch.crops.device
+        return Drawn(ids.to(device), neighbour[:, batch.rows].to(device), total)
 
     def loss_of(batch: Batch) -> Tensor:
         large = data.normalize(coloured(batch.crops[:, :2], (0, 1), views, f"{name}/colours", batch, params.seed))
@@ -64,10 +70,8 @@ def contrastive_loss_of(
             of_small = params.contrastive.small_views.beside(views)
             each = (0,) * batch.small.shape[1]
             small = data.normalize(coloured(batch.small, each, of_small, f"{name}/small colours", batch, params.seed))
-        drawn = _drawn(name, batch, crops, total, params.seed)
-        if nearest:
-            drawn = replace(drawn, neighbour=torch.zeros_like(drawn.neighbour))
-        return loss_of_views(model, view1, view2, small, min(batch.step / total, 1.0), drawn)
+        loss: Tensor = model(view1, view2, drawn(batch) if refines else min(batch.step / total, 1.0), small)
+        return loss
 
     return loss_of
 
@@ -92,13 +96,6 @@ def coloured(crops: Tensor, kinds: Sequence[int], views: ViewParams, name: str, 
     ]
     flat = crops.transpose(0, 1).flatten(0, 1).float() / 255
     return color_jitter(flat, ColorJitter.cat(drawn), views).unflatten(0, (len(kinds), -1))
-
-
-def _drawn(name: str, batch: Batch, crops: CropDataset, total: int, seed: int) -> Drawn:
-    """Return what `refine` needs of a batch."""
-    neighbour = torch.rand(2, batch.size, generator=generator(seed, f"{name}/neighbours", batch.step))
-    ids, device = torch.from_numpy(crops.ids_of(batch.step)[batch.rows]), batch.crops.device
-    return Drawn(ids.to(device), neighbour[:, batch.rows].to(device), total)
 
 
 @dataclass(frozen=True)

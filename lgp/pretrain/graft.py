@@ -144,15 +144,18 @@ def pretrain_graft(session: Session, start: Path, end: Path) -> Pretrained:
         encoder = _stitched(session, start, end)
         model = build_graft(encoder, params, len(session.data.pretraining_ids))
     rates = graft_rates(model, graft, params.model.depth)
+    result = contrast("graft", model, rates, graft, session, _penalty(encoder, graft), graft.head_warmup_epochs)
+    merge_low_rank(result.model)
+    return result
+
+
+def _penalty(encoder: VisionTransformer, graft: GraftParams) -> Penalty:
+    """Return what the policy `l1` adds to the loss, nothing without that policy."""
     lower = graft.cut("l1")
     if lower is None or graft.l1 is None:
-        result = contrast("graft", model, rates, graft, session, head_epochs=graft.head_warmup_epochs)
-        merge_low_rank(result.model)
-        return result
+        return Penalty()
     regularized = frozenset(f"encoder.{name}" for name in regularized_names(encoder, lower))
-    value = l1_penalty(encoder, lower, graft.l1.weight)
-    penalty = Penalty(value, regularized)
-    return contrast("graft", model, rates, graft, session, penalty, graft.head_warmup_epochs)
+    return Penalty(l1_penalty(encoder, lower, graft.l1.weight), regularized)
 
 
 def build_graft(encoder: VisionTransformer, params: Params, images: int | None = None) -> Contrastive:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lgp.compute.units import flop_text, time_text
 from lgp.errors import LgpError
-from lgp.models.contrastive import build_contrastive, loss_of_views
+from lgp.models.contrastive import build_contrastive
 from lgp.models.refine import Drawn
 from lgp.models.vit import View, build_encoder
 from lgp.params.arms import TRAINED
@@ -131,7 +131,8 @@ def stage_model(stage: str, params: Params) -> tuple[nn.ModuleDict, Callable[[Te
             kept = torch.zeros(few, dtype=torch.int64, device=at) if mask_ratio else None
             views = View(images, kept), View(images, kept)
             drawn = Drawn(torch.zeros(len(images), dtype=torch.int64), torch.zeros(2, len(images)), 1)
-            losses.append(loss_of_views(parts["contrastive"], *views, _small(images, params), 0.0, drawn))
+            at_start = drawn if params.contrastive.objective == "refine" else 0.0
+            losses.append(parts["contrastive"](*views, at_start, _small(images, params)))
         if "mae" in parts:
             losses.append(parts["mae"](images, torch.rand(len(images), patches, device=at)))
         return torch.stack(losses).sum()
