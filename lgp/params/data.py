@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lgp.params.section import Count, Fraction, Positive, Section, Whole, as_list
+from lgp.params.section import Count, Fraction, Positive, PositiveFraction, Section, Whole, as_list
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 TABLES = ("csv", "tsv", "jsonl")
@@ -89,7 +89,7 @@ class DataParams(Section):
     drop_near_test_bits: Annotated[Whole, Field(ge=0, le=32)] | None = None
     max_train_images: Count | None = None
     max_test_images: Count | None = None
-    eval_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    eval_crop: PositiveFraction = 1.0
     mean: list[Fraction] | None = None
     std: list[Positive] | None = None
 

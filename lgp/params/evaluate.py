@@ -6,7 +6,17 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from lgp.params.pretrain import TrainingParams, ViewParams
-from lgp.params.section import Count, Fraction, Interpolation, NonNegative, OpenFraction, Positive, Section, Whole
+from lgp.params.section import (
+    Count,
+    Fraction,
+    Interpolation,
+    NonNegative,
+    OpenFraction,
+    Positive,
+    PositiveFraction,
+    Section,
+    Whole,
+)
 
 
 class FeatureParams(Section):
@@ -32,7 +42,7 @@ class LinearParams(Section):
     epochs: Count
     batch_size: Annotated[Whole, Field(ge=2)]
     batch_norm: bool
-    crop_scale_min: Annotated[float, Field(gt=0, le=1)]
+    crop_scale_min: PositiveFraction
     flip_p: Fraction
     knn_k: Count
     knn_temperature: Positive
@@ -93,11 +103,11 @@ class FineTuneParams(TrainingParams):
     """
 
     base_lr: Positive | Annotated[list[Positive], Field(min_length=1)]
-    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    layer_decay: PositiveFraction
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     pool: Literal["class_token", "average"] = "class_token"
     from_first_fc: bool = False
-    crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
+    crop_scale_min: PositiveFraction = 0.08
     interpolation: Interpolation = "bicubic"
     flip_p: Fraction = 0.5
     rand_augment: RandAugmentName | None = None
@@ -138,11 +148,11 @@ class SemiParams(TrainingParams):
     """
 
     base_lr: Positive
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
+    layer_decay: PositiveFraction = 0.75
     unlabelled_ratio: Count = 5
     threshold: Fraction = 0.6
     weight: NonNegative = 5.0
-    teacher_share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    teacher_share: PositiveFraction = 0.1
     mixing: Literal["both", "mixup", "cutmix", "none"] = "both"
     rand_augment: RandAugmentName | None = "rand-m9-mstd0.5-inc1"
     color_jitter: Fraction = 0.0

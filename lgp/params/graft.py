@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from lgp.params.pretrain import TrainingParams
-from lgp.params.section import ArmName, Count, Positive, Rates, Section, Whole, as_list
+from lgp.params.section import ArmName, Count, Positive, PositiveFraction, Rates, Section, Whole, as_list
 
 Policy = Literal["stage_lr", "layer_decay", "freeze", "l1", "scratch_end", "cl_end", "lora"]
 
@@ -20,7 +20,7 @@ class LayerDecayParams(Section):
     """A base learning rate for the heads and the final norm. Each block below multiplies it by `decay` once more."""
 
     base_lr: Positive
-    decay: Annotated[float, Field(gt=0, le=1)]
+    decay: PositiveFraction
 
 
 class LowerBlocks(Section):

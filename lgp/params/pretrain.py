@@ -11,19 +11,18 @@ from lgp.params.section import (
     NonNegative,
     OpenFraction,
     Positive,
+    PositiveFraction,
     Rates,
     Section,
     Whole,
 )
 
-CropScale = Annotated[float, Field(gt=0, le=1)]
-
 
 class CropScales(Section):
     """The area of a crop: a fraction from `crop_scale_min` to `crop_scale_max` of the image."""
 
-    crop_scale_min: CropScale
-    crop_scale_max: CropScale = 1.0
+    crop_scale_min: PositiveFraction
+    crop_scale_max: PositiveFraction = 1.0
 
     @model_validator(mode="after")
     def _scales_ascend(self) -> Self:
@@ -60,8 +59,8 @@ class SmallViews(CropScales):
 
     count: Count
     size: Count
-    crop_scale_min: CropScale = 0.05
-    crop_scale_max: CropScale = 0.25
+    crop_scale_min: PositiveFraction = 0.05
+    crop_scale_max: PositiveFraction = 0.25
     blur_p: Fraction = 0.0
 
     def beside(self, views: ViewParams) -> ViewParams:
@@ -102,7 +101,7 @@ class RefineParams(Section):
     queue: Count = 65_536
     neighbours: Count = 20
     heads: Count = 1
-    average: Annotated[float, Field(gt=0, le=1)] = 0.1
+    average: PositiveFraction = 0.1
 
 
 class ContrastiveParams(Section):
@@ -165,7 +164,7 @@ class MimParams(TrainingParams):
     decoder_width: Count
     decoder_depth: Count
     decoder_heads: Count
-    crop_scale_min: Annotated[float, Field(gt=0, le=1)]
+    crop_scale_min: PositiveFraction
     interpolation: Interpolation = "bicubic"
     flip_p: Fraction
 

@@ -147,14 +147,11 @@ def _nothing_left(params: "Params") -> Iterator[str]:
     crops = {
         "mim.crop_scale_min": params.mim.crop_scale_min,
         "contrastive.views.crop_scale_min": params.contrastive.views.crop_scale_min,
-        **(
-            {"contrastive.small_views.crop_scale_min": params.contrastive.small_views.crop_scale_min}
-            if params.contrastive.small_views
-            else {}
-        ),
         "linear.crop_scale_min": params.linear.crop_scale_min,
         **{f"finetune.{name}.crop_scale_min": recipe.crop_scale_min for name, recipe in params.finetune.items()},
     }
+    if params.contrastive.small_views:
+        crops["contrastive.small_views.crop_scale_min"] = params.contrastive.small_views.crop_scale_min
     smallest = 1 / size**2
     for key, share in crops.items():
         if share < smallest:
