@@ -161,5 +161,8 @@ def own_tracking_store() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded() -> Iterator[None]:
+    """Begin a test with a seed. Leave torch as it was: a training asks for deterministic algorithms."""
     torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,7 +1,6 @@
 """What arrives in each evaluation: images, labels, weights and rates; and which images fit, choose and score."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +33,6 @@ RECIPE = {
     "drop_path": 0, "label_smoothing": 0, "crop_scale_min": 0.4, "flip_p": 0.5,
 }  # fmt: skip
 STEPS, WARMUP, PEAK = 9, 3, 0.5 * 12 / 256  # 39 labels are three batches of 12
-
-
-@pytest.fixture(autouse=True)
-def _torch_is_left_as_it_was() -> Iterator[None]:
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def ids_in(coloured: Coloured, part: str) -> np.ndarray:

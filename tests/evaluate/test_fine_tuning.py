@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -432,9 +431,3 @@ def test_recipe_is_by_the_labels_name(params: Params, values: dict[str, Any]) ->
         params.recipe("1pct")
     with pytest.raises(ValueError, match=r"no recipe finetune.1pct: add it"):
         Params.model_validate(merged(values, {"finetuned": ["1pct"]}))
-
-
-@pytest.fixture(autouse=True)
-def _torch_is_left_as_it_was() -> Iterator[None]:
-    yield
-    torch.use_deterministic_algorithms(False)

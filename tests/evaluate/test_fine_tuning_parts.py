@@ -4,7 +4,6 @@ Nothing is trained.
 """
 
 import functools
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -53,12 +52,6 @@ from lgp.training.resume_states import StateStore
 
 CPU = torch.device("cpu")
 PLAIN = {"drop_path": 0, "label_smoothing": 0.2, "rand_augment": None, "random_erasing": 0, "mixup": 0, "cutmix": 0}
-
-
-@pytest.fixture(autouse=True)
-def _torch_is_left_as_it_was() -> Iterator[None]:
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Evaluation with all labels: what chooses, and that the test part never does."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,9 +129,3 @@ def test_augmented_probe_shows_the_encoder_images_with_its_own_statistics(
     evaluate_linear_augmented(features, foreign_folder, prepared, session, CPU)
     assert seen
     assert all(is_foreign(images) for images in seen)
-
-
-@pytest.fixture(autouse=True)
-def _torch_is_left_as_it_was() -> Iterator[None]:
-    yield
-    torch.use_deterministic_algorithms(False)

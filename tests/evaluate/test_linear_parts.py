@@ -1,6 +1,5 @@
 """What the linear evaluation is built from: heads, batches, the choice, and k-NN. Nothing is trained."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,12 +31,6 @@ from lgp.training.resume_states import StateStore
 
 CPU, CLASSES, WIDTH = torch.device("cpu"), 10, 6
 SECTION = {"epochs": 4, "batch_size": 50, "base_lrs": [0.1, 1.0], "weight_decays": [0, 0.1], "knn_k": 3, "flip_p": 0.5}
-
-
-@pytest.fixture(autouse=True)
-def _torch_is_left_as_it_was() -> Iterator[None]:
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
