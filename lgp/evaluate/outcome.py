@@ -64,8 +64,7 @@ class Predicted:
             correct["test/top5"] = (five == labels[:, None]).any(axis=1)
         scores = {name: percent(of_images) for name, of_images in correct.items()}
         scores |= _believed(test, labels) if len(labels) else {}
-        if len(self.labels["val"]):
-            scores["val/brier"] = round(brier_score(self.probabilities["val"], self.labels["val"]), 4)
+        scores["val/brier"] = round(brier_score(self.probabilities["val"], self.labels["val"]), 4)
         table = {"id": self.ids["test"], "label": labels, "prediction": test.argmax(1).astype(np.int64)}
         return Scored(scores, correct, pd.DataFrame(table | {"confidence": test.max(1).astype(np.float32)}))
 
@@ -121,8 +120,7 @@ def usable_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def best_on_val(of_subset: Sequence[Scored]) -> int:
     """Return the number of the classifier with the best accuracy on val. It is the first of equal ones."""
-    on_val = [scored.scores["val/top1"] for scored in of_subset]
-    return int(np.argmax(np.nan_to_num(on_val, nan=-1.0)))  # without a validation image there is no accuracy
+    return int(np.argmax([scored.scores["val/top1"] for scored in of_subset]))
 
 
 def over_subsets(of_subset: Sequence[Scored], labels: int, kept: Classifier | None = None) -> Outcome:

@@ -286,6 +286,13 @@ def test_top_1_and_top_5_are_scikit_learns() -> None:
     assert "test/top5" not in predicted(9).scored().scores
 
 
+def test_brier_score_on_val_is_of_val() -> None:
+    some = predicted(4)
+    of_val, labels = some.probabilities["val"], some.labels["val"]
+    expected = np.mean([np.sum((p - np.eye(4)[label]) ** 2) for p, label in zip(of_val, labels, strict=True)])
+    assert some.scored().scores["val/brier"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_equal_probabilities_are_ranked_the_same_everywhere() -> None:
     """Of twelve equal probabilities the last five classes count as the top five."""
     probabilities, labels = np.full((12, 12), 1 / 12), np.arange(12)

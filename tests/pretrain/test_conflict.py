@@ -1,6 +1,7 @@
 """The measured gradient conflict against gradients taken one by one, and the cut that is read off it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from lgp.models.encoder_folder import load_encoder
 from lgp.models.files import encoder_digest
 from lgp.models.vit import tokens_by_block
 from lgp.params.file import Params
+from lgp.params.pretrain import SmallViews
 from lgp.pretrain import conflict, sanity_checks
 from lgp.pretrain.arm import LossOf, Session
 from lgp.pretrain.conflict import advice, knn_by_block, measure_conflict, rates_for, read_conflict, suggest_cut
@@ -74,6 +76,22 @@ def test_cosines_are_those_of_gradients_taken_one_by_one(
         dot = sum(a * b for a, b in zip(of_mim.double().tolist(), of_cl.double().tolist(), strict=True))
         assert row["cosine"] == pytest.approx(dot / (of_mim.norm() * of_cl.norm()).item(), abs=1e-4)
         assert row["mim_norm"] == pytest.approx(of_mim.norm().item(), rel=1e-4)
+
+
+def test_gradients_are_of_the_small_views_too(session: Session, start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = set()
+
+    def watch(_: Any, loss_of: Loss) -> Loss:
+        def watched(batch: Batch) -> Tensor:
+            shapes.add(None if batch.small is None else tuple(batch.small.shape[1:]))
+            return loss_of(batch)
+
+        return watched
+
+    spied(monkeypatch, "contrastive_loss_of", watch)
+    contrastive = session.params.contrastive.model_copy(update={"small_views": SmallViews(count=2, size=4)})
+    measure_conflict(replace(session, params=session.params.model_copy(update={"contrastive": contrastive})), start)
+    assert shapes == {(2, session.data.channels, 4, 4)}
 
 
 @pytest.mark.parametrize("sign", [1, -1])

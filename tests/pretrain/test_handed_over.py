@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lgp.compute.randomness import Stream, generator, seeded
 from lgp.data.labels import LabelledImages
-from lgp.data.loading import Batch, CropDataset
+from lgp.data.loading import Batch, CropDataset, MultiCropDataset
 from lgp.data.views import ColorJitter, color_jitter
 from lgp.errors import LgpError
 from lgp.models.contrastive import build_contrastive
@@ -26,7 +26,7 @@ from lgp.models.mae import MAE, random_masking
 from lgp.models.refine import Drawn
 from lgp.models.vit import View, build_encoder, init_encoder_as_mae, init_encoder_as_moco
 from lgp.params.file import Params
-from lgp.params.pretrain import TrainingParams, ViewParams
+from lgp.params.pretrain import SmallViews, TrainingParams, ViewParams
 from lgp.pretrain import cl, controls, mim
 from lgp.pretrain.arm import Objective, Pretrained, Session
 from lgp.pretrain.cl import pretrain_cl
@@ -151,6 +151,15 @@ def test_batches_are_of_the_arms_views_size_and_stream(arm: str, project: Projec
     assert torch.equal(objective.crops[STEP], expected[STEP])
     assert objective.crops.ids.tolist() == project.data.pretraining_ids.tolist()
     assert (objective.name, objective.crops.batch_size) == (arm, BATCH[arm])
+
+
+@pytest.mark.parametrize("arm", ["cl", "graft", "joint"])
+def test_small_views_are_cropped_for_every_contrastive_arm(arm: str, project: Project) -> None:
+    small = SmallViews(count=2, size=4, crop_scale_min=0.2)
+    crops = project.handed(arm, contrastive={"small_views": small.model_dump()}).objective.crops
+    views = project.params().contrastive.views
+    expected = MultiCropDataset(project.data, views, 2, BATCH[arm], Stream(SEED, arm), small)
+    assert torch.equal(crops[STEP], expected[STEP])
 
 
 @pytest.mark.parametrize("arm", ARMS)

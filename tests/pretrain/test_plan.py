@@ -12,6 +12,7 @@ from lgp.errors import LgpError
 from lgp.models.contrastive import build_contrastive
 from lgp.models.vit import View, build_encoder
 from lgp.params.file import Params, load_params
+from lgp.params.pretrain import SmallViews
 from lgp.pretrain.mim import build_mae
 from lgp.pretrain.plan import (
     BATCH,
@@ -56,6 +57,14 @@ def test_flops_of_vit_b_agree_with_the_formula(vit_b: Params) -> None:
     assert stage_cost("cl", vit_b).flops_per_image == pytest.approx(expected, rel=0.02)
     expected = 3 * (forward_flops(50, 768, 12) + forward_flops(197, 512, 8))
     assert stage_cost("mim", vit_b).flops_per_image == pytest.approx(expected, rel=0.05)
+
+
+def test_small_views_are_counted_each_with_its_patches(vit_b: Params) -> None:
+    contrastive = vit_b.contrastive.model_copy(update={"small_views": SmallViews(count=6, size=96)})
+    small = vit_b.model_copy(update={"contrastive": contrastive})
+    more = stage_cost("cl", small).flops_per_image - stage_cost("cl", vit_b).flops_per_image
+    # forward and backward of 36 patches and a class token; keys are of the large views alone
+    assert more == pytest.approx(6 * 3 * forward_flops(37, 768, 12), rel=0.05)
 
 
 def test_parameters_are_those_of_the_models(params: Params) -> None:
