@@ -1,25 +1,31 @@
-"""Several pre-training seeds of the arms that the paper compares, on digits: a table with intervals.
+"""Several pre-training seeds of the paper's arms and of other grafts, on digits: a table with intervals.
 
-    python benchmarks/seeds.py FOLDER --tune [--jobs 2]        # chooses a rate for each arm: digits-tuning.csv
-    python benchmarks/seeds.py FOLDER [--seeds N…] [--jobs 2]  # trains with these: digits-seeds.csv, digits-seeds.md
+    python benchmarks/seeds.py FOLDER --tune [VARIANT …] [--jobs 2]  # chooses rates: digits-tuning.csv
+    python benchmarks/seeds.py FOLDER [--seeds N…] [--jobs 2]        # trains with these: digits-seeds.csv, .md
 
-Each arm has the same number of trials: every rate of `RATES`, on the seeds `TUNED_ON`, which no table reports. The rate
-with the best accuracy of frozen features on val is taken (mean over 1 % and 10 % of labels and the seeds). The rate of
-fine-tuning is chosen on val within each run, from the list of the preset, which is the same for all arms.
+Each tuned variant has the same number of trials: every rate of `RATES`, on the seeds `TUNED_ON`, which no table
+reports. The rate with the best accuracy of frozen features on val is taken (mean over 1 % and 10 % of labels and the
+seeds). Small views and a head warm-up take the rate of the same graft without them. The rate of fine-tuning is chosen
+on val within each run, from the list of the preset, which is the same for all arms.
+
+Grafts have the compute of the preset's graft, and contrastive arms that of the preset's `cl`: their epochs
+follow from the operations of a step (`tests/test_seeds.py`).
 
 Each seed draws splits, subsets, first weights and batches anew. Results that FOLDER already has are not computed again,
 so the command may be stopped and called again. FOLDER keeps the digest of the code: results of another version are
-refused. A seed takes about 20 minutes on one CPU core. Both commands write beside this file.
+refused. A seed takes about 40 minutes on one CPU core. Both commands write beside this file.
 """
 
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -35,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "digits-seeds.csv"
 TUNING = ROOT / "benchmarks" / "digits-tuning.csv"
 TUNED_ON = (0, 1)  # one seed of 143 validation images cannot tell rates apart that differ by a point
-SEEDS = (5, 6, 7, 8, 9)
+SEEDS = (12, 13, 14, 15, 16)
 RATES = (4e-3, 8e-3, 1.6e-2)  # MIM loses 20 points at 3.2e-2, on each of three seeds
 STAGES = (
     "prepare",
@@ -49,16 +55,63 @@ STAGES = (
     "propagate",
     "selected",
     "finetune",
+    "semi",
 )
 PIXELS = "pixels"  # has no rate to tune, and nothing to fine-tune
-VARIANTS = {
-    PIXELS: "raw pixels",
-    "mim": "MAE",
-    "cl": "MoCo v3, equal compute",
-    "graft": "graft, lower two thirds at 0.1 of the rate",
-    "graft_one_rate": "graft, one rate (the preset)",
+SMALL_VIEWS = {"count": 4, "size": 4, "crop_scale_min": 0.15, "crop_scale_max": 0.4}
+# keys of an objective, and the epochs of its graft: plain, with small views, and with a head warm-up
+OBJECTIVES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
+    "mocov3": ({}, (60, 41, 57)),
+    "vicreg": ({"objective": "vicreg"}, (80, 50, 78)),
+    "swav": ({"objective": "swav", "temperature": 0.1}, (81, 51, 79)),  # the published temperature
+    "refine": ({"objective": "refine", "refine": {"queue": 512}}, (80, 50, 78)),  # a queue of 646 is half of the images
 }
-STEPS = (("mim", "cl"), ("graft", "graft_one_rate"))  # grafts start from mim
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train an arm.
+
+    Attributes:
+        arm: that is trained.
+        what: of it, in the table.
+        epochs: of equal compute.
+        contrastive: the keys that differ from the preset.
+        lower: rate of the lower two thirds of the blocks, as a share of the rate of the others.
+        warmup: epochs in which the heads are trained alone.
+        rate_of: the variant whose chosen rate is taken; its own where it is None.
+        fine_tuned: whether it is fine-tuned, also with unlabelled images.
+    """
+
+    arm: str
+    what: str
+    epochs: int
+    contrastive: Mapping[str, Any] = field(default_factory=dict)
+    lower: float = 1.0
+    warmup: int = 0
+    rate_of: str | None = None
+    fine_tuned: bool = True
+
+
+def grafts_of(objective: str) -> dict[str, Variant]:
+    """Return the grafts with an objective: plain, with small views, and with a head warm-up."""
+    (keys, (plain, small, warm)), name, what = OBJECTIVES[objective], f"graft_{objective}", f"graft, {objective}"
+    of_small = keys | {"small_views": SMALL_VIEWS}
+    return {
+        name: Variant("graft", what, plain, keys),
+        f"{name}_small": Variant("graft", f"{what}, small views", small, of_small, rate_of=name, fine_tuned=False),
+        f"{name}_warm": Variant("graft", f"{what}, head warm-up", warm, keys, warmup=5, rate_of=name, fine_tuned=False),
+    }
+
+
+VARIANTS = {
+    PIXELS: Variant(PIXELS, "raw pixels", 0, fine_tuned=False),
+    "mim": Variant("mim", "MAE", 120),
+    "cl": Variant("cl", "MoCo v3 from scratch", 80),
+    "cl_vicreg": Variant("cl", "VICReg from scratch", 107, OBJECTIVES["vicreg"][0]),
+    "graft": Variant("graft", "graft, mocov3, the paper's rule: lower two thirds at 0.1 of the rate", 60, lower=0.1),
+    **{name: variant for objective in OBJECTIVES for name, variant in grafts_of(objective).items()},
+}
 TASKS = {
     "linear": ["linear"],
     "fewshot-1pct": ["fewshot", "1pct"],
@@ -70,8 +123,9 @@ TASKS = {
     "selected-1pct-propagated": ["selected", "1pct"],
     "selected-10pct-propagated": ["selected", "10pct"],
     "finetune-10pct": ["finetune", "10pct"],
+    "semi-10pct": ["semi", "10pct"],
 }
-TUNED = "finetune-10pct"
+FINE_TUNED = ("finetune-10pct", "semi-10pct")
 CHOSEN_BY = ("fewshot-1pct", "fewshot-10pct")
 MEASURES = {
     "k-NN": ("linear", "test/knn_top1"),
@@ -85,23 +139,30 @@ MEASURES = {
     "1 %, both": ("selected-1pct-propagated", "test/top1"),
     "10 %, both": ("selected-10pct-propagated", "test/top1"),
     "fine-tuned, 10 %": ("finetune-10pct", "test/top1"),
+    "semi-supervised, 10 %": ("semi-10pct", "test/top1"),
 }
 METHODS = ("propagated", "selected", "both")
+ON_VAL = {f"{label}, val": (task, "val/top1") for label, (task, _) in MEASURES.items() if task != "linear"}
 
 
-def arm_of(variant: str) -> str:
-    """Return the arm that a variant trains."""
-    return "graft" if variant.startswith("graft") else variant
+def preset() -> dict[str, Any]:
+    """Return the values of the preset `digits`."""
+    values: dict[str, Any] = yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text())
+    return values
 
 
-def changes_of(variant: str, rate: float) -> dict[str, Any]:
-    """Return the keys that a variant changes at a base learning rate. The paper's rule: 0.1 of it below."""
-    if variant == PIXELS:
+def changes_of(name: str, rate: float) -> dict[str, dict[str, Any]]:
+    """Return the keys that a variant changes at a base learning rate, by section."""
+    variant = VARIANTS[name]
+    if name == PIXELS:
         return {}
-    if arm_of(variant) != "graft":
-        return {variant: {"base_lr": rate}}
-    lower = rate / 10 if variant == "graft" else rate
-    return {"graft": {"stage_lr": {"base_lrs": [lower, lower, rate]}}}
+    keys: dict[str, Any] = {"epochs": variant.epochs}
+    if variant.arm != "graft":
+        keys["base_lr"] = rate
+    else:
+        lower = variant.lower * rate
+        keys |= {"stage_lr": {"base_lrs": [lower, lower, rate]}, "head_warmup_epochs": variant.warmup}
+    return {variant.arm: keys, "contrastive": dict(variant.contrastive)}
 
 
 def version_of_code() -> str:
@@ -120,27 +181,48 @@ def check_code(root: Path, version: str) -> None:
 
 
 def tuned_rates(version: str) -> dict[str, float]:
-    """Return the chosen rate of each variant. Refuse rates that other code chose."""
-    if not TUNING.exists():
-        raise SystemExit(f"no {TUNING}: run with --tune first")
-    tuning = pd.read_csv(TUNING)
-    if set(tuning["code"]) != {version}:
-        raise SystemExit(f"{TUNING} is of another version of the code: run with --tune again")
-    return dict(tuning.loc[tuning["chosen"], ["variant", "rate"]].itertuples(index=False))
+    """Return the rate of each variant. Tell of rates that other code chose."""
+    tuning = pd.read_csv(TUNING) if TUNING.exists() else pd.DataFrame(columns=["variant", "rate", "chosen", "code"])
+    chosen = tuning[tuning["chosen"].astype(bool)].set_index("variant")
+    if missing := [name for name in TUNED if name not in chosen.index]:
+        raise SystemExit(f"no rates of {', '.join(missing)}: run with --tune {' '.join(missing)} first")
+    if old := [name for name in TUNED if chosen["code"][name] != version]:
+        print(f"the rates of {', '.join(old)} were chosen by another version of the code", flush=True)
+    rates = {name: float(chosen["rate"][name]) for name in TUNED}
+    return {name: rates.get(variant.rate_of or name, 0.0) for name, variant in VARIANTS.items()}
+
+
+TUNED = [name for name, variant in VARIANTS.items() if name != PIXELS and variant.rate_of is None]
 
 
 def run(folder: Path, *command: str) -> None:
-    """Run a stage in a project folder. All projects share one store of runs."""
+    """Run a stage in a project folder. All projects share one store of runs.
+
+    The stage is a fork of this process, which has the libraries loaded: a new Python takes four seconds to do so.
+    """
     print(f"{folder.name}: {' '.join(command)}", flush=True)
-    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder.parent}/mlflow.db"}
-    line = [sys.executable, str(ROOT / "cli.py"), *command]
-    subprocess.run(line, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    stage = multiprocessing.get_context("fork").Process(target=_stage, args=(folder, command))
+    stage.start()
+    stage.join()
+    if stage.exitcode:
+        raise subprocess.CalledProcessError(stage.exitcode, ["lgp", *command])
+
+
+def _stage(folder: Path, command: Sequence[str]) -> None:
+    os.chdir(folder)
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder.parent}/mlflow.db"
+    with Path("log.txt").open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    from cli import app
+
+    app(list(command))
 
 
 def project(folder: Path, seed: int, changes: dict[str, Any], shared: dict[str, Path | None]) -> Path:
     """Make a project folder of the preset `digits`. `shared` says which of its folders come from another project."""
     folder.mkdir(parents=True, exist_ok=True)
-    values = yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text()) | {"seed": seed}
+    values = preset() | {"seed": seed}
     values["run"] |= {"precision": "fp32"}  # on every device
     for section, keys in changes.items():
         values[section] |= keys
@@ -168,71 +250,93 @@ def metrics_of(folder: Path, arm: str, tasks: tuple[str, ...]) -> dict[str, dict
     return {task: json.loads((folder / "metrics" / f"{arm}-{task}.json").read_text()) for task in tasks}
 
 
-def tune(root: Path, jobs: int) -> pd.DataFrame:
-    """Return a row per variant and rate, with its accuracy on val over the tuning seeds, and whether it was chosen."""
+@dataclass(frozen=True)
+class Trial:
+    """A variant at a rate, on a seed. A graft starts from the MAE of the rate `mim`."""
+
+    name: str
+    rate: float
+    seed: int
+    mim: float
+
+    def folder(self, root: Path) -> Path:
+        """Return the project folder."""
+        return root / f"seed{self.seed}-{self.name}-{self.rate:g}"
+
+    def start(self) -> "Trial":
+        """Return the MAE that a graft starts from."""
+        return Trial("mim", self.mim, self.seed, self.mim)
+
+
+def results_of(root: Path, trial: Trial, tasks: tuple[str, ...]) -> dict[str, dict[str, float]] | None:
+    """Train and evaluate a trial, and return its metrics by task; None where it did not train."""
+    arm = VARIANTS[trial.name].arm
+    mim = trial.start().folder(root) if arm == "graft" else None
+    shared = {"data": root / f"seed{trial.seed}", "models/mim": mim}
+    folder = project(trial.folder(root), trial.seed, changes_of(trial.name, trial.rate), shared)
+    try:
+        return metrics_of(folder, arm, tasks)
+    except subprocess.CalledProcessError:
+        print(f"{folder.name}: failed, see {folder / 'log.txt'}", flush=True)
+        return None
+
+
+def all_results(
+    root: Path, trials: Sequence[tuple[Trial, tuple[str, ...]]], jobs: int
+) -> list[dict[str, dict[str, float]] | None]:
+    """Return the metrics of all trials, each with the tasks beside it. The MAEs of the grafts are trained first."""
+    for seed in {trial.seed for trial, _ in trials}:
+        project(root / f"seed{seed}", seed, {}, {})
+    starts = list(dict.fromkeys(trial.start() for trial, _ in trials if VARIANTS[trial.name].arm == "graft"))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        for done in [pool.submit(results_of, root, start, ()) for start in starts]:
+            done.result()
+        return [f.result() for f in [pool.submit(results_of, root, trial, tasks) for trial, tasks in trials]]
+
+
+def tune(root: Path, names: Sequence[str], mim: float | None, jobs: int) -> pd.DataFrame:
+    """Return a row per variant and rate, with its accuracy on val over the tuning seeds, and whether it was chosen.
+
+    Args:
+        root: folder of the results.
+        names: the variants. The rate of `mim` is chosen first.
+        mim: the rate of the MAE that grafts start from, where `mim` is not among the names.
+        jobs: trainings at a time.
+    """
     rows: list[dict[str, Any]] = []
-    best_mim = 0.0
-    for seed in TUNED_ON:  # all trials of a seed take images and labels from its first
-        project(trial_folder(root, seed, "mim", RATES[0]), seed, changes_of("mim", RATES[0]), {})
-    for variants in STEPS:  # grafts start from the best MAE
-        trials = list(itertools.product(variants, RATES, TUNED_ON))
-        with ThreadPoolExecutor(jobs) as pool:
-            found = list(pool.map(lambda trial: validated(root, trial, best_mim), trials))  # noqa: B023 - called before it changes
-        on_val = np.reshape(found, (len(variants), len(RATES), len(TUNED_ON))).mean(axis=2).round(2)
-        for variant, of_rates in zip(variants, on_val, strict=True):
+    for step in (["mim"] if "mim" in names else [], [name for name in names if name != "mim"]):
+        trials = [Trial(*of, mim or 0.0) for of in itertools.product(step, RATES, TUNED_ON)]
+        found = [on_val(of) for of in all_results(root, [(trial, CHOSEN_BY) for trial in trials], jobs)]
+        by_rate = np.reshape(found, (len(step), len(RATES), len(TUNED_ON))).mean(axis=2).round(2)
+        for name, of_rates in zip(step, by_rate, strict=True):
             chosen = int(of_rates.argmax())
-            best_mim = RATES[chosen] if variant == "mim" else best_mim
+            mim = RATES[chosen] if name == "mim" else mim
             rows += [
-                {"variant": variant, "rate": rate, "val": top1, "chosen": number == chosen}
+                {"variant": name, "rate": rate, "val": top1, "chosen": number == chosen}
                 for number, (rate, top1) in enumerate(zip(RATES, of_rates, strict=True))
             ]
     return pd.DataFrame(rows)
 
 
-def trial_folder(root: Path, seed: int, variant: str, rate: float) -> Path:
-    """Return the project folder of a trial."""
-    return root / f"tune{seed}-{variant}-{rate:g}"
+def on_val(metrics: dict[str, dict[str, float]] | None) -> float:
+    """Return the accuracy on val of a trial, 0 where it did not train."""
+    return 0.0 if metrics is None else sum(metrics[task]["val/top1"] for task in CHOSEN_BY) / len(CHOSEN_BY)
 
 
-def validated(root: Path, trial: tuple[str, float, int], best_mim: float) -> float:
-    """Return the accuracy on val of a trial (variant, rate, seed), 0 where it did not train.
-
-    A graft starts from the MAE of `best_mim`.
-    """
-    variant, rate, seed = trial
-    first, mim = (trial_folder(root, seed, "mim", of_mim) for of_mim in (RATES[0], best_mim))
-    folder = trial_folder(root, seed, variant, rate)
-    shared = {"data": first if folder != first else None, "models/mim": mim if arm_of(variant) == "graft" else None}
-    project(folder, seed, changes_of(variant, rate), shared)
-    try:
-        found = metrics_of(folder, arm_of(variant), CHOSEN_BY)
-    except subprocess.CalledProcessError:
-        print(f"{folder.name}: did not train, the rate is lost", flush=True)
-        return 0.0
-    return sum(found[task]["val/top1"] for task in CHOSEN_BY) / len(CHOSEN_BY)
-
-
-def seeds_of(root: Path, seeds: Sequence[int], rates: dict[str, float], jobs: int) -> list[dict[str, Any]]:
-    """Return a row per variant and seed."""
-    for seed in seeds:
-        project(root / f"seed{seed}-{PIXELS}", seed, {}, {})
-    rows = []
-    for variants in ((PIXELS, *STEPS[0]), STEPS[1]):
-        with ThreadPoolExecutor(jobs) as pool:
-            pairs = itertools.product(variants, seeds)
-            rows += list(pool.map(lambda pair: of_seed(root, pair[0], pair[1], rates.get(pair[0], 0.0)), pairs))
-    return rows
-
-
-def of_seed(root: Path, variant: str, seed: int, rate: float) -> dict[str, Any]:
-    """Train and evaluate a variant, and return its row. A graft starts from the MAE of the seed."""
-    first, mim = (root / f"seed{seed}-{name}" for name in (PIXELS, "mim"))
-    folder = root / f"seed{seed}-{variant}"
-    shared = {"data": first if folder != first else None, "models/mim": mim if arm_of(variant) == "graft" else None}
-    project(folder, seed, changes_of(variant, rate), shared)
-    metrics = metrics_of(folder, arm_of(variant), tuple(t for t in TASKS if variant != PIXELS or t != TUNED))
-    of_task = {name: metrics[task][key] for name, (task, key) in MEASURES.items() if task in metrics}
-    return {"variant": variant, "seed": seed, **of_task, "tuned_lr": metrics.get(TUNED, {}).get("base_lr")}
+def seeds_of(root: Path, seeds: Sequence[int], rates: dict[str, float], jobs: int) -> pd.DataFrame:
+    """Return a row per variant and seed. What did not train has no row."""
+    trials = [Trial(name, rates[name], seed, rates["mim"]) for seed in seeds for name in VARIANTS]
+    tasks = [tuple(t for t in TASKS if VARIANTS[of.name].fine_tuned or t not in FINE_TUNED) for of in trials]
+    found = all_results(root, list(zip(trials, tasks, strict=True)), jobs)
+    return pd.DataFrame(
+        [
+            {"variant": trial.name, "seed": trial.seed}
+            | {label: of[task][key] for label, (task, key) in (MEASURES | ON_VAL).items() if task in of}
+            | {"rate": trial.rate, "tuned_lr": of.get(FINE_TUNED[0], {}).get("base_lr")}
+            for trial, of in zip(trials, found, strict=True)
+            if of is not None
+        ]
+    )
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -241,7 +345,7 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def page(rows: pd.DataFrame) -> str:
-    """Write two tables: accuracies, and the differences between variants, paired by seed."""
+    """Write three tables: accuracies, and differences between variants and between methods, paired by seed."""
     seeds = rows["seed"].nunique()
     lines = [
         f"# Digits, {seeds} pre-training seeds",
@@ -251,7 +355,7 @@ def page(rows: pd.DataFrame) -> str:
     ]
 
     def cell(values: pd.Series, sign: str = "") -> str:
-        if values.isna().any():
+        if values.isna().any() or len(values) < seeds:
             return "–"
         low, high = students_interval(values.tolist())
         mean, half = (low + high) / 2, (high - low) / 2
@@ -259,43 +363,62 @@ def page(rows: pd.DataFrame) -> str:
         return f"**{text}**" if sign and abs(mean) > half else text
 
     by = {variant: of.set_index("seed") for variant, of in rows.groupby("variant")}
-    of_variant = [[f"`{v}`", what, *(cell(by[v][m]) for m in MEASURES)] for v, what in VARIANTS.items()]
+    named = [name for name in VARIANTS if name in by]
+    of_variant = [[f"`{v}`", VARIANTS[v].what, *(cell(by[v][m]) for m in MEASURES)] for v in named]
     lines += table(["arm", "what", *MEASURES], of_variant)
     lines += ["", "Ahead, paired by seed, in points; bold where the interval excludes a tie:", ""]
-    pairs = itertools.combinations(reversed(VARIANTS), 2)
+    pairs = itertools.combinations(reversed(named), 2)
     compared = [[f"`{a}` over `{b}`", *(cell(by[a][m] - by[b][m], "+") for m in MEASURES)] for a, b in pairs]
     lines += table(["", *MEASURES], compared)
     lines += ["", "What a method adds to logistic regression on random images, paired by seed, in points:", ""]
     added = [
         [f"`{v}`, {share}", *(cell(by[v][f"{share}, {how}"] - by[v][share], "+") for how in METHODS)]
-        for v in VARIANTS
+        for v in named
         for share in ("1 %", "10 %")
     ]
     return "\n".join([*lines, *table(["arm, labels", *METHODS], added), ""])
+
+
+def load_libraries() -> None:
+    """Import what every stage needs, once for all of them."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads does not survive a fork
+    import mlflow
+    import sklearn.linear_model
+    import timm
+
+    assert mlflow
+    assert sklearn.linear_model
+    assert timm
+    sys.path.insert(0, str(ROOT))
 
 
 def main() -> None:
     """Do it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tune", action="store_true", help="choose the rates, on the seeds of the tuning")
+    parser.add_argument("--tune", nargs="*", choices=TUNED, help="choose the rates of all variants, or of these")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="two or more, for an interval")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, one CPU core each")
     given = parser.parse_args()
-    root = given.folder.resolve()
-    version = version_of_code()
-    check_code(root, version)
-    if given.tune:
-        tuning = tune(root, given.jobs).assign(code=version)
-        tuning.to_csv(TUNING, index=False)
-        print(tuning.to_string(index=False))
-        return
     if set(TUNED_ON) & set(given.seeds):
         parser.error(f"seeds {', '.join(map(str, TUNED_ON))} chose the rates: give others")
     if len(given.seeds) < 2:
         parser.error("--seeds: two or more, for an interval")
-    rates = tuned_rates(version)
-    rows = pd.DataFrame(seeds_of(root, given.seeds, rates, given.jobs)).assign(code=version)
+    root, version = given.folder.resolve(), version_of_code()
+    check_code(root, version)
+    load_libraries()
+    if given.tune is not None:
+        names = given.tune or TUNED
+        before = pd.read_csv(TUNING) if TUNING.exists() else pd.DataFrame(columns=["variant", "chosen", "rate"])
+        of_mim = before.loc[(before["variant"] == "mim") & before["chosen"].astype(bool), "rate"]
+        if "mim" not in names and of_mim.empty:
+            parser.error("--tune: grafts start from mim, which has no rate yet: tune it too")
+        tuned = tune(root, names, None if of_mim.empty else float(of_mim.iloc[0]), given.jobs).assign(code=version)
+        tuning = pd.concat([before[~before["variant"].isin(names)], tuned], ignore_index=True)
+        tuning.to_csv(TUNING, index=False)
+        print(tuning.to_string(index=False))
+        return
+    rows = seeds_of(root, given.seeds, tuned_rates(version), given.jobs).assign(code=version)
     rows.to_csv(OUT, index=False)
     OUT.with_suffix(".md").write_text(page(rows))
     print(OUT.with_suffix(".md").read_text())

@@ -1,26 +1,27 @@
 """The comparison over seeds: equal trials for every arm, and one version of the code."""
 
 import importlib.util
-import itertools
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pandas as pd
 import pytest
-import yaml
 from conftest import ROOT
 
 from lgp.params.file import Params
+from lgp.pretrain.plan import stage_cost
 
 
 @pytest.fixture
-def seeds() -> ModuleType:
+def seeds(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("seeds", ROOT / "benchmarks" / "seeds.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "seeds", module)  # where dataclasses look for their types
     spec.loader.exec_module(module)
     return module
 
@@ -34,17 +35,25 @@ def test_results_of_another_version_of_the_code_are_refused(seeds: ModuleType, t
             seeds.check_code(tmp_path / folder, version)
 
 
-def test_rates_that_other_code_chose_are_refused(
-    seeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def chosen(seeds: ModuleType, variants: list[str], code: str) -> None:
+    rows = [{"variant": v, "rate": r, "chosen": r == 0.2, "code": code} for v in variants for r in (0.1, 0.2)]
+    pd.DataFrame(rows).to_csv(seeds.TUNING, index=False)
+
+
+def test_rates_that_are_missing_are_named_and_those_of_other_code_told(
+    seeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(seeds, "TUNING", tmp_path / "tuning.csv")
-    with pytest.raises(SystemExit, match="run with --tune first"):
+    with pytest.raises(SystemExit, match="run with --tune mim cl cl_vicreg graft"):
         seeds.tuned_rates("one")
-    rows = {"variant": ["cl", "cl"], "rate": [0.1, 0.2], "chosen": [False, True], "code": ["one", "one"]}
-    pd.DataFrame(rows).to_csv(seeds.TUNING, index=False)
-    assert seeds.tuned_rates("one") == {"cl": 0.2}
-    with pytest.raises(SystemExit, match="of another version of the code: run with --tune again"):
-        seeds.tuned_rates("another")
+    chosen(seeds, [name for name in seeds.TUNED if name != "cl"], "one")
+    with pytest.raises(SystemExit, match="no rates of cl: run with --tune cl first"):
+        seeds.tuned_rates("one")
+    chosen(seeds, seeds.TUNED, "one")
+    assert seeds.tuned_rates("one") == {name: 0.2 * (name != seeds.PIXELS) for name in seeds.VARIANTS}
+    assert capsys.readouterr().out == ""
+    seeds.tuned_rates("another")
+    assert "mim, cl, cl_vicreg, graft" in capsys.readouterr().out
 
 
 def test_version_is_of_every_stage(seeds: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,20 +69,40 @@ def test_every_stage_of_the_comparison_has_a_code_digest(seeds: ModuleType) -> N
     assert set(seeds.STAGES) <= seeds.code_digests(ROOT).keys()
 
 
-def test_a_trial_changes_the_rate_of_its_arm_alone(seeds: ModuleType) -> None:
-    preset = yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text())
+def test_a_variant_changes_its_arm_and_the_contrastive_section_alone(seeds: ModuleType) -> None:
     assert seeds.changes_of(seeds.PIXELS, 0.5) == {}  # nothing is trained
-    for variant in itertools.chain(*seeds.STEPS):
-        of_arm = seeds.changes_of(variant, 0.5)
-        assert of_arm.keys() == {seeds.arm_of(variant)}
-        changed = preset | {arm: preset[arm] | keys for arm, keys in of_arm.items()}
-        params = Params.model_validate(changed)
-        if seeds.arm_of(variant) == "graft":
+    for name, variant in seeds.VARIANTS.items():
+        if name == seeds.PIXELS:
+            continue
+        changed, values = seeds.changes_of(name, 0.5), seeds.preset()
+        assert changed.keys() <= {variant.arm, "contrastive"}
+        for section, keys in changed.items():
+            values[section] |= keys
+        params = Params.model_validate(values)
+        if variant.arm == "graft":
             assert params.graft.stage_lr is not None
-            lower = 0.05 if variant == "graft" else 0.5
+            lower = 0.05 if name == "graft" else 0.5
             assert params.graft.stage_lr.base_lrs == [lower, lower, 0.5]
+            assert params.graft.head_warmup_epochs == (5 if name.endswith("_warm") else 0)
+            assert (params.contrastive.small_views is not None) == name.endswith("_small")
         else:
-            assert getattr(params, variant).base_lr == 0.5
+            assert getattr(params, variant.arm).base_lr == 0.5
+        if variant.rate_of:
+            assert seeds.VARIANTS[variant.rate_of].contrastive.items() <= variant.contrastive.items()
+
+
+@pytest.mark.parametrize("name", ["cl_vicreg", "graft_swav_small", "graft_refine_warm"])
+def test_variant_has_the_compute_of_its_arm_in_the_preset(name: str, seeds: ModuleType) -> None:
+    arm, spent = seeds.VARIANTS[name].arm, []
+    for changes in ({}, seeds.changes_of(name, 0.5)):
+        values = seeds.preset()
+        for section, keys in changes.items():
+            values[section] |= keys
+        params = Params.model_validate(values)
+        epochs, warmup = getattr(params, arm).epochs, params.graft.head_warmup_epochs if arm == "graft" else 0
+        heads = stage_cost(arm, params, heads_only=True).flops_per_image if warmup else 0
+        spent.append(epochs * stage_cost(arm, params).flops_per_image + warmup * heads)
+    assert spent[1] == pytest.approx(spent[0], rel=0.01)
 
 
 def test_seeds_that_chose_the_rates_are_not_reported(
@@ -89,30 +118,48 @@ def test_seeds_that_chose_the_rates_are_not_reported(
 def test_every_variant_has_the_same_trials_and_the_best_on_val_is_chosen(
     seeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried: list[tuple[str, float, float, int]] = []
+    tried = []
 
-    def validated(_root: Path, trial: tuple[str, float, int], best_mim: float) -> float:
-        variant, rate, seed = trial
-        tried.append((variant, rate, best_mim, seed))
-        return seed - 1000 * abs(rate - {"mim": 8e-3, "cl": 1.6e-2}.get(variant, 4e-3))
+    def all_results(_root: Path, trials: list[Any], _jobs: int) -> list[Any]:
+        tried.extend(trial for trial, _ in trials)
+        best = {"mim": 8e-3, "cl": 1.6e-2}
+        tops = [trial.seed - 1000 * abs(trial.rate - best.get(trial.name, 4e-3)) for trial, _ in trials]
+        return [{task: {"val/top1": top} for task in tasks} for top, (_, tasks) in zip(tops, trials, strict=True)]
 
-    monkeypatch.setattr(seeds, "validated", validated)
-    monkeypatch.setattr(seeds, "project", lambda *_: None)
-    tuning = seeds.tune(tmp_path, 1)
-    chosen = tuning[tuning["chosen"]].set_index("variant")["rate"]
-    assert chosen.to_dict() == {"mim": 8e-3, "cl": 1.6e-2, "graft": 4e-3, "graft_one_rate": 4e-3}
-    assert set(itertools.chain(*seeds.STEPS)) | {seeds.PIXELS} == set(seeds.VARIANTS)
-    for variant in itertools.chain(*seeds.STEPS):
-        assert [(rate, seed) for v, rate, _, seed in tried if v == variant] == [
+    monkeypatch.setattr(seeds, "all_results", all_results)
+    tuning = seeds.tune(tmp_path, seeds.TUNED, None, 1)
+    chosen = tuning[tuning["chosen"]].set_index("variant")["rate"].to_dict()
+    assert chosen == dict.fromkeys(seeds.TUNED, 4e-3) | {"mim": 8e-3, "cl": 1.6e-2}
+    for name in seeds.TUNED:
+        assert [(t.rate, t.seed) for t in tried if t.name == name] == [
             (rate, seed) for rate in seeds.RATES for seed in seeds.TUNED_ON
         ]
-    assert {best for variant, _, best, _ in tried if variant.startswith("graft")} == {8e-3}
+    assert {t.mim for t in tried if t.name != "mim"} == {8e-3}
+    tried.clear()
+    seeds.tune(tmp_path, ["graft"], 4e-3, 1)
+    assert {(t.name, t.mim) for t in tried} == {("graft", 4e-3)}
 
 
 def test_trial_that_does_not_train_is_lost(seeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object) -> None:
         raise subprocess.CalledProcessError(1, "lgp cl")
 
-    monkeypatch.setattr(seeds, "project", lambda *_: None)
+    monkeypatch.setattr(seeds, "project", lambda *_: tmp_path)
     monkeypatch.setattr(seeds, "metrics_of", failing)
-    assert seeds.validated(tmp_path, ("cl", 1e3, 0), 8e-3) == 0
+    found = seeds.results_of(tmp_path, seeds.Trial("cl", 1e3, 0, 8e-3), seeds.CHOSEN_BY)
+    assert found is None
+    assert seeds.on_val(found) == 0
+
+
+def test_graft_takes_images_and_the_mae_of_its_seed(
+    seeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(seeds, "project", lambda *args: made.append(args) or args[0])
+    monkeypatch.setattr(seeds, "metrics_of", lambda *_: {})
+    for name in ("graft_vicreg", "cl"):
+        seeds.results_of(tmp_path, seeds.Trial(name, 4e-3, 12, 8e-3), ())
+    of_graft, of_cl = made
+    assert of_graft[1] == of_cl[1] == 12
+    assert of_graft[3] == {"data": tmp_path / "seed12", "models/mim": tmp_path / "seed12-mim-0.008"}
+    assert of_cl[3] == {"data": tmp_path / "seed12", "models/mim": None}
