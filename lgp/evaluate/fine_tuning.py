@@ -34,7 +34,7 @@ from lgp.data.conversion import MODES
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch, CropDataset
 from lgp.errors import Diverged, LgpError, check_disk_space
-from lgp.evaluate.outcome import Logits, Outcome, best_on_val, over_subsets
+from lgp.evaluate.outcome import Logits, Outcome, best_on_val, over_subsets, rank_on_val
 from lgp.features.extraction import extract
 from lgp.models.classifier_folder import Classifier
 from lgp.models.encoder_folder import images_for, load_encoder, read_config
@@ -234,9 +234,9 @@ def _choose_rate(tried: Mapping[float, Outcome]) -> tuple[Outcome, dict[str, flo
     Args:
         tried: base learning rate → outcome, in the order of the recipe. The first of equal ones is taken.
     """
-    on_val = {rate: outcome.metrics["val/top1"] for rate, outcome in tried.items()}
-    best = max(on_val, key=lambda rate: on_val[rate])
-    at_rates = {f"val/top1_at_{rate:g}": top1 for rate, top1 in on_val.items()} if len(tried) > 1 else {}
+    best = max(tried, key=lambda rate: rank_on_val(tried[rate].metrics))
+    at_rates = {f"val/top1_at_{rate:g}": outcome.metrics["val/top1"] for rate, outcome in tried.items()}
+    at_rates = at_rates if len(tried) > 1 else {}
     return tried[best], {"base_lr": best} | at_rates
 
 

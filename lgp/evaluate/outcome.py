@@ -118,9 +118,18 @@ def usable_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return 1.0 if found.at_bound else round(found.value, 6)
 
 
+def rank_on_val(metrics: Metrics) -> tuple[float, float]:
+    """Return what one of several classifiers is chosen by, the greatest first.
+
+    The accuracy on val decides. With few validation images many classifiers are equal there. Then the one whose
+    probabilities are better is taken (the lower Brier score on val).
+    """
+    return metrics["val/top1"], -metrics["val/brier"]
+
+
 def best_on_val(of_subset: Sequence[Scored]) -> int:
-    """Return the number of the classifier with the best accuracy on val. It is the first of equal ones."""
-    return int(np.argmax([scored.scores["val/top1"] for scored in of_subset]))
+    """Return the number of the classifier that is best by `rank_on_val`. It is the first of equal ones."""
+    return max(range(len(of_subset)), key=lambda number: rank_on_val(of_subset[number].scores))
 
 
 def over_subsets(of_subset: Sequence[Scored], labels: int, kept: Classifier | None = None) -> Outcome:

@@ -129,15 +129,23 @@ class LinearHeads(nn.Module):
         return weight.numpy(), bias.numpy()
 
     @torch.inference_mode()
-    def accuracies(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return each head's accuracy, (H,) in [0, 1]; -1 for a head whose weights are not finite."""
+    def scores(self, features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return each head's accuracy, (H,) in [0, 1], and Brier score, (H,) in [0, 2].
+
+        A head whose weights are not finite has the accuracy -1 and the score 2.
+        """
         self.eval()
         correct = torch.zeros(len(self.settings), dtype=torch.int64)
+        squares = torch.zeros(len(self.settings), dtype=torch.float64)
         for start in range(0, len(features), SCORED_ROWS):
-            predicted = self(self.rows(features[start : start + SCORED_ROWS])).argmax(1).cpu()
-            correct += (predicted == torch.from_numpy(labels[start : start + SCORED_ROWS])[:, None]).sum(0)
+            of_rows = torch.from_numpy(labels[start : start + SCORED_ROWS])
+            probabilities = self(self.rows(features[start : start + SCORED_ROWS])).double().softmax(1).cpu()
+            correct += (probabilities.argmax(1) == of_rows[:, None]).sum(0)
+            one_hot = nn.functional.one_hot(of_rows, self.classes)[:, :, None]
+            squares += (probabilities - one_hot).square().sum(dim=(0, 1))
         finite = self.weight.unflatten(1, (self.classes, -1)).isfinite().all(dim=(0, 1)).cpu().numpy()
-        return np.where(finite, correct.numpy() / max(len(features), 1), -1.0)
+        accuracies, briers = (total.numpy() / max(len(features), 1) for total in (correct, squares))
+        return np.where(finite, accuracies, -1.0), np.where(finite, briers, 2.0)
 
 
 def head_settings(params: LinearParams, batch_size: int) -> list[tuple[float, float]]:
@@ -202,8 +210,12 @@ class Chosen:
 
 
 def choose_head(heads: LinearHeads, params: LinearParams, x_val: np.ndarray, y_val: np.ndarray) -> Chosen:
-    """Return the head with the best accuracy on val. A tie goes to the first head, which has the lowest rate."""
-    accuracies = heads.accuracies(x_val, y_val)
-    best = int(accuracies.argmax())
+    """Return the head with the best accuracy on val, of equal ones that with the lowest Brier score there.
+
+    The heads with the lowest rates hardly leave their start. Where val has few images they can be right on all of them,
+    but their probabilities are near 1 / C.
+    """
+    accuracies, briers = heads.scores(x_val, y_val)
+    best = int(np.lexsort((briers, -accuracies))[0])
     base_lr, weight_decay = list(itertools.product(params.base_lrs, params.weight_decays))[best]
     return Chosen(best, base_lr, weight_decay, float(accuracies[best]))

@@ -524,13 +524,18 @@ def test_first_layer_is_read_where_the_recipe_asks_for_it(
     assert (asked, around.about[0].first_fc is layer) == ([encoder_folder.parent], True)
 
 
-def test_choice_is_by_val_alone() -> None:
+@pytest.mark.parametrize(
+    ("on_val", "chosen"), [({0.1: (50, 0.1), 1e-3: (70, 0.9)}, 1e-3), ({0.1: (70, 0.2), 1e-3: (70, 0.1)}, 1e-3)]
+)
+def test_choice_is_by_val_alone(on_val: dict[float, tuple[float, float]], chosen: float) -> None:
     outcomes = {
-        rate: Outcome({"val/top1": top1, "test/top1": -top1}, pd.DataFrame()) for rate, top1 in ((0.1, 50), (1e-3, 70))
+        rate: Outcome({"val/top1": top1, "val/brier": brier, "test/top1": -top1, "test/brier": -brier}, pd.DataFrame())
+        for rate, (top1, brier) in on_val.items()
     }
-    chosen, metrics = module._choose_rate(outcomes)
-    assert chosen is outcomes[1e-3]
-    assert metrics == {"base_lr": 1e-3, "val/top1_at_0.1": 50, "val/top1_at_0.001": 70}
+    found, metrics = module._choose_rate(outcomes)
+    assert found is outcomes[chosen]
+    of_rates = {f"val/top1_at_{rate}": top1 for rate, (top1, _) in on_val.items()}
+    assert metrics == {"base_lr": chosen} | of_rates
 
 
 def test_epochs_continue_after_those_of_earlier_trainings() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lgp.compute.randomness import generator
 from lgp.evaluate import probe
+from lgp.evaluate.calibration import brier_score
 from lgp.evaluate.probe import LinearHeads, choose_head, cross_entropy_of_heads, head_settings, train_heads
 from lgp.params.evaluate import LinearParams
 from lgp.params.file import Params
@@ -82,15 +83,20 @@ def test_paper_sweep_is_35_rates_times_2_decays_scaled_by_the_batch(params: Para
     assert settings[-1] == (pytest.approx(180), 1e-6)
 
 
-def test_validation_chooses_and_of_equals_the_lowest_rate(params: Params) -> None:
+def test_validation_chooses_and_of_equals_the_best_probabilities(params: Params) -> None:
     linear = LinearParams.model_validate(params.linear.model_dump() | {"base_lrs": [1e-9, 0.1, 1.0, 3.0]})
     features, labels = separable()
     trained = heads(head_settings(linear, 256)).double()
     train_heads(trained, features, labels, 20, BATCH, seed=0)
-    accuracies = trained.accuracies(features, labels)
+    probabilities = trained.logits(features).double().softmax(1)
+    accuracies = (probabilities.argmax(1) == torch.from_numpy(labels)[:, None]).double().mean(0)
+    briers = [brier_score(probabilities[..., head].numpy(), labels) for head in range(8)]
     chosen = choose_head(trained, linear, features, labels)
     assert chosen.val == accuracies.max()
-    assert chosen.head == int(np.flatnonzero(accuracies == accuracies.max())[0])
+    equal = [head for head in range(8) if accuracies[head] == accuracies.max()]
+    assert len(equal) > 2
+    assert chosen.head == min(equal, key=lambda head: briers[head]) != equal[0]
+    assert trained.scores(features, labels)[1] == pytest.approx(briers, rel=1e-9)
     assert (chosen.base_lr, chosen.weight_decay) == list(itertools.product(linear.base_lrs, linear.weight_decays))[
         chosen.head
     ]
@@ -102,7 +108,7 @@ def test_head_that_diverged_is_never_chosen(params: Params) -> None:
     some = heads(head_settings(params.linear, 256)).double()
     with torch.no_grad():
         some.weight.view(WIDTH, CLASSES, -1)[..., 3] = torch.nan
-    assert some.accuracies(features, labels)[3] == -1
+    assert [of_heads[3] for of_heads in some.scores(features, labels)] == [-1, 2]
 
 
 def test_memory_mapped_half_precision_trains_like_the_same_numbers_in_memory(tmp_path: Path) -> None:
@@ -179,17 +185,19 @@ def test_scores_are_the_same_in_pieces(images: int, monkeypatch: pytest.MonkeyPa
     features, labels = (array[:images] for array in separable())
     some = heads([(0.1, 0.0), (1.0, 0.0)], batch_norm=True)
     train_heads(some, *separable(), EPOCHS, BATCH, seed=0)
-    whole = some.logits(features), some.accuracies(features, labels)
+    whole = some.logits(features), *some.scores(features, labels)
     monkeypatch.setattr(probe, "SCORED_ROWS", 4)
     assert not some.train().logits(features).requires_grad
     assert torch.allclose(some.train().logits(features), whole[0])
-    assert np.array_equal(some.train().accuracies(features, labels), whole[1])
+    accuracies, briers = some.train().scores(features, labels)
+    assert np.array_equal(accuracies, whole[1])
+    assert briers == pytest.approx(whole[2], rel=1e-12)
     expected = (whole[0].argmax(1).numpy() == labels[:, None]).mean(0)
     assert whole[1] == pytest.approx(expected)
 
 
 def test_accuracy_of_no_image_is_zero() -> None:
-    assert heads([(0.1, 0.0)] * 3).accuracies(np.empty((0, WIDTH)), np.empty(0, dtype=int)).tolist() == [0, 0, 0]
+    assert heads([(0.1, 0.0)] * 3).scores(np.empty((0, WIDTH)), np.empty(0, dtype=int))[0].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -198,7 +206,7 @@ def test_one_weight_that_is_not_finite_rules_a_head_out(bad: float) -> None:
     some = heads([(0.1, 0.0)] * 3)
     with torch.no_grad():
         some.weight.view(WIDTH, CLASSES, -1)[4, 2, 1] = bad
-    accuracies = some.accuracies(features, labels)
+    accuracies, _ = some.scores(features, labels)
     assert accuracies[1] == -1
     assert min(accuracies[[0, 2]]) >= 0
 
@@ -225,15 +233,17 @@ def test_gradients_of_the_step_before_are_gone() -> None:
     assert torch.equal(some.weight, fresh.weight)
 
 
-def test_choice_is_the_first_of_the_best_with_its_base_rate_and_decay(
-    params: Params, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("briers", "chosen"), [([0.0, 0, 0, 0.5, 0.5, 0], 3), ([0.0, 0, 0, 0.5, 0.4, 0], 4)])
+def test_choice_is_the_best_with_its_base_rate_and_decay(
+    briers: list[float], chosen: int, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     linear = params.linear.model_copy(update={"base_lrs": [0.1, 0.2, 0.3], "weight_decays": [0.0, 0.5]})
     asked: list[tuple[np.ndarray, np.ndarray]] = []
-    accuracies = np.array([0.1, 0.2, 0.4, 0.7, 0.7, 0.6])
-    monkeypatch.setattr(LinearHeads, "accuracies", lambda _, *about: asked.append(about) or accuracies)  # type: ignore[func-returns-value]
+    scores = np.array([0.1, 0.2, 0.4, 0.7, 0.7, 0.6]), np.array(briers)
+    monkeypatch.setattr(LinearHeads, "scores", lambda _, *about: asked.append(about) or scores)  # type: ignore[func-returns-value]
     x, y = separable()
-    assert choose_head(heads([(0.1, 0.0)]), linear, x, y) == probe.Chosen(3, 0.2, 0.5, 0.7)
+    expected = {3: probe.Chosen(3, 0.2, 0.5, 0.7), 4: probe.Chosen(4, 0.3, 0.0, 0.7)}
+    assert choose_head(heads([(0.1, 0.0)]), linear, x, y) == expected[chosen]
     assert asked[0][0] is x
     assert asked[0][1] is y
     assert head_settings(linear, 128) == [(lr / 2, decay) for lr in (0.1, 0.2, 0.3) for decay in (0.0, 0.5)]
