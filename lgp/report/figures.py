@@ -29,6 +29,7 @@ METHODS = {
     "semi": "semi-supervised",
 }
 SHOWN_CLASSES = 20
+MOST_CELLS = 250  # rows of a confusion matrix: the picture has about 400 pixels for them
 MISTAKES_A_ROW = 8
 METHODS_A_ROW = 3
 
@@ -178,19 +179,35 @@ def plot_reconstructions(path: Path, images: Mapping[str, Tensor]) -> None:
 
 @with_names
 def plot_confusion(path: Path, predictions: pd.DataFrame, classes: list[str]) -> None:
-    """Draw the confusion matrix over all subsets, each row (true class) in percent."""
-    counts = np.zeros((len(classes), len(classes)))
-    np.add.at(counts, (predictions["label"].to_numpy(), predictions["prediction"].to_numpy()), 1)
-    share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    """Draw the confusion matrix over all subsets, each row (true class) in percent.
+
+    The picture has room for `MOST_CELLS` rows. With more classes a row and a column stand for neighbouring classes.
+    """
+    share, together = confusion(predictions, len(classes))
     figure = Figure(figsize=(5, 4.4), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     if len(classes) <= 20:
         axes.set_xticks(range(len(classes)), map(short, classes), rotation=90)
         axes.set_yticks(range(len(classes)), map(short, classes))
-    axes.set(xlabel="predicted", ylabel="true")
-    figure.colorbar(image, label="% of the true class")
+    of = "" if together == 1 else f", {together} classes each"
+    axes.set(xlabel=f"predicted{of}", ylabel=f"true{of}")
+    figure.colorbar(image, label="% of the true class" if together == 1 else "% of the true classes")
     save(figure, path)
+
+
+def confusion(predictions: pd.DataFrame, classes: int) -> tuple[np.ndarray, int]:
+    """Return the confusion matrix in percent of a row, at most `MOST_CELLS` square, and how many classes a row holds.
+
+    Args:
+        predictions: columns `label` and `prediction`.
+        classes: their number.
+    """
+    together = -(-classes // MOST_CELLS)
+    cells = -(-classes // together)
+    counts = np.zeros((cells, cells))
+    np.add.at(counts, tuple(predictions[column].to_numpy() // together for column in ("label", "prediction")), 1)
+    return 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), together
 
 
 @with_names
