@@ -8,7 +8,7 @@ reports. The rate with the best accuracy of frozen features on val is taken (mea
 seeds). Small views and a head warm-up take the rate of the same graft without them. The rate of fine-tuning is chosen
 on val within each run, from the list of the preset, which is the same for all arms.
 
-Grafts have the compute of the preset's graft, and contrastive arms that of the preset's `cl`: their epochs
+Grafts have the compute of the graft in the preset `digits-paper`, and contrastive arms that of its `cl`: their epochs
 follow from the operations of a step (`tests/test_seeds.py`).
 
 Each seed draws splits, subsets, first weights and batches anew. Results that FOLDER already has are not computed again,
@@ -146,8 +146,8 @@ ON_VAL = {f"{label}, val": (task, "val/top1") for label, (task, _) in MEASURES.i
 
 
 def preset() -> dict[str, Any]:
-    """Return the values of the preset `digits`."""
-    values: dict[str, Any] = yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text())
+    """Return the values of the preset `digits-paper`."""
+    values: dict[str, Any] = yaml.safe_load((ROOT / "presets" / "digits-paper.yaml").read_text())
     return values
 
 
@@ -220,7 +220,7 @@ def _stage(folder: Path, command: Sequence[str]) -> None:
 
 
 def project(folder: Path, seed: int, changes: dict[str, Any], shared: dict[str, Path | None]) -> Path:
-    """Make a project folder of the preset `digits`. `shared` says which of its folders come from another project."""
+    """Make a project folder of the preset `digits-paper`. `shared` says which of its folders come from another project."""
     folder.mkdir(parents=True, exist_ok=True)
     values = preset() | {"seed": seed}
     values["run"] |= {"precision": "fp32"}  # on every device

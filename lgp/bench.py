@@ -99,7 +99,7 @@ def workloads(device: torch.device, quick: bool) -> list[Workload]:
         small = large.model.model_copy(update={"width": 384, "heads": 6})
         large = large.model_copy(update={"model": small})
     found = [
-        Workload("digits, width 64, depth 6", load_params(FOLDER / "digits.yaml"), 64),
+        Workload("digits, width 64, depth 6", load_params(FOLDER / "digits-paper.yaml"), 64),
         Workload("32×32, width 192, depth 12", load_params(FOLDER / "cifar10.yaml"), 512 if cuda else 64),
         Workload("224×224, " + ("ViT-B/16" if cuda else "ViT-S/16"), large, 256 if cuda else 8),
     ]

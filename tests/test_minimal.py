@@ -68,7 +68,7 @@ def minimal() -> Any:
 @pytest.fixture(scope="module")
 def digits() -> Params:
     """The preset with the paper's rule of rates, shortened."""
-    preset = yaml.safe_load((ROOT / "presets" / "digits.yaml").read_text())
+    preset = yaml.safe_load((ROOT / "presets" / "digits-paper.yaml").read_text())
     changes = {"data": SMALL["data"], "mim": SHORT, "graft": SHORT | PAPERS_RULE, "run": SMALL["run"]}
     return Params.model_validate(merged(preset, changes))
 
