@@ -1,7 +1,7 @@
 """Several pre-training seeds of the paper's arms and of other grafts, on digits: a table with intervals.
 
     python benchmarks/seeds.py FOLDER --tune [VARIANT …] [--jobs 2]  # chooses rates: digits-tuning.csv
-    python benchmarks/seeds.py FOLDER [--seeds N…] [--jobs 2]        # trains with these: digits-seeds.csv, .md
+    python benchmarks/seeds.py FOLDER [--seeds N…] [--variants …] [--jobs 2]  # trains with these: digits-seeds.csv, .md
 
 Each tuned variant has the same number of trials: every rate of `RATES`, on the seeds `TUNED_ON`, which no table
 reports. The rate with the best accuracy of frozen features on val is taken (mean over 1 % and 10 % of labels and the
@@ -80,7 +80,6 @@ class Variant:
         lower: rate of the lower two thirds of the blocks, as a share of the rate of the others.
         warmup: epochs in which the heads are trained alone.
         rate_of: the variant whose chosen rate is taken; its own where it is None.
-        fine_tuned: whether it is fine-tuned, also with unlabelled images.
     """
 
     arm: str
@@ -90,7 +89,6 @@ class Variant:
     lower: float = 1.0
     warmup: int = 0
     rate_of: str | None = None
-    fine_tuned: bool = True
 
 
 def grafts_of(objective: str) -> dict[str, Variant]:
@@ -99,13 +97,13 @@ def grafts_of(objective: str) -> dict[str, Variant]:
     of_small = keys | {"small_views": SMALL_VIEWS}
     return {
         name: Variant("graft", what, plain, keys),
-        f"{name}_small": Variant("graft", f"{what}, small views", small, of_small, rate_of=name, fine_tuned=False),
-        f"{name}_warm": Variant("graft", f"{what}, head warm-up", warm, keys, warmup=5, rate_of=name, fine_tuned=False),
+        f"{name}_small": Variant("graft", f"{what}, small views", small, of_small, rate_of=name),
+        f"{name}_warm": Variant("graft", f"{what}, head warm-up", warm, keys, warmup=5, rate_of=name),
     }
 
 
 VARIANTS = {
-    PIXELS: Variant(PIXELS, "raw pixels", 0, fine_tuned=False),
+    PIXELS: Variant(PIXELS, "raw pixels", 0),
     "mim": Variant("mim", "MAE", 120),
     "cl": Variant("cl", "MoCo v3 from scratch", 80),
     "cl_vicreg": Variant("cl", "VICReg from scratch", 107, OBJECTIVES["vicreg"][0]),
@@ -180,16 +178,17 @@ def check_code(root: Path, version: str) -> None:
     file.write_text(version)
 
 
-def tuned_rates(version: str) -> dict[str, float]:
-    """Return the rate of each variant. Tell of rates that other code chose."""
+def tuned_rates(version: str, names: Sequence[str]) -> dict[str, float]:
+    """Return the rate of `mim`, from which grafts start, and of some variants. Tell of rates that other code chose."""
     tuning = pd.read_csv(TUNING) if TUNING.exists() else pd.DataFrame(columns=["variant", "rate", "chosen", "code"])
     chosen = tuning[tuning["chosen"].astype(bool)].set_index("variant")
-    if missing := [name for name in TUNED if name not in chosen.index]:
+    needed = sorted({"mim"} | {VARIANTS[name].rate_of or name for name in names if name != PIXELS}, key=TUNED.index)
+    if missing := [name for name in needed if name not in chosen.index]:
         raise SystemExit(f"no rates of {', '.join(missing)}: run with --tune {' '.join(missing)} first")
-    if old := [name for name in TUNED if chosen["code"][name] != version]:
+    if old := [name for name in needed if chosen["code"][name] != version]:
         print(f"the rates of {', '.join(old)} were chosen by another version of the code", flush=True)
-    rates = {name: float(chosen["rate"][name]) for name in TUNED}
-    return {name: rates.get(variant.rate_of or name, 0.0) for name, variant in VARIANTS.items()}
+    rates = {name: float(chosen["rate"][name]) for name in needed} | {PIXELS: 0.0}
+    return {name: rates[VARIANTS[name].rate_of or name] for name in ("mim", *names)}
 
 
 TUNED = [name for name, variant in VARIANTS.items() if name != PIXELS and variant.rate_of is None]
@@ -220,7 +219,7 @@ def _stage(folder: Path, command: Sequence[str]) -> None:
 
 
 def project(folder: Path, seed: int, changes: dict[str, Any], shared: dict[str, Path | None]) -> Path:
-    """Make a project folder of the preset `digits-paper`. `shared` says which of its folders come from another project."""
+    """Make a project folder of the preset. `shared` says which of its folders come from another project."""
     folder.mkdir(parents=True, exist_ok=True)
     values = preset() | {"seed": seed}
     values["run"] |= {"precision": "fp32"}  # on every device
@@ -323,10 +322,20 @@ def on_val(metrics: dict[str, dict[str, float]] | None) -> float:
     return 0.0 if metrics is None else sum(metrics[task]["val/top1"] for task in CHOSEN_BY) / len(CHOSEN_BY)
 
 
-def seeds_of(root: Path, seeds: Sequence[int], rates: dict[str, float], jobs: int) -> pd.DataFrame:
-    """Return a row per variant and seed. What did not train has no row."""
-    trials = [Trial(name, rates[name], seed, rates["mim"]) for seed in seeds for name in VARIANTS]
-    tasks = [tuple(t for t in TASKS if VARIANTS[of.name].fine_tuned or t not in FINE_TUNED) for of in trials]
+def seeds_of(
+    root: Path, seeds: Sequence[int], rates: dict[str, float], fine_tuned: Sequence[str], jobs: int
+) -> pd.DataFrame:
+    """Return a row per variant and seed. What did not train has no row.
+
+    Args:
+        root: folder of the results.
+        seeds: of pre-training.
+        rates: variant → its rate.
+        fine_tuned: variants that are fine-tuned too, without and with unlabelled images.
+        jobs: trainings at a time.
+    """
+    trials = [Trial(name, rates[name], seed, rates["mim"]) for seed in seeds for name in rates]
+    tasks = [tuple(t for t in TASKS if of.name in fine_tuned or t not in FINE_TUNED) for of in trials]
     found = all_results(root, list(zip(trials, tasks, strict=True)), jobs)
     return pd.DataFrame(
         [
@@ -398,6 +407,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tune", nargs="*", choices=TUNED, help="choose the rates of all variants, or of these")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="two or more, for an interval")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="default: all")
+    parser.add_argument("--fine-tuned", nargs="*", choices=TUNED, default=TUNED, help="default: all that are tuned")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, one CPU core each")
     given = parser.parse_args()
     if set(TUNED_ON) & set(given.seeds):
@@ -418,7 +429,8 @@ def main() -> None:
         tuning.to_csv(TUNING, index=False)
         print(tuning.to_string(index=False))
         return
-    rows = seeds_of(root, given.seeds, tuned_rates(version), given.jobs).assign(code=version)
+    rates = tuned_rates(version, given.variants)
+    rows = seeds_of(root, given.seeds, rates, given.fine_tuned, given.jobs).assign(code=version)
     rows.to_csv(OUT, index=False)
     OUT.with_suffix(".md").write_text(page(rows))
     print(OUT.with_suffix(".md").read_text())

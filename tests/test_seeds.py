@@ -45,14 +45,17 @@ def test_rates_that_are_missing_are_named_and_those_of_other_code_told(
 ) -> None:
     monkeypatch.setattr(seeds, "TUNING", tmp_path / "tuning.csv")
     with pytest.raises(SystemExit, match="run with --tune mim cl cl_vicreg graft"):
-        seeds.tuned_rates("one")
+        seeds.tuned_rates("one", list(seeds.VARIANTS))
     chosen(seeds, [name for name in seeds.TUNED if name != "cl"], "one")
     with pytest.raises(SystemExit, match="no rates of cl: run with --tune cl first"):
-        seeds.tuned_rates("one")
+        seeds.tuned_rates("one", list(seeds.VARIANTS))
     chosen(seeds, seeds.TUNED, "one")
-    assert seeds.tuned_rates("one") == {name: 0.2 * (name != seeds.PIXELS) for name in seeds.VARIANTS}
+    assert seeds.tuned_rates("one", list(seeds.VARIANTS)) == {
+        name: 0.2 * (name != seeds.PIXELS) for name in seeds.VARIANTS
+    }
+    assert seeds.tuned_rates("one", ["graft_swav_warm"]) == {"mim": 0.2, "graft_swav_warm": 0.2}
     assert capsys.readouterr().out == ""
-    seeds.tuned_rates("another")
+    seeds.tuned_rates("another", list(seeds.VARIANTS))
     assert "mim, cl, cl_vicreg, graft" in capsys.readouterr().out
 
 
