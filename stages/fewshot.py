@@ -21,11 +21,11 @@ def fewshot(
         from lgp.evaluate.outcome import Outcome
         from lgp.features.of_encoder import encoder_features
 
-        params = task.run.params
+        params, device = task.run.params, choose_device(task.run.params.run)
 
         def evaluate() -> Outcome:
-            features = encoder_features(task.encoder, task.data, params, choose_device(params.run))
-            return evaluate_fewshot(features, task.data.labelled(labels), params.fewshot)
+            features = encoder_features(task.encoder, task.data, params, device)
+            return evaluate_fewshot(features, task.data.labelled(labels), params.fewshot, device)
 
         settings = [section.model_dump(mode="json") for section in (params.features, params.fewshot)]
         task.publish(task.outcome(labels, settings, evaluate))

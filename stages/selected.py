@@ -31,6 +31,6 @@ def selected(
         features = encoder_features(task.encoder, task.data, params, device)
         random = task.data.labelled(labels)
         subsets = selected_subsets(features, random, Method(params.selection.method), params.seed, params.fewshot)
-        task.publish(evaluate_fewshot(features, subsets, params.fewshot))
+        task.publish(evaluate_fewshot(features, subsets, params.fewshot, device))
     with evaluation(arm, propagation, SECTIONS["selected"], params_file, fresh) as task:
         task.publish(evaluate_propagation(features, subsets, params.fewshot, params.propagation, device))

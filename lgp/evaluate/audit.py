@@ -24,7 +24,9 @@ from lgp.data.labels import LabelledImages
 from lgp.data.leaks import EXACT, Leak, find_leaks
 from lgp.data.preparation import groups_of, identities_of
 from lgp.errors import LgpError
-from lgp.evaluate.few_labels import fit_logistic_regression, head_of, scale_of
+from lgp.evaluate.few_labels import Images, fit_few_labels, scale_of
+from lgp.evaluate.logistic import fit_logistic
+from lgp.evaluate.regression import Problems
 from lgp.features.cache import Features
 from lgp.features.knn import K, nearest_neighbours
 from lgp.params.evaluate import FewShotParams
@@ -112,10 +114,10 @@ def audit(features: Features, data: LabelledImages, params: Params, device: torc
         features: of an encoder.
         data: the same images, as `check_auditable` allows them.
         params: `fewshot` sets the regression, `labels.near_duplicate_bits` what a duplicate is.
-        device: where neighbours are searched.
+        device: where neighbours are searched, and regressions fitted.
     """
     ids, labels = (np.concatenate([of[part] for part in PARTS]) for of in (features.ids, features.y))
-    judged = judge(features, _groups(data)[features.ids["train"]], params.fewshot, params.seed)
+    judged = judge(features, _groups(data)[features.ids["train"]], params.fewshot, params.seed, device)
     twins = contradictions(data, ids, params.labels.near_duplicate_bits)
     scores = {
         DUPLICATE: np.array([_agreement(twins[i]) if i in twins else NOTHING for i in ids.tolist()]),
@@ -133,7 +135,9 @@ def audit(features: Features, data: LabelledImages, params: Params, device: torc
     return sorted(findings, key=lambda finding: (KINDS.index(finding.kinds[0]), -finding.score, finding.image))
 
 
-def judge(features: Features, groups: np.ndarray, params: FewShotParams, seed: int) -> Judged:
+def judge(
+    features: Features, groups: np.ndarray, params: FewShotParams, seed: int, device: torch.device | None = None
+) -> Judged:
     """Return class probabilities of the labelled images of train, val and test, in this order.
 
     The strength of the regularisation is chosen once, for all training images. Where the parameters say that val
@@ -142,44 +146,57 @@ def judge(features: Features, groups: np.ndarray, params: FewShotParams, seed: i
     Args:
         features: of an encoder.
         groups: (N,) group of each labelled training image. Images of one group are left out together.
-        params: scaling and strength of the regression.
+        params: scaling and strength of the regression, which is logistic.
         seed: of the folds.
+        device: where regressions are fitted; the CPU unless given.
     """
-    scale = scale_of(features, params)
-    x, y = scale(features.x["train"]), features.y["train"]
-    choose = "fixed" if params.choose == "fixed" else "cross_validation"
-    model, c = fit_logistic_regression(x, y, x[:0], y[:0], params.model_copy(update={"choose": choose}))
-    fixed = params.model_copy(update={"choose": "fixed", "c_fixed": c})
-    judged = out_of_fold(x, y, groups, features.classes, fixed, seed)
+    scale, classes = scale_of(features, params), features.classes
+    train = Images(scale(features.x["train"]), features.y["train"])
+    (fitted,) = fit_few_labels([train], None, classes, params.model_copy(update={"method": "logistic"}), device)
+    judged = out_of_fold(train, groups, classes, fitted.c, params.intercept, seed, device)
     for part in PARTS[1:]:
-        probabilities = softmax(head_of(model, features.classes).logits(scale(features.x[part])), axis=1)
-        judged += Judged(probabilities, np.isin(features.y[part], y))
+        probabilities = softmax(fitted.head.logits(scale(features.x[part])), axis=1)
+        judged += Judged(probabilities, np.isin(features.y[part], train.y))
     return judged
 
 
 def out_of_fold(
-    x: np.ndarray, y: np.ndarray, groups: np.ndarray, classes: int, params: FewShotParams, seed: int
+    images: Images,
+    groups: np.ndarray,
+    classes: int,
+    c: float,
+    intercept: bool,
+    seed: int,
+    device: torch.device | None = None,
 ) -> Judged:
-    """Return class probabilities of images, each from a regression that saw no image of its group.
+    """Return class probabilities of images, each from a logistic regression that saw no image of its group.
 
     Args:
-        x: (N, D) scaled features.
-        y: (N,) class indices. Some class has two images.
+        images: N scaled features and labels. Some class has two images.
         groups: (N,) group of each image.
         classes: number of classes.
-        params: of the regression, whose strength is fixed.
+        c: inverse strength of the regression.
+        intercept: whether it has one.
         seed: of the folds.
+        device: where to compute; the CPU unless given.
     """
+    x, y = images.x, images.y
     judged = Judged(np.zeros((len(y), classes)), np.zeros(len(y), dtype=bool))
     folds = min(FOLDS, int(np.bincount(y).max()))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # these are not `seen`
         splits = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(x, y, groups))
-    for rest, left_out in splits:
-        if len(left_out) and len(np.unique(y[rest])) > 1:
-            model, _ = fit_logistic_regression(x[rest], y[rest], x[:0], y[:0], params)
-            judged.probabilities[left_out] = softmax(head_of(model, classes).logits(x[left_out]), axis=1)
-            judged.seen[left_out] = np.isin(y[left_out], y[rest])
+    usable = [(rest, left_out) for rest, left_out in splits if len(left_out) and len(np.unique(y[rest])) > 1]
+    if not usable:
+        return judged
+    kept = np.zeros((1, len(usable), len(y)), dtype=bool)
+    for fold, (rest, _) in enumerate(usable):
+        kept[0, fold, rest] = True
+    problems = Problems(x[None], np.broadcast_to(y, kept.shape), kept, classes, intercept, device)
+    (found,) = fit_logistic(problems, [c])
+    for fold, (rest, left_out) in enumerate(usable):
+        judged.probabilities[left_out] = softmax(found.head(0, fold).logits(x[left_out]), axis=1)
+        judged.seen[left_out] = np.isin(y[left_out], y[rest])
     return judged
 
 

@@ -1,66 +1,86 @@
-"""Evaluation with few labels: logistic regression on frozen features of each subset, or on propagated labels.
+"""Evaluation with few labels: a linear classifier on frozen features of each subset, or on propagated labels.
 
 The strength of the regularisation is chosen by cross-validation within the labelled images or on the validation part,
 or it is fixed. Test labels choose nothing. The temperature of the probabilities is found by cross-validation too, or on
 val where a class has a single labelled image.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer
+from sklearn.model_selection import StratifiedKFold
 
 from lgp.errors import LgpError
+from lgp.evaluate.logistic import MAX_ITER, MEMORY, fit_logistic
 from lgp.evaluate.outcome import CALIBRATED_ON, Logits, Outcome, Scored, best_on_val, over_subsets, usable_temperature
 from lgp.evaluate.propagation import UNKNOWN, choose_propagation, find_neighbours
+from lgp.evaluate.regression import Problems, Regressions
+from lgp.evaluate.ridge import fit_ridge
 from lgp.features.cache import Features, Standardizer, normalizer, standardizer
 from lgp.models.classifier_folder import Classifier, Head
 from lgp.params.evaluate import FeatureParams, FewShotParams, PropagationParams
 
 Scale = Callable[[np.ndarray], np.ndarray]
-Fitted = Any  # a pipeline of scikit-learn, with score and classes_
 SCALINGS: dict[str, Callable[..., Scale]] = {"standardized": standardizer, "normalized": normalizer}
+METHODS: dict[str, Callable[[Problems, Iterable[float]], Iterator[Regressions]]] = {
+    "logistic": fit_logistic,
+    "ridge": fit_ridge,
+}
+TOGETHER = 2**27  # numbers that the features of subsets which are fitted together, and what is computed of them, have
 
-MAX_ITER = 5000
-# few images are linearly separable; at scikit-learn's 1e-4 in single precision the weights depend on the solver
-TOL = 1e-6
-NEVER = -1e4  # the logit of a class without a labelled image: its probability is 0 in single precision
+
+@dataclass(frozen=True)
+class Images:
+    """Scaled features (N, D), and class indices (N,)."""
+
+    x: np.ndarray
+    y: np.ndarray
 
 
-def evaluate_fewshot(features: Features, subsets: list[np.ndarray], params: FewShotParams) -> Outcome:
-    """Fit logistic regression to each few-label subset.
+@dataclass(frozen=True)
+class Fitted:
+    """The classifier of a subset.
+
+    Attributes:
+        head: on scaled features, with a logit for each class.
+        c: the inverse strength that was chosen.
+        converged: whether the classifier is the optimum.
+        temperature: by cross-validation. None: val must find it, for C was chosen on val, a class has a single image,
+            or there are fewer than `CALIBRATED_ON` images.
+    """
+
+    head: Head
+    c: float
+    converged: bool
+    temperature: float | None
+
+
+def evaluate_fewshot(
+    features: Features, subsets: list[np.ndarray], params: FewShotParams, device: torch.device | None = None
+) -> Outcome:
+    """Fit a linear classifier to each few-label subset.
 
     Args:
         features: frozen features of the encoder.
         subsets: arrays of image ids, all within the training part.
-        params: scaling, and how the strength is chosen.
+        params: scaling, method, and how the strength is chosen.
+        device: where to compute; the CPU unless given.
 
     Raises:
         LgpError: a subset has one class alone.
     """
     scale = scale_of(features, params)
-    x_val = scale(features.x["val"])
-    fitted, chosen, unconverged = [], [], 0
-    for ids in subsets:
-        rows = _rows_of(features, ids)
-        x_few, y_few = scale(features.x["train"][rows]), features.y["train"][rows]
-        model, c = fit_logistic_regression(x_few, y_few, x_val, features.y["val"], params)
-        chosen.append(c)
-        unconverged += not _converged(model)
-        temperature = _temperature(x_few, y_few, c, features.classes, params)
-        fitted.append(_scored(head_of(model, features.classes), scale, features, temperature))
-    outcome = _over(fitted, len(subsets[0]))
+    rows = [_rows_of(features, ids) for ids in subsets]
+    labelled = [Images(scale(features.x["train"][of]), features.y["train"][of]) for of in rows]
+    val = Images(scale(features.x["val"]), features.y["val"]) if params.choose == "validation" else None
+    fitted = fit_few_labels(labelled, val, features.classes, params, device)
+    outcome = _over([_scored(of.head, scale, features, of.temperature) for of in fitted], len(subsets[0]))
+    unconverged = sum(not of.converged for of in fitted)
     if unconverged:
         print(f"warning: {unconverged} of {len(subsets)} regressions stopped after {MAX_ITER} steps, not converged")
-    more = {"c": float(np.median(chosen)), "unconverged": float(unconverged)}
+    more = {"c": float(np.median([of.c for of in fitted])), "unconverged": float(unconverged)}
     return replace(outcome, metrics=outcome.metrics | more)
 
 
@@ -81,7 +101,7 @@ def evaluate_propagation(
         subsets: arrays of image ids, all within the training part.
         fewshot: scaling.
         propagation: what to try.
-        device: where neighbours are searched.
+        device: where neighbours are searched, and the classifiers fitted.
 
     Raises:
         LgpError: there is no validation image, or a subset has one class alone.
@@ -95,13 +115,11 @@ def evaluate_propagation(
         rows = _rows_of(features, ids)
         known = np.full(len(x_all), UNKNOWN)
         known[rows] = features.y["train"][rows]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            found = choose_propagation(
-                neighbours, x_all, known, x_val, features.y["val"], features.classes, propagation
-            )
+        found = choose_propagation(
+            neighbours, x_all, known, x_val, features.y["val"], features.classes, propagation, device
+        )
         chosen.append(found)
-        fitted.append(_scored(head_of([found.classifier], features.classes), scale, features, None))
+        fitted.append(_scored(found.head, scale, features, None))
     outcome = _over(fitted, len(subsets[0]))
     more = {
         "k": float(np.median([c.k for c in chosen])),
@@ -150,41 +168,79 @@ def _over(fitted: Sequence[tuple[Scored, Classifier]], labels: int) -> Outcome:
     return over_subsets(scored, labels, fitted[best_on_val(scored)][1])
 
 
-def fit_logistic_regression(
-    x: np.ndarray, y: np.ndarray, x_val: np.ndarray, y_val: np.ndarray, params: FewShotParams
-) -> tuple[Fitted, float]:
-    """Fit logistic regression with the C that `params.choose` selects.
+def fit_few_labels(
+    labelled: Sequence[Images],
+    val: Images | None,
+    classes: int,
+    params: FewShotParams,
+    device: torch.device | None = None,
+) -> list[Fitted]:
+    """Fit a classifier to each subset of labelled images, with the C of `params.c_grid` that is the best.
 
-    Cross-validation needs two images of every class; with fewer, C is `params.c_fixed`. With more features than images
-    the features are first projected on an orthonormal basis of the images. The weights of an L2-penalised linear model
-    lie in their span, with and without an intercept. The model is therefore the same, and is found faster.
+    Val says which is the best, or cross-validation, which needs two images of every class. With fewer, and where
+    `params.choose` is `fixed`, C is `params.c_fixed`. Of equally good strengths the first is taken. Subsets of one size
+    are fitted together, as far as memory allows.
+
+    Args:
+        labelled: the subsets.
+        val: chooses C. None: it has no part in the choice.
+        classes: K.
+        params: method, and how the strength is chosen.
+        device: where to compute; the CPU unless given.
 
     Returns:
-        The classifier, and C. C is scikit-learn's inverse strength: 1 / (N · λ) for a mean loss with the penalty
-        λ/2 · |w|². The paper's λ of 0.00025 / N is C = 4000.
+        The classifiers, in the order of the subsets. C is scikit-learn's inverse strength: 1 / (N · λ) for a mean loss
+        with the penalty λ/2 · |w|². The paper's λ of 0.00025 / N is C = 4000.
     """
-    x = x.astype(np.float64)
-    wide = x.shape[1] > x.shape[0]
-    rotated = [FunctionTransformer(_project, kw_args={"basis": np.linalg.qr(x.T)[0]})] if wide else []
+    alike: dict[tuple[int, int], list[int]] = {}
+    for number, of in enumerate(labelled):
+        alike.setdefault((len(of.y), _folds(of.y, params)), []).append(number)
+    found: dict[int, Fitted] = {}
+    for (images, folds), numbers in alike.items():
+        width = labelled[0].x.shape[1]
+        each = images * width + 3 * MEMORY * (folds + 1) * min(images, width) * classes
+        sets = max(TOGETHER // each, 1)
+        for start in range(0, len(numbers), sets):
+            part = numbers[start : start + sets]
+            of_part = _fitted([labelled[number] for number in part], folds, val, classes, params, device)
+            found |= zip(part, of_part, strict=True)
+    return [found[number] for number in range(len(labelled))]
 
-    def pipeline(model: Any) -> Fitted:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # counted in the metrics
-            return make_pipeline(*rotated, model).fit(x, y)
 
-    def regression(c: float) -> LogisticRegression:
-        return LogisticRegression(C=c, fit_intercept=params.intercept, max_iter=MAX_ITER, tol=TOL)
+def _fitted(
+    labelled: Sequence[Images],
+    folds: int,
+    val: Images | None,
+    classes: int,
+    params: FewShotParams,
+    device: torch.device | None,
+) -> list[Fitted]:
+    """Fit classifiers to subsets of one size, each to all images and to all but those of a fold."""
+    x, y = np.stack([of.x for of in labelled]), np.stack([of.y for of in labelled])
+    crossed = val is None and folds > 1 and params.choose != "fixed"
+    calibrated = val is None and folds > 1 and len(y[0]) >= CALIBRATED_ON
+    kept = np.stack([_kept(of, folds if calibrated or crossed else 0) for of in labelled])  # (S, folds + 1, N)
+    problems = Problems(x, np.broadcast_to(y[:, None], kept.shape), kept, classes, params.intercept, device)
+    grid = params.c_grid if crossed or val is not None else [params.c_fixed]
+    best: dict[int, tuple[float, Fitted]] = {}
+    for c, found in zip(grid, METHODS[params.method](problems, grid), strict=True):
+        for number, of in enumerate(labelled):
+            head, folds_of = found.head(number, -1), ~kept[number, :-1]
+            logits = np.zeros((len(of.y), classes))  # of each image by the fold that left it out
+            for fold, left_out in enumerate(folds_of):
+                logits[left_out] = found.head(number, fold).logits(of.x[left_out])
+            if val is not None:
+                score = _accuracy(head.logits(val.x), val.y)
+            else:
+                score = float(np.mean([_accuracy(logits[out], of.y[out]) for out in folds_of])) if crossed else 0.0
+            if number not in best or score > best[number][0]:
+                temperature = usable_temperature(logits, of.y) if calibrated else None
+                best[number] = score, Fitted(head, c, bool(found.converged[number, -1]), temperature)
+    return [best[number][1] for number in range(len(labelled))]
 
-    if params.choose == "validation":
-        models = [pipeline(regression(c)) for c in params.c_grid]
-        best = int(np.argmax([model.score(x_val, y_val) for model in models]))
-        return models[best], params.c_grid[best]
-    folds = _folds(y, params)
-    if params.choose == "fixed" or folds < 2:
-        return pipeline(regression(params.c_fixed)), params.c_fixed
-    # the folds are not shuffled: the subsets are random already
-    searched = pipeline(GridSearchCV(regression(1.0), {"C": params.c_grid}, cv=StratifiedKFold(folds)))
-    return searched, float(searched[-1].best_params_["C"])
+
+def _accuracy(logits: np.ndarray, y: np.ndarray) -> float:
+    return float((logits.argmax(axis=1) == y).mean())
 
 
 def _folds(y: np.ndarray, params: FewShotParams) -> int:
@@ -192,46 +248,16 @@ def _folds(y: np.ndarray, params: FewShotParams) -> int:
     return min(params.folds, int(np.bincount(y)[np.unique(y)].min()))
 
 
-def _temperature(x: np.ndarray, y: np.ndarray, c: float, classes: int, params: FewShotParams) -> float | None:
-    """Return the temperature by cross-validation within the labelled images.
+def _kept(labelled: Images, folds: int) -> np.ndarray:
+    """Return which images each fold keeps, (folds + 1, N) bool; the last one keeps all.
 
-    None: C was chosen on val, so that the temperature may be too, or a class has a single image.
+    Folds are not shuffled: the subsets are random already.
     """
-    folds = _folds(y, params)
-    if params.choose == "validation" or folds < 2 or len(y) < CALIBRATED_ON:
-        return None
-    logits = np.empty((len(y), classes))
-    fixed = params.model_copy(update={"choose": "fixed", "c_fixed": c})
-    for rest, left_out in StratifiedKFold(folds).split(x, y):
-        model, _ = fit_logistic_regression(x[rest], y[rest], x[:0], y[:0], fixed)
-        logits[left_out] = head_of(model, classes).logits(x[left_out])
-    return usable_temperature(logits, y)
-
-
-def _project(features: np.ndarray, basis: np.ndarray) -> np.ndarray:
-    """Return the coordinates of features (N, D) in a basis (D, N')."""
-    return features @ basis
-
-
-def _converged(model: Fitted) -> bool:
-    fitted = getattr(model[-1], "best_estimator_", model[-1])
-    return bool(fitted.n_iter_.max() < MAX_ITER)
-
-
-def head_of(model: Fitted, classes: int) -> Head:
-    """Return a fitted regression as a head on the features that it was fitted to, with a logit for each class.
-
-    Its softmax has the regression's own probabilities. A class without a labelled image gets the logit `NEVER`.
-    """
-    fitted = getattr(model[-1], "best_estimator_", model[-1])
-    weight, bias = fitted.coef_, np.broadcast_to(fitted.intercept_, len(fitted.coef_))
-    if len(fitted.classes_) == 2:  # one logit, of the second class
-        weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
-    if len(model) > 1:
-        weight = weight @ model[0].kw_args["basis"].T
-    of_all = Head(np.zeros((classes, weight.shape[1])), np.full(classes, NEVER))
-    of_all.weight[fitted.classes_], of_all.bias[fitted.classes_] = weight, bias
-    return of_all
+    kept = np.ones((folds + 1, len(labelled.y)), dtype=bool)
+    if folds:
+        for fold, (_, left_out) in enumerate(StratifiedKFold(folds).split(labelled.x, labelled.y)):
+            kept[fold, left_out] = False
+    return kept
 
 
 def _on_raw(head: Head, scale: Scale, pooling: FeatureParams) -> Head:

@@ -6,6 +6,7 @@ training images. Test and validation images are never in the graph.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,16 +15,16 @@ import torch
 from scipy import sparse
 from scipy.sparse.linalg import LinearOperator, cg
 from scipy.special import entr
-from sklearn.linear_model import LogisticRegression
 
 from lgp.errors import LgpError
+from lgp.evaluate.logistic import fit_logistic
+from lgp.evaluate.regression import Problems
 from lgp.features.knn import nearest_neighbours
+from lgp.models.classifier_folder import Head
 from lgp.params.evaluate import PropagationParams
 
 UNKNOWN = -1  # the label of an image that has none
 EXACT = 1e-9  # the largest error of a score; the score of an image with its own label is at least 1
-MAX_ITER = 5000
-TOL = 1e-6  # as with few labels
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ class ChosenPropagation:
         alpha: share that an image takes from its neighbours.
         val: accuracy of the classifier on val, in [0, 1].
         propagated: the labels.
-        classifier: fitted to them.
+        head: the classifier that is fitted to them, with a logit for each class.
     """
 
     k: int
     alpha: float
     val: float
     propagated: Propagated
-    classifier: LogisticRegression
+    head: Head
 
 
 def find_neighbours(x: np.ndarray, k: int, device: torch.device | None = None) -> Neighbours:
@@ -168,17 +169,25 @@ def _shares(scores: np.ndarray, axis: int) -> np.ndarray:
     return scores / np.where(total > 0, total, 1.0)
 
 
-def fit_to_propagated(x: np.ndarray, labels: Propagated, c: float) -> LogisticRegression:
+def fit_to_propagated(
+    x: np.ndarray, labels: Sequence[Propagated], classes: int, c: float, device: torch.device | None = None
+) -> list[Head]:
     """Fit logistic regression to all training images that a label reaches. Their weights are the confidences.
 
     Args:
         x: (N, D) features of the training part.
-        labels: of those images.
+        labels: several labellings of those images.
+        classes: number of classes.
         c: scikit-learn's inverse strength. The loss is a sum over images, so more images need no larger C.
+        device: where to compute; the CPU unless given.
+
+    Returns:
+        A classifier for each labelling.
     """
-    sure = labels.confidence > 0
-    model = LogisticRegression(C=c, max_iter=MAX_ITER, tol=TOL)
-    return model.fit(x[sure].astype(np.float64), labels.labels[sure], sample_weight=labels.confidence[sure])
+    y, weight = np.stack([of.labels for of in labels]), np.stack([of.confidence for of in labels])
+    problems = Problems(x[None], y[None], weight[None], classes, intercept=True, device=device)
+    (found,) = fit_logistic(problems, [c])
+    return [found.head(0, number) for number in range(len(labels))]
 
 
 def choose_propagation(
@@ -189,6 +198,7 @@ def choose_propagation(
     y_val: np.ndarray,
     classes: int,
     params: PropagationParams,
+    device: torch.device | None = None,
 ) -> ChosenPropagation:
     """Propagate with each k and alpha of the parameters. Return the one whose classifier is the best on val.
 
@@ -202,6 +212,7 @@ def choose_propagation(
         y_val: (M,) class indices.
         classes: number of classes.
         params: what to try.
+        device: where the classifiers are fitted; the CPU unless given.
 
     Raises:
         LgpError: val is empty, or fewer than two classes have a label.
@@ -209,10 +220,11 @@ def choose_propagation(
     if not len(y_val):
         raise LgpError("val has no image, so it cannot choose the propagation: raise data.val_share")
 
-    def tried(k: int, alpha: float) -> ChosenPropagation:
-        labels = propagated(affinity(neighbours, k, params.gamma), y_known, classes, alpha, params.balance)
-        classifier = fit_to_propagated(x, labels, params.c)
-        return ChosenPropagation(k, alpha, float(classifier.score(x_val, y_val)), labels, classifier)
-
-    candidates = (tried(k, alpha) for k, alpha in itertools.product(params.k, params.alpha))
-    return max(candidates, key=lambda candidate: candidate.val)
+    tried = list(itertools.product(params.k, params.alpha))
+    labels = [
+        propagated(affinity(neighbours, k, params.gamma), y_known, classes, alpha, params.balance) for k, alpha in tried
+    ]
+    heads = fit_to_propagated(x, labels, classes, params.c, device)
+    on_val = [float((head.logits(x_val).argmax(axis=1) == y_val).mean()) for head in heads]
+    best = int(np.argmax(on_val))
+    return ChosenPropagation(*tried[best], on_val[best], labels[best], heads[best])

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import softmax
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import pairwise_distances_argmin_min, pairwise_distances_chunked
@@ -27,7 +28,7 @@ from sklearn.neighbors import NearestNeighbors
 from lgp.compute.randomness import counted_seed
 from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
-from lgp.evaluate.few_labels import SCALINGS, fit_logistic_regression
+from lgp.evaluate.few_labels import SCALINGS, Images, fit_few_labels
 from lgp.features.cache import Features
 from lgp.params.evaluate import FewShotParams
 from lgp.params.selection import Method
@@ -257,14 +258,13 @@ def margin(x: np.ndarray, labels: np.ndarray, budget: int, seed: int, params: Fe
         labels: (N,) class indices, -1 without a label. Two classes or more have labels.
         budget: number of images.
         seed: of k-means.
-        params: of the regression. Where they say that val chooses its strength, cross-validation does.
+        params: of the regression, which is logistic. Cross-validation chooses its strength where they name val.
     """
     known, rows = labels >= 0, np.flatnonzero(labels < 0)
-    within = params.model_copy(update={"choose": "fixed" if params.choose == "fixed" else "cross_validation"})
-    scale = SCALINGS[params.scaling](x)
-    x_known, y_known = scale(x[known]), labels[known]
-    model, _ = fit_logistic_regression(x_known, y_known, x_known[:0], y_known[:0], within)
-    two = np.sort(model.predict_proba(scale(x[rows])), axis=1)[:, -2:]
+    scale, classes = SCALINGS[params.scaling](x), int(labels.max()) + 1
+    of_known = Images(scale(x[known]), labels[known])
+    (fitted,) = fit_few_labels([of_known], None, classes, params.model_copy(update={"method": "logistic"}))
+    two = np.sort(softmax(fitted.head.logits(scale(x[rows])), axis=1), axis=1)[:, -2:]
     clusters, _ = _k_means(x[rows], budget, seed)
     return _in_turn(clusters, two[:, 1] - two[:, 0], known[rows], budget).of(rows)
 

@@ -49,12 +49,14 @@ class LinearParams(Section):
 
 
 class FewShotParams(Section):
-    """Evaluation with few labels: logistic regression on frozen features.
+    """Evaluation with few labels: a linear classifier on frozen features.
 
+    `method` is logistic regression, or ridge regression on one-hot labels, which is in closed form and faster.
     `choose` sets how the inverse regularisation strength C is chosen. `cross_validation` uses only the labelled images;
     if a class has a single one, C is `c_fixed`. `validation` uses val. `fixed` takes `c_fixed`.
     """
 
+    method: Literal["logistic", "ridge"] = "logistic"
     scaling: Literal["standardized", "normalized"]
     choose: Literal["cross_validation", "validation", "fixed"]
     c_grid: Annotated[list[Positive], Field(min_length=1)]

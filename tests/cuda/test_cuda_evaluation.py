@@ -1,5 +1,6 @@
 """Evaluation on a CUDA device equals evaluation on the CPU, to a tolerance. Without a device it is skipped."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ from lgp.data.labels import LabelledImages
 from lgp.evaluate.few_labels import evaluate_propagation
 from lgp.evaluate.fine_tuning import finetune
 from lgp.evaluate.linear import evaluate_linear
+from lgp.evaluate.logistic import fit_logistic
 from lgp.evaluate.propagation import affinity, find_neighbours, propagated
+from lgp.evaluate.regression import Problems, Regressions
+from lgp.evaluate.ridge import fit_ridge
 from lgp.features.cache import FeatureCache, Features
 from lgp.features.extraction import by_block_of, extract
 from lgp.features.knn import knn_predict
@@ -66,6 +70,18 @@ def test_propagated_labels_equal_those_of_the_cpu() -> None:
     ]
     assert (spread[0].labels == spread[1].labels).mean() > 0.99
     assert np.abs(spread[0].confidence - spread[1].confidence).mean() < 1e-3
+
+
+@pytest.mark.parametrize("method", [fit_logistic, fit_ridge])
+def test_regressions_equal_those_of_the_cpu(method: Callable[..., Iterator[Regressions]]) -> None:
+    x, y = RNG.normal(size=(2, 120, 16)), np.tile(np.arange(120) % 5, (2, 3, 1))
+    weight = RNG.random((2, 3, 120)) * (RNG.random((2, 3, 120)) < 0.8)
+    here, there = (method(Problems(x, y, weight, 5, True, device), [0.01, 10]) for device in (CPU, CARD))
+    for one, other in zip(here, there, strict=True):
+        assert one.converged.all()
+        assert other.converged.all()
+        assert np.abs(one.weight - other.weight).max() < 1e-4
+        assert np.abs(one.bias - other.bias).max() < 1e-4
 
 
 def test_propagation_has_the_accuracy_of_the_cpu(prepared: LabelledImages, features: Features, params: Params) -> None:

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.datasets import make_blobs
+from sklearn.linear_model import LogisticRegression
 
 from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
@@ -24,6 +25,8 @@ from lgp.evaluate.audit import (
     out_of_fold,
     outlier_scores,
 )
+from lgp.evaluate.few_labels import Images
+from lgp.evaluate.regression import Problems
 from lgp.features.cache import Features
 from lgp.params.evaluate import FeatureParams, FewShotParams
 
@@ -135,7 +138,7 @@ def test_probability_of_an_image_comes_from_a_regression_that_saw_no_image_of_it
     x, y = np.repeat(10 * np.eye(20), 2, axis=0), np.repeat(np.arange(20) % 2, 2)
 
     def of_label(groups: np.ndarray) -> np.ndarray:
-        judged = out_of_fold(x, y, groups, 2, FIXED, seed=0)
+        judged = out_of_fold(Images(x, y), groups, 2, 1.0, True, seed=0)
         assert judged.seen.all()
         return judged.probabilities[np.arange(40), y]
 
@@ -144,30 +147,21 @@ def test_probability_of_an_image_comes_from_a_regression_that_saw_no_image_of_it
 
 
 def test_every_fold_is_judged_with_other_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = np.arange(50, dtype=np.float64)[:, None], np.arange(50) % 2
-    learnt: list[set[float]] = []
-    fit, head_of = module.fit_logistic_regression, module.head_of
+    x, y = np.arange(50, dtype=np.float64)[:, None] / 50, np.arange(50) % 2
+    learnt: list[np.ndarray] = []
 
-    def fitted(x: np.ndarray, *others: Any) -> Any:
-        learnt.append(set(x[:, 0].tolist()))
-        return fit(x, *others)
+    def watched(x: np.ndarray, y: np.ndarray, kept: np.ndarray, *others: Any) -> Problems:
+        learnt.extend(kept[0])
+        return Problems(x, y, kept, *others)
 
-    asked: list[float] = []
-
-    def watched(model: Any, classes: int) -> Any:
-        def logits(images: np.ndarray) -> np.ndarray:
-            assert not learnt[-1] & set(images[:, 0].tolist())
-            asked.extend(images[:, 0].tolist())
-            return head_of(model, classes).logits(images)
-
-        return SimpleNamespace(logits=logits)
-
-    monkeypatch.setattr(module, "fit_logistic_regression", fitted)
-    monkeypatch.setattr(module, "head_of", watched)
-    judged = out_of_fold(x, y, np.arange(50), 2, FIXED, seed=0)
-    assert [len(of_fold) for of_fold in learnt] == [40] * 5
-    assert sorted(asked) == x[:, 0].tolist()
+    monkeypatch.setattr(module, "Problems", watched)
+    judged = out_of_fold(Images(x, y), np.arange(50), 2, 1.0, True, seed=0)
+    assert [kept.sum() for kept in learnt] == [40] * 5
+    assert (np.sum(learnt, axis=0) == 4).all()
     assert np.allclose(judged.probabilities.sum(axis=1), 1)
+    for kept in learnt:
+        model = LogisticRegression(C=1.0, tol=1e-10).fit(x[kept], y[kept])
+        assert judged.probabilities[~kept] == pytest.approx(model.predict_proba(x[~kept]), abs=1e-5)
 
 
 def test_image_whose_class_the_regression_never_saw_is_not_judged() -> None:
@@ -175,7 +169,7 @@ def test_image_whose_class_the_regression_never_saw_is_not_judged() -> None:
     x, y = make_blobs([20, 20, 6], 2, centers=[[0, 9], [9, 0], [9, 9]], random_state=0)
     groups = np.where(y == 2, 99, np.arange(46))  # the third class is one group
     x, y, groups = np.concatenate([x, [[-9, -9]]]), np.append(y, 3), np.append(groups, 100)  # the fourth is one image
-    judged = out_of_fold(x, y, groups, 4, FIXED, seed=0)
+    judged = out_of_fold(Images(x, y), groups, 4, 1.0, True, seed=0)
     assert np.array_equal(judged.seen, y < 2)
     assert np.isnan(label_scores(judged, y, len(y))).all()
     assert judged.suggestion(46, 3) == (None, None)

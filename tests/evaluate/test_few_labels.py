@@ -1,4 +1,4 @@
-"""Logistic regression with few labels: scikit-learn's, and what chooses its strength."""
+"""Few labels: the classifiers are scikit-learn's, and what chooses their strength."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
-from lgp.evaluate import few_labels
-from lgp.evaluate.few_labels import evaluate_fewshot, evaluate_propagation, fit_logistic_regression, head_of
+from lgp.evaluate import few_labels, logistic
+from lgp.evaluate.calibration import fit_temperature
+from lgp.evaluate.few_labels import Fitted, Images, evaluate_fewshot, evaluate_propagation, fit_few_labels
 from lgp.features.cache import FeatureCache, Features, normalizer, pixel_source, standardizer
 from lgp.params.evaluate import FeatureParams, FewShotParams, PropagationParams
 from lgp.params.file import Params
@@ -41,6 +42,11 @@ def scaled(features: Features, scaling: Any = standardizer) -> dict[str, np.ndar
     return {split: scale(x).astype(np.float64) for split, x in features.x.items()}
 
 
+def fitted(x: np.ndarray, y: np.ndarray, params: FewShotParams, classes: int | None = None) -> Fitted:
+    (found,) = fit_few_labels([Images(x, y)], None, classes or int(y.max()) + 1, params)
+    return found
+
+
 def rows(features: Features, ids: np.ndarray) -> np.ndarray:
     return np.searchsorted(features.ids["train"], ids)
 
@@ -54,7 +60,7 @@ def test_single_image_classes_take_the_fixed_strength(
     x, scores = scaled(features, scale), []
     for ids in subsets:
         few = rows(features, ids)
-        model = LogisticRegression(C=fewshot.c_fixed, max_iter=5000, tol=1e-6)
+        model = LogisticRegression(C=fewshot.c_fixed, max_iter=5000, tol=1e-8)
         model.fit(x["train"][few], features.y["train"][few])
         scores.append(100 * model.score(x["test"], features.y["test"]))
     assert outcome.metrics["c"] == fewshot.c_fixed
@@ -69,7 +75,7 @@ def test_scaling_is_measured_on_images_without_a_label_too(
     ids = prepared.subsets("1pct")[0]
     scale = standardizer(np.concatenate([features.x["train"], unlabelled]))
     few, x_test = rows(features, ids), scale(features.x["test"])
-    model = LogisticRegression(C=fewshot.c_fixed, max_iter=5000, tol=1e-6)
+    model = LogisticRegression(C=fewshot.c_fixed, max_iter=5000, tol=1e-8)
     model.fit(scale(features.x["train"][few]).astype(np.float64), features.y["train"][few])
     found = evaluate_fewshot(more, [ids, ids], fewshot).predictions.query("subset == 0").sort_values("id")
     expected = dict(zip(features.ids["test"].tolist(), model.predict(x_test.astype(np.float64)), strict=True))
@@ -83,7 +89,7 @@ def test_more_images_a_class_are_cross_validated_within_the_labelled(
     x, few = scaled(features), rows(features, ids)
     y = features.y["train"][few]
     folds = StratifiedKFold(min(fewshot.folds, np.bincount(y).min()))
-    search = GridSearchCV(LogisticRegression(max_iter=5000, tol=1e-6), {"C": fewshot.c_grid}, cv=folds)
+    search = GridSearchCV(LogisticRegression(max_iter=5000, tol=1e-8), {"C": fewshot.c_grid}, cv=folds)
     search.fit(x["train"][few], y)
     metrics = evaluate_fewshot(features, [ids, ids], fewshot).metrics
     assert metrics["c"] == search.best_params_["C"]
@@ -97,7 +103,7 @@ def test_strength_by_validation_is_the_best_on_val(
     x, few = scaled(features), rows(features, ids)
     val = {}
     for c in fewshot.c_grid:
-        model = LogisticRegression(C=c, max_iter=5000, tol=1e-6).fit(x["train"][few], features.y["train"][few])
+        model = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(x["train"][few], features.y["train"][few])
         val[c] = model.score(x["val"], features.y["val"])
     metrics = evaluate_fewshot(features, [ids, ids], changed(fewshot, choose="validation")).metrics
     assert metrics["c"] == max(val, key=lambda c: val[c])
@@ -110,44 +116,63 @@ def test_papers_strength_minimises_the_papers_objective(
     """λ = 0.00025 / N of (1/N) Σ loss + λ/2 · |w|² is scikit-learn's C = 1 / (N λ) = 4000."""
     few = rows(features, prepared.subsets("10pct")[0])
     x, y = scaled(features, normalizer)["train"][few], features.y["train"][few]
-    model, c = fit_logistic_regression(x, y, x, y, changed(fewshot, choose="fixed", c_fixed=4000))
-    assert c == 4000
-    regression = model[-1]
-    inputs = model[:-1].transform(x) if len(model) > 1 else x
+    found = fitted(x, y, changed(fewshot, choose="fixed", c_fixed=4000))
+    assert found.c == 4000
     images, lam = len(x), 0.00025 / len(x)
 
     def objective(weights: np.ndarray, intercept: np.ndarray) -> float:
-        logits = inputs @ weights.T + intercept
+        logits = x @ weights.T + intercept
         loss = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1) - logits[range(images), y]
         return float(loss.mean() + lam / 2 * (weights**2).sum())
 
-    least, rng = objective(regression.coef_, regression.intercept_), np.random.default_rng(0)
+    head, rng = found.head, np.random.default_rng(0)
+    least = objective(head.weight, head.bias)
     for _ in range(50):
-        step = 1e-2 * rng.normal(size=regression.coef_.shape)
-        assert objective(regression.coef_ + step, regression.intercept_) > least
+        step = 1e-2 * rng.normal(size=head.weight.shape)
+        assert objective(head.weight + step, head.bias) > least
 
 
-def test_rotation_for_many_features_changes_no_prediction(fewshot: FewShotParams) -> None:
-    rng = np.random.default_rng(0)
-    y = np.repeat(np.arange(4), 10)
-    x = rng.normal(size=(40, 300)) + y[:, None] * 0.1
-    queries = rng.normal(size=(500, 300))
-    model, c = fit_logistic_regression(x, y, x, y, fewshot)
-    plain = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(x, y)
-    assert np.mean(model.predict(queries) == plain.predict(queries)) > 0.99
-    assert np.allclose(model.predict_proba(queries), plain.predict_proba(queries), atol=2e-2)
-
-
+@pytest.mark.parametrize("intercept", [True, False])
 @pytest.mark.parametrize("width", [20, 300])
-def test_without_an_intercept_the_regression_is_scikit_learns(fewshot: FewShotParams, width: int) -> None:
+def test_classifier_of_a_subset_is_scikit_learns(fewshot: FewShotParams, width: int, intercept: bool) -> None:
     rng = np.random.default_rng(0)
     y = np.repeat(np.arange(4), 10)
     x = rng.normal(size=(40, width)) + 1 + y[:, None] * 0.1
     queries = rng.normal(size=(500, width)) + 1
-    model, c = fit_logistic_regression(x, y, x, y, changed(fewshot, choose="fixed", intercept=False))
-    plain = LogisticRegression(C=c, fit_intercept=False, max_iter=5000, tol=1e-8).fit(x, y)
-    assert not model[-1].intercept_.any()
-    assert np.allclose(model.predict_proba(queries), plain.predict_proba(queries), atol=2e-3)
+    found = fitted(x, y, changed(fewshot, intercept=intercept))
+    plain = LogisticRegression(C=found.c, fit_intercept=intercept, max_iter=5000, tol=1e-10).fit(x, y)
+    assert found.head.bias.any() == intercept
+    assert np.abs(softmax(found.head.logits(queries), axis=1) - plain.predict_proba(queries)).max() < 1e-4
+
+
+def test_ridge_is_searched_and_calibrated_as_logistic_regression(
+    features: Features, fewshot: FewShotParams, prepared: LabelledImages
+) -> None:
+    """Its C is the inverse of scikit-learn's α, the accuracy in folds chooses it, and they give the temperature."""
+    ids = prepared.ids("train")[:120]
+    x, few = scaled(features), rows(features, ids)
+    x_few, y = x["train"][few], features.y["train"][few]
+    targets, folds = np.eye(10)[y], list(StratifiedKFold(5).split(x_few, y))
+
+    def model(c: float, of: np.ndarray) -> Ridge:
+        return Ridge(alpha=1 / c).fit(x_few[of], targets[of])
+
+    scores = [
+        np.mean([(model(c, rest).predict(x_few[out]).argmax(1) == y[out]).mean() for rest, out in folds])
+        for c in fewshot.c_grid
+    ]
+    c = fewshot.c_grid[int(np.argmax(scores))]
+    metrics = evaluate_fewshot(features, [ids, ids], changed(fewshot, method="ridge")).metrics
+    predicted = model(c, np.arange(len(y))).predict(x["test"]).argmax(1)
+    assert metrics["c"] == c
+    assert metrics["test/top1"] == pytest.approx(100 * (predicted == features.y["test"]).mean(), abs=1e-3)
+    assert metrics["unconverged"] == 0
+    logits = np.empty((len(y), 10))
+    for rest, out in folds:
+        logits[out] = model(c, rest).predict(x_few[out])
+    assert metrics["temperature"] == pytest.approx(fit_temperature(logits, y).value, abs=1e-4)
+    assert metrics["temperature"] < 0.5
+    assert metrics["test/ece"] < metrics["test/ece_uncalibrated"] / 2
 
 
 def test_regressions_that_do_not_converge_are_counted(
@@ -159,10 +184,11 @@ def test_regressions_that_do_not_converge_are_counted(
 ) -> None:
     subsets = prepared.subsets("10pct")[:2]
     assert evaluate_fewshot(features, subsets, fewshot).metrics["unconverged"] == 0
-    monkeypatch.setattr(few_labels, "MAX_ITER", 2)
+    for module in (few_labels, logistic):
+        monkeypatch.setattr(module, "MAX_ITER", 1)
     for choose in ("cross_validation", "fixed"):
         assert evaluate_fewshot(features, subsets, changed(fewshot, choose=choose)).metrics["unconverged"] == 2
-    assert "warning: 2 of 2 regressions stopped after 2 steps" in capsys.readouterr().out
+    assert "warning: 2 of 2 regressions stopped after 1 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("choose", ["cross_validation", "validation"])
@@ -258,9 +284,10 @@ def test_head_has_the_probabilities_of_scikit_learn(fewshot: FewShotParams, clas
     rng = np.random.default_rng(0)
     y = np.repeat(classes, 6)
     x, queries = rng.normal(size=(len(y), width)) + y[:, None], rng.normal(size=(9, width))
-    model, _ = fit_logistic_regression(x, y, x, y, changed(fewshot, choose="fixed"))
-    probabilities = softmax(head_of(model, 4).logits(queries), axis=1)
-    assert np.allclose(probabilities[:, classes], model.predict_proba(queries))
+    found = fitted(x, y, changed(fewshot, choose="fixed"), classes=4)
+    probabilities = softmax(found.head.logits(queries), axis=1)
+    model = LogisticRegression(C=found.c, max_iter=5000, tol=1e-10).fit(x, y)
+    assert np.abs(probabilities[:, classes] - model.predict_proba(queries)).max() < 1e-5
     assert np.allclose(probabilities.sum(1), 1)
 
 

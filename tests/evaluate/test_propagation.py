@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import sparse
+from scipy.special import softmax
 from sklearn.datasets import load_digits, make_blobs
 from sklearn.linear_model import LogisticRegression
 from sklearn.semi_supervised import LabelSpreading
@@ -17,6 +18,7 @@ from lgp.evaluate.propagation import (
     propagated,
     spread,
 )
+from lgp.models.classifier_folder import Head
 from lgp.params.evaluate import PropagationParams
 
 RNG = np.random.default_rng(0)
@@ -150,11 +152,18 @@ def test_labels_of_fewer_than_two_classes_are_an_error(y_known: list[int], found
 def test_classifier_is_scikit_learns_weighted_by_confidence(x: np.ndarray) -> None:
     labels, confidence = RNG.integers(0, 3, IMAGES), RNG.random(IMAGES)
     labels[:5], confidence[:5] = -1, 0.0
-    ours = fit_to_propagated(x, Propagated(labels, confidence), 0.1)
+    sure = np.where(labels < 0, -1, (labels + 1) % 3), np.where(labels < 0, 0.0, 1.0)
+    ours, other = fit_to_propagated(x, [Propagated(labels, confidence), Propagated(*sure)], 4, 0.1)
     theirs = LogisticRegression(C=0.1, tol=1e-8, max_iter=5000)
     theirs.fit(x[5:].astype(np.float64), labels[5:], sample_weight=confidence[5:])
-    assert ours.classes_.tolist() == [0, 1, 2]
-    assert ours.predict_proba(x) == pytest.approx(theirs.predict_proba(x), abs=1e-4)
+    assert softmax(ours.logits(x), axis=1)[:, :3] == pytest.approx(theirs.predict_proba(x), abs=1e-4)
+    assert (ours.logits(x)[:, 3] == -1e4).all()
+    theirs.fit(x[5:].astype(np.float64), sure[0][5:])
+    assert softmax(other.logits(x), axis=1)[:, :3] == pytest.approx(theirs.predict_proba(x), abs=1e-4)
+
+
+def accuracy(head: Head, x: np.ndarray, y: np.ndarray) -> float:
+    return float((head.logits(x).argmax(1) == y).mean())
 
 
 def digits(seed: int) -> dict[str, np.ndarray]:
@@ -179,13 +188,13 @@ def test_choice_is_the_first_of_the_best_on_val() -> None:
     for k in (3, 10):
         for alpha in (0.5, 0.99):
             labels = propagated(affinity(neighbours, k, 2), of["y_known"], 10, alpha, "none")
-            classifier = fit_to_propagated(of["x"], labels, 0.01)
-            scores[k, alpha] = classifier.score(of["x_val"], of["y_val"])
+            (head,) = fit_to_propagated(of["x"], [labels], 10, 0.01)
+            scores[k, alpha] = accuracy(head, of["x_val"], of["y_val"])
     best = max(scores, key=lambda pair: scores[pair])
     assert len(set(scores.values())) > 1
     chosen = choose_propagation(neighbours, of["x"], of["y_known"], of["x_val"], of["y_val"], 10, params)
     assert ((chosen.k, chosen.alpha), chosen.val) == (best, scores[best])
-    assert chosen.classifier.score(of["x_val"], of["y_val"]) == chosen.val
+    assert accuracy(chosen.head, of["x_val"], of["y_val"]) == chosen.val
     assert np.array_equal(
         chosen.propagated.labels,
         propagated(affinity(neighbours, best[0], 2), of["y_known"], 10, best[1], "none").labels,
@@ -214,5 +223,5 @@ def test_propagation_beats_logistic_regression_on_ten_labelled_digits() -> None:
         params = PropagationParams(k=[5], alpha=[0.95])
         chosen = choose_propagation(neighbours, of["x"], of["y_known"], of["x_val"], of["y_val"], 10, params)
         alone = LogisticRegression(max_iter=5000).fit(of["x"][few].astype(np.float64), of["y_known"][few])
-        ahead.append(chosen.classifier.score(of["x_test"], of["y_test"]) - alone.score(of["x_test"], of["y_test"]))
+        ahead.append(accuracy(chosen.head, of["x_test"], of["y_test"]) - alone.score(of["x_test"], of["y_test"]))
     assert np.mean(ahead) > 0.05

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, SMALL, merged
 from typer.testing import CliRunner
@@ -55,7 +56,12 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     from lgp.evaluate import few_labels, fine_tuning
 
-    monkeypatch.setattr(few_labels, "evaluate_fewshot", counted("fewshot", few_labels.evaluate_fewshot))
+    def fewshot(features: Any, subsets: Any, params: Any, device: torch.device) -> Any:
+        calls.append("fewshot")
+        return evaluate(features, subsets, params, device)
+
+    evaluate = few_labels.evaluate_fewshot
+    monkeypatch.setattr(few_labels, "evaluate_fewshot", fewshot)
     monkeypatch.setattr(fine_tuning, "finetune", counted("finetune", fine_tuning.finetune))
     return calls
 

@@ -290,7 +290,7 @@ EDITS = {
         "record_text(dict(metrics))",
         {"prepare", "labels", *TRAINED} | BASELINE | EVALUATIONS,
     ),
-    "logistic regression": ("lgp/evaluate/few_labels.py", "TOL = 1e-6", "TOL = 1e-5", FEWSHOT | SELECTED),
+    "logistic regression": ("lgp/evaluate/logistic.py", "TOL = 1e-5", "TOL = 1e-4", FEWSHOT | PROPAGATE | SELECTED),
     "the split": ("lgp/data/splits.py", 'seed, "hold out", name)', 'seed, "part", name)', {"prepare"}),
     "the draw of subsets": ("lgp/data/subsets.py", 'seed, "few-label", s)', 'seed, "few", s)', {"labels"}),
 }  # fmt: skip
