@@ -60,6 +60,7 @@ NOTES = {
     "run.decoded_gib": "photographs up to that size stay decoded in memory, for each training process",
     "run.experiment": "of MLflow",
     "run.feature_cache_gib": "above it, the features that were not used for longest are removed",
+    "run.lost_after_s": "several machines: seconds without a sign of life until one counts as lost",
     "run.print_every_s": "a line of progress",
     "run.tracking_uri": "of MLflow; null: `MLFLOW_TRACKING_URI`, else mlflow.db in the project",
 }

@@ -16,6 +16,14 @@ class WorkerDone(Exception):  # noqa: N818 - no error
     """Ends every process but the first. Only the first process publishes the result."""
 
 
+class Stopped(SystemExit):
+    """Ends a process with 1 and without a word: the first process of its machine says why."""
+
+    def __init__(self) -> None:
+        """Set the exit code."""
+        super().__init__(1)
+
+
 def launched() -> bool:
     """Return whether `torchrun` started this process, by hand or through `run.processes`."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -24,6 +32,16 @@ def launched() -> bool:
 def launched_rank() -> int:
     """Return the number of this process among those that `torchrun` started, from 0. It is 0 without `torchrun`."""
     return int(os.environ["RANK"]) if launched() else 0
+
+
+def machines() -> int:
+    """Return the number of machines that `torchrun` started this command on. It is 1 without `torchrun`."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", 1)) if launched() else 1
+
+
+def machine() -> int:
+    """Return the number of this machine among them, from 0."""
+    return int(os.environ.get("GROUP_RANK", 0)) if launched() else 0
 
 
 def launch(name: str, processes: int) -> NoReturn:

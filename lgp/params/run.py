@@ -24,6 +24,7 @@ class RunParams(Section):
     workers: Annotated[Whole, Field(ge=0)] = 0
     decoded_gib: NonNegative = 2.0
     processes: Count = 1
+    lost_after_s: Annotated[float, Field(ge=5)] = 60.0  # a sign of life comes every second
     accumulate: dict[str, Count] = Field(default_factory=dict)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False

@@ -25,6 +25,7 @@ from lgp.workflow.source_tree import PACKAGE, source_root
 NOT_DIGESTED = (
     "lgp.compute.interruption",
     "lgp.compute.launch",
+    "lgp.compute.machines",
     "lgp.errors",
     "lgp.features.online_knn",
     "lgp.params.file",

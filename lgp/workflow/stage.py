@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lgp.compute.launch import WorkerDone, launch, launched, launched_rank
+from lgp.compute.launch import WorkerDone, launch, launched, launched_rank, machines
 from lgp.compute.seals import check_sealed
 from lgp.errors import LgpError, NotTrained, check_disk_space
 from lgp.models.files import CLASSIFIERS, HEADS, WEIGHTS, check_beside, check_trained, encoder_digest, no_encoder
@@ -29,6 +29,7 @@ from lgp.workflow.origins import committed_values, encoder_values, flatten, run_
 from lgp.workflow.provenance import git_state, input_digest, params_digest
 from lgp.workflow.source_tree import source_root
 
+SHOWN_DIGITS = 16  # of a digest, in a message
 RESERVE_BYTES = 64 * 2**20  # what tracking, metrics and pictures may need beside the results
 
 
@@ -105,6 +106,14 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
     root = Path(os.environ.get("DVC_ROOT", "."))
     if launched() and not spec.trains:
         raise LgpError(f"{spec.name} runs in one process: call it without torchrun")
+    with _with_other_machines(spec, params, root):
+        yield from _worked(spec, params, params_file, root, fresh, resume)
+
+
+def _worked(
+    spec: StageSpec, params: Params, params_file: Path, root: Path, fresh: bool, resume: bool
+) -> Iterator[StageRun]:
+    """Check the inputs, yield the running stage, and publish."""
     _check_inputs(spec)
     checked = [check_trained(encoder) for encoder in _encoders(spec)]
     if spec.trains and params.run.processes > 1 and not launched():
@@ -246,6 +255,26 @@ def _description(
 def _encoders(spec: StageSpec) -> list[Path]:
     """Return the folders of the encoders that a stage reads."""
     return [path.parent for path in spec.reads if path.name == WEIGHTS]
+
+
+@contextmanager
+def _with_other_machines(spec: StageSpec, params: Params, root: Path) -> Iterator[None]:
+    """Meet the other machines that `torchrun` started, if any, and compare what they start from."""
+    if machines() == 1:
+        yield
+        return
+    from lgp.compute.machines import together
+
+    def facts() -> dict[str, str]:
+        decisive = params.run.model_dump(mode="json", include={"accumulate", "precision"})
+        values = flatten(section_values(params, spec.sections) | {"run": decisive})
+        inputs = {path.as_posix(): input_digest(path, _remedy(path)) for path in spec.reads if path.exists()}
+        digests = inputs | {"code": code_digests(root)[spec.name]}
+        return values | {name: digest[:SHOWN_DIGITS] for name, digest in digests.items()}
+
+    versions = {package: version(package) for package in ("torch", "timm")}
+    with together(spec.name, facts, versions, params.run.lost_after_s):
+        yield
 
 
 def _as_worker(spec: StageSpec, params: Params, root: Path) -> Iterator[StageRun]:
