@@ -1,5 +1,6 @@
 """Processes that train one model together, and the exchange of values between them. `torchrun` starts them."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lgp.compute.launch import launched
+from lgp.compute.launch import launched, launched_rank, machines
 from lgp.compute.precision import in_single_precision
 from lgp.errors import LgpError, one_line
 
@@ -32,25 +33,39 @@ def joined(name: str, device: torch.device) -> Iterator[None]:
     """Join the other processes of `torchrun` inside the block. Without `torchrun`, do nothing.
 
     Raises:
-        LgpError: another process was lost.
+        LgpError: another process cannot be reached, or was lost.
     """
     if not launched():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
+    own = f"{name}: process {launched_rank()} of {os.environ['WORLD_SIZE']}"
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
+    except RuntimeError as e:
+        if not _is_of_connection(e):
+            raise
+        raise LgpError(
+            f"{own} cannot connect to another one ({one_line(e)[:200]}): processes must reach each other on all ports, "
+            "on the network interface that GLOO_SOCKET_IFNAME names"
+        ) from None
     try:
         yield
     except RuntimeError as e:
-        if isinstance(e, dist.DistError) or "gloo/transport" in str(e) or "Connection" in str(e):
-            raise LgpError(
-                f"{name}: process {rank()} of {world_size()} lost another one ({one_line(e)[:200]}): run "
-                "again, it goes on from its last state"
-            ) from None
-        raise
+        if not _is_of_connection(e):
+            raise
+        everywhere = " on all machines" if machines() > 1 else ""
+        raise LgpError(
+            f"{own} lost another one ({one_line(e)[:200]}): run again{everywhere}, it goes on from its last state"
+        ) from None
     finally:
         dist.destroy_process_group()
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    """Return whether an error of torch says that another process cannot be reached."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "Connection" in str(error)
 
 
 def agree(request: int) -> int:

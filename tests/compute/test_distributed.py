@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from conftest import Silent, merged
 from torch import Tensor, nn
 
-from lgp.compute.distributed import SyncBatchNorm1d, gather, send_bytes
+from lgp.compute.distributed import SyncBatchNorm1d, gather, joined, send_bytes
 from lgp.compute.launch import WorkerDone
 from lgp.compute.precision import place
 from lgp.data.labels import LabelledImages
@@ -287,3 +287,38 @@ def test_accumulated_parts_have_the_losses_of_the_whole_batch(
     )
     assert parts["mim"] == pytest.approx(whole["mim"], rel=1e-9)
     assert parts["cl"] == whole["cl"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "machines", "line"),
+    [
+        (
+            "meeting",
+            "1",
+            r"^mim: process 1 of 2 cannot connect to another one \(gloo/transport/tcp: no\): processes must",
+        ),
+        ("work", "1", r"^mim: process 1 of 2 lost another one \(gloo/transport/tcp: no\): run again, it goes on"),
+        (
+            "work",
+            "2",
+            r"^mim: process 1 of 2 lost another one \(gloo/transport/tcp: no\): run again on all machines, it",
+        ),
+    ],
+)
+def test_a_process_out_of_reach_is_told_in_one_line(
+    fails: str, machines: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[str] = []
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("gloo/transport/tcp:\nno")
+
+    for name, value in {
+        "TORCHELASTIC_RUN_ID": "test", "RANK": "1", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": machines
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", fail if fails == "meeting" else lambda *_, **__: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append("left"))
+    with pytest.raises(LgpError, match=line), joined("mim", torch.device("cpu")):
+        fail()
+    assert left == ([] if fails == "meeting" else ["left"])
