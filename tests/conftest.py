@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 
 from lgp.data.labels import LabelledImages, write_labels
@@ -21,6 +23,7 @@ from lgp.data.storage import Images
 from lgp.models.encoder_folder import save_encoder, save_tensors
 from lgp.models.files import CONFIG, HEADS
 from lgp.models.vit import build_encoder
+from lgp.params.data import DataParams
 from lgp.params.file import Params
 
 if TYPE_CHECKING:
@@ -173,3 +176,18 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def photographs(tmp_path: Path, values: dict[str, Any]) -> Images:
+    """Images of several sizes, kept encoded."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        folder = tmp_path / "source" / "train" / str(i % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (20 + i, 30 + 2 * i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    data = merged(values["data"], {"source": str(tmp_path / "source"), "channels": 3, "max_train_images": None})
+    (tmp_path / "prepared").mkdir()
+    prepare(DataParams.model_validate(data), 0, tmp_path / "prepared", tmp_path / "held_out.csv")
+    return Images(tmp_path / "prepared")

@@ -1,7 +1,9 @@
 """Batches of crops as a pure function of the step. Worker processes can read them."""
 
+import itertools
 import math
 import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,9 @@ from lgp.compute.randomness import Stream
 from lgp.data.storage import Images
 from lgp.data.views import random_boxes, random_flips
 from lgp.params.pretrain import ContrastiveParams, SmallViews, ViewParams
+
+PART_BYTES = 8 * 2**20  # what a worker reads and sends at once; images of 3 × 224 × 224: 55
+AHEAD = 2  # batches that workers read ahead, at least: the next is whole when a step ends
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class CropDataset(Dataset[Tensor]):
         self.rows = slice(0, batch_size)
         self.steps_per_epoch = len(self.ids) // batch_size
         self._latest_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self._latest_draws: dict[str, tuple[int, tuple[Tensor, Tensor]]] = {}
 
     def shard(self, rank: int, processes: int) -> None:
         """Read only the rows of process `rank` from now on. The number of processes must divide the batch size."""
@@ -103,15 +109,32 @@ class CropDataset(Dataset[Tensor]):
 
     def __getitem__(self, step: int) -> Tensor:
         """Return the crops of step `step`."""
-        boxes, flipped = self._draw(step, "crops", self.params, self.views)
-        return _flip(self.data.crops(self.ids_of(step)[self.rows], boxes, self.params.interpolation), flipped)
+        return self.read(step, self.rows)
 
-    def _draw(self, step: int, name: str, params: ViewParams, views: int) -> tuple[Tensor, Tensor]:
-        """Draw the boxes of this process's rows, (rows, views, 4), and which views are mirrored, (rows, views)."""
-        ids, rng = self.ids_of(step), self.stream.generator(name, step)
-        sizes = torch.from_numpy(self.data.sizes[ids])
-        boxes = random_boxes(sizes, views, params.crop_scale_min, rng, params.crop_scale_max)
-        return boxes[self.rows], random_flips(len(ids), views, params.flip_p, rng)[self.rows]
+    def read(self, step: int, rows: slice) -> Tensor:
+        """Return the crops of some rows of a step's whole batch. They are the same whatever is read beside them."""
+        boxes, flipped = self._draw(step, rows, "crops", self.params, self.views)
+        return _flip(self.data.crops(self.ids_of(step)[rows], boxes, self.params.interpolation), flipped)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of the crops."""
+        return self.views * self.data.channels * self.data.image_size**2
+
+    def parts(self, most_bytes: int) -> list[slice]:
+        """Cut this process's rows into parts of at most so many bytes, or of one row where that has more."""
+        return sliced(self.rows, max(most_bytes // self.row_bytes, 1))
+
+    def _draw(self, step: int, rows: slice, name: str, params: ViewParams, views: int) -> tuple[Tensor, Tensor]:
+        """Draw the boxes of some rows, (rows, views, 4), and which views are mirrored, (rows, views)."""
+        if self._latest_draws.get(name, (-1,))[0] != step:
+            ids, rng = self.ids_of(step), self.stream.generator(name, step)
+            sizes = torch.from_numpy(self.data.sizes[ids])
+            boxes = random_boxes(sizes, views, params.crop_scale_min, rng, params.crop_scale_max)
+            # for the whole batch, of which a worker reads several parts
+            self._latest_draws[name] = step, (boxes, random_flips(len(ids), views, params.flip_p, rng))
+        boxes, flipped = self._latest_draws[name][1]
+        return boxes[rows], flipped[rows]
 
     def batch(self, step: int, crops: Tensor) -> Batch:
         """Return the crops of a step as a `Batch`."""
@@ -132,13 +155,18 @@ class MultiCropDataset(CropDataset):
         super().__init__(data, params, views, batch_size, stream)
         self.small, self.small_params = small, small.beside(params)
 
-    def __getitem__(self, step: int) -> Tensor:
-        """Return the crops of step `step`, flat."""
-        boxes, flipped = self._draw(step, "crops", self.params, self.views)
-        small_boxes, small_flipped = self._draw(step, "small crops", self.small_params, self.small.count)
+    def read(self, step: int, rows: slice) -> Tensor:
+        """Return the crops of some rows of a step's whole batch, flat."""
+        boxes, flipped = self._draw(step, rows, "crops", self.params, self.views)
+        small_boxes, small_flipped = self._draw(step, rows, "small crops", self.small_params, self.small.count)
         wanted = [(boxes, self.data.image_size), (small_boxes, self.small.size)]
-        large, small = self.data.crops_of_sizes(self.ids_of(step)[self.rows], wanted, self.params.interpolation)
+        large, small = self.data.crops_of_sizes(self.ids_of(step)[rows], wanted, self.params.interpolation)
         return torch.cat([_flip(large, flipped).flatten(1), _flip(small, small_flipped).flatten(1)], dim=1)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, with its small crops."""
+        return super().row_bytes + self.small.count * self.data.channels * self.small.size**2
 
     def batch(self, step: int, crops: Tensor) -> Batch:
         """Return the crops of a step as a `Batch`."""
@@ -155,26 +183,102 @@ def contrastive_crops(data: Images, params: ContrastiveParams, batch_size: int, 
     return MultiCropDataset(data, params.views, 2, batch_size, stream, params.small_views)
 
 
+def sliced(rows: slice, most: int) -> list[slice]:
+    """Cut rows into parts of `most` rows. The last one may have fewer."""
+    return [slice(start, min(start + most, rows.stop)) for start in range(rows.start, rows.stop, most)]
+
+
 def _flip(crops: Tensor, flipped: Tensor) -> Tensor:
     crops[flipped] = crops[flipped].flip(-1)
     return crops
 
 
-def loader(crops: CropDataset, first: int, last: int, workers: int, pin: bool) -> DataLoader[Tensor]:
-    """Iterate over the crops of steps [first, last). They are the same with any number of workers."""
-    # forked workers share the decoded images and the index in memory
-    context = "fork" if workers else None
+def loader(
+    crops: CropDataset, first: int, last: int, workers: int, device: torch.device, part_bytes: int = PART_BYTES
+) -> Iterator[Tensor]:
+    """Yield the crops of each of the steps [first, last) on a device. They are the same with any number of workers.
+
+    Args:
+        crops: of the training.
+        first: the first step.
+        last: the step after the last one.
+        workers: processes that read; 0: this one.
+        device: where the crops go.
+        part_bytes: what a worker reads at once, if it is not less than one row.
+    """
+    parts = crops.parts(part_bytes) if workers else [crops.rows]
+    return read_batches(crops.data, crops.read, range(first, last), lambda _: parts, workers, device)
+
+
+def read_batches(
+    images: Images,
+    read: Callable[[int, slice], Tensor],
+    steps: range,
+    parts_of: Callable[[int], Sequence[slice]],
+    workers: int,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """Yield a batch for each step on a device, in order. Workers read its parts, ahead of what is asked for.
+
+    All workers share the work of each batch, and what is read ahead takes the memory of few batches: `AHEAD` of them,
+    or two parts for each worker, where that is more. Whole batches would take that of two for each worker.
+
+    Args:
+        images: that are read.
+        read: returns the rows of a step.
+        steps: whose batches are yielded.
+        parts_of: the rows of a step that are read at once.
+        workers: processes that read; 0: this one.
+        device: where a batch goes. For a GPU its parts lie in pinned memory.
+    """
     if workers:
-        crops.data.open_all()
+        images.open_all()
+    parts = iter(part_loader(read, steps, parts_of, workers, pin=device.type == "cuda"))
+    for step in steps:
+        of_batch = [p.to(device, non_blocking=True) for p in itertools.islice(parts, len(parts_of(step)))]
+        yield torch.cat(of_batch) if len(of_batch) > 1 else of_batch[0]
+
+
+def part_loader(
+    read: Callable[[int, slice], Tensor],
+    steps: range,
+    parts_of: Callable[[int], Sequence[slice]],
+    workers: int,
+    pin: bool,
+) -> DataLoader[Tensor]:
+    """Iterate over the parts of the batches of all steps, in order."""
     return DataLoader(
-        crops,
-        sampler=range(first, last),
+        _Parts(read),
+        sampler=_Places(steps, parts_of),
         batch_size=None,
         num_workers=workers,
+        prefetch_factor=max(2, math.ceil(AHEAD * len(parts_of(steps.start)) / workers)) if workers else None,
         pin_memory=pin,
-        multiprocessing_context=context,
+        # forked workers share the decoded images and the index in memory
+        multiprocessing_context="fork" if workers else None,
         worker_init_fn=_leave_signals,
     )
+
+
+@dataclass(frozen=True)
+class _Parts(Dataset[Tensor]):
+    """What a function reads of a step and some of its rows."""
+
+    read: Callable[[int, slice], Tensor]
+
+    def __getitem__(self, place: tuple[int, slice]) -> Tensor:
+        return self.read(*place)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """All parts of all steps, in order, without a list of them."""
+
+    steps: range
+    parts_of: Callable[[int], Sequence[slice]]
+
+    def __iter__(self) -> Iterator[tuple[int, slice]]:
+        return ((step, rows) for step in self.steps for rows in self.parts_of(step))
 
 
 def _leave_signals(_: int) -> None:

@@ -72,10 +72,11 @@ class LabelledCrops(CropDataset):
         super().__init__(data, recipe.views, 1, batch_size, stream, ids)
         self.augment = RandAugmentation.of(recipe.rand_augment, recipe, data)
 
-    def __getitem__(self, step: int) -> Tensor:
-        crops = super().__getitem__(step)
+    def read(self, step: int, rows: slice) -> Tensor:
+        """Return the augmented crops of some rows of a step's whole batch."""
+        crops = super().read(step, rows)
         if self.augment is not None:
-            self.augment.apply(crops[:, 0], self.stream, step, self.rows.start)
+            self.augment.apply(crops[:, 0], self.stream, step, rows.start)
         return crops
 
     def labels(self, batch: Batch) -> Tensor:

@@ -112,20 +112,27 @@ class SemiCrops(CropDataset):
         self.ratio, self.labelled = recipe.semi.unlabelled_ratio, labelled
         batch_size = labelled.batch_size * self.ratio
         super().__init__(data, recipe.supervised.views, 2, batch_size, stream, unlabelled)
+        self.rows = labelled.rows
         self.augment = RandAugmentation.of(recipe.semi.rand_augment, recipe.supervised, data)
 
     def shard(self, rank: int, processes: int) -> None:
         """Read only the rows of process `rank` from now on."""
-        super().shard(rank, processes)
         self.labelled.shard(rank, processes)
+        self.rows = self.labelled.rows
 
-    def __getitem__(self, step: int) -> Tensor:
-        """Return the crops of step `step`."""
-        crops = super().__getitem__(step)
+    def read(self, step: int, rows: slice) -> Tensor:
+        """Return the crops of some labelled images of a step's whole batch, and of the unlabelled ones beside them."""
+        unlabelled = slice(rows.start * self.ratio, rows.stop * self.ratio)
+        crops = super().read(step, unlabelled)
         if self.augment is not None:
-            self.augment.apply(crops[:, 1], self.stream, step, self.rows.start)
+            self.augment.apply(crops[:, 1], self.stream, step, unlabelled.start)
         of_rows = crops.unflatten(0, (-1, self.ratio)).transpose(1, 2).flatten(1, 2)
-        return torch.cat([self.labelled[step], of_rows], dim=1)
+        return torch.cat([self.labelled.read(step, rows), of_rows], dim=1)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row: a labelled image and both crops of each unlabelled one."""
+        return self.labelled.row_bytes + self.ratio * super().row_bytes
 
     def batch(self, step: int, crops: Tensor) -> Batch:
         """Return the crops of a step as a `Batch` of rows."""

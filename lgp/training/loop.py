@@ -166,13 +166,12 @@ class Trainer:
         every_s = self.settings.print_every_s if rank() == 0 else None
         progress = Progress(self.name, self.epochs, per_epoch, self.crops.batch_size, self.now.step, every_s)
         last = self.now.step if self.now.ended_early else total
-        batches = loader(self.crops, self.now.step, last, self.settings.workers, pin=self.device.type == "cuda")
         interruption = Interruption()
         self.model.train()
         compiled = _compiled(self.model) if self.settings.compile else nullcontext()
         with interruption.listening(), progress.showing(), compiled:
-            for crops in batches:
-                self._step(crops.to(self.device, non_blocking=True), total)
+            for crops in loader(self.crops, self.now.step, last, self.settings.workers, self.device):
+                self._step(crops, total)
                 epoch_ends = self.now.step % per_epoch == 0
                 request = agree(STOP if interruption.asked() else SAVE if self._save_due(epoch_ends, total) else GO_ON)
                 if epoch_ends or request or self.now.step % CHECK_EVERY == 0:

@@ -9,20 +9,31 @@ import pytest
 import torch
 from conftest import merged
 from made_sources import folder
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
 from lgp.compute.randomness import Stream, generator
-from lgp.data import stored, writing
-from lgp.data.loading import Batch, CropDataset, _leave_signals, loader
+from lgp.data import loading, stored, writing
+from lgp.data.loading import (
+    AHEAD,
+    PART_BYTES,
+    Batch,
+    CropDataset,
+    MultiCropDataset,
+    _leave_signals,
+    loader,
+    part_loader,
+    read_batches,
+    sliced,
+)
 from lgp.data.preparation import prepare
 from lgp.data.storage import Images
 from lgp.data.stored import ARRAY
 from lgp.data.views import random_boxes, random_flips
 from lgp.params.data import DataParams
-from lgp.params.pretrain import ViewParams
+from lgp.params.pretrain import SmallViews, ViewParams
 
+CPU = torch.device("cpu")
 VIEWS = ViewParams(crop_scale_min=0.4, flip_p=0.5)
 
 
@@ -32,12 +43,73 @@ def crops(prepared: Images, batch_size: int = 64, seed: int = 0) -> CropDataset:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core
 def test_workers_give_the_same_batches(prepared: Images) -> None:
-    alone = list(loader(crops(prepared), 2, 7, workers=0, pin=False))
-    helped = list(loader(crops(prepared), 2, 7, workers=2, pin=False))
+    alone = list(loader(crops(prepared), 2, 7, 0, CPU))
+    helped = list(loader(crops(prepared), 2, 7, 2, CPU))
     assert len(alone) == 5
     assert alone[0].shape == (64, 2, 1, 8, 8)
     assert alone[0].dtype == torch.uint8
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("of", [CropDataset, MultiCropDataset], ids=["large", "small"])
+def test_parts_of_any_size_and_any_number_of_workers_give_the_same_batches(
+    of: type[CropDataset], photographs: Images
+) -> None:
+    """Also on the second process of two, for images of several sizes."""
+
+    def second() -> CropDataset:
+        small = [SmallViews(count=3, size=4)] if of is MultiCropDataset else []
+        made = of(photographs, VIEWS, 2, 8, Stream(0, "cl"), *small)
+        made.shard(1, 2)
+        return made
+
+    alone = list(loader(second(), 0, 3, 0, CPU))
+    row = second().row_bytes
+    assert alone[0].numel() == 4 * row
+    for workers, part_bytes in ((1, 1), (2, row), (1, 3 * row), (2, PART_BYTES)):
+        helped = list(loader(second(), 0, 3, workers, CPU, part_bytes))
+        assert len(helped) == len(alone) == 3
+        assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True)), (workers, part_bytes)
+
+
+def test_workers_read_parts_and_this_process_whole_batches(prepared: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[range, list[slice], int]] = []
+
+    def noted(_read: Any, steps: range, parts_of: Any, workers: int, pin: bool) -> list[Tensor]:
+        assert not pin
+        asked.append((steps, list(parts_of(steps[0])), workers))
+        return [torch.zeros(1)] * 100
+
+    monkeypatch.setattr(loading, "part_loader", noted)
+    mine = crops(prepared)
+    mine.shard(1, 2)
+    assert mine.row_bytes == 2 * 64
+    assert len(next(loader(mine, 3, 5, 0, CPU))) == 1
+    assert len(next(loader(mine, 3, 5, 2, CPU, 12 * mine.row_bytes + 1))) == 3
+    parts = [slice(32, 44), slice(44, 56), slice(56, 64)]
+    assert asked == [(range(3, 5), [slice(32, 64)], 0), (range(3, 5), parts, 2)]
+    assert sliced(slice(32, 64), 32) == [slice(32, 64)]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize(("workers", "parts", "each"), [(0, 9, None), (2, 9, 9), (4, 9, 5), (16, 9, 2), (1, 1, 2)])
+def test_what_is_read_ahead_is_two_batches_or_two_parts_of_each_worker(
+    prepared: Images, workers: int, parts: int, each: int | None
+) -> None:
+    ahead = part_loader(crops(prepared).read, range(1), lambda _: [slice(0, 1)] * parts, workers, pin=False)
+    assert AHEAD == 2
+    assert ahead.prefetch_factor == each
+
+
+def test_choices_of_a_step_are_drawn_once_for_all_its_parts(prepared: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, draw = list[int](), loading.random_boxes
+    monkeypatch.setattr(loading, "random_boxes", lambda sizes, *rest: drawn.append(len(sizes)) or draw(sizes, *rest))  # type: ignore[func-returns-value]
+    mine = crops(prepared)
+    parts = torch.cat([mine.read(2, rows) for rows in sliced(slice(0, 64), 5)])
+    assert drawn == [64]
+    assert torch.equal(parts, crops(prepared)[2])
+    assert torch.equal(mine[3], crops(prepared)[3])
 
 
 def test_an_epoch_visits_every_image_at_most_once_in_a_new_order(prepared: Images) -> None:
@@ -77,21 +149,6 @@ def test_parts_of_a_batch_know_their_rows() -> None:
     assert [part.rows for part in parts] == [slice(6, 8), slice(8, 10), slice(10, 12)]
     assert all(part.step == 5 and part.size == 24 for part in parts)
     assert torch.equal(torch.cat([part.crops for part in parts]), batch.crops)
-
-
-@pytest.fixture
-def photographs(tmp_path: Path, values: dict[str, Any]) -> Images:
-    """Images of several sizes, kept encoded."""
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        folder = tmp_path / "source" / "train" / str(i % 2)
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 256, (20 + i, 30 + 2 * i, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    data = merged(values["data"], {"source": str(tmp_path / "source"), "channels": 3, "max_train_images": None})
-    (tmp_path / "prepared").mkdir()
-    prepare(DataParams.model_validate(data), 0, tmp_path / "prepared", tmp_path / "held_out.csv")
-    return Images(tmp_path / "prepared")
 
 
 def test_crops_of_encoded_images_equal_torchvisions(photographs: Images) -> None:
@@ -151,21 +208,21 @@ def test_evaluation_crop_is_torchvisions_however_images_are_stored(
 def test_small_data_is_decoded_once_and_shared_by_workers(photographs: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = CropDataset(photographs, VIEWS, 2, 4, Stream(0, "cl"))
     total = 2 * batches.steps_per_epoch
-    anew = list(loader(batches, 0, total, workers=0, pin=False))
+    anew = list(loader(batches, 0, total, 0, CPU))
     photographs.keep_decoded(1)  # too little for them
     decoded: list[bytes] = []
     decode = stored.decode
     monkeypatch.setattr(stored, "decode", lambda data, channels: decoded.append(data) or decode(data, channels))
-    list(loader(batches, 0, total, workers=0, pin=False))
+    list(loader(batches, 0, total, 0, CPU))
     assert len(decoded) == 4 * total
     photographs.keep_decoded(1e6)
     decoded.clear()
-    assert all(torch.equal(a, b) for a, b in zip(anew, loader(batches, 0, total, 0, pin=False), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(anew, loader(batches, 0, total, 0, CPU), strict=True))
     assert sorted(decoded) == sorted(set(decoded))
     decoded.clear()
     photographs.keep_decoded(1e6)
-    assert all(torch.equal(a, b) for a, b in zip(anew, loader(batches, 0, total, 2, pin=False), strict=True))
-    list(loader(batches, 0, total, workers=0, pin=False))
+    assert all(torch.equal(a, b) for a, b in zip(anew, loader(batches, 0, total, 2, CPU), strict=True))
+    list(loader(batches, 0, total, 0, CPU))
     assert not decoded  # here: the workers have filled the memory that is shared with them
 
 
@@ -178,14 +235,14 @@ def test_order_of_an_epoch_does_not_depend_on_what_was_read_before(prepared: Ima
 
 
 class AskedOfSignals(CropDataset):
-    def __getitem__(self, step: int) -> Tensor:
+    def read(self, step: int, rows: slice) -> Tensor:
         return torch.tensor([signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGINT, signal.SIGTERM)])
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_workers_leave_signals_to_the_training_process(prepared: Images) -> None:
     asked = AskedOfSignals(prepared, VIEWS, 1, 8, Stream(0, "cl"))
-    (answer,) = loader(asked, 0, 1, workers=1, pin=False)
+    (answer,) = loader(asked, 0, 1, 1, CPU)
     assert answer.tolist() == [True, True]
 
 
@@ -221,10 +278,32 @@ def test_unshared_rows_are_all_of_the_batch_and_the_order_is_of_the_stream(prepa
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_loader_forks_its_workers_and_pins_where_asked(prepared: Images) -> None:
-    helped, alone = loader(crops(prepared), 0, 1, 1, pin=True), loader(crops(prepared), 0, 1, 0, pin=False)
+    read, whole = crops(prepared).read, [slice(0, 64)]
+    helped, alone = (part_loader(read, range(1), lambda _: whole, n, pin=pin) for n, pin in ((1, True), (0, False)))
     assert helped.multiprocessing_context.get_start_method() == "fork"  # type: ignore[union-attr]
     assert alone.multiprocessing_context is None
     assert (helped.pin_memory, alone.pin_memory) == (True, False)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_parts_move_to_the_device_without_waiting(
+    prepared: Images, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Crops:
+        def to(self, device: torch.device, *, non_blocking: bool) -> Tensor:
+            asked.append((device, non_blocking))
+            return torch.ones(2)
+
+    def loaded(*_: Any, pin: bool) -> list[Crops]:
+        assert pin
+        return [Crops() for _ in range(2 * parts)]
+
+    asked: list[Any] = []
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(loading, "part_loader", loaded)
+    made = list(read_batches(prepared, crops(prepared).read, range(2), lambda _: [slice(0, 1)] * parts, 0, card))
+    assert asked == [(card, True)] * 2 * parts
+    assert [len(batch) for batch in made] == [2 * parts] * 2
 
 
 def test_signals_are_ignored_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,5 +316,5 @@ def test_signals_are_ignored_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_workers_find_everything_open(photographs: Images) -> None:
     """What a worker opened itself would lie in memory once per worker."""
     batches = CropDataset(photographs, VIEWS, 2, 4, Stream(0, "cl"))
-    next(iter(loader(batches, 0, 1, workers=1, pin=False)))
+    next(iter(loader(batches, 0, 1, 1, CPU)))
     assert {"sizes", "_files", "_rows", "_shards"} <= vars(photographs).keys()

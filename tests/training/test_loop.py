@@ -458,14 +458,14 @@ def test_progress_goes_on_from_the_resumed_step(
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_loader_reads_the_steps_that_are_left_and_pins_for_a_gpu(
+def test_loader_reads_the_steps_that_are_left_for_the_device(
     device: str, tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class EnoughError(Exception):
         pass
 
-    def noted(*about: Any, pin: bool) -> Any:
-        asked.append((*about, pin))
+    def noted(*about: Any) -> Any:
+        asked.append(about)
         raise EnoughError
 
     asked: list[Any] = []
@@ -474,26 +474,7 @@ def test_loader_reads_the_steps_that_are_left_and_pins_for_a_gpu(
     trainer = tiny(tmp_path, prepared, device=torch.device(device), settings=settings)
     with pytest.raises(EnoughError):
         trainer.fit()
-    assert asked == [(trainer.crops, 0, EPOCHS * PER_EPOCH, 3, device == "cuda")]
-
-
-def test_crops_move_to_the_device_without_waiting(
-    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-
-    class Crops:
-        def __init__(self, crops: Tensor) -> None:
-            self.crops = crops
-
-        def to(self, device: torch.device, *, non_blocking: bool) -> Tensor:
-            asked.append((device, non_blocking))
-            return self.crops
-
-    load = loop.loader
-    monkeypatch.setattr(loop, "loader", lambda *about, pin: map(Crops, load(*about, pin=pin)))
-    tiny(tmp_path, prepared, epochs=1).fit()
-    assert asked == [(torch.device("cpu"), True)] * PER_EPOCH
+    assert asked == [(trainer.crops, 0, EPOCHS * PER_EPOCH, 3, torch.device(device))]
 
 
 def saved_at(trainer: Trainer) -> list[int]:
@@ -557,7 +538,7 @@ def test_dead_training_ends_with_its_state_and_is_not_continued(
     again = tiny(tmp_path / "dead", prepared, is_dead=lambda _: pytest.fail("it is over"))
     asked_of: list[Any] = []
     load = loop.loader
-    monkeypatch.setattr(loop, "loader", lambda *about, pin: asked_of.append(about[1:3]) or load(*about, pin=pin))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(loop, "loader", lambda *about: asked_of.append(about[1:3]) or load(*about))  # type: ignore[func-returns-value]
     assert again.fit() == now
     assert asked_of == [(2 * PER_EPOCH, 2 * PER_EPOCH)]
     assert not again.model.losses
