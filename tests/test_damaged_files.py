@@ -26,6 +26,7 @@ from lgp.data.storage import Images
 from lgp.errors import LgpError
 from lgp.evaluate.results_files import read_metrics, read_predictions, write_predictions
 from lgp.features.cache import FeatureCache
+from lgp.features.extraction import ALONE
 from lgp.features.of_encoder import encoder_source
 from lgp.models.classifier_folder import load_classifier
 from lgp.models.encoder_folder import load_encoder, save_tensors
@@ -302,7 +303,7 @@ def test_damaged_entry_of_the_feature_cache_is_extracted_anew_with_a_warning(
 
     def features() -> list[bytes]:
         cache = FeatureCache(tmp_path / "cache", params, 1.0)
-        found = cache.features(encoder_source(encoder_folder, params, CPU), prepared)
+        found = cache.features(encoder_source(encoder_folder, params, ALONE), prepared)
         return [np.asarray(found.x["test"]).tobytes(), *(np.asarray(b).tobytes() for b in found.by_block["test"])]
 
     expected = features()

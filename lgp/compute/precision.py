@@ -37,6 +37,15 @@ def choose_precision(settings: RunParams, device: torch.device, width: int) -> t
     return torch.bfloat16 if wanted else torch.float32
 
 
+def choose_frozen_precision(settings: RunParams, device: torch.device) -> torch.dtype:
+    """Return the type of matrix products of a network that only answers: an encoder whose features are extracted.
+
+    On a CUDA device it is that of trainings. On a CPU it is always single precision: what is recorded does not depend
+    on the kind of CPU.
+    """
+    return choose_precision(settings, device, 0) if device.type == "cuda" else torch.float32
+
+
 def place(model: nn.Module, device: torch.device, precision: torch.dtype) -> None:
     """Move a model to its training device, and set how that device computes."""
     torch.use_deterministic_algorithms(device.type == "cpu")

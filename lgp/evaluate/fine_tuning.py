@@ -35,7 +35,7 @@ from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch, CropDataset
 from lgp.errors import Diverged, LgpError, check_disk_space
 from lgp.evaluate.outcome import Logits, Outcome, best_on_val, over_subsets, rank_on_val
-from lgp.features.extraction import extract
+from lgp.features.extraction import Running, extract
 from lgp.models.classifier_folder import Classifier
 from lgp.models.encoder_folder import images_for, load_encoder, read_config
 from lgp.models.files import ENCODER, WEIGHTS
@@ -390,6 +390,7 @@ def predict(model: nn.Module, shared: FineTuning, splits: Sequence[str] = ("val"
     def encode(images: Tensor) -> Tensor:
         return model(images.to(shared.device)).float()
 
+    running = Running.of(shared.session.params.run, shared.device)
     ids = {split: data.ids(split) for split in splits}
-    logits = {split: extract(encode, data, of_split, shared.recipe.interpolation) for split, of_split in ids.items()}
+    logits = {split: extract(encode, data, i, shared.recipe.interpolation, running) for split, i in ids.items()}
     return Logits(logits, {split: data.labels[i] for split, i in ids.items()}, ids)

@@ -26,7 +26,7 @@ from lgp.compute.intact import Damaged
 from lgp.compute.seals import SEAL, check_sealed, seal
 from lgp.data.labels import LabelledImages
 from lgp.errors import check_disk_space
-from lgp.features.extraction import Encode, extracted, pixels
+from lgp.features.extraction import ALONE, Encode, Running, extracted, pixels
 from lgp.params.evaluate import FeatureParams
 
 PARTS = ("train", "val", "test")  # of the index; the rows of a file are in this order
@@ -48,16 +48,18 @@ class FeatureSource:
         blocks: number of features per image, one after each of the last blocks; 1 for raw pixels.
         encode: returns the function of normalised images (B, C, S, S) → (B, blocks, D). It is called if features are
             missing.
+        running: how they are computed then.
     """
 
     digest: str
     blocks: int
     encode: Callable[[], Encode]
+    running: Running = ALONE
 
 
-def pixel_source() -> FeatureSource:
-    """Return the source of raw pixels, as features of one block."""
-    return FeatureSource("pixels", 1, lambda: lambda images: pixels(images)[:, None])
+def pixel_source(workers: int = 0) -> FeatureSource:
+    """Return the source of raw pixels, as features of one block. Worker processes read them."""
+    return FeatureSource("pixels", 1, lambda: lambda images: pixels(images)[:, None], Running(workers))
 
 
 class BySplit(Mapping[str, T]):
@@ -154,7 +156,7 @@ class FeatureCache:
         arrays: Sequence[np.memmap] = []
         first = 0
         for of_part in of_parts:
-            for batch in extracted(encode, data, of_part):
+            for batch in extracted(encode, data, of_part, running=source.running):
                 if not arrays:
                     shape = (images, batch.shape[2])
                     self._make_room(source.blocks * images * shape[1], entry)

@@ -9,7 +9,7 @@ import torch
 
 from lgp.data.labels import LabelledImages
 from lgp.features.cache import FeatureCache, Features, FeatureSource, pixel_source
-from lgp.features.extraction import Encode, by_block_of, pixels
+from lgp.features.extraction import Encode, Running, by_block_of, pixels
 from lgp.models.encoder_folder import PIXELS, images_for, load_encoder, read_config
 from lgp.models.files import encoder_digest
 from lgp.params.evaluate import FeatureParams
@@ -23,21 +23,25 @@ def feature_cache(params: Params) -> FeatureCache:
     return FeatureCache(Path(os.environ.get("DVC_ROOT", ".")) / CACHE, params.features, params.run.feature_cache_gib)
 
 
-def encoder_source(folder: Path, params: FeatureParams, device: torch.device) -> FeatureSource:
-    """Return the feature source of the encoder in `folder`."""
+def encoder_source(folder: Path, params: FeatureParams, running: Running) -> FeatureSource:
+    """Return the feature source of the encoder in `folder`. Its device and its precision decide the last digits."""
     config = read_config(folder)
     if config["architecture"] == PIXELS:
-        return pixel_source()
+        return pixel_source(running.workers)
     blocks = int(config["model_args"]["depth"]) if params.by_depth else params.blocks
     network = {key: config[key] for key in ("architecture", "model_args")}
-    decided_by = [encoder_digest(folder), network, params.pool, blocks, device.type]
+    device = running.device
+    computed = device.type if running.precision == torch.float32 else f"{device.type} {running.precision}"
+    decided_by = [encoder_digest(folder), network, params.pool, blocks, computed]
     digest = sha256(json.dumps(decided_by).encode()).hexdigest()
-    return FeatureSource(digest, blocks, lambda: by_block_of(load_encoder(folder), params.pool, blocks, device))
+    return FeatureSource(
+        digest, blocks, lambda: by_block_of(load_encoder(folder), params.pool, blocks, device), running
+    )
 
 
 def encoder_features(folder: Path, data: LabelledImages, params: Params, device: torch.device) -> Features:
     """Return the features of the encoder in `folder` for train, val and test."""
-    source = encoder_source(folder, params.features, device)
+    source = encoder_source(folder, params.features, Running.of(params.run, device))
     return feature_cache(params).features(source, images_for(folder, data))
 
 

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from lgp.compute.launch import launched_rank
 from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
-from lgp.features.extraction import Encode, extract, features_of
+from lgp.features.extraction import ALONE, Encode, Running, extract, features_of
 from lgp.features.knn import TEMPERATURE, K, knn_predict
 from lgp.features.rank import effective_rank
 from lgp.params.run import OnlineKnnParams
@@ -42,10 +42,12 @@ class OnlineKnn:
         data: the images and their labels.
         settings: how often, and of how many images. Sources list their images class by class, so they are taken at
             even steps of `train` and `val`.
+        running: how features are computed.
     """
 
     data: LabelledImages
     settings: OnlineKnnParams
+    running: Running = ALONE
 
     def after_epoch(self, epoch: int, encoder: VisionTransformer, device: torch.device) -> dict[str, float]:
         """Return `val/online_knn_top1` in percent and `val/effective_rank` every `every_epochs` epochs, else {}.
@@ -60,9 +62,9 @@ class OnlineKnn:
 
     def measured(self, encode: Encode) -> tuple[float, np.ndarray]:
         """Return the accuracy of some features in percent, and those of the validation images (N, D)."""
-        train, val = (extract(encode, self.data, ids) for ids in (self.train, self.val))
-        labels, classes = self.data.labels, len(self.data.classes)
-        predicted = knn_predict(train, labels[self.train], val, classes, K, TEMPERATURE)
+        train, val = (extract(encode, self.data, ids, running=self.running) for ids in (self.train, self.val))
+        labels, classes, device = self.data.labels, len(self.data.classes), self.running.device
+        predicted = knn_predict(train, labels[self.train], val, classes, K, TEMPERATURE, device)
         return round(100 * float((predicted == labels[self.val]).mean()), 2), val
 
     @property

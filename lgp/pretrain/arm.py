@@ -17,7 +17,7 @@ from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch, CropDataset
 from lgp.data.storage import Images
 from lgp.errors import check_disk_space
-from lgp.features.extraction import extract, features_of
+from lgp.features.extraction import Running, extract, features_of
 from lgp.features.online_knn import OnlineKnn
 from lgp.models.roles import PretrainingModel
 from lgp.params.file import Params
@@ -144,7 +144,8 @@ def fit_arm(
         checks = Checks(objective, initial, rates, trainer.optimizer, stage, device, accepted)
         trainer.is_dead = checks.find_dead
         if session.labelled is not None:
-            _watch(trainer, objective, OnlineKnn(session.labelled, params.run.online_knn), device)
+            running = Running.of(params.run, device)
+            _watch(trainer, objective, OnlineKnn(session.labelled, params.run.online_knn, running), device)
         progression = session.fit(trainer)
         computed = {
             "device": device.type,
@@ -212,9 +213,9 @@ class _Fitting:
             flops = session.fit(self.trainer(heads, of_heads, apart)).train_flops
         if session.labelled is None or rank() > 0:
             return flops, {}
-        return flops, knn_in_head(
-            objective.model, OnlineKnn(session.labelled, session.params.run.online_knn), self.device
-        )
+        run = session.params.run
+        knn = OnlineKnn(session.labelled, run.online_knn, Running.of(run, self.device))
+        return flops, knn_in_head(objective.model, knn, self.device)
 
 
 @dataclass(frozen=True)

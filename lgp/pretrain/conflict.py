@@ -22,7 +22,7 @@ from lgp.compute.randomness import Stream, seeded
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch, contrastive_crops
 from lgp.errors import LgpError
-from lgp.features.extraction import extract
+from lgp.features.extraction import Running, extract
 from lgp.features.knn import knn_predict
 from lgp.models.contrastive import build_contrastive
 from lgp.models.encoder_folder import check_encoder_fits, images_for, load_encoder
@@ -120,7 +120,9 @@ def knn_by_block(folder: Path, data: LabelledImages, params: Params) -> list[flo
     train = data.ids("train")
     train = train[:: math.ceil(len(train) / KNN_IMAGES)]
     val = data.ids("val")
-    x_train, x_val = (np.split(extract(encode, data, ids), len(encoder.blocks), axis=1) for ids in (train, val))
+    running = Running.of(params.run, device)
+    of_splits = (extract(encode, data, ids, running=running) for ids in (train, val))
+    x_train, x_val = (np.split(features, len(encoder.blocks), axis=1) for features in of_splits)
     k, temperature, classes = params.linear.knn_k, params.linear.knn_temperature, len(data.classes)
     predicted = [
         knn_predict(of_train, data.labels[train], of_val, classes, k, temperature)

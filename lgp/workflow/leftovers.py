@@ -176,9 +176,8 @@ def _features(root: Path, params: Params, prepared: Path, labels: Path) -> Itera
 
 def _used_entries(root: Path, params: Params, prepared: Path, labels: Path) -> set[str] | None:
     """Return the names of the folders of features that encoders of this project read; None where that is unknown."""
-    import torch
-
     from lgp.data.labels import LabelledImages
+    from lgp.features.extraction import all_runnings
 
     cache, used = feature_cache(params), set()
     try:
@@ -188,8 +187,8 @@ def _used_entries(root: Path, params: Params, prepared: Path, labels: Path) -> s
     for encoder in (file.parent for file in sorted((root / "models").glob(f"*/{ENCODER}/{WEIGHTS}"))):
         try:
             images = images_for(encoder, data)
-            for device in ("cpu", "cuda"):
-                used.add(cache.entry_of(encoder_source(encoder, params.features, torch.device(device)), images).name)
+            for running in all_runnings():
+                used.add(cache.entry_of(encoder_source(encoder, params.features, running), images).name)
         except Damaged:
             return None
         except LgpError:  # it takes images of another size: it has no features of these

@@ -19,7 +19,7 @@ from lgp.evaluate.propagation import affinity, find_neighbours, propagated
 from lgp.evaluate.regression import Problems, Regressions
 from lgp.evaluate.ridge import fit_ridge
 from lgp.features.cache import FeatureCache, Features
-from lgp.features.extraction import by_block_of, extract
+from lgp.features.extraction import ALONE, by_block_of, extract
 from lgp.features.knn import knn_predict
 from lgp.features.of_encoder import encoder_source
 from lgp.models.classifier_folder import save_classifier
@@ -35,7 +35,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture
 def features(prepared: LabelledImages, encoder_folder: Path, tmp_path: Path) -> Features:
-    source = encoder_source(encoder_folder, FeatureParams(), CPU)
+    source = encoder_source(encoder_folder, FeatureParams(), ALONE)
     return FeatureCache(tmp_path / "cache", FeatureParams(), 1.0).features(source, prepared)
 
 

@@ -22,6 +22,7 @@ from lgp.evaluate.fine_tuning import finetune
 from lgp.evaluate.linear import evaluate_linear, evaluate_linear_augmented
 from lgp.evaluate.outcome import Outcome
 from lgp.features.cache import FeatureCache, Features
+from lgp.features.extraction import ALONE
 from lgp.features.of_encoder import encoder_source, live_features_of
 from lgp.models.encoder_folder import load_encoder
 from lgp.params.evaluate import FeatureParams, FewShotParams
@@ -209,7 +210,7 @@ def test_mixed_images_carry_their_labels_in_the_same_shares(
 @pytest.fixture(scope="module")
 def features(coloured: Coloured, tmp_path_factory: pytest.TempPathFactory) -> Features:
     cache = FeatureCache(tmp_path_factory.mktemp("cache"), FeatureParams(), 1.0)
-    return cache.features(encoder_source(coloured.mim, FeatureParams(), CPU), coloured.data)
+    return cache.features(encoder_source(coloured.mim, FeatureParams(), ALONE), coloured.data)
 
 
 def test_features_are_timms_of_the_normalised_images_with_their_labels(features: Features, coloured: Coloured) -> None:

@@ -16,6 +16,7 @@ from lgp.evaluate import linear as module
 from lgp.evaluate.linear import evaluate_linear, evaluate_linear_augmented
 from lgp.evaluate.outcome import Outcome
 from lgp.features.cache import FeatureCache, Features, pixel_source
+from lgp.features.extraction import ALONE
 from lgp.features.of_encoder import encoder_source
 from lgp.models.encoder_folder import save_pixels
 from lgp.params.evaluate import FeatureParams
@@ -29,7 +30,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def features(prepared: LabelledImages, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Features:
-    source = encoder_source(encoder_folder, FeatureParams(), CPU)
+    source = encoder_source(encoder_folder, FeatureParams(), ALONE)
     return FeatureCache(tmp_path_factory.mktemp("cache"), FeatureParams(), 1.0).features(source, prepared)
 
 

@@ -19,7 +19,7 @@ from lgp.compute.seals import seal
 from lgp.data.labels import LabelledImages
 from lgp.features import cache as module
 from lgp.features.cache import FeatureCache, Features, FeatureSource, normalizer, pixel_source, standardizer
-from lgp.features.extraction import extract, features_of, pixels
+from lgp.features.extraction import ALONE, extract, features_of, pixels
 from lgp.features.of_encoder import encoder_source, live_features_of
 from lgp.models.encoder_folder import load_encoder
 from lgp.models.vit import tokens_by_block
@@ -39,9 +39,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     extracted = module.extracted
 
-    def counting(encode: Callable[..., Any], data: LabelledImages, ids: np.ndarray) -> Any:
+    def counting(encode: Callable[..., Any], data: LabelledImages, ids: np.ndarray, **how: Any) -> Any:
         sizes.append(len(ids))
-        return extracted(encode, data, ids)
+        return extracted(encode, data, ids, **how)
 
     monkeypatch.setattr(module, "extracted", counting)
     return sizes
@@ -50,7 +50,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_features_are_extracted_once(
     tmp_path: Path, encoder_folder: Path, prepared: LabelledImages, counted: list[int]
 ) -> None:
-    source = encoder_source(encoder_folder, FeatureParams(), CPU)
+    source = encoder_source(encoder_folder, FeatureParams(), ALONE)
     first = cache(tmp_path).features(source, prepared)
     assert counted == [len(prepared.ids(split)) for split in ("train", "val", "test")]
     again = cache(tmp_path).features(source, prepared)
@@ -66,10 +66,10 @@ def test_features_are_extracted_once(
 def test_other_weights_pooling_data_or_type_are_other_features(
     tmp_path: Path, encoder_folder: Path, prepared: LabelledImages, counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = encoder_source(encoder_folder, FeatureParams(), CPU)
+    source = encoder_source(encoder_folder, FeatureParams(), ALONE)
     cache(tmp_path).features(source, prepared)
     average = FeatureParams(pool="average")
-    cache(tmp_path).features(encoder_source(encoder_folder, average, CPU), prepared)
+    cache(tmp_path).features(encoder_source(encoder_folder, average, ALONE), prepared)
     cache(tmp_path).features(replace(source, digest="others"), prepared)
     half = cache(tmp_path, dtype="float16").features(source, prepared)
     assert half.x["train"].dtype == np.float16
@@ -205,7 +205,7 @@ def test_every_block_is_kept_and_the_last_ones_joined(
     tmp_path: Path, encoder_folder: Path, prepared: LabelledImages, pool: str
 ) -> None:
     params = FeatureParams.model_validate({"pool": pool, "blocks": 2})
-    features = FeatureCache(tmp_path, params, 1.0).features(encoder_source(encoder_folder, params, CPU), prepared)
+    features = FeatureCache(tmp_path, params, 1.0).features(encoder_source(encoder_folder, params, ALONE), prepared)
     ids = prepared.ids("val")
     with torch.inference_mode():
         after = tokens_by_block(load_encoder(encoder_folder).eval(), prepared.normalize(prepared.whole(ids)))
@@ -222,14 +222,14 @@ def test_without_depth_only_the_last_blocks_are_stored(
     tmp_path: Path, encoder_folder: Path, prepared: LabelledImages
 ) -> None:
     params = FeatureParams(by_depth=False)
-    features = FeatureCache(tmp_path, params, 1.0).features(encoder_source(encoder_folder, params, CPU), prepared)
+    features = FeatureCache(tmp_path, params, 1.0).features(encoder_source(encoder_folder, params, ALONE), prepared)
     assert len(features.by_block["train"]) == 1
 
 
 def test_extraction_that_was_killed_starts_anew(
     tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: Any) -> Any:
+    def killed(*_: Any, running: Any) -> Any:
         yield np.zeros((100, 1, 64), dtype=np.float32)
         raise KeyboardInterrupt
 
@@ -246,7 +246,7 @@ def test_features_larger_than_the_budget_are_given_all_the_same(
     tmp_path: Path, encoder_folder: Path, prepared: LabelledImages
 ) -> None:
     params = FeatureParams(blocks=3)
-    features = FeatureCache(tmp_path, params, 0).features(encoder_source(encoder_folder, params, CPU), prepared)
+    features = FeatureCache(tmp_path, params, 0).features(encoder_source(encoder_folder, params, ALONE), prepared)
     assert features.x["train"].shape == (220, 48)
 
 

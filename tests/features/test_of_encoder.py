@@ -11,7 +11,7 @@ from conftest import FOREIGN
 from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError
 from lgp.features.cache import FeatureCache, pixel_source
-from lgp.features.extraction import by_block_of, extract, features_of, pixels
+from lgp.features.extraction import ALONE, by_block_of, extract, features_of, pixels
 from lgp.features.of_encoder import encoder_features, encoder_source, live_features_of
 from lgp.models.encoder_folder import load_encoder, save_encoder, save_pixels
 from lgp.params.evaluate import FeatureParams
@@ -35,7 +35,7 @@ def test_pixels_are_an_arm(
     assert baseline_encoder("pixels", params) is None
     folder = tmp_path / "pixels" / "encoder"
     save_pixels(folder, prepared, {})
-    found, expected = encoder_source(folder, FeatureParams(), CPU), pixel_source()
+    found, expected = encoder_source(folder, FeatureParams(), ALONE), pixel_source()
     assert (found.digest, found.blocks) == (expected.digest, expected.blocks)
     images = prepared.normalize(prepared.whole(prepared.ids("val")))
     flat = images.flatten(1)
@@ -54,9 +54,9 @@ def test_random_weights_are_an_arm_that_the_seed_decides(
     other_seed = Params.model_validate(params.model_dump() | {"seed": 9})
     seeds = {"a": params, "b": params, "c": other_seed}
     folders = [random_arm(tmp_path / name / "encoder", of_arm, prepared) for name, of_arm in seeds.items()]
-    digests = [encoder_source(folder, FeatureParams(), CPU).digest for folder in folders]
+    digests = [encoder_source(folder, FeatureParams(), ALONE).digest for folder in folders]
     assert digests[0] == digests[1] != digests[2]
-    source = encoder_source(folders[0], FeatureParams(), CPU)
+    source = encoder_source(folders[0], FeatureParams(), ALONE)
     encoder = baseline_encoder("random", params)
     assert encoder is not None
     images = prepared.normalize(prepared.whole(prepared.ids("val")))
@@ -67,7 +67,7 @@ def test_random_weights_are_an_arm_that_the_seed_decides(
 
 def test_pooling_and_depth_are_part_of_the_digest(encoder_folder: Path, params: Params) -> None:
     changes = ({}, {"pool": "average"}, {"by_depth": False}, {"by_depth": False, "blocks": 2})
-    sources = [encoder_source(encoder_folder, FeatureParams.model_validate(c), CPU) for c in changes]
+    sources = [encoder_source(encoder_folder, FeatureParams.model_validate(c), ALONE) for c in changes]
     assert len({source.digest for source in sources}) == 4
     assert [source.blocks for source in sources] == [params.model.depth, params.model.depth, 1, 2]
 
@@ -101,7 +101,7 @@ def test_features_are_of_images_with_the_encoders_statistics(
 def test_same_weights_with_other_statistics_are_other_features(
     prepared: LabelledImages, params: Params, encoder_folder: Path, tmp_path: Path
 ) -> None:
-    source, ours = encoder_source(encoder_folder, params.features, CPU), prepared.normalization
+    source, ours = encoder_source(encoder_folder, params.features, ALONE), prepared.normalization
     cache = FeatureCache(tmp_path, params.features, 1.0)
     kept = cache.features(source, prepared).x["val"]
     for other in (replace(ours, mean=FOREIGN.mean), replace(ours, std=FOREIGN.std)):

@@ -16,7 +16,7 @@ from lgp.compute.randomness import Stream
 from lgp.data.labels import LabelledImages
 from lgp.data.loading import Batch, CropDataset
 from lgp.errors import LgpError
-from lgp.features.extraction import extract, features_of
+from lgp.features.extraction import Running, extract, features_of
 from lgp.models.contrastive import build_contrastive
 from lgp.models.refine import Refine
 from lgp.models.vit import build_encoder
@@ -201,23 +201,28 @@ def test_heads_are_measured_with_labels_by_the_first_process(
     asked = []
 
     def measured(model: Any, knn: Any, device: Any) -> dict[str, float]:
-        asked.append((model, knn.labelled, knn.settings, device))
+        asked.append((model, knn.labelled, knn.settings, knn.running, device))
         return {"heads/knn_encoder": 12.0}
 
     monkeypatch.setattr(arm, "OnlineKnn", Known)
     monkeypatch.setattr(arm, "knn_in_head", measured)
     monkeypatch.setattr(arm, "rank", lambda: rank)
     monkeypatch.setattr(arm, "world_size", lambda: 2)
-    labelled = replace(session, labelled=session.data)
+    labelled = with_workers(replace(session, labelled=session.data))
     if rank:
         with pytest.raises(WorkerDone):
             fitted(warmed, labelled)
         assert not asked
         return
     checks = fitted(warmed, labelled).checks
-    assert asked == [(warmed.model, session.data, session.params.run.online_knn, CPU)]
+    assert asked == [(warmed.model, session.data, session.params.run.online_knn, Running(3, CPU), CPU)]
     assert checks.metrics["heads/knn_encoder"] == 12
     assert {"features/std", "moved/block0"} <= checks.metrics.keys()
+
+
+def with_workers(session: Session) -> Session:
+    run = session.params.run.model_copy(update={"workers": 3})
+    return replace(session, params=session.params.model_copy(update={"run": run}))
 
 
 class Known:
@@ -225,11 +230,11 @@ class Known:
 
     val = (4, 5, 6)
 
-    def __init__(self, labelled: Any, settings: Any) -> None:
-        self.labelled, self.settings = labelled, settings
+    def __init__(self, labelled: Any, settings: Any, running: Any) -> None:
+        self.labelled, self.settings, self.running = labelled, settings, running
 
     def after_epoch(self, *about: Any) -> Any:
-        return self.labelled, self.settings, *about
+        return self.labelled, self.settings, self.running, *about
 
 
 def test_trainer_measures_knn_after_an_epoch_where_labels_are_prepared(
@@ -238,11 +243,18 @@ def test_trainer_measures_knn_after_an_epoch_where_labels_are_prepared(
     monkeypatch.setattr(arm, "OnlineKnn", Known)
     objective = objective_of(session)
     fitted(objective, session)
-    fitted(objective, replace(session, labelled=session.data))
+    fitted(objective, with_workers(replace(session, labelled=session.data)))
     without, with_labels = trainers
     assert not hasattr(without, "after_epoch")
     after_epoch = with_labels.after_epoch(7)  # type: ignore[attr-defined]
-    assert after_epoch == (session.data, session.params.run.online_knn, 7, objective.model.encoder, CPU)
+    assert after_epoch == (
+        session.data,
+        session.params.run.online_knn,
+        Running(3, CPU),
+        7,
+        objective.model.encoder,
+        CPU,
+    )
     history = [{KNN: 90.0}, {KNN: 20.0}]
     assert (fallen(history, 3), with_labels.alarms(history)) == ([], [])  # type: ignore[attr-defined]
     assert fallen(history)
@@ -261,7 +273,7 @@ def test_published_encoder_is_checked_and_watched(
     objective = replace(objective_of(session), model=model)
     fitted(objective, replace(session, labelled=session.data))
     assert asked == [model.averaged_encoder]
-    assert trainers[-1].after_epoch(1)[3] is model.averaged_encoder  # type: ignore[attr-defined]
+    assert trainers[-1].after_epoch(1)[4] is model.averaged_encoder  # type: ignore[attr-defined]
 
 
 def checks_of(objective: Objective, stage: Any, accepted: bool = False) -> Checks:

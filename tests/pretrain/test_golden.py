@@ -16,6 +16,7 @@ from arrivals import ARMS, Arrivals, Coloured, arriving
 from lgp.evaluate.fine_tuning import finetune
 from lgp.evaluate.linear import evaluate_linear_augmented
 from lgp.features.cache import FeatureCache
+from lgp.features.extraction import ALONE
 from lgp.features.of_encoder import encoder_source
 from lgp.params.evaluate import FeatureParams
 
@@ -42,7 +43,7 @@ def probe(coloured: Coloured, folder: Path) -> None:
     """Train the linear probe on random crops of the first encoder."""
     linear = {"method": "augmented", "flip_p": 0.5, "epochs": 3, "batch_size": 12, "base_lrs": [0.1, 1, 10]}
     session = coloured.session({"linear": linear}, folder)
-    source = encoder_source(coloured.mim, FeatureParams(), CPU)
+    source = encoder_source(coloured.mim, FeatureParams(), ALONE)
     features = FeatureCache(folder / "cache", FeatureParams(), 1.0).features(source, coloured.data)
     evaluate_linear_augmented(features, coloured.mim, coloured.data, session, CPU)
 

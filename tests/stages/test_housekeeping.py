@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from typer.testing import CliRunner
 
 from cli import app
 from lgp.data.labels import LabelledImages
 from lgp.features.cache import FeatureCache
+from lgp.features.extraction import ALONE
 from lgp.features.of_encoder import encoder_source
 from lgp.models.encoder_folder import images_for
 from lgp.params.file import Params
@@ -50,7 +50,7 @@ def project(
 def entry_of(encoder: Path, params: Params, data: LabelledImages) -> Path:
     """Return where the features of an encoder are cached."""
     cache = FeatureCache(Path(".lgp/features"), params.features, 1.0)
-    return cache.entry_of(encoder_source(encoder, params.features, torch.device("cpu")), images_for(encoder, data))
+    return cache.entry_of(encoder_source(encoder, params.features, ALONE), images_for(encoder, data))
 
 
 def test_features_that_an_encoder_reads_stay_and_others_go(
