@@ -31,6 +31,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lgp.compute.device import choose_device
+from lgp.compute.nested import copied
 from lgp.compute.precision import choose_precision
 from lgp.compute.randomness import Stream, generator
 from lgp.data.labels import LabelledImages, write_labels
@@ -390,9 +391,7 @@ def bench_resume(device: torch.device) -> dict[str, Any]:
         started = time.perf_counter()
         store.save(state)
         saved = time.perf_counter()
-        payload = store.read()
-        assert payload is not None
-        StateStore.decode(payload)
+        copied(store.read(), torch.device("cpu"))
         read = time.perf_counter()
         size = store.latest.stat().st_size
     return {

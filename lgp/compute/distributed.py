@@ -1,5 +1,6 @@
 """Processes that train one model together, and the exchange of values between them. `torchrun` starts them."""
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lgp.compute.launch import launched, launched_rank, machines
+from lgp.compute.nested import with_tensors
 from lgp.compute.precision import in_single_precision
 from lgp.errors import LgpError, one_line
 
@@ -100,6 +102,50 @@ def send_bytes(data: bytes | None) -> bytes | None:
     for piece in whole.split(PIECE_BYTES):
         dist.broadcast(piece, 0)
     return whole.numpy().tobytes()
+
+
+def send_state(state: Any, device: torch.device) -> Any:
+    """Send nested dicts and lists of the first process to all, their tensors one by one.
+
+    Args:
+        state: of the first process; those of the others are not read.
+        device: where other processes get the tensors. Single numbers come to the CPU.
+
+    Returns:
+        In the first process `state` itself.
+    """
+    if world_size() == 1:
+        return state
+    sent: list[Tensor] = []
+
+    def placed(tensor: Tensor) -> Tensor:
+        if not tensor.ndim:
+            return tensor.clone()
+        sent.append(tensor)
+        return torch.empty_like(tensor, device="meta")
+
+    def received(tensor: Tensor) -> Tensor:
+        if not tensor.ndim:
+            return tensor
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        _broadcast(whole)
+        return torch.empty_like(tensor, device=device).copy_(whole) if whole.stride() != tensor.stride() else whole
+
+    form = io.BytesIO()
+    if rank() == 0:
+        torch.save(with_tensors(state, placed), form)
+    form = io.BytesIO(send_bytes(form.getvalue()) or b"")
+    if rank() > 0:
+        return with_tensors(torch.load(form, weights_only=True), received)
+    for tensor in sent:
+        _broadcast(tensor.to(device).contiguous())
+    return state
+
+
+def _broadcast(tensor: Tensor) -> None:
+    """Send a contiguous tensor of any type from the first process to all, in place."""
+    for piece in tensor.flatten().view(torch.uint8).split(PIECE_BYTES) if tensor.numel() else ():
+        dist.broadcast(piece, 0)
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from lgp.compute.distributed import agree, average, rank, send_bytes, world_size
+from lgp.compute.distributed import agree, average, rank, send_state, world_size
 from lgp.compute.interruption import Interrupted, Interruption
+from lgp.compute.nested import copied
 from lgp.data.loading import Batch, CropDataset, loader
 from lgp.errors import Diverged, is_disk_full
 from lgp.params.arms import TRAINED
@@ -337,12 +338,13 @@ class Trainer:
         )
 
     def _resume(self) -> None:
-        payload = send_bytes(self.store.read() if rank() == 0 else None)
-        if payload is None:
+        state = send_state(self.store.read() if rank() == 0 else None, self.device)
+        if state is None:
             return
-        state = StateStore.decode(payload)
         self.model.load_state_dict(state["model"], strict=True)
-        self.optimizer.load_state_dict(state["optimizer"])
+        # an optimizer keeps what it is given, and what the first process has lies in a file
+        moments = state["optimizer"] if rank() else copied(state["optimizer"], self.device)
+        self.optimizer.load_state_dict(moments)
         self.now = Progression(**state["progression"])
         if rank() == 0:
             print(f"{self.name}: going on from step {self.now.step}", flush=True)

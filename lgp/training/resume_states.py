@@ -1,7 +1,6 @@
 """Resume states: an interrupted training continues from them. Light: torch is imported with the first state."""
 
 import hashlib
-import io
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from filelock import FileLock, Timeout
 from lgp.errors import LgpError
 
 DIGEST_BYTES = 32
+PIECE_BYTES = 2**20  # read at once
 LOOKED_AT_S = 0.5  # `lgp status` holds a lock for a moment, to see whether it is free
 
 
@@ -34,13 +34,25 @@ class _Digesting:
         self.file.flush()
 
 
-def _payload(path: Path) -> bytes | None:
-    """Return the content of a file before its digest, None if the file is missing or torn."""
+def _is_whole(path: Path) -> bool:
+    """Return whether a file is there and ends with the digest of its content. It is read piece by piece."""
     if not path.exists():
-        return None
-    data = path.read_bytes()
-    payload = data[:-DIGEST_BYTES]
-    return payload if hashlib.sha256(payload).digest() == data[-DIGEST_BYTES:] else None
+        return False
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        left = os.fstat(file.fileno()).st_size - DIGEST_BYTES
+        while left > 0 and (piece := file.read(min(PIECE_BYTES, left))):
+            sha256.update(piece)
+            left -= len(piece)
+        return sha256.digest() == file.read()
+
+
+def _mapped(path: Path) -> dict[str, Any]:
+    """Return a state whose tensors lie in its file. What is written to them is not written to the file."""
+    import torch
+
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state
 
 
 class StateStore:
@@ -96,7 +108,7 @@ class StateStore:
             return
         newest: dict[Path, Path] = {}
         for path in sorted(self.folder.rglob("state-*.pt"), key=lambda path: path.stat().st_mtime):
-            if _payload(path) is not None:
+            if _is_whole(path):
                 newest[path.parent] = path
         if not newest:
             raise LgpError(f"nothing to resume: no whole state of these parameters and inputs in {self.folder}")
@@ -149,22 +161,13 @@ class StateStore:
         file.flush()
         os.fsync(file.fileno())
 
-    def read(self) -> bytes | None:
-        """Return the newest whole state, as bytes for `decode`, or None."""
+    def read(self) -> dict[str, Any] | None:
+        """Return the newest whole state, or None. Its tensors lie in the file: copy those that are to be kept."""
         for path in (self.latest, self.previous):
-            payload = _payload(path)
-            if payload is not None:
-                return payload
+            if _is_whole(path):
+                return _mapped(path)
             path.unlink(missing_ok=True)  # a torn file must not replace a whole one at the next save
         return None
-
-    @staticmethod
-    def decode(payload: bytes) -> dict[str, Any]:
-        """Return a state with its tensors on the CPU."""
-        import torch
-
-        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-        return state
 
     def has_state(self) -> bool:
         """Return whether an interrupted training left a state."""
@@ -193,13 +196,12 @@ class EarlierStates(StateStore):
         """Read the states of the store `of` that are not later than step `last`."""
         self.folder, self.latest, self.previous, self.last = of.folder, of.latest, of.previous, last
 
-    def read(self) -> bytes | None:
+    def read(self) -> dict[str, Any] | None:
         """Return the newest whole state that is not later. One of a training that ended early is left out."""
-        for path in (self.latest, self.previous):
-            payload = _payload(path)
-            progression = self.decode(payload)["progression"] if payload else None
-            if progression and progression["step"] <= self.last and not progression["ended_early"]:
-                return payload
+        for path in filter(_is_whole, (self.latest, self.previous)):
+            state = _mapped(path)
+            if state["progression"]["step"] <= self.last and not state["progression"]["ended_early"]:
+                return state
         return None
 
     def save(self, state: dict[str, Any]) -> None:

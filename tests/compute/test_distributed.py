@@ -15,7 +15,8 @@ import torch.multiprocessing as mp
 from conftest import Silent, merged
 from torch import Tensor, nn
 
-from lgp.compute.distributed import SyncBatchNorm1d, gather, joined, send_bytes
+from lgp.compute import distributed
+from lgp.compute.distributed import SyncBatchNorm1d, gather, joined, send_bytes, send_state
 from lgp.compute.launch import WorkerDone
 from lgp.compute.precision import place
 from lgp.data.labels import LabelledImages
@@ -67,6 +68,7 @@ def loss_and_gradient(loss: Loss, x1: Tensor, x2: Tensor, weight: Tensor) -> tup
 
 def one_of_many(rank: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    distributed.PIECE_BYTES = 50
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
     x1, x2, weight = embeddings()
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
@@ -79,9 +81,21 @@ def one_of_many(rank: int, folder: str) -> None:
         results[name] = (value, gradient)
     results["gathered"] = (gather(x1[mine]), gather(x1[mine].requires_grad_()).detach())
     results["sent"] = (send_bytes(b"state" if rank == 0 else None), send_bytes(None))
+    received = send_state(nested() if rank == 0 else {"not": "read"}, torch.device("cpu"))
+    results["state"], results["strides"] = received, [t.stride() for t in received["weights"].values()]
+    results["none"] = send_state(None, torch.device("cpu"))
     results["norm"] = normalised(SyncBatchNorm1d(WIDTH), x1[mine])
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def nested() -> dict[str, Any]:
+    """A state of several types and layouts, of which a piece is shorter than a tensor."""
+    rng = torch.Generator().manual_seed(3)
+    image = torch.randn(2, 3, 4, 4, generator=rng)
+    tensors = {"a": image, "last": image.to(memory_format=torch.channels_last), "half": image.bfloat16()}
+    tensors |= {"flags": image > 0, "empty": torch.zeros(0, 3), "count": torch.tensor(7), "t": image[0, 0].T}
+    return {"weights": tensors, "groups": [{"betas": (0.9, 0.95), "lr": 0.1, "steps": [torch.ones(3), None]}]}
 
 
 def normalised(norm: nn.BatchNorm1d, x: Tensor) -> dict[str, Tensor]:
@@ -124,6 +138,22 @@ def test_gather_puts_rows_in_the_order_of_ranks(results: list[dict[str, tuple[Te
 
 def test_bytes_are_sent_from_the_first_process(results: list[dict[str, tuple[Tensor, Tensor]]]) -> None:
     assert [of_rank["sent"] for of_rank in results] == [(b"state", None)] * PROCESSES
+
+
+def test_state_of_the_first_process_comes_to_all_in_its_types_and_layouts(results: list[dict[str, Any]]) -> None:
+    expected = nested()
+    for of_rank in results:
+        found = of_rank["state"]
+        assert list(found) == list(expected)
+        assert found["groups"][0]["betas"] == (0.9, 0.95)
+        steps = found["groups"][0].pop("steps")
+        assert steps[0].tolist() == [1, 1, 1]
+        assert steps[1] is None
+        for name, tensor in expected["weights"].items():
+            assert found["weights"][name].dtype == tensor.dtype
+            assert torch.equal(found["weights"][name], tensor), name
+        assert of_rank["strides"] == [tensor.stride() for tensor in expected["weights"].values()]
+        assert of_rank["none"] is None
 
 
 def test_norm_over_processes_is_batchnorm_of_the_whole_batch(results: list[dict[str, dict[str, Tensor]]]) -> None:

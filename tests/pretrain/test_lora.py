@@ -181,9 +181,9 @@ def test_killed_and_resumed_equals_uninterrupted(
         patch.setattr(Interruption, "asked", lambda _: trainers[0].now.step == 4)
         with pytest.raises(Interrupted):
             grafted(params, prepared, tmp_path / "state", start, fit=lambda t: (trainers.append(t), t.fit())[1])
-    payload = StateStore(tmp_path / "state", "code").read()
-    assert payload is not None
-    kept = StateStore.decode(payload)["model"]
+    state = StateStore(tmp_path / "state", "code").read()
+    assert state is not None
+    kept = state["model"]
     assert kept["encoder.blocks.0.attn.qkv.up"].any()
     assert "momentum_encoder.blocks.1.attn.qkv.down" in kept
     resumed = grafted(params, prepared, tmp_path / "state", start)

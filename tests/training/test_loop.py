@@ -75,9 +75,8 @@ def test_loss_that_is_not_finite_stops_with_step_and_rate_and_keeps_the_last_goo
     with pytest.raises(LgpError, match=r"mim: the loss is nan at step 4 .*, learning rate [\d.e-]+: lower") as error:
         pretrain_mim(Session(prepared, params, store, Notes()))
     assert str(tmp_path) in str(error.value)
-    payload = store.read()
-    assert payload is not None
-    state = StateStore.decode(payload)
+    state = store.read()
+    assert state is not None
     assert state["progression"]["step"] == 3
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
@@ -577,21 +576,36 @@ def test_other_process_goes_on_from_the_state_it_is_sent(
     whole = tiny(tmp_path, prepared)
     whole.fit()
     capsys.readouterr()
-    sent: list[bytes | None] = []
+    sent: list[Any] = []
+
+    def received(state: Any, device: torch.device) -> Any:
+        sent.append((state, device))
+        return StateStore(tmp_path, "code").read()
+
     monkeypatch.setattr(loop, "rank", lambda: 1)
-    monkeypatch.setattr(loop, "send_bytes", lambda data: sent.append(data) or StateStore(tmp_path, "code").read())  # type: ignore[func-returns-value]
+    monkeypatch.setattr(loop, "send_state", received)
     other = tiny(tmp_path / "other", prepared, precision=torch.bfloat16)
     assert other.fit() == whole.now
-    assert sent == [None]
+    assert sent == [(None, torch.device("cpu"))]
     assert not capsys.readouterr().out
+
+
+def test_resumed_training_keeps_nothing_that_lies_in_the_file(tmp_path: Path, prepared: LabelledImages) -> None:
+    whole = tiny(tmp_path, prepared)
+    whole.fit()
+    again = tiny(tmp_path, prepared)
+    again.fit()
+    del whole
+    assert str(again.store.latest) not in Path("/proc/self/maps").read_text()
+    steps = [state["step"] for state in again.optimizer.state_dict()["state"].values()]
+    assert [(step.device.type, step.item()) for step in steps] == [("cpu", EPOCHS * PER_EPOCH)] * 2
 
 
 def test_state_of_another_model_is_not_loaded_in_part(tmp_path: Path, prepared: LabelledImages) -> None:
     tiny(tmp_path, prepared).fit()
     store = StateStore(tmp_path, "code")
-    payload = store.read()
-    assert payload is not None
-    state = StateStore.decode(payload)
+    state = store.read()
+    assert state is not None
     del state["model"]["bias"]
     store.save(state)
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "bias"'):

@@ -1,5 +1,6 @@
 """Encoder folders and resume states."""
 
+import hashlib
 import json
 import multiprocessing
 from pathlib import Path
@@ -16,6 +17,7 @@ from lgp.errors import LgpError, check_disk_space, is_disk_full
 from lgp.models.encoder_folder import load_encoder, save_encoder, save_tensors
 from lgp.models.vit import build_encoder, init_encoder_as_mae
 from lgp.params.file import Params
+from lgp.training import resume_states
 from lgp.training.resume_states import StateStore
 
 
@@ -60,8 +62,41 @@ def test_provenance_lies_beside_the_weights(folder: Path) -> None:
 
 
 def newest(store: StateStore) -> dict[str, Any] | None:
-    payload = store.read()
-    return None if payload is None else StateStore.decode(payload)
+    return store.read()
+
+
+@pytest.mark.parametrize("bytes_of_file", [0, 31, 32, 33, 3 * 2**20])
+def test_file_that_is_no_state_is_torn(tmp_path: Path, bytes_of_file: int) -> None:
+    store = StateStore(tmp_path, "code")
+    store.latest.write_bytes(b"x" * bytes_of_file)
+    assert newest(store) is None
+    assert not store.latest.exists()
+
+
+def test_digest_is_of_the_whole_content_however_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StateStore(tmp_path, "code")
+    store.save({"w": torch.arange(10_000)})
+    content = store.latest.read_bytes()
+    assert hashlib.sha256(content[:-32]).digest() == content[-32:]
+    for piece in (1000, len(content) - 32, len(content)):
+        monkeypatch.setattr(resume_states, "PIECE_BYTES", piece)
+        state = newest(store)
+        assert state is not None
+        assert torch.equal(state["w"], torch.arange(10_000))
+
+
+def test_what_is_read_lies_in_the_file_and_changes_neither_it_nor_later_states(tmp_path: Path) -> None:
+    store = StateStore(tmp_path, "code")
+    store.save({"w": torch.ones(10_000)})
+    content = store.latest.read_bytes()
+    state = newest(store)
+    assert state is not None
+    assert str(store.latest) in Path("/proc/self/maps").read_text()
+    state["w"].fill_(2)
+    assert store.latest.read_bytes() == content
+    store.save({"w": torch.zeros(10_000)})
+    store.save({"w": torch.zeros(10_000)})
+    assert state["w"].unique().tolist() == [2]  # its file is gone by now
 
 
 def test_state_comes_back(tmp_path: Path) -> None:
