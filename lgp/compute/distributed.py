@@ -72,11 +72,16 @@ def _is_of_connection(error: RuntimeError) -> bool:
 
 def agree(request: int) -> int:
     """Return the largest request of all processes. Every process must call this at the same point of its work."""
+    return agree_on([request])[0]
+
+
+def agree_on(requests: list[int]) -> list[int]:
+    """Return the largest of each of several requests of all processes, as `agree` does of one."""
     if world_size() == 1:
-        return request
-    largest = torch.tensor(request)
+        return requests
+    largest = torch.tensor(requests)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+    return [int(request) for request in largest]
 
 
 def average(values: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from lgp.data.loading import Batch, CropDataset, loader
 from lgp.errors import Diverged, is_disk_full
 from lgp.params.arms import TRAINED
 from lgp.params.run import RunParams
+from lgp.training.agreement import Agreement
 from lgp.training.alarms import fallen
 from lgp.training.progress import Progress
 from lgp.training.resume_states import StateStore
@@ -33,7 +34,7 @@ from lgp.training.resume_states import StateStore
 SHOWN_IDS = 5  # of a batch's images, in a message
 CHECK_EVERY = 20  # steps between checks of the loss: each check makes a GPU wait
 SAVE_SHARE = 0.02  # largest fraction of the time for saving
-GO_ON, SAVE, STOP = range(3)  # requests of a process after a step; all processes follow the largest
+GO_ON, SAVE, STOP = range(3)  # requests of a process; all processes follow the largest
 
 Epoch = dict[str, float]
 
@@ -167,14 +168,17 @@ class Trainer:
         every_s = self.settings.print_every_s if rank() == 0 else None
         progress = Progress(self.name, self.epochs, per_epoch, self.crops.batch_size, self.now.step, every_s)
         last = self.now.step if self.now.ended_early else total
-        interruption = Interruption()
+        interruption, agreement = Interruption(), Agreement(self.now.step)
         self.model.train()
         compiled = _compiled(self.model) if self.settings.compile else nullcontext()
         with interruption.listening(), progress.showing(), compiled:
             for crops in loader(self.crops, self.now.step, last, self.settings.workers, self.device):
                 self._step(crops, total)
                 epoch_ends = self.now.step % per_epoch == 0
-                request = agree(STOP if interruption.asked() else SAVE if self._save_due(epoch_ends, total) else GO_ON)
+                request = GO_ON
+                if epoch_ends or agreement.is_due(self.now.step):
+                    own = STOP if interruption.asked() else SAVE if self._save_due(epoch_ends, total) else GO_ON
+                    request = agreement.reach(self.now.step, own)
                 if epoch_ends or request or self.now.step % CHECK_EVERY == 0:
                     progress.step(self.now.step, self._check_losses())
                 if epoch_ends:

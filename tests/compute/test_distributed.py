@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from lgp.pretrain.cl import pretrain_cl
 from lgp.pretrain.graft import pretrain_graft
 from lgp.pretrain.mim import pretrain_mim
 from lgp.training import loop as engine
+from lgp.training.agreement import Agreement
 from lgp.training.resume_states import StateStore
 
 PROCESSES, ROWS, WIDTH = 2, 5, 6
@@ -81,12 +83,23 @@ def one_of_many(rank: int, folder: str) -> None:
         results[name] = (value, gradient)
     results["gathered"] = (gather(x1[mine]), gather(x1[mine].requires_grad_()).detach())
     results["sent"] = (send_bytes(b"state" if rank == 0 else None), send_bytes(None))
+    results["followed"] = followed(rank)
     received = send_state(nested() if rank == 0 else {"not": "read"}, torch.device("cpu"))
     results["state"], results["strides"] = received, [t.stride() for t in received["weights"].values()]
     results["none"] = send_state(None, torch.device("cpu"))
     results["norm"] = normalised(SyncBatchNorm1d(WIDTH), x1[mine])
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def followed(rank: int) -> list[tuple[int, int]]:
+    """The exchanges of a training that the second process, which is slower, wants to stop after its tenth step."""
+    training, found = Agreement(0), list[tuple[int, int]]()
+    for step in range(1, 31):
+        time.sleep(0.02 * rank)
+        if training.is_due(step):
+            found.append((step, training.reach(step, 2 if rank and step >= 10 else 0)))
+    return found
 
 
 def nested() -> dict[str, Any]:
@@ -138,6 +151,13 @@ def test_gather_puts_rows_in_the_order_of_ranks(results: list[dict[str, tuple[Te
 
 def test_bytes_are_sent_from_the_first_process(results: list[dict[str, tuple[Tensor, Tensor]]]) -> None:
     assert [of_rank["sent"] for of_rank in results] == [(b"state", None)] * PROCESSES
+
+
+def test_all_processes_follow_a_request_after_the_same_step(results: list[dict[str, Any]]) -> None:
+    """Processes that asked after other steps would wait for one another for ever."""
+    assert results[0]["followed"] == results[1]["followed"]
+    steps, requests = zip(*results[0]["followed"], strict=True)
+    assert requests == tuple(2 if step >= 10 else 0 for step in steps)
 
 
 def test_state_of_the_first_process_comes_to_all_in_its_types_and_layouts(results: list[dict[str, Any]]) -> None:

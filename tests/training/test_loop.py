@@ -394,6 +394,29 @@ def test_training_that_is_asked_to_stop_saves_and_goes_on_to_the_same_weights(
     assert torch.equal(resumed.model.weight, whole.model.weight)
 
 
+def test_processes_are_asked_when_it_is_due_and_at_the_end_of_every_epoch(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Rare:
+        def __init__(self, step: int) -> None:
+            assert step == 0
+
+        def is_due(self, step: int) -> bool:
+            return step == 6
+
+        def reach(self, step: int, request: int) -> int:
+            asked.append((step, request))
+            return loop.STOP if step == 6 else request
+
+    monkeypatch.setattr(loop, "Agreement", Rare)
+    monkeypatch.setattr(Interruption, "asked", lambda _: False)
+    with pytest.raises(Interrupted, match="tiny: stopped at step 6"):  # as another process asks
+        tiny(tmp_path, prepared).fit()
+    assert asked == [(PER_EPOCH, loop.SAVE), (6, loop.GO_ON)]
+
+
 def test_stop_at_the_last_step_is_the_end(
     tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
