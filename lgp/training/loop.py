@@ -30,6 +30,7 @@ from lgp.training.agreement import Agreement
 from lgp.training.alarms import fallen
 from lgp.training.progress import Progress
 from lgp.training.resume_states import StateStore
+from lgp.training.saving import BackgroundSaver
 
 SHOWN_IDS = 5  # of a batch's images, in a message
 CHECK_EVERY = 20  # steps between checks of the loss: each check makes a GPU wait
@@ -160,7 +161,7 @@ class Trainer:
         for values in self.now.history:
             self.observer.log_epoch(values)
         self._unchecked: list[tuple[Tensor, Tensor, float]] = []  # loss, norm of the gradients, rate
-        self._saved_at, self._save_took = time.monotonic(), 0.0
+        self._saved_at, self._saver = time.monotonic(), BackgroundSaver(self.store)
         self._disk_full = False
         self._parts = self.settings.accumulate.get(self.name, 1)
         self._loss = self._shared(_LossModule(self.model, self.loss_of, self.precision))
@@ -171,9 +172,11 @@ class Trainer:
         interruption, agreement = Interruption(), Agreement(self.now.step)
         self.model.train()
         compiled = _compiled(self.model) if self.settings.compile else nullcontext()
-        with interruption.listening(), progress.showing(), compiled:
+        with interruption.listening(), progress.showing(), compiled, self._saving():
             for crops in loader(self.crops, self.now.step, last, self.settings.workers, self.device):
                 self._step(crops, total)
+                if not self._saver.is_busy:
+                    self._settle()
                 epoch_ends = self.now.step % per_epoch == 0
                 request = GO_ON
                 if epoch_ends or agreement.is_due(self.now.step):
@@ -189,8 +192,18 @@ class Trainer:
                 if self.now.ended_early:
                     break
                 if request == STOP and self.now.step < total:
+                    self._settle()
                     self._stop(interruption)
         return self.now
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Wait at the end of the block until the last state is written, also where an error ends it."""
+        try:
+            yield
+            self._settle()
+        finally:
+            self._saver.wait()
 
     def _shared(self, loss: _LossModule) -> nn.Module:
         """Divide the training among the processes, if there are several: equal weights, averaged gradients."""
@@ -262,6 +275,7 @@ class Trainer:
         return float(values[-1])
 
     def _kept(self) -> str:
+        self._saver.wait()
         return f"; the last good state is kept in {self.store.folder}" if self.store.has_state() else ""
 
     def _end_epoch(self) -> None:
@@ -292,30 +306,33 @@ class Trainer:
         """Return whether to save now.
 
         The last step is always saved. Other states are due at the end of an epoch and after `run.save_every_s`. They
-        are skipped if saving takes more than `SAVE_SHARE` of the time.
+        are skipped if saving takes more than `SAVE_SHARE` of the time, and while the last one is still being written.
         """
         if rank() > 0:  # the clock of the first process decides: it saves
             return False
         since = time.monotonic() - self._saved_at
-        worthwhile = self._save_took <= SAVE_SHARE * since
+        worthwhile = not self._saver.is_busy and self._saver.took <= SAVE_SHARE * since
         return self.now.step == total or (worthwhile and (epoch_ends or since >= self.settings.save_every_s))
 
     def _save(self) -> None:
-        """Save a resume state. Raise `Diverged` if a weight is not finite. Report a full disk and continue."""
-        started = time.monotonic()
+        """Begin to save a resume state. Raise `Diverged` if a weight is not finite.
+
+        The training goes on while the state is written. It waits for the one before.
+        """
+        self._settle()
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise Diverged(
                 f"{self.name}: a weight stopped being finite by step {self.now.step}, learning rate {self._rate:.3g}: "
                 f"lower the learning rate of {self.name}{replay_hint(self.name, self.now.step - 1)}{self._kept()}"
             )
         if rank() == 0:
-            self._write()
+            self._saver.save(self._state())
         self._saved_at = time.monotonic()
-        self._save_took = self._saved_at - started
 
-    def _write(self) -> None:
+    def _settle(self) -> None:
+        """Wait until nothing is being written. Report a full disk and continue."""
         try:
-            self.store.save(self._state())
+            written = self._saver.settled()
         except OSError as e:
             if not is_disk_full(e):
                 raise
@@ -323,7 +340,7 @@ class Trainer:
                 print(f"{self.name}: disk full, no state is saved; the last one stays, training goes on", flush=True)
             self._disk_full = True
         else:
-            self._disk_full = False
+            self._disk_full = self._disk_full and not written
 
     def _state(self) -> dict[str, Any]:
         return {

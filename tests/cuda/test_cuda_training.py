@@ -207,6 +207,7 @@ def test_resumed_training_equals_an_uninterrupted_one(
 ) -> None:
     whole = trained(arm, on_card(), prepared, tmp_path / "whole")
     monkeypatch.setattr("lgp.training.loop.SAVE_SHARE", math.inf)
+    monkeypatch.setattr("lgp.training.saving.BackgroundSaver.is_busy", False)  # so each state is waited for
     step = Trainer._step
 
     def interrupted(self: Trainer, batch: Any, total: int) -> None:

@@ -1,6 +1,7 @@
 """The training loop: reproducible, resumable, and stopping where it must."""
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -26,6 +27,7 @@ from lgp.training import loop
 from lgp.training.loop import Progression, Trainer
 from lgp.training.optimizer import adamw, warmup_cosine
 from lgp.training.resume_states import StateStore
+from lgp.training.saving import BackgroundSaver
 
 
 class Notes:
@@ -272,20 +274,90 @@ def test_state_is_due_at_the_end_of_an_epoch_and_after_a_while_where_saving_is_q
     due: bool,
 ) -> None:
     trainer = tiny(tmp_path, prepared, settings=RunParams(device="cpu", save_every_s=every_s))
-    trainer.now, trainer._saved_at, trainer._save_took = Progression(step=step), 100.0, took
+    trainer.now, trainer._saved_at, trainer._saver = Progression(step=step), 100.0, BackgroundSaver(trainer.store)
+    trainer._saver.took = took
     monkeypatch.setattr("time.monotonic", lambda: 150.0)
     assert trainer._save_due(epoch_ends, total=12) is due
 
 
-def test_time_that_saving_takes_is_measured(
+class Slow:
+    """Makes the saving of a training wait until it is told to go on, or fail."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.begun, self.may_end, self.save = threading.Event(), threading.Event(), trainer.store.save
+        self.failure: Exception | None = None
+        trainer.store.save = self.slowly  # type: ignore[method-assign]
+
+    def slowly(self, state: Any) -> None:
+        self.begun.set()
+        assert self.may_end.wait(60)
+        if self.failure is not None:
+            raise self.failure
+        self.save(state)
+
+
+def test_training_goes_on_while_a_state_is_written_and_saves_no_second_one(
     tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first state is of the first epoch. Its writing ends in the last one, whatever the steps between took."""
     trainer = tiny(tmp_path, prepared)
-    trainer.now, trainer._disk_full = Progression(step=1), False
-    times = iter((10.0, 13.0))
-    monkeypatch.setattr("time.monotonic", lambda: next(times))
-    trainer._save()
-    assert (trainer._saved_at, trainer._save_took) == (13.0, 3.0)
+    steps, slow, take_step = saved_at(trainer), Slow(trainer), Trainer._step
+
+    def step(self: Trainer, *about: Any) -> None:
+        take_step(self, *about)
+        if self.now.step == 2 * PER_EPOCH + 1:
+            slow.may_end.set()
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(loop, "SAVE_SHARE", math.inf)
+    trainer.fit()
+    assert slow.begun.is_set()
+    assert steps == [PER_EPOCH, EPOCHS * PER_EPOCH]
+
+
+def test_stop_and_divergence_wait_for_the_state_that_is_being_written(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, step, said in (("stop", 5, "its state is saved"), ("nan", PER_EPOCH, "is kept in")):
+        trainer = tiny(tmp_path / name, prepared)
+        slow, loss_of = Slow(trainer), trainer.model.loss_of
+        threading.Timer(0.2, slow.may_end.set).start()
+        if name == "nan":
+            trainer.loss_of = lambda batch, of=loss_of: of(batch) * (math.nan if batch.step == 5 else 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Interruption, "asked", lambda _, t=trainer, n=name: n == "stop" and t.now.step == 5)
+            with pytest.raises((Interrupted, LgpError), match=said):
+                trainer.fit()
+        state = trainer.store.read()
+        assert state is not None
+        assert state["progression"]["step"] == step
+        assert not trainer._saver.is_busy
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["in a later step", "at the end"])
+def test_failed_write_ends_the_training(tmp_path: Path, prepared: LabelledImages, ends: bool) -> None:
+    trainer = tiny(tmp_path, prepared, epochs=1 if ends else EPOCHS)
+    slow = Slow(trainer)
+    slow.failure = PermissionError(13, "no")
+    slow.may_end.set()
+    with pytest.raises(PermissionError):
+        trainer.fit()
+    assert not trainer.store.has_state()
+
+
+def test_error_of_the_training_is_not_replaced_by_one_of_the_write(tmp_path: Path, prepared: LabelledImages) -> None:
+    def broken(epoch: int) -> dict[str, float]:
+        if epoch == 2:
+            raise RuntimeError("of the training")
+        return {}
+
+    trainer = tiny(tmp_path, prepared, after_epoch=broken)
+    slow = Slow(trainer)
+    slow.failure = PermissionError(13, "no")
+    threading.Timer(0.5, slow.may_end.set).start()
+    with pytest.raises(RuntimeError, match="of the training"):
+        trainer.fit()
+    assert not trainer._saver.is_busy
 
 
 def test_losses_are_checked_every_twenty_steps_and_the_first_bad_one_is_named(
@@ -336,7 +408,7 @@ def test_full_disk_is_told_once_until_there_is_room_again(
     tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = tiny(tmp_path, prepared)
-    trainer.now, trainer._disk_full = Progression(), False
+    trainer.now, trainer._disk_full, trainer._saver = Progression(), False, BackgroundSaver(trainer.store)
     failures: list[OSError | None] = [OSError(28, "full"), OSError(28, "full"), None, OSError(28, "full")]
 
     def save(_: Any) -> None:
@@ -346,13 +418,16 @@ def test_full_disk_is_told_once_until_there_is_room_again(
     monkeypatch.setattr(trainer.store, "save", save)
     full = []
     for _ in range(4):
-        trainer._write()
+        trainer._save()
+        for _ in range(2):  # asked again, it is as full as before
+            trainer._settle()
         full.append(trainer._disk_full)
     assert full == [True, True, False, True]
     assert capsys.readouterr().out.count("tiny: disk full") == 2
     failures.append(PermissionError(13, "no"))
+    trainer._save()
     with pytest.raises(PermissionError):
-        trainer._write()
+        trainer._settle()
 
 
 @pytest.mark.parametrize(
@@ -502,7 +577,7 @@ def test_loader_reads_the_steps_that_are_left_for_the_device(
 def saved_at(trainer: Trainer) -> list[int]:
     """Note the steps at which a training saves its state."""
     steps, save = list[int](), trainer.store.save
-    trainer.store.save = lambda state: (steps.append(trainer.now.step), save(state))[1]  # type: ignore[method-assign]
+    trainer.store.save = lambda state: (steps.append(state["progression"]["step"]), save(state))[1]  # type: ignore[method-assign]
     return steps
 
 

@@ -47,6 +47,7 @@ def test_resumed_equals_uninterrupted(
     whole = PRETRAIN[arm](Session(prepared, params, StateStore(tmp_path / "whole", "code"), notes))
     always = params.model_copy(update={"run": params.run.model_copy(update={"save_every_s": 1e-9})})
     monkeypatch.setattr("lgp.training.loop.SAVE_SHARE", math.inf)
+    monkeypatch.setattr("lgp.training.saving.BackgroundSaver.is_busy", False)  # so each state is waited for
     step = Trainer._step
 
     def interrupted(self: Trainer, batch: Any, total: int) -> None:

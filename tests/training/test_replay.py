@@ -118,6 +118,7 @@ def left_states(
 ) -> Path:
     """Stop a training after `at` steps, with a state saved at each. Two states stay: of step at and the one before."""
     monkeypatch.setattr("lgp.training.loop.SAVE_SHARE", math.inf)
+    monkeypatch.setattr("lgp.training.saving.BackgroundSaver.is_busy", False)  # so each state is waited for
     often = params.model_copy(update={"run": params.run.model_copy(update={"save_every_s": 1e-9})})
     with monkeypatch.context() as patch:
         patch.setattr(Interruption, "asked", lambda _: (tmp_path / "state").exists() and trainers[0].now.step == at)
