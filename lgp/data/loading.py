@@ -48,11 +48,15 @@ class Batch:
         return cls(crops, step, slice(0, len(crops)), len(crops))
 
     def split(self, parts: int) -> list["Batch"]:
-        """Cut into equal parts, without small crops. Their number must divide the number of rows."""
+        """Cut into equal parts. Their number must divide the number of rows."""
         each = len(self.crops) // parts
         starts = [self.rows.start + i * each for i in range(parts)]
         crops = self.crops.split(each)
-        return [Batch(c, self.step, slice(s, s + each), self.size) for c, s in zip(crops, starts, strict=True)]
+        small = [None] * parts if self.small is None else self.small.split(each)
+        return [
+            Batch(of_part, self.step, slice(start, start + each), self.size, of_small)
+            for of_part, start, of_small in zip(crops, starts, small, strict=True)
+        ]
 
 
 class CropDataset(Dataset[Tensor]):

@@ -7,7 +7,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from lgp.models.roles import PretrainingModel
-from lgp.models.vit import embed, encode_tokens, init_as_mae, keep_patches, sincos_positions
+from lgp.models.vit import embed, encode_tokens, init_as_mae, keep_patches, sincos_positions, through
 
 NORM_EPS = 1e-6
 
@@ -98,7 +98,8 @@ class MAE(PretrainingModel):
         patches = torch.cat([tokens[:, self.prefix :], mask_tokens], dim=1)
         patches = keep_patches(patches, ids_restore)
         tokens = torch.cat([tokens[:, : self.prefix], patches], dim=1) + self.decoder_pos_embed
-        return self.decoder_pred(self.decoder_norm(self.decoder_blocks(tokens)))[:, self.prefix :]
+        tokens = through(self.decoder_blocks, tokens, self.encoder.grad_checkpointing)
+        return self.decoder_pred(self.decoder_norm(tokens))[:, self.prefix :]
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         """Return the loss: squared error to the normalised patches, averaged over the hidden patches.

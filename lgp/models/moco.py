@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from lgp.compute.distributed import gather, rank
 from lgp.compute.precision import in_single_precision
 from lgp.models.averaging import follow
 from lgp.models.heads import mlp
+from lgp.models.in_parts import encode_in_parts
 from lgp.models.multi_crop import mean_over_targets, projections
 from lgp.models.roles import PretrainingModel
 from lgp.models.vit import View, features_of_view
@@ -78,13 +80,16 @@ class MoCo(PretrainingModel):
 
         Only visible patches are encoded.
         """
-        return [self.predictor(z) for z in projections(self.encoder, self.projector, large, small)]
+        return [self.predictor(z) for z in projections(self.encoder, self.projector, large, small, self.parts)]
 
     @torch.no_grad()
     def key(self, view: View) -> Tensor:
         """Return the keys of a view, (B, D), of all its patches."""
-        keys: Tensor = self.momentum_projector(self.momentum_encoder(view.images))
+        keys: Tensor = self.momentum_projector(self._momentum_features(View(view.images)))
         return keys
+
+    def _momentum_features(self, view: View) -> Tensor:
+        return encode_in_parts(partial(features_of_view, self.momentum_encoder), view, self.parts)
 
     def forward(self, view1: View, view2: View, progress: float, small: Tensor | None = None) -> Tensor:
         """Update the momentum encoder and return the symmetric loss of two large views of each image.
@@ -113,7 +118,7 @@ class MaskedKeysMoCo(MoCo):
     @torch.no_grad()
     def key(self, view: View) -> Tensor:
         """Return the keys of a view, (B, D), of its visible patches."""
-        keys: Tensor = self.momentum_projector(features_of_view(self.momentum_encoder, view))
+        keys: Tensor = self.momentum_projector(self._momentum_features(view))
         return keys
 
 

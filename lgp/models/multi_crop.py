@@ -11,28 +11,33 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from lgp.models.in_parts import encode_in_parts
 from lgp.models.vit import View, features_of_view
 
 
-def of_views(encode: Callable[[View], Tensor], large: Sequence[View], small: Tensor | None) -> list[Tensor]:
+def of_views(encode: Callable[[View], Tensor], large: Sequence[View], small: Tensor | None, parts: int) -> list[Tensor]:
     """Return what `encode` gives for each view, (…, B, D): the large ones, then the small ones.
 
     Args:
         encode: features of a view.
         large: views of the encoder's size.
-        small: (n, B, C, s, s), normalised; None: no small views. They are encoded in one call.
+        small: (n, B, C, s, s), normalised; None: no small views. All are encoded together.
+        parts: in which the images of a view are encoded; 1: all at once.
     """
-    found = [encode(view) for view in large]
+    found = [encode_in_parts(encode, view, parts) for view in large]
     if small is not None:
-        found += encode(View(small.flatten(0, 1))).chunk(len(small), dim=-2)
+        found += encode_in_parts(encode, View(small.flatten(0, 1)), parts).chunk(len(small), dim=-2)
     return found
 
 
 def projections(
-    encoder: VisionTransformer, projector: nn.Module, large: Sequence[View], small: Tensor | None
+    encoder: VisionTransformer, projector: nn.Module, large: Sequence[View], small: Tensor | None, parts: int
 ) -> list[Tensor]:
-    """Return the projections of each view, (B, D): the large ones, then the small ones. BatchNorm sees a view apart."""
-    return [projector(features) for features in of_views(partial(features_of_view, encoder), large, small)]
+    """Return the projections of each view, (B, D): the large ones, then the small ones. BatchNorm sees a view apart.
+
+    The images of a view are encoded in `parts`. The projector takes all of them.
+    """
+    return [projector(features) for features in of_views(partial(features_of_view, encoder), large, small, parts)]
 
 
 def mean_over_pairs(loss: Callable[[Tensor, Tensor], Tensor], views: Sequence[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ gradient.
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -191,7 +192,8 @@ class Refine(PretrainingModel):
         if self.training:
             follow(self.averaged_encoder, self.encoder, decay_over(self.params.average, drawn.steps))
         heads = self._heads()
-        found = of_views(lambda view: features_of_last_blocks(self.encoder, view, len(heads)), (view1, view2), small)
+        last_blocks = partial(features_of_last_blocks, self.encoder, blocks=len(heads))
+        found = of_views(last_blocks, (view1, view2), small, self.parts)
         losses = [
             head.loss([of_view[place] for of_view in found], drawn, self.temperature, self.params.neighbours)
             for place, head in enumerate(heads)

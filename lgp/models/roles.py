@@ -41,9 +41,14 @@ class PretrainingModel(nn.Module):
     """A model that trains an encoder.
 
     A subclass sets `encoder`, and `projector` if it has one. All other modules are heads, except momentum copies.
+
+    Attributes:
+        encoder: that is trained.
+        parts: in which a contrastive model encodes the images of a batch. Losses and gradients are the same with any.
     """
 
     encoder: VisionTransformer
+    parts: int = 1
 
     @property
     def published_encoder(self) -> VisionTransformer:

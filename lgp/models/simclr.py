@@ -54,5 +54,5 @@ class SimCLR(PretrainingModel):
 
         It is the same at any `progress`.
         """
-        z = projections(self.encoder, self.projector, (view1, view2), small)
+        z = projections(self.encoder, self.projector, (view1, view2), small, self.parts)
         return mean_over_pairs(lambda z1, z2: nt_xent(z1, z2, self.temperature), z)

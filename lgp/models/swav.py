@@ -85,7 +85,7 @@ class SwAV(PretrainingModel):
 
         The prototypes get no gradient at the first `progress`, in [0, 1] of the training.
         """
-        z = projections(self.encoder, self.projector, (view1, view2), small)
+        z = projections(self.encoder, self.projector, (view1, view2), small, self.parts)
         prototypes = self.prototypes.weight
         if progress < self.params.frozen:
             prototypes = prototypes.detach() + 0 * prototypes  # gradients of 0, which every process can average

@@ -63,5 +63,5 @@ class VICReg(PretrainingModel):
 
         It is the same at any `progress`.
         """
-        z = projections(self.encoder, self.projector, (view1, view2), small)
+        z = projections(self.encoder, self.projector, (view1, view2), small, self.parts)
         return mean_over_pairs(lambda z1, z2: vicreg_loss(z1, z2, self.weights), z)

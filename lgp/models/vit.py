@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -177,7 +178,17 @@ def with_prefix(encoder: VisionTransformer, tokens: Tensor) -> Tensor:
 
 def encode_tokens(encoder: VisionTransformer, tokens: Tensor) -> Tensor:
     """Put the P prefix tokens before tokens (B, n, width), run blocks and final norm: (B, P + n, width)."""
-    return encoder.norm(encoder.blocks(with_prefix(encoder, tokens)))
+    return encoder.norm(through(encoder.blocks, with_prefix(encoder, tokens), encoder.grad_checkpointing))
+
+
+def through(blocks: nn.Sequential, tokens: Tensor, checkpointed: bool) -> Tensor:
+    """Run blocks on tokens (B, n, D).
+
+    Checkpointed blocks keep their input alone. The backward pass runs each block again for its other activations, with
+    the same random state, so losses and gradients are the same.
+    """
+    passed: Tensor = checkpoint_seq(blocks, tokens) if checkpointed else blocks(tokens)
+    return passed
 
 
 def tokens_by_block(encoder: VisionTransformer, images: Tensor) -> list[Tensor]:
@@ -239,12 +250,13 @@ def features_of_last_blocks(encoder: VisionTransformer, view: View, blocks: int)
         return features_of_view(encoder, view)[None]
     tokens, found = with_prefix(encoder, visible_tokens(encoder, view)), []
     first = len(encoder.blocks) - blocks
-    for number, block in enumerate(encoder.blocks[:-1]):
-        tokens = block(tokens)
+    for number in range(len(encoder.blocks) - 1):
+        tokens = through(encoder.blocks[number : number + 1], tokens, encoder.grad_checkpointing)
         if number >= first:
             by_class_token = encoder.global_pool == "token"
             found.append(tokens[:, 0] if by_class_token else tokens[:, encoder.num_prefix_tokens :].mean(dim=1))
-    found.append(pooled(encoder, encoder.norm(encoder.blocks[-1](tokens)), "class_token"))
+    tokens = through(encoder.blocks[-1:], tokens, encoder.grad_checkpointing)
+    found.append(pooled(encoder, encoder.norm(tokens), "class_token"))
     return torch.stack(found)
 
 

@@ -5,6 +5,7 @@ An arm is one way to get an encoder. Every arm that is not named here is importe
 
 TRAINED = ("mim", "cl", "graft", "joint", "reverse")
 TUNING = ("finetune", "semi")  # the evaluations that train an arm's encoder further
+OF_SINGLE_IMAGES = ("mim", "reverse", *TUNING)  # whose loss is a mean of losses of single images, or of mixed pairs
 BASELINES = ("pixels", "random")  # not trained: `lgp baseline` writes them
 
 

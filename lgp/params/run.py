@@ -26,6 +26,7 @@ class RunParams(Section):
     processes: Count = 1
     lost_after_s: Annotated[float, Field(ge=5)] = 60.0  # a sign of life comes every second
     accumulate: dict[str, Count] = Field(default_factory=dict)
+    grad_checkpointing: list[str] = Field(default_factory=list)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
     save_every_s: Positive = 60.0
@@ -44,16 +45,10 @@ class RunParams(Section):
         return self
 
     @model_validator(mode="after")
-    def _accumulates_masked_modelling_only(self) -> Self:
-        for stage, parts in self.accumulate.items():
-            if stage not in (*TRAINED, *TUNING):
-                raise ValueError(
-                    f"accumulate names {stage}, which is no training: choose of {', '.join((*TRAINED, *TUNING))}"
-                )
-            if parts > 1 and stage not in ("mim", "reverse", *TUNING):
-                raise ValueError(
-                    f"accumulate.{stage} {parts}: a contrastive loss compares each image with all others of its batch, "
-                    "so a batch in parts has another loss: divide it among more processes, or lower "
-                    f"{stage}.batch_size; mim, reverse, {' and '.join(TUNING)} can be accumulated"
-                )
+    def _names_trainings_only(self) -> Self:
+        trainings = (*TRAINED, *TUNING)
+        for key, stages in (("accumulate", self.accumulate), ("grad_checkpointing", self.grad_checkpointing)):
+            for stage in stages:
+                if stage not in trainings:
+                    raise ValueError(f"{key} names {stage}, which is no training: choose of {', '.join(trainings)}")
         return self

@@ -13,7 +13,7 @@ from lgp.models.contrastive import Contrastive, build_contrastive
 from lgp.models.mae import random_masking
 from lgp.models.refine import Drawn, Refine
 from lgp.models.vit import View, build_encoder, init_encoder_as_moco
-from lgp.params.pretrain import TrainingParams, ViewParams
+from lgp.params.pretrain import SmallViews, TrainingParams, ViewParams
 from lgp.pretrain.arm import LossOf, Objective, Pretrained, Session, fit_arm
 from lgp.pretrain.head_warmup import HeadWarmup
 from lgp.training.optimizer import peak_rate
@@ -62,18 +62,31 @@ def contrastive_loss_of(
         ids, device = torch.from_numpy(crops.ids_of(batch.step)[batch.rows]), batch.crops.device
         return Drawn(ids.to(device), neighbour[:, batch.rows].to(device), total)
 
+    def large_views(batch: Batch) -> Tensor:
+        return data.normalize(coloured(batch.crops[:, :2], (0, 1), views, f"{name}/colours", batch, params.seed))
+
+    def small_views(batch: Batch, params_of_small: SmallViews) -> Tensor:
+        assert batch.small is not None  # the batches have them where the parameters do
+        each, of_small = (0,) * batch.small.shape[1], params_of_small.beside(views)
+        return data.normalize(coloured(batch.small, each, of_small, f"{name}/small colours", batch, params.seed))
+
     def loss_of(batch: Batch) -> Tensor:
-        large = data.normalize(coloured(batch.crops[:, :2], (0, 1), views, f"{name}/colours", batch, params.seed))
+        # what colours take on their way is needed for one part at a time
+        parts, of_small = batch.split(model.parts), params.contrastive.small_views
+        large = _together([large_views(part) for part in parts])
         view1, view2 = (View(images, ids_keep(batch, v)) for v, images in enumerate(large))
         small = None
-        if batch.small is not None and params.contrastive.small_views is not None:
-            of_small = params.contrastive.small_views.beside(views)
-            each = (0,) * batch.small.shape[1]
-            small = data.normalize(coloured(batch.small, each, of_small, f"{name}/small colours", batch, params.seed))
+        if of_small is not None:
+            small = _together([small_views(part, of_small) for part in parts])
         loss: Tensor = model(view1, view2, drawn(batch) if refines else min(batch.step / total, 1.0), small)
         return loss
 
     return loss_of
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    """Join the views (V, B / parts, …) of all parts of a batch."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def coloured(crops: Tensor, kinds: Sequence[int], views: ViewParams, name: str, batch: Batch, seed: int) -> Tensor:
@@ -131,6 +144,7 @@ def contrast(
         penalty: added to the loss of every step.
         head_epochs: of the heads on the frozen encoder before.
     """
+    model.parts = session.params.run.accumulate.get(name, 1)
     contrastive, crops = _loss_and_batches(name, model, stage, stage.epochs, session)
 
     def loss_of(batch: Batch) -> Tensor:

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lgp.compute.randomness import Stream, seeded
 from lgp.data.loading import Batch, CropDataset, contrastive_crops
@@ -37,8 +39,15 @@ def pretrain_joint(session: Session) -> Pretrained:
     contrastive_loss = contrastive_loss_of("joint", contrastive, crops, joint.epochs * crops.steps_per_epoch, session)
     masked_loss = masked_loss_of("joint/mim", mae, session)
 
+    parts = contrastive.parts = params.run.accumulate.get("joint", 1)
+
+    def masked_loss_in_parts(batch: Batch) -> Tensor:
+        losses = [checkpoint(masked_loss, part, use_reentrant=False) for part in batch.split(parts)]
+        return torch.stack(losses).mean()
+
     def loss_of(batch: Batch) -> Tensor:
-        return contrastive_loss(batch) + joint.mim_weight * masked_loss(batch)
+        masked = masked_loss(batch) if parts == 1 else masked_loss_in_parts(batch)
+        return contrastive_loss(batch) + joint.mim_weight * masked
 
     model = Joint(contrastive, mae)
     rate = peak_rate(joint.base_lr, joint.batch_size)

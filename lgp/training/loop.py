@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +24,7 @@ from lgp.compute.interruption import Interrupted, Interruption
 from lgp.compute.nested import copied
 from lgp.data.loading import Batch, CropDataset, loader
 from lgp.errors import Diverged, is_disk_full
-from lgp.params.arms import TRAINED
+from lgp.params.arms import OF_SINGLE_IMAGES, TRAINED
 from lgp.params.run import RunParams
 from lgp.training.agreement import Agreement
 from lgp.training.alarms import fallen
@@ -86,6 +86,19 @@ def _compiled(model: nn.Module) -> Iterator[None]:
     finally:
         for block in blocks:
             block._compiled_call_impl = None
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Let the transformers of a model keep only the inputs of their blocks while it trains."""
+    transformers = [module for module in model.modules() if isinstance(module, VisionTransformer)]
+    for transformer in transformers:
+        transformer.set_grad_checkpointing(True)
+    try:
+        yield
+    finally:
+        for transformer in transformers:
+            transformer.set_grad_checkpointing(False)
 
 
 def _nothing_more(_epoch: int) -> Epoch:
@@ -163,7 +176,8 @@ class Trainer:
         self._unchecked: list[tuple[Tensor, Tensor, float]] = []  # loss, norm of the gradients, rate
         self._saved_at, self._saver = time.monotonic(), BackgroundSaver(self.store)
         self._disk_full = False
-        self._parts = self.settings.accumulate.get(self.name, 1)
+        # a contrastive model takes the whole batch, and cuts it itself
+        self._parts = self.settings.accumulate.get(self.name, 1) if self.name in OF_SINGLE_IMAGES else 1
         self._loss = self._shared(_LossModule(self.model, self.loss_of, self.precision))
         per_epoch, total = self.crops.steps_per_epoch, self.epochs * self.crops.steps_per_epoch
         every_s = self.settings.print_every_s if rank() == 0 else None
@@ -172,7 +186,9 @@ class Trainer:
         interruption, agreement = Interruption(), Agreement(self.now.step)
         self.model.train()
         compiled = _compiled(self.model) if self.settings.compile else nullcontext()
-        with interruption.listening(), progress.showing(), compiled, self._saving():
+        arm = self.name.partition("-")[0]  # also in the warm-up of its heads
+        checkpointed = _checkpointed(self.model) if arm in self.settings.grad_checkpointing else nullcontext()
+        with interruption.listening(), progress.showing(), compiled, checkpointed, self._saving():
             for crops in loader(self.crops, self.now.step, last, self.settings.workers, self.device):
                 self._step(crops, total)
                 if not self._saver.is_busy:

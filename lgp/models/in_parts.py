@@ -1,0 +1,38 @@
+"""A contrastive batch in parts (gradient cache: Gao et al. 2021, arXiv 2101.06983).
+
+A contrastive loss compares each image with all others of its batch, so gradients of parts cannot be summed. The encoder
+sees each image alone. All parts pass it without a graph first, and only their features stay. Heads and loss take the
+whole batch, BatchNorm included. Then each part passes the encoder again, with the graph, and takes the gradients of its
+features back. Gradients are those of the whole batch. Activations of the encoder are held for one part at a time. The
+price is one more forward pass of the encoder.
+
+torch's checkpointing of each part does just that. It also restores random state and precision in the second pass.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lgp.models.vit import View
+
+
+def encode_in_parts(encode: Callable[[View], Tensor], view: View, parts: int) -> Tensor:
+    """Return what `encode` gives for a view, (…, B, D). It is called with equal parts of the images.
+
+    Args:
+        encode: features of a view, which do not depend on the other images of it.
+        view: of B images.
+        parts: their number divides B; 1: all images at once, whose activations are kept.
+    """
+    if parts == 1:
+        return encode(view)
+
+    def features(images: Tensor, ids_keep: Tensor | None) -> Tensor:
+        return encode(View(images, ids_keep))
+
+    images = view.images.chunk(parts)
+    ids_keep = [None] * parts if view.ids_keep is None else view.ids_keep.chunk(parts)
+    found = [checkpoint(features, *of_part, use_reentrant=False) for of_part in zip(images, ids_keep, strict=True)]
+    return torch.cat(found, dim=-2)
