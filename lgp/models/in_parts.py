@@ -9,13 +9,16 @@ price is one more forward pass of the encoder.
 torch's checkpointing of each part does just that. It also restores random state and precision in the second pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lgp.models.vit import View
+
+T = TypeVar("T")
 
 
 def encode_in_parts(encode: Callable[[View], Tensor], view: View, parts: int) -> Tensor:
@@ -36,3 +39,15 @@ def encode_in_parts(encode: Callable[[View], Tensor], view: View, parts: int) ->
     ids_keep = [None] * parts if view.ids_keep is None else view.ids_keep.chunk(parts)
     found = [checkpoint(features, *of_part, use_reentrant=False) for of_part in zip(images, ids_keep, strict=True)]
     return torch.cat(found, dim=-2)
+
+
+def mean_in_parts(loss_of: Callable[[T], Tensor], parts: Sequence[T]) -> Tensor:
+    """Return the mean loss of equal parts of a batch. Of several parts, only the images are kept for the second pass.
+
+    Args:
+        loss_of: the mean of losses of single images.
+        parts: of the batch.
+    """
+    if len(parts) == 1:
+        return loss_of(parts[0])
+    return torch.stack([checkpoint(loss_of, part, use_reentrant=False) for part in parts]).mean()

@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lgp.compute.randomness import Stream, seeded
 from lgp.data.loading import Batch, CropDataset, contrastive_crops
 from lgp.errors import LgpError
 from lgp.models.contrastive import build_contrastive
 from lgp.models.encoder_folder import check_start, load_encoder
+from lgp.models.in_parts import mean_in_parts
 from lgp.models.joint import Joint
 from lgp.models.vit import build_encoder, freeze_pooling, init_encoder_as_moco
 from lgp.pretrain.arm import Objective, Pretrained, Session, fit_arm
@@ -41,13 +40,8 @@ def pretrain_joint(session: Session) -> Pretrained:
 
     parts = contrastive.parts = params.run.accumulate.get("joint", 1)
 
-    def masked_loss_in_parts(batch: Batch) -> Tensor:
-        losses = [checkpoint(masked_loss, part, use_reentrant=False) for part in batch.split(parts)]
-        return torch.stack(losses).mean()
-
     def loss_of(batch: Batch) -> Tensor:
-        masked = masked_loss(batch) if parts == 1 else masked_loss_in_parts(batch)
-        return contrastive_loss(batch) + joint.mim_weight * masked
+        return contrastive_loss(batch) + joint.mim_weight * mean_in_parts(masked_loss, batch.split(parts))
 
     model = Joint(contrastive, mae)
     rate = peak_rate(joint.base_lr, joint.batch_size)

@@ -5,29 +5,34 @@ model may be larger than the memory of this machine.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lgp.compute.units import flop_text, time_text
 from lgp.errors import LgpError
 from lgp.models.contrastive import build_contrastive
+from lgp.models.in_parts import mean_in_parts
 from lgp.models.refine import Drawn
 from lgp.models.vit import View, build_encoder
-from lgp.params.arms import TRAINED
+from lgp.params.arms import OF_SINGLE_IMAGES, TRAINED
 from lgp.params.file import Params
 from lgp.params.pretrain import TrainingParams
+from lgp.params.run import RunParams
 from lgp.pretrain.graft import build_graft, graft_rates
 from lgp.pretrain.mim import build_mae
 from lgp.training.optimizer import REFERENCE_BATCH, parameter_groups
 
 BATCH = 2  # images in the counted step: BatchNorm needs two, and all counts are proportional to it
-GRADIENT_BYTES = 4 + 8  # per trained weight: its gradient, and AdamW's two moments
 GIB = 2**30
 PLAN_COLUMNS = ("stage", "parameters", "work per image", "steps", "memory per GPU", "time", "GPU time")
 GRAFT_COLUMNS = ("part", "base lr", "decayed", "not decayed", "frozen")
@@ -50,12 +55,34 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a training step: parameters (all and trained), and per image FLOPs and bytes of kept activations."""
+    """The cost of a training step: parameters, trained parameters, and FLOPs an image."""
 
     parameters: int
     trained: int
     flops_per_image: float
-    activation_bytes_per_image: float
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How a stage saves memory.
+
+    Attributes:
+        parts: of a batch, `run.accumulate`.
+        checkpointed: whether its blocks are, `run.grad_checkpointing`.
+    """
+
+    parts: int = 1
+    checkpointed: bool = False
+
+    @classmethod
+    def of(cls, stage: str, run: RunParams) -> "Saving":
+        """Return what `run` says of a stage."""
+        return cls(run.accumulate.get(stage, 1), stage in run.grad_checkpointing)
+
+    def keys(self, stage: str) -> str:
+        """Write the keys of `run` that a stage needs, as text for a message."""
+        keys = [f"run.accumulate: {{{stage}: {self.parts}}}"] if self.parts > 1 else []
+        return " with ".join(keys + [f"run.grad_checkpointing: [{stage}]"] * self.checkpointed)
 
 
 @dataclass(frozen=True)
@@ -71,45 +98,109 @@ class StagePlan:
     warnings: list[str]
 
 
-def measure(build: Callable[[], tuple[nn.Module, Callable[[], Tensor]]]) -> Cost:
-    """Count one step, forward and backward, in single precision.
+Build = Callable[[], tuple[nn.Module, Callable[[], Tensor]]]
 
-    Args:
-        build: returns a model, and the function of its loss on `BATCH` images. Its tensors have shapes but no data.
-    """
+
+@contextmanager
+def _without_data(build: Build) -> Iterator[tuple[nn.Module, Callable[[], Tensor]]]:
+    """Build a model and the function of its loss, whose tensors have shapes but no data inside the block."""
     with torch.device("meta"):
         model, loss_of = build()
-    kept: dict[int, torch.UntypedStorage] = {}
-    counter = FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         model.to_empty(device="cpu")
         for name in frozen:
             model.get_parameter(name).requires_grad_(False)
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        yield model, loss_of
 
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                kept[storage._cdata] = storage
-            return tensor
 
-        with counter:
-            with saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = loss_of()
-            activations = sum(storage.nbytes() for storage in kept.values())
-            loss.backward()
+def measure(build: Build) -> Cost:
+    """Count one step, forward and backward.
+
+    Args:
+        build: returns a model, and the function of its loss on `BATCH` images.
+    """
+    counter = FlopCounterMode(display=False)
+    with _without_data(build) as (model, loss_of), counter:
+        loss_of().backward()
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Cost(parameters, trained, counter.get_total_flops() / BATCH, activations / BATCH)
+    return Cost(parameters, trained, counter.get_total_flops() / BATCH)
 
 
-def stage_model(stage: str, params: Params) -> tuple[nn.ModuleDict, Callable[[Tensor], Tensor]]:
+class _Living(TorchDispatchMode):
+    """Counts the bytes of all tensors that live, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = self.peak = 0
+        self._seen: set[int] = set()
+
+    def see(self, tensor: Tensor) -> None:
+        """Count a tensor from now on, as long as it lives."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self.bytes += storage.nbytes()
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, storage: int, size: int) -> None:
+        self._seen.discard(storage)
+        self.bytes -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.see(tensor)
+        return result
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a step in single precision: before it, at its peak, and when its loss is known."""
+
+    standing: float
+    peak: float
+    at_loss: float
+
+
+def measure_memory(build: Build, passes: int = 1) -> Memory:
+    """Count the bytes that live during a step: weights, AdamW's moments, gradients, activations and what passes by.
+
+    Args:
+        build: returns a model, and the function of its loss.
+        passes: forward and backward passes of the step, whose gradients are summed.
+    """
+    with _without_data(build) as (model, loss_of), _Living() as living:
+        for tensor in (*model.parameters(), *model.buffers()):
+            living.see(tensor)
+        learning = [p for p in model.parameters() if p.requires_grad]
+        moments = [torch.empty_like(p) for p in learning * 2]
+        standing = living.bytes
+        for _ in range(passes):
+            loss = loss_of()
+            at_loss = living.bytes
+            loss.backward()
+        del moments, loss
+    return Memory(standing, living.peak, at_loss)
+
+
+def stage_model(
+    stage: str, params: Params, images: int | None = None, saving: Saving = Saving()
+) -> tuple[nn.ModuleDict, Callable[[Tensor], Tensor]]:
     """Build what `mim`, `cl`, `graft`, `joint` or `reverse` trains, with random weights.
+
+    Args:
+        stage: what is trained.
+        params: the whole file.
+        images: number of training images, which bounds the queue of `refine`; None: any.
+        saving: how it saves memory. A loss of single images is computed at once: the step sums parts of it.
 
     Returns:
         The modules, and the function from images (B, C, S, S) to the stage's loss. Views and masks are not drawn: both
-        views are the images, and any patches are masked.
+        views have the images' shape, and any patches are masked.
     """
     encoder, parts, mask_ratio = (
         build_encoder(params.model, params.data),
@@ -118,23 +209,30 @@ def stage_model(stage: str, params: Params) -> tuple[nn.ModuleDict, Callable[[Te
     )
     patches = encoder.patch_embed.num_patches
     if stage in ("cl", "joint"):
-        parts["contrastive"] = build_contrastive(encoder, params.contrastive)
+        parts["contrastive"] = build_contrastive(encoder, params.contrastive, images)
     if stage == "graft":
-        parts["contrastive"] = build_graft(encoder, params)
+        parts["contrastive"] = build_graft(encoder, params, images)
     if stage in ("mim", "reverse", "joint"):
         parts["mae"] = build_mae(encoder, params.mim)
+    if "contrastive" in parts:
+        parts["contrastive"].parts = saving.parts  # type: ignore[assignment]
+    encoder.set_grad_checkpointing(saving.checkpointed)
+    of_mae = saving.parts if "contrastive" in parts else 1
+
+    def masked(images: Tensor) -> Tensor:
+        return parts["mae"](images, torch.rand(len(images), patches, device=images.device))
 
     def loss_of(images: Tensor) -> Tensor:
         losses, at = [], images.device
         if "contrastive" in parts:
             few = (len(images), int(patches * (1 - mask_ratio)))
             kept = torch.zeros(few, dtype=torch.int64, device=at) if mask_ratio else None
-            views = View(images, kept), View(images, kept)
+            views = View(images, kept), View(images.clone(), kept)
             drawn = Drawn(torch.zeros(len(images), dtype=torch.int64), torch.zeros(2, len(images)), 1)
             at_start = drawn if params.contrastive.objective == "refine" else 0.0
             losses.append(parts["contrastive"](*views, at_start, _small(images, params)))
         if "mae" in parts:
-            losses.append(parts["mae"](images, torch.rand(len(images), patches, device=at)))
+            losses.append(mean_in_parts(masked, images.chunk(of_mae)))
         return torch.stack(losses).sum()
 
     return parts, loss_of
@@ -146,18 +244,67 @@ def _small(images: Tensor, params: Params) -> Tensor | None:
     return None if small is None else images[None, :, :, : small.size, : small.size].expand(small.count, -1, -1, -1, -1)
 
 
-def stage_cost(stage: str, params: Params, heads_only: bool = False) -> Cost:
+def stage_cost(
+    stage: str, params: Params, heads_only: bool = False, images: int | None = None, saving: Saving = Saving()
+) -> Cost:
     """Count a step of `mim`, `cl`, `graft`, `joint` or `reverse`; or of its head warm-up, with a frozen encoder."""
     size, channels = params.data.image_size, params.data.channels
+    # how many parts it are does not matter: each image passes the encoder once more
+    of_two = replace(saving, parts=min(saving.parts, BATCH))
 
     def build() -> tuple[nn.Module, Callable[[], Tensor]]:
-        parts, loss_of = stage_model(stage, params)
+        parts, loss_of = stage_model(stage, params, images, of_two)
         for part in parts.values():
             if heads_only:
                 part.encoder.requires_grad_(False)
         return parts, lambda: loss_of(torch.empty(BATCH, channels, size, size))
 
     return measure(build)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a stage on one device. `batch` is the device's part of the batch, `images` the number of all images."""
+
+    stage: str
+    params: Params
+    images: int
+    batch: int
+
+    def memory(self, saving: Saving) -> Memory:
+        """Return the memory of the step."""
+        return self._counted(saving) if saving.parts == 1 else self.in_parts(saving.checkpointed)(saving.parts)
+
+    def in_parts(self, checkpointed: bool) -> Callable[[int], Memory]:
+        """Return the function from a number of parts to memory, which has a term of the batch and a term of a part.
+
+        Both follow from two and from four parts, as counting many takes long. The backward pass of a small part needs
+        less than the heads of the whole batch.
+        """
+        two, four = (self._counted(Saving(parts, checkpointed)) for parts in (2, 4))
+        of_batch, of_part = 2 * four.peak - two.peak, 4 * (two.peak - four.peak)
+        least = four.standing if self.stage in OF_SINGLE_IMAGES else four.at_loss
+        return lambda parts: replace(four, peak=max(of_batch + of_part / parts, least))
+
+    def fitting_parts(self, checkpointed: bool, limit: float) -> list[tuple[Saving, float]]:
+        """Return the fewest equal parts of the batch that fit into `limit` bytes, with their peak; none if none do."""
+        memory_in = self.in_parts(checkpointed)
+        equal = [parts for parts in range(2, self.batch + 1) if self.batch % parts == 0]
+        peaks = [(Saving(parts, checkpointed), memory_in(parts).peak) for parts in equal]
+        return [(saving, peak) for saving, peak in peaks if peak <= limit][:1]
+
+    def _counted(self, saving: Saving) -> Memory:
+        size, channels = self.params.data.image_size, self.params.data.channels
+        summed = saving.parts > 1 and self.stage in OF_SINGLE_IMAGES
+        batch = self.batch
+        if saving.parts > 1:  # a multiple of four, which both two and four parts divide
+            batch = -(-batch // 4) * 4 // (saving.parts if summed else 1)
+
+        def build() -> tuple[nn.Module, Callable[[], Tensor]]:
+            parts, loss_of = stage_model(self.stage, self.params, self.images, saving)
+            return parts, lambda: loss_of(torch.empty(batch, channels, size, size))
+
+        return measure_memory(build, 2 if summed else 1)
 
 
 def plan_stage(stage: str, params: Params, images: int, machine: Machine) -> StagePlan:
@@ -170,15 +317,18 @@ def plan_stage(stage: str, params: Params, images: int, machine: Machine) -> Sta
         machine: the machine to train on.
     """
     section: TrainingParams = getattr(params, stage)
-    cost = stage_cost(stage, params)
+    saving = Saving.of(stage, params.run)
+    cost = stage_cost(stage, params, images=images, saving=saving)
     per_epoch = images // section.batch_size
     steps, head_steps = section.epochs * per_epoch, getattr(section, "head_warmup_epochs", 0) * per_epoch
     flops = cost.flops_per_image * steps
     if head_steps:
-        flops += stage_cost(stage, params, heads_only=True).flops_per_image * head_steps
-    per_gpu = -(-section.batch_size // machine.gpus)
-    state = 4 * cost.parameters + GRADIENT_BYTES * cost.trained
-    memory = (state + per_gpu * cost.activation_bytes_per_image) / GIB
+        flops += stage_cost(stage, params, True, images, saving).flops_per_image * head_steps
+    step = Step(stage, params, images, -(-section.batch_size // machine.gpus))
+    # several processes keep their gradients from step to step
+    shared = 4 * cost.trained if machine.gpus > 1 else 0
+    now = step.memory(saving)
+    memory = (now.peak + shared) / GIB
     seconds = flops * section.batch_size / (machine.gpus * machine.tflops * 1e12)
     warnings = []
     if steps == 0:
@@ -186,12 +336,32 @@ def plan_stage(stage: str, params: Params, images: int, machine: Machine) -> Sta
     if section.batch_size % machine.gpus:
         warnings.append(f"{stage}.batch_size {section.batch_size} does not divide among {machine.gpus} GPUs")
     if memory > machine.memory_gib:
-        most = int((machine.memory_gib * GIB - state) / cost.activation_bytes_per_image)
-        remedy = f"at most {most} images a GPU fit" if most > 0 else "the weights alone do not fit"
-        warnings.append(
-            f"{stage} needs {memory:.0f} GiB for {per_gpu} images a GPU, a GPU has {machine.memory_gib:g} GiB: {remedy}"
-        )
+        said = f"{stage} needs {memory:.3g} GiB for {step.batch} images a GPU, a GPU has {machine.memory_gib:g} GiB"
+        ways = _ways_to_fit(step, saving, now, cost.flops_per_image, machine.memory_gib * GIB - shared)
+        warnings.append(f"{said}: {'; '.join(ways)}")
     return StagePlan(stage, cost, steps + head_steps, memory, seconds / 3600, seconds * machine.gpus / 86400, warnings)
+
+
+def _ways_to_fit(step: Step, saving: Saving, now: Memory, flops: float, limit: float) -> list[str]:
+    """Say what makes a step fit into `limit` bytes, and how many more operations that takes.
+
+    Args:
+        step: that does not fit.
+        saving: as it is now.
+        now: its memory.
+        flops: of an image.
+        limit: of bytes.
+    """
+    most = int((limit - now.standing) / (now.peak - now.standing) * step.batch)
+    ways = [f"at most {most} images a GPU fit" if most > 0 else "the weights alone do not fit"]
+    checkpointed = replace(saving, checkpointed=True)
+    tried = [] if saving.checkpointed else [(checkpointed, step.memory(checkpointed).peak)]
+    fitting = [(way, peak) for way, peak in tried if peak <= limit] + step.fitting_parts(saving.checkpointed, limit)
+    for way, peak in fitting or step.fitting_parts(True, limit):
+        more = stage_cost(step.stage, step.params, images=step.images, saving=way).flops_per_image / flops - 1
+        said = f"{more:.0%} more operations" if more > 0.001 else "no more operations"
+        ways.append(f"{way.keys(step.stage)} takes {peak / GIB:.3g} GiB and {said}")
+    return ways
 
 
 def plan(params: Params, images: int, machine: Machine) -> list[StagePlan]:

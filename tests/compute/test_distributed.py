@@ -271,7 +271,8 @@ def test_one_two_and_four_processes_have_the_same_losses(
         folder = tmp_path / str(processes)
         folder.mkdir()
         # in parts besides, whose gradients are averaged with the last one only
-        in_parts = json.dumps(merged(shared, {"run": {"accumulate": {"mim": 3}}}))
+        run = {"accumulate": {"mim": 3} | ({"cl": 3} if processes == 2 else {}), "grad_checkpointing": ["mim"]}
+        in_parts = json.dumps(merged(shared, {"run": run}))
         given = (processes, free_port(), in_parts, str(prepared.folder), str(folder), 50)
         mp.spawn(one_trainer, args=given, nprocs=processes)
         together = json.loads((folder / "losses.json").read_text())

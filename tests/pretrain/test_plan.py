@@ -1,11 +1,13 @@
 """The plan against counted FLOPs, the papers' formula, and arithmetic by hand."""
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, merged
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from lgp.errors import LgpError
@@ -19,13 +21,17 @@ from lgp.pretrain.plan import (
     PLAN_COLUMNS,
     Cost,
     Machine,
+    Saving,
     StagePlan,
+    Step,
     graft_rates_by_part,
     measure,
+    measure_memory,
     plan,
     plan_row,
     plan_stage,
     stage_cost,
+    stage_model,
 )
 
 
@@ -74,14 +80,61 @@ def test_parameters_are_those_of_the_models(params: Params) -> None:
     assert cost.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_kept_activations_are_what_backward_needs() -> None:
-    def build() -> tuple[nn.Module, Any]:
-        layer = nn.Linear(8, 4)
-        return layer, lambda: torch.nn.functional.gelu(layer(torch.empty(BATCH, 8))).sum()
+def layer_and_loss() -> tuple[nn.Module, Any]:
+    layer = nn.Linear(8, 4, bias=False)
+    return layer, lambda: torch.nn.functional.gelu(layer(torch.empty(BATCH, 8))).sum()
 
-    cost = measure(build)
-    assert cost.activation_bytes_per_image == 4 * (8 + 4)  # the layer's input, gelu's input; weights are not counted
-    assert cost.flops_per_image == 2 * 2 * 8 * 4  # forward, and the weight's gradient; the input has none
+
+def test_operations_are_of_forward_and_of_the_weights_gradient() -> None:
+    assert measure(layer_and_loss).flops_per_image == 2 * 2 * 8 * 4  # the input has no gradient
+
+
+def test_memory_is_what_lives_at_once() -> None:
+    """Weights, moments, and activations; then gradients of activations, and at the end that of the weights."""
+    memory = measure_memory(layer_and_loss)
+    weights, given, outputs = 8 * 4, BATCH * 8, BATCH * 4
+    assert memory.standing == 4 * 3 * weights
+    assert memory.at_loss == memory.standing + 4 * (given + outputs + 1)  # the layer's input, that of gelu, the loss
+    # gelu's input is no longer needed when the gradient of the weights is made of the gradient of their output
+    assert memory.peak == memory.standing + 4 * (given + outputs + weights + 2)
+    two = measure_memory(layer_and_loss, passes=2)  # the gradient of the first pass stays, that of the second is added
+    assert two.peak == memory.peak + 4 * weights
+
+
+STEPS: dict[str, tuple[str, Saving, dict[str, Any]]] = {
+    "mim": ("mim", Saving(), {}),
+    "cl": ("cl", Saving(), {}),
+    "cl in parts": ("cl", Saving(parts=4), {}),
+    "cl with checkpointed blocks": ("cl", Saving(checkpointed=True), {}),
+    "joint in parts": ("joint", Saving(parts=4), {}),
+}
+
+
+def real_peak(stage: str, params: Params, batch: int, saving: Saving) -> int:
+    """Return the most bytes that torch has allocated on the CPU during a step, with AdamW's moments."""
+    torch.manual_seed(0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        model, loss_of = stage_model(stage, params, None, saving)
+        moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+        loss_of(torch.randn(batch, params.data.channels, 8, 8)).backward()
+        del model, moments, loss_of
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    return int(max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))))
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_memory_is_that_of_a_real_step(name: str, values: Any) -> None:
+    stage, saving, contrastive = STEPS[name]
+    params = Params.model_validate(merged(values, {"contrastive": contrastive, "model": {"width": 64}}))
+    counted = Step(stage, params, 1000, 256).memory(saving).peak
+    assert counted == pytest.approx(real_peak(stage, params, 256, saving), rel=0.05)
+
+
+def test_parts_that_are_not_counted_follow_from_those_that_are(values: Any) -> None:
+    params = Params.model_validate(merged(values, {"model": {"width": 64}}))
+    for stage in ("mim", "cl"):
+        step = Step(stage, params, 1000, 256)
+        assert step.memory(Saving(8)).peak == pytest.approx(step._counted(Saving(8)).peak, rel=0.02)
 
 
 def test_freezing_saves_gradients_and_arithmetic(values: Any) -> None:
@@ -116,7 +169,7 @@ def test_what_cannot_be_is_warned_of(params: Params, machine: Machine, images: i
 
 
 def test_a_plan_is_written_in_units_that_a_person_reads(params: Params) -> None:
-    cost = Cost(parameters=1_234_567, trained=1_000_000, flops_per_image=2.345e10, activation_bytes_per_image=1e6)
+    cost = Cost(parameters=1_234_567, trained=1_000_000, flops_per_image=2.345e10)
     row = plan_row(StagePlan("mim", cost, 12345, memory_gib=1.2345, hours=0.09, gpu_days=0.3, warnings=[]))
     named = dict(zip(PLAN_COLUMNS, row, strict=True))
     assert named == {
