@@ -18,9 +18,11 @@ from lgp.params.pretrain import SmallViews
 from lgp.pretrain.mim import build_mae
 from lgp.pretrain.plan import (
     BATCH,
+    GIB,
     PLAN_COLUMNS,
     Cost,
     Machine,
+    Memory,
     Saving,
     StagePlan,
     Step,
@@ -166,6 +168,60 @@ def test_hours_and_memory_follow_from_the_machine(params: Params) -> None:
 )
 def test_what_cannot_be_is_warned_of(params: Params, machine: Machine, images: int, message: str) -> None:
     assert any(message in warning for warning in plan_stage("cl", params, images, machine).warnings)
+
+
+def counted(step: Step, saving: Saving) -> Memory:
+    """Stand for the counted memory: 10 bytes stand, an image takes 1 of the batch and 10 of its part."""
+    of_part = 10 * step.batch / saving.parts * (0.5 if saving.checkpointed else 1)
+    return Memory(10, 10 + step.batch + of_part, 10 + step.batch)
+
+
+@pytest.mark.parametrize(
+    ("gib", "ways"),
+    [
+        (1000, "at most 90 images a GPU fit; run.grad_checkpointing: [cl] takes 610 GiB and 25% more operations; "
+               "run.accumulate: {cl: 2} takes 610 GiB and 30% more operations"),
+        (300, "at most 26 images a GPU fit; run.accumulate: {cl: 10} takes 210 GiB and 30% more operations"),
+        (125, "at most 10 images a GPU fit; run.accumulate: {cl: 100} takes 120 GiB and 30% more operations"),
+        (116, "at most 9 images a GPU fit; run.accumulate: {cl: 100} with run.grad_checkpointing: [cl] takes 115 GiB "
+              "and 55% more operations"),
+        (111, "at most 9 images a GPU fit"),
+        (9, "the weights alone do not fit"),
+    ],
+)  # fmt: skip
+def test_ways_to_fit_are_named_with_what_they_take(
+    gib: int, ways: str, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cost(*_: Any, images: int, saving: Saving, **__: Any) -> Cost:
+        assert images == 1000
+        return Cost(0, 0, 100 + 30 * (saving.parts > 1) + 25 * saving.checkpointed)
+
+    def in_gib(step: Step, saving: Saving) -> Memory:
+        memory = counted(step, saving)
+        return Memory(memory.standing * GIB, memory.peak * GIB, memory.at_loss * GIB)
+
+    monkeypatch.setattr(Step, "_counted", in_gib)
+    monkeypatch.setattr("lgp.pretrain.plan.stage_cost", cost)
+    section = params.cl.model_copy(update={"batch_size": 100})
+    (warning,) = plan_stage("cl", params.model_copy(update={"cl": section}), 1000, Machine(1, gib, 1.0)).warnings
+    assert warning == f"cl needs 1.11e+03 GiB for 100 images a GPU, a GPU has {gib} GiB: {ways}"
+
+
+def test_what_run_says_is_in_the_plan(values: Any) -> None:
+    plain = plan_stage("cl", Params.model_validate(values), 1000, Machine(1, 80, 1.0))
+    run = {"accumulate": {"cl": 2}, "grad_checkpointing": ["cl"]}
+    saved = plan_stage("cl", Params.model_validate(merged(values, {"run": run})), 1000, Machine(1, 80, 1.0))
+    assert saved.memory_gib < plain.memory_gib
+    assert saved.hours > plain.hours
+
+
+def test_queue_is_bounded_by_half_of_the_images(values: Any) -> None:
+    """As in a training; a queue of all places costs the similarities to each of them."""
+    refine = {"objective": "refine", "refine": {"queue": 4096}}
+    params = Params.model_validate(merged(values, {"contrastive": refine}))
+    few, many = (plan_stage("graft", params, images, Machine(1, 80, 1.0)).cost.flops_per_image for images in (64, 9000))
+    # two targets of each of two large views' heads, against the places of the queue
+    assert many - few == pytest.approx(2 * 2 * (4096 - 32) * params.contrastive.projector_dim)
 
 
 def test_a_plan_is_written_in_units_that_a_person_reads(params: Params) -> None:
