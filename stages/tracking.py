@@ -24,7 +24,7 @@ def sync(all_machines: AllMachines = False, params_file: ParamsFile = DEFAULT_PA
 
     from lgp.errors import LgpError, without_credentials
     from lgp.params.file import load_params
-    from lgp.workflow.kept_runs import kept_files, send
+    from lgp.workflow.kept_runs import AFTER_REPORT, kept_files, send
     from lgp.workflow.mlflow_store import store_uri
     from lgp.workflow.tracking import visitor
 
@@ -45,4 +45,4 @@ def sync(all_machines: AllMachines = False, params_file: ParamsFile = DEFAULT_PA
     at = without_credentials(store_uri(run.tracking_uri, root))
     print(f"sent to {at}: {len(tasks)}" if files else "no run waits to be sent")
     if "report" in tasks:
-        print("`lgp report` points the alias `champion` at the best arm")
+        print(AFTER_REPORT)

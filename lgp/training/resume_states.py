@@ -13,6 +13,7 @@ from lgp.errors import LgpError
 DIGEST_BYTES = 32
 PIECE_BYTES = 2**20  # read at once
 LOOKED_AT_S = 0.5  # `lgp status` holds a lock for a moment, to see whether it is free
+FOR_EVER = -1.0
 
 
 class _Digesting:
@@ -55,6 +56,23 @@ def _mapped(path: Path) -> dict[str, Any]:
     return state
 
 
+def _holder(lock: FileLock) -> str:
+    """Return the id of the process that has a lock."""
+    holder = Path(lock.lock_file).with_suffix(".pid")
+    return holder.read_text(encoding="utf-8").strip() if holder.exists() else "unknown"
+
+
+def _take(lock: FileLock, timeout_s: float) -> None:
+    """Take a lock and note this process as its holder. Raise `LgpError` if another has it for `timeout_s`."""
+    try:
+        lock.acquire(timeout=timeout_s)  # it looks every 0.05 s
+    except Timeout:
+        raise LgpError(
+            f"process {_holder(lock)} is training the same thing (it holds {lock.lock_file}): wait for it, or stop it"
+        ) from None
+    Path(lock.lock_file).with_suffix(".pid").write_text(f"{os.getpid()}\n", encoding="utf-8")
+
+
 class StateStore:
     """The resume state of one training, under locks. It writes two files in turn. Each ends with its digest.
 
@@ -69,34 +87,48 @@ class StateStore:
         self.previous = self.latest.with_suffix(".previous.pt")
         self.run_id_file = folder / f"run_id-{code_digest[:16]}"
         self.adopted_file = folder / f"adopted-{code_digest[:16]}"
-        # one lock per state (the same parameters), one per result (the same stage in the same folder);
+        # one lock per result (the same stage in the same folder), one per state (the same parameters and inputs);
         # DVC's experiments run in their own folders and share the states of this folder
         here = hashlib.sha256(os.getcwd().encode()).hexdigest()[:16]
-        self._locks = [FileLock(folder.parent / f"{name}.lock") for name in (folder.name, f"in-{here}")]
+        self._of_result = FileLock(folder.parent / f"in-{here}.lock")
+        self._of_state = FileLock(folder.parent / f"{folder.name}.lock")
         self._code_digest = code_digest
 
     def part(self, name: str) -> "StateStore":
         """Return the store of one of several trainings of a stage. They share the locks and are closed together."""
         return StateStore(self.folder / name, self._code_digest)
 
-    def acquire(self) -> None:
-        """Take the locks. Raise `LgpError` with the holder's process id if another trainer has one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for lock in self._locks:
-            holder = Path(lock.lock_file).with_suffix(".pid")
+    def acquire(self, waits: bool = False) -> None:
+        """Take the locks.
+
+        Args:
+            waits: wait while the same training runs in another folder, as of an experiment of DVC's queue.
+
+        Raises:
+            LgpError: another process has a lock that is not waited for. The message names it.
+        """
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _take(self._of_result, LOOKED_AT_S)
             try:
-                lock.acquire(timeout=LOOKED_AT_S)
-            except Timeout:
-                self._release()
-                pid = holder.read_text(encoding="utf-8").strip() if holder.exists() else "unknown"
-                raise LgpError(
-                    f"process {pid} is training the same thing (it holds {lock.lock_file}): wait for it, or stop it"
-                ) from None
-            holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
+                _take(self._of_state, LOOKED_AT_S)
+            except LgpError:
+                if not waits:
+                    raise
+                print(
+                    f"{self.folder.parent.name}: process {_holder(self._of_state)} is training the same thing in "
+                    "another folder: waiting for its end",
+                    flush=True,
+                )
+                _take(self._of_state, FOR_EVER)
+        except BaseException:  # a stop, too, ends the wait
+            self._release()
+            raise
+        self.folder.mkdir(exist_ok=True)  # by now: the training before may have removed it at its end
 
     def _release(self) -> None:
-        for lock in self._locks:
-            lock.release()
+        self._of_state.release()
+        self._of_result.release()
 
     def adopt(self) -> None:
         """Take over the newest state that other code wrote, if this code has none.

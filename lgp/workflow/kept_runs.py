@@ -17,6 +17,7 @@ from lgp.models.files import WEIGHTS, encoder_digest
 from lgp.workflow.mlflow_store import Evaluated, Store
 
 KEPT = Path(".lgp") / "tracking"
+AFTER_REPORT = "`lgp report` points the alias `champion` at the best arm"
 
 
 class KeptRun:
@@ -95,23 +96,49 @@ def send(file: Path, store: Store) -> str:
     head, *records = _lines(file)
     attached = store.attach(head["run_id"])
     if not attached:
-        run_id = store.start(head["name"], head["tags"], head["values"], head["run_id"], head["started_ms"])
-        _note(file, head | {"run_id": run_id}, records)
-    for record in records:
-        _send(record, head, file.with_suffix(""), store)
+        _begin(file, head, records, store)
+    _send_all(file, head, records, store)
     if not attached:
         last = records[-1]
         store.client.set_terminated(store.run_id, last.get("status", "KILLED"), end_time=last["at_ms"])
-    file.unlink()
-    shutil.rmtree(file.with_suffix(""), ignore_errors=True)
+    _remove(file)
     return str(head["task"])
 
 
-def _note(file: Path, head: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Write the file anew, at once."""
+def go_on(file: Path, store: Store) -> str:
+    """Send what this process has kept of its open run, remove the file, and return the id of the run. It stays open.
+
+    The run is begun anew where the store does not have it any more.
+
+    Raises:
+        LgpError: the file is damaged.
+        Exception: whatever MLflow raises. The file stays.
+    """
+    head, *records = _lines(file)
+    run_id = _begin(file, head, records, store)
+    _send_all(file, head, records, store)
+    _remove(file)
+    return run_id
+
+
+def _begin(file: Path, head: dict[str, Any], records: list[dict[str, Any]], store: Store) -> str:
+    """Continue the run, or begin it where the store does not have it. The file notes its id at once."""
+    run_id = store.start(head["name"], head["tags"], head["values"], head["run_id"], head["started_ms"])
     new = file.with_suffix(".new")
-    new.write_text("".join(json.dumps(line) + "\n" for line in (head, *records)), encoding="utf-8")
+    lines = (head | {"run_id": run_id}, *records)
+    new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     new.replace(file)
+    return run_id
+
+
+def _send_all(file: Path, head: dict[str, Any], records: list[dict[str, Any]], store: Store) -> None:
+    for record in records:
+        _send(record, head, file.with_suffix(""), store)
+
+
+def _remove(file: Path) -> None:
+    file.unlink()
+    shutil.rmtree(file.with_suffix(""), ignore_errors=True)
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

@@ -62,6 +62,8 @@ ENVIRONMENT = {
     # a stage prints its own few lines
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # its own lines at the end of a run have the address of the server as it was given, with the password
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # the versions that a model needs are written by `log_model`, from what is installed here
     "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",
     # of the server: neither calls of language models nor jobs have a use here
@@ -262,7 +264,13 @@ class Store:
                 )
             return str(found.experiment_id)
         local = (root / ARTIFACTS).resolve().as_uri() if file_of(uri) else None
-        return str(self.client.create_experiment(experiment, artifact_location=local))
+        try:
+            return str(self.client.create_experiment(experiment, artifact_location=local))
+        except self.mlflow.exceptions.MlflowException as e:
+            if e.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        # another project has made it since, on the same server
+        return str(self.client.get_experiment_by_name(experiment).experiment_id)
 
     def start(
         self, name: str, tags: dict[str, str], params: dict[str, str], resume: str | None, started_ms: int
@@ -441,10 +449,15 @@ class Store:
         return self.client.get_model_version_by_alias(kind.registry, CHAMPION)
 
     def crown(self, kind: Registered, number: str, why: str) -> None:
-        """Point the alias `champion` at a version, and tag that version alone with the reason."""
-        self.uncrown(kind)
+        """Point the alias `champion` at a version, and tag that version alone with the reason.
+
+        The alias moves at once: who loads the champion meanwhile gets the one before or this one.
+        """
         self.client.set_registered_model_alias(kind.registry, CHAMPION, number)
         self.client.set_model_version_tag(kind.registry, number, CHAMPION, why)
+        for other in self.client.search_model_versions(f"name='{kind.registry}'"):
+            if CHAMPION in other.tags and str(other.version) != number:
+                self.client.delete_model_version_tag(kind.registry, other.version, CHAMPION)
 
     def uncrown(self, kind: Registered) -> None:
         """Take the alias `champion` and its reason away, where a version has them."""

@@ -92,13 +92,15 @@ def stage(spec: StageSpec, params_file: Path, fresh: bool = False, resume: bool 
     Inputs, parameters and code are digested at the start and again at the end. DVC records their state at the end of a
     command. A stage therefore fails where one of them changed while it ran, and the error names it.
 
+    Where the same stage runs on the same inputs in another folder, as in a copy that DVC's queue makes, this one waits.
+
     A block that raises `NotTrained` has written its outputs. They are published before the stage fails. The resume
     state is kept, so that the same command with `--accept` does not train again.
 
     Raises:
         NotTrained: the block raised it.
-        LgpError: the parameters are not valid, an input is missing or damaged, another process runs the same stage on
-            the same inputs, or an input changed while the stage ran.
+        LgpError: the parameters are not valid, an input is missing or damaged, another process runs the same stage in
+            this folder, or an input changed while the stage ran.
     """
     if fresh and resume:
         raise LgpError("--fresh ignores what an interrupted run left, --resume goes on from it: choose one")
@@ -138,7 +140,7 @@ def _worked(
         **git,
     }
     store = _state_store(spec, before, root)
-    store.acquire()
+    store.acquire(waits=not launched())  # the other processes of a training would not wait with this one
     succeeded = False
     partial: dict[Path, Path] = {}
     try:

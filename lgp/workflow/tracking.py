@@ -1,16 +1,19 @@
 """Experiment tracking. All that a stage asks of MLflow goes through here.
 
 MLflow is a view of the files that the stages write. Where it is missing or does not answer, a stage warns once and
-writes JSON lines instead, which `lgp tracking sync` sends later. No result is lost.
+writes JSON lines instead. A run that was open sends them when the store answers again, `lgp tracking sync` the others.
+No result is lost.
 """
 
+import getpass
+import math
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +23,7 @@ from lgp.compute.interruption import stop_of
 from lgp.errors import LgpError, escaped, is_disk_full, one_line, without_credentials
 from lgp.models.files import CLASSIFIERS as CLASSIFIER_FOLDERS
 from lgp.models.files import CONFIG, WEIGHTS, classifier_digest
-from lgp.workflow.kept_runs import KEPT, KeptRun
+from lgp.workflow.kept_runs import AFTER_REPORT, KEPT, KeptRun, go_on
 from lgp.workflow.mlflow_store import CLASSIFIERS, ENCODERS, Evaluated, Registered, Store, TrackedResult, store_uri
 
 if TYPE_CHECKING:
@@ -29,6 +32,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FLUSH_EVERY_S = 2.0
+REFUSALS = {
+    "HTTPS?ConnectionPool": "the server does not answer",
+    "error code 401": "the server refuses the user or the password: set MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD",
+    "error code 403": "the server does not let this user do that: docs/teams.md names the permissions",
+}
+ASK_AGAIN_S = 60.0  # after a failure; later where an attempt takes long
+ASKING_SHARE = 0.02  # of the time, at most, that a training may spend on attempts
 
 
 @dataclass(frozen=True)
@@ -64,13 +75,14 @@ class Tracker:
         """Prepare a run. `resume_file` has the id of a run to continue, if any; the id of this run is written to it."""
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         file = f"{description.arm}-{description.task}-{stamp}-{os.getpid()}.jsonl"
-        self.description, self._resume_file = description, resume_file
+        self.description = replace(description, tags=description.tags | user_tag())
+        self._resume_file = resume_file
         self.uri, self.root = description.uri, root
         self.experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or description.experiment
         self._store: Store | None = None
         self._connected = self._opened = False
         self._started_ms = int(time.time() * 1000)  # the run opens later, and begins now
-        self._kept = KeptRun(root / KEPT / file, {**asdict(description), "started_ms": self._started_ms})
+        self._kept = KeptRun(root / KEPT / file, {**asdict(self.description), "started_ms": self._started_ms})
         self._run_id: str | None = None
         self._lost = False
         self._epochs: list[tuple[int, dict[str, float]]] = []
@@ -78,6 +90,7 @@ class Tracker:
         self._flushed = time.monotonic()
         self._to_register: tuple[Path, dict[str, str]] | None = None
         self._evaluated: Evaluated | None = None
+        self._asked_again = math.inf  # when the store may be asked again, where it failed
 
     @property
     def answers(self) -> bool:
@@ -130,9 +143,12 @@ class Tracker:
             {"opened": about.name},
         )
         if started:
-            self._run_id = started
-            with suppress(OSError):  # without the note a resumed training gets a run of its own
-                self._resume_file.write_text(f"{started}\n", encoding="utf-8")
+            self._note(started)
+
+    def _note(self, run_id: str) -> None:
+        self._run_id = run_id
+        with suppress(OSError):  # without the note a resumed training gets a run of its own
+            self._resume_file.write_text(f"{run_id}\n", encoding="utf-8")
 
     def _run_to_continue(self) -> str | None:
         try:
@@ -143,8 +159,32 @@ class Tracker:
     def _give_up(self, reason: Exception) -> None:
         """Continue without MLflow."""
         self._store = None
-        then = f"; `lgp tracking sync` sends it from {escaped(str(self._kept.file))} later" if self._opened else ""
+        then = ""
+        if self._opened:
+            self._asked_again = time.monotonic() + ASK_AGAIN_S
+            then = f"; `lgp tracking sync` sends it from {escaped(str(self._kept.file))} later"
+        if self._is_cut_off():
+            then += ", or this run itself if the store answers again"
         print(f"warning: MLflow tracking failed ({_said(reason)}){self._at()}{then}", flush=True)
+
+    def _is_cut_off(self) -> bool:
+        """Return whether the store has the run, and failed since."""
+        return self._run_id is not None and self._store is None
+
+    def _ask_again(self) -> None:
+        """Send what was kept, and go on in the store, if it answers again. Nothing is said where it does not."""
+        began = time.monotonic()
+        try:
+            store = Store(store_uri(self.uri, self.root), self.experiment, self.root)
+            self._note(go_on(self._kept.file, store))
+        except Exception:  # noqa: BLE001 - the file stays, and has it all
+            now = time.monotonic()
+            self._asked_again = now + max(ASK_AGAIN_S, (now - began) / ASKING_SHARE)
+            return
+        self._store, self._asked_again = store, math.inf
+        print("MLflow answers again: it has what was logged meanwhile", flush=True)
+        if self.description.task == "report":
+            print(AFTER_REPORT, flush=True)
 
     def _at(self) -> str:
         try:
@@ -164,10 +204,12 @@ class Tracker:
             self.flush()
 
     def flush(self) -> None:
-        """Send the epochs taken so far."""
+        """Send the epochs taken so far, and what was kept before, if it is time to ask the store again."""
         rows, self._epochs = self._epochs, []
         if rows:
             self.attempt(lambda m: m.log(rows), {"epochs": rows})
+        if time.monotonic() >= self._asked_again:
+            self._ask_again()
         self._flushed = time.monotonic()
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
@@ -335,17 +377,29 @@ class Tracker:
         upstream = self._upstream
         if upstream:
             self.attempt(lambda m: m.tag_upstream(upstream), {"upstream": upstream})
+        # who stops a stage does not wait for a server, nor does one of seconds for a server that was never there
+        if status != "KILLED" and (time.monotonic() >= self._asked_again or self._is_cut_off()):
+            self._ask_again()
         self.attempt(lambda m: m.client.set_terminated(m.run_id, status), {"status": status})
 
 
 def _said(reason: Exception) -> str:
     """Return what an error says in one short line, with the remedy for a full disk."""
     text = without_credentials(one_line(reason))[:300]
-    if re.search("HTTPS?ConnectionPool", text):  # the rest is the inside of a library
-        return "the server does not answer"
+    for pattern, meaning in REFUSALS.items():  # the rest is the inside of a library
+        if re.search(pattern, text):
+            return meaning
     if (isinstance(reason, OSError) and is_disk_full(reason)) or re.search("disk is full|No space left", text):
         text += f": free some space there and in {os.environ.get('TMPDIR', '/tmp')}, or set TMPDIR to another folder"
     return text if isinstance(reason, LgpError) else f"{type(reason).__name__}: {text}"
+
+
+def user_tag() -> dict[str, str]:
+    """Return who runs this as MLflow's own tag: LOGNAME, USER, or the account. The name at a server may be a token."""
+    try:
+        return {"mlflow.user": getpass.getuser()}
+    except (OSError, KeyError):  # a container whose user has no name
+        return {}
 
 
 class Untracked(Tracker):

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import multiprocessing
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,57 @@ def test_second_trainer_is_refused_with_the_first_ones_id(tmp_path: Path) -> Non
         done.set()
         first.join()
     StateStore(folder, "code").acquire()
+
+
+def test_same_training_in_another_folder_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two experiments of DVC's queue run in copies of the project, and share the states of the project."""
+    folder, seen = tmp_path / "mim-pretrain" / "parameters", []
+    first = StateStore(folder, "code")
+    first.acquire()
+    monkeypatch.chdir(tmp_path)
+    second = StateStore(folder, "code")
+
+    def train() -> None:
+        second.acquire(waits=True)
+        seen.append(folder.is_dir())
+        second.close(succeeded=True)
+
+    waiting = threading.Thread(target=train)
+    waiting.start()
+    said = ""
+    while "waiting" not in said and waiting.is_alive():
+        said += capsys.readouterr().out
+    assert said == (
+        f"mim-pretrain: process {os.getpid()} is training the same thing in another folder: waiting for its end\n"
+    )
+    assert not seen
+    first.close(succeeded=True)  # it removes the folder
+    waiting.join(30)
+    assert seen == [True]
+
+
+def test_who_does_not_wait_is_refused_and_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "mim-pretrain" / "parameters"
+    first = StateStore(folder, "code")
+    first.acquire()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LgpError, match=f"process {os.getpid()} is training the same thing"):
+        StateStore(folder, "code").acquire()
+    other = StateStore(tmp_path / "mim-pretrain" / "other-parameters", "code")
+    other.acquire()  # the refused one has left the lock of this folder
+    other.close(succeeded=False)
+    first.close(succeeded=False)
+
+
+def test_second_training_in_the_same_folder_is_refused_also_where_it_would_wait(tmp_path: Path) -> None:
+    folder = tmp_path / "mim-pretrain" / "parameters"
+    first = StateStore(folder, "code")
+    first.acquire()
+    with pytest.raises(LgpError, match="is training the same thing"):
+        StateStore(folder, "code").acquire(waits=True)
+    first.close(succeeded=False)
 
 
 def test_failed_stage_keeps_states_and_removes_what_is_of_no_use(tmp_path: Path) -> None:
