@@ -33,10 +33,10 @@ def write_inputs(folder: Path, params_file: Path, root: Path) -> None:
     """
     images, labels = _states(params_file)
     (folder / "code").mkdir(parents=True, exist_ok=True)
-    for stage, digest in code_digests(root).items():
-        (folder / "code" / stage).write_text(f"{digest}\n", encoding="utf-8")
-    for name, state in (("images", images), ("labels", labels)):
-        (folder / name).write_text(f"{state}\n", encoding="utf-8")
+    code = {f"code/{stage}": digest for stage, digest in code_digests(root).items()}
+    for name, text in (code | {"images": images, "labels": labels}).items():
+        (folder / name).unlink(missing_ok=True)  # it may be a link into DVC's cache, which must not change
+        (folder / name).write_text(f"{text}\n", encoding="utf-8")
 
 
 def _states(params_file: Path) -> tuple[str, str]:

@@ -130,3 +130,23 @@ def test_a_finished_stage_removes_the_states_of_other_code_and_a_failed_one_keep
     said = capsys.readouterr().out
     assert "it is used only with --resume, and is removed when this training is finished" in said
     assert "mim / pretrain: finished: the resume state that other code wrote of this training is removed" in said
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_stage_waits_for_the_same_one_elsewhere_unless_other_processes_would_not(
+    project: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    asked = []
+
+    def refuse(_store: StateStore, waits: bool = False) -> None:
+        asked.append(waits)
+        raise LgpError("held")
+
+    monkeypatch.setattr(StateStore, "acquire", refuse)
+    if shared:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mim")
+        monkeypatch.setenv("RANK", "0")
+    spec = StageSpec("mim", SECTIONS["mim"], [], [Path("out.json")], "mim", "pretrain", trains=True)
+    with pytest.raises(LgpError, match="held"), stage(spec, project / "params.yaml"):
+        pass
+    assert asked == [not shared]

@@ -1,0 +1,157 @@
+"""A store that several people share: it goes away and comes back, says who ran what, and has one champion."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from lgp.workflow.kept_runs import AFTER_REPORT, KEPT
+from lgp.workflow.mlflow_store import ENCODERS, Store, store_uri
+from lgp.workflow.tracking import Description, Tracker, _said
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("project")
+
+
+@pytest.fixture
+def store(root: Path) -> Store:
+    return Store(store_uri(None, root), "lgp", root)
+
+
+def tracker_of(root: Path, name: str, task: str = "pretrain") -> Tracker:
+    about = Description("mim", task, {"stage": "mim"}, {"mim.epochs": "3"}, store_uri(None, root), "lgp", name)
+    return Tracker(about, root, root / f"{name}.run")
+
+
+def run_of(root: Path, store: Store, name: str) -> tuple[str, dict[str, str], list[int]]:
+    """Return the status, the tags and the logged epochs of a run."""
+    run = store.client.get_run((root / f"{name}.run").read_text().strip())
+    history = store.client.get_metric_history(run.info.run_id, "train/loss")
+    return run.info.status, run.data.tags, [point.step for point in history]
+
+
+def fails(*_: object, **__: object) -> None:
+    raise OSError("no answer")
+
+
+def log(tracker: Tracker, *epochs: int) -> None:
+    for epoch in epochs:
+        tracker.log_epoch({"epoch": epoch, "train/loss": 1 / epoch})
+        tracker.flush()
+
+
+@pytest.mark.parametrize("task", ["pretrain", "report"])
+def test_run_that_was_cut_off_is_whole_at_its_end_if_the_store_answers_again(
+    root: Path, store: Store, task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOGNAME", "ann")
+    tracker = tracker_of(root, f"cut off {task}", task)
+    log(tracker, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "log", fails)
+        log(tracker, 2, 3)
+    assert list((root / KEPT).glob("*.jsonl"))
+    tracker.end("FINISHED")
+    status, tags, epochs = run_of(root, store, f"cut off {task}")
+    assert (status, epochs, tags["mlflow.user"]) == ("FINISHED", [1, 2, 3], "ann")
+    assert not list((root / KEPT).iterdir())
+    warning, answer, *rest = capsys.readouterr().out.splitlines()
+    assert warning.endswith("later, or this run itself if the store answers again")
+    assert answer == "MLflow answers again: it has what was logged meanwhile"
+    assert rest == ([AFTER_REPORT] if task == "report" else [])
+
+
+def test_long_training_goes_on_in_the_store_as_soon_as_it_answers(
+    root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lgp.workflow.tracking.ASK_AGAIN_S", 0.0)
+    tracker = tracker_of(root, "long")
+    log(tracker, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "log", fails)
+        log(tracker, 2)
+        assert not tracker.answers
+    tracker._asked_again = time.monotonic()
+    log(tracker, 3)
+    assert tracker.answers
+    log(tracker, 4)
+    assert run_of(root, store, "long")[::2] == ("RUNNING", [1, 2, 3, 4])
+    tracker.end("FINISHED")
+
+
+def test_store_that_answers_slowly_is_asked_again_rarely(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = tracker_of(root, "slow")
+    monkeypatch.setattr(Store, "start", fails)
+    log(tracker, 1)
+    times = iter([100.0, 130.0])  # an attempt of 30 seconds
+    monkeypatch.setattr("lgp.workflow.tracking.time.monotonic", lambda: next(times))
+    tracker._ask_again()
+    assert tracker._asked_again == 130.0 + 30.0 / 0.02
+
+
+@pytest.mark.parametrize(("broken", "status"), [("log", "KILLED"), ("start", "FINISHED")])
+def test_who_is_stopped_or_was_never_heard_does_not_ask_again(
+    root: Path, broken: str, status: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = tracker_of(root, f"{broken} broken")
+    if broken == "log":
+        tracker.tag("trained", "false")
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, broken, fails)
+        log(tracker, 1)
+    monkeypatch.setattr(Tracker, "_ask_again", lambda _: pytest.fail("asked"))
+    tracker.end(status)
+    (file,) = (root / KEPT).glob("*.jsonl")
+    assert f'"status": "{status}"' in file.read_text()
+    assert ("or this run itself" in capsys.readouterr().out) == (broken == "log")
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(401, "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"), (403, "docs/teams.md names the permissions")],
+)
+def test_refusal_of_a_server_comes_with_the_remedy(code: int, said: str) -> None:
+    text = (
+        f"API request to endpoint /api/2.0/mlflow/runs/create failed with error code {code} != 200. Response body: ''"
+    )
+    assert said in _said(mlflow.exceptions.MlflowException(text))
+    assert "endpoint" not in _said(mlflow.exceptions.MlflowException(text))
+
+
+def test_mlflow_prints_no_address_which_may_hold_a_password(store: Store) -> None:
+    assert mlflow.environment_variables.MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.get()
+
+
+def test_experiment_that_another_made_at_the_same_time_is_taken(
+    root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, find = [], mlflow.MlflowClient.get_experiment_by_name
+
+    def late(client: mlflow.MlflowClient, name: str) -> Any:
+        asked.append(name)
+        return None if len(asked) == 1 else find(client, name)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", late)
+    assert Store(store_uri(None, root), "lgp", root).experiment_id == store.experiment_id
+    assert len(asked) == 2
+
+
+def test_one_version_alone_says_that_it_is_champion_and_the_alias_is_never_gone(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, name = store.client, ENCODERS.registry
+    client.create_registered_model(name)
+    for number in "123":
+        client.create_model_version(name, f"file:///{number}")
+    store.crown(ENCODERS, "1", "first")
+    client.set_model_version_tag(name, "2", "champion", "of somebody who crowned at the same time")
+    monkeypatch.setattr(mlflow.MlflowClient, "delete_registered_model_alias", fails)
+    store.crown(ENCODERS, "3", "third")
+    tags = {v.version: v.tags.get("champion") for v in client.search_model_versions(f"name='{name}'")}
+    assert {str(number): why for number, why in tags.items()} == {"1": None, "2": None, "3": "third"}
+    assert str(client.get_model_version_by_alias(name, "champion").version) == "3"
