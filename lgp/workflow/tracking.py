@@ -182,7 +182,8 @@ class Tracker:
             self._asked_again = now + max(ASK_AGAIN_S, (now - began) / ASKING_SHARE)
             return
         self._store, self._asked_again = store, math.inf
-        print("MLflow answers again: it has what was logged meanwhile", flush=True)
+        missing = ", but for what could not be written" if self._lost else ""
+        print(f"MLflow answers again: it has what was logged meanwhile{missing}", flush=True)
         if self.description.task == "report":
             print(AFTER_REPORT, flush=True)
 

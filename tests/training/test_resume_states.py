@@ -245,8 +245,9 @@ def test_who_does_not_wait_is_refused_and_holds_nothing(tmp_path: Path, monkeypa
     first = StateStore(folder, "code")
     first.acquire()
     monkeypatch.chdir(tmp_path)
+    refused = StateStore(folder, "code")  # a lock that nothing names any more is released
     with pytest.raises(LgpError, match=f"process {os.getpid()} is training the same thing"):
-        StateStore(folder, "code").acquire()
+        refused.acquire()
     other = StateStore(tmp_path / "mim-pretrain" / "other-parameters", "code")
     other.acquire()  # the refused one has left the lock of this folder
     other.close(succeeded=False)
