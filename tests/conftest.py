@@ -43,7 +43,7 @@ SMALL = {
     "model": {"width": 16, "depth": 3, "heads": 2},
     "contrastive": {"objective": "mocov3", "projector_hidden": 32, "projector_dim": 16, "predictor_hidden": 32},
     "mim": {"epochs": 2, "warmup_epochs": 1, "decoder_width": 16},
-    "cl": {"epochs": 2, "warmup_epochs": 1},
+    "cl": {"epochs": 2, "base_lr": 8e-3, "warmup_epochs": 1},
     "graft": {
         "epochs": 2,
         "warmup_epochs": 1,
