@@ -261,6 +261,7 @@ def part_loader(
         # forked workers share the decoded images and the index in memory
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=_leave_signals,
+        generator=torch.Generator(),  # torch draws a seed for workers, and would draw it from the global generator
     )
 
 

@@ -254,9 +254,9 @@ def test_validation_chooses_the_head_and_does_not_train_it(features: Features, c
     right, wrong = features.y["val"], (features.y["val"] + 1) % 3
     alone = [evaluated(val, [3.0]).predictions for val in (right, wrong)]
     assert alone[0].equals(alone[1])
-    by_head = [evaluated(right, [rate]).metrics["val/top1"] for rate in (1e-3, 3.0)]
+    of_head = {rate: evaluated(right, [rate]).metrics["val/top1"] for rate in (1e-3, 3.0)}
     both = evaluated(right, [1e-3, 3.0]).metrics
-    assert (both["val/top1"], both["base_lr"]) == max(zip(by_head, (1e-3, 3.0), strict=True), key=lambda p: p[0])
+    assert both["val/top1"] == of_head[both["base_lr"]] == max(of_head.values())
 
 
 def test_score_is_of_the_test_images(features: Features, coloured: Coloured) -> None:

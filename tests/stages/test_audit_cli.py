@@ -130,10 +130,10 @@ def test_judgement_gets_the_groups_seed_and_parameters_of_the_project(
     text = Path("params.yaml").read_text().replace("c_fixed: 0.1", "c_fixed: 0.7").replace("seed: 0", "seed: 3")
     Path("params.yaml").write_text(text)
     assert "enough" in lgp("audit", "--arm", "pixels").stderr
-    features, groups, fewshot, seed = given
+    features, groups, fewshot, seed, device = given
     assert np.array_equal(groups, module._groups(data)[data.ids("train")])
     assert np.array_equal(features.ids["train"], data.ids("train"))
-    assert (fewshot.c_fixed, seed) == (0.7, 3)
+    assert (fewshot.c_fixed, seed, device.type) == (0.7, 3, "cpu")
 
 
 def test_an_audit_that_finds_nothing_leaves_no_table_of_another(
