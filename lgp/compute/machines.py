@@ -73,16 +73,19 @@ def together(name: str, facts: Callable[[], Facts], versions: Facts, lost_after_
         if not _local_rank():
             store.set(f"card/{machine()}", _own_card(facts(), versions).model_dump_json())
         cards = _met(name, store)
-        if told := unreachable(cards) or different([card.facts for card in cards], names_of(cards)):
-            raise LgpError(f"{name}: {told}")
     except LgpError:
         if _local_rank():
             raise Stopped from None
         raise
-    if launched_rank() == 0 and (told := _differences([card.versions for card in cards], names_of(cards))):
-        print(f"warning: {name}: {told}: equal versions give equal results", flush=True)
-    with Pulse(name, store, machine(), names_of(cards), lost_after_s, first=not _local_rank()).beating():
-        yield
+    try:
+        if told := unreachable(cards) or different([card.facts for card in cards], names_of(cards)):
+            raise Stopped if _local_rank() else LgpError(f"{name}: {told}")
+        if launched_rank() == 0 and (told := _differences([card.versions for card in cards], names_of(cards))):
+            print(f"warning: {name}: {told}: equal versions give equal results", flush=True)
+        with Pulse(name, store, machine(), names_of(cards), lost_after_s, first=not _local_rank()).beating():
+            yield
+    finally:
+        _let_all_read(store)
 
 
 def unreachable(cards: Sequence[Card]) -> str:
@@ -146,7 +149,7 @@ def _store(name: str) -> Store:
         place, why = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", shortened(one_line(e), 150)
         raise LgpError(
             f"{name}: {socket.gethostname()} cannot reach {place}, where the machines meet ({why}): start "
-            " torchrun on every machine with --local-addr and the address by which the others reach it"
+            "torchrun on every machine with --local-addr and the address by which the others reach it"
         ) from None
     store.set_timeout(COME)
     return PrefixStore("lgp", store)
@@ -164,10 +167,14 @@ def _met(name: str, store: Store) -> list[Card]:
                 "lines say why; then start the same command on all machines again"
             ) from None
     store.set(f"read/{launched_rank()}", "")
-    if launched_rank() == 0:  # the store ends with the machine of this process
+    return cards
+
+
+def _let_all_read(store: Store) -> None:
+    """Wait in the first process until all have read the cards: the store ends with its machine."""
+    if launched_rank() == 0:
         with suppress(RuntimeError):
             store.wait([f"read/{rank}" for rank in range(int(os.environ["WORLD_SIZE"]))], READ)
-    return cards
 
 
 def _own_card(facts: Facts, versions: Facts) -> Card:

@@ -77,11 +77,16 @@ def evaluate_fewshot(
     val = Images(scale(features.x["val"]), features.y["val"]) if params.choose == "validation" else None
     fitted = fit_few_labels(labelled, val, features.classes, params, device)
     outcome = _over([_scored(of.head, scale, features, of.temperature) for of in fitted], len(subsets[0]))
-    unconverged = sum(not of.converged for of in fitted)
-    if unconverged:
-        print(f"warning: {unconverged} of {len(subsets)} regressions stopped after {MAX_ITER} steps, not converged")
-    more = {"c": float(np.median([of.c for of in fitted])), "unconverged": float(unconverged)}
+    more = {"c": float(np.median([of.c for of in fitted]))} | _unconverged([of.converged for of in fitted])
     return replace(outcome, metrics=outcome.metrics | more)
+
+
+def _unconverged(converged: Sequence[bool]) -> dict[str, float]:
+    """Return the metric of regressions that did not converge, and warn of them."""
+    stopped = converged.count(False)
+    if stopped:
+        print(f"warning: {stopped} of {len(converged)} regressions stopped after {MAX_ITER} steps, not converged")
+    return {"unconverged": float(stopped)}
 
 
 def evaluate_propagation(
@@ -125,6 +130,7 @@ def evaluate_propagation(
         "k": float(np.median([c.k for c in chosen])),
         "alpha": float(np.median([c.alpha for c in chosen])),
         "unlabelled": float(len(x_all) - len(subsets[0])),
+        **_unconverged([of.converged for of in chosen]),
     }
     return replace(outcome, metrics=outcome.metrics | more)
 

@@ -63,6 +63,7 @@ class ChosenPropagation:
         val: accuracy of the classifier on val, in [0, 1].
         propagated: the labels.
         head: the classifier that is fitted to them, with a logit for each class.
+        converged: whether its regression did.
     """
 
     k: int
@@ -70,6 +71,7 @@ class ChosenPropagation:
     val: float
     propagated: Propagated
     head: Head
+    converged: bool
 
 
 def find_neighbours(x: np.ndarray, k: int, device: torch.device | None = None) -> Neighbours:
@@ -171,7 +173,7 @@ def _shares(scores: np.ndarray, axis: int) -> np.ndarray:
 
 def fit_to_propagated(
     x: np.ndarray, labels: Sequence[Propagated], classes: int, c: float, device: torch.device | None = None
-) -> list[Head]:
+) -> list[tuple[Head, bool]]:
     """Fit logistic regression to all training images that a label reaches. Their weights are the confidences.
 
     Args:
@@ -182,12 +184,12 @@ def fit_to_propagated(
         device: where to compute; the CPU unless given.
 
     Returns:
-        A classifier for each labelling.
+        For each labelling a classifier, and whether its regression converged.
     """
     y, weight = np.stack([of.labels for of in labels]), np.stack([of.confidence for of in labels])
     problems = Problems(x[None], y[None], weight[None], classes, intercept=True, device=device)
     (found,) = fit_logistic(problems, [c])
-    return [found.head(0, number) for number in range(len(labels))]
+    return [(found.head(0, number), bool(found.converged[0, number])) for number in range(len(labels))]
 
 
 def choose_propagation(
@@ -224,7 +226,7 @@ def choose_propagation(
     labels = [
         propagated(affinity(neighbours, k, params.gamma), y_known, classes, alpha, params.balance) for k, alpha in tried
     ]
-    heads = fit_to_propagated(x, labels, classes, params.c, device)
-    on_val = [float((head.logits(x_val).argmax(axis=1) == y_val).mean()) for head in heads]
+    fitted = fit_to_propagated(x, labels, classes, params.c, device)
+    on_val = [float((head.logits(x_val).argmax(axis=1) == y_val).mean()) for head, _ in fitted]
     best = int(np.argmax(on_val))
-    return ChosenPropagation(*tried[best], on_val[best], labels[best], heads[best])
+    return ChosenPropagation(*tried[best], on_val[best], labels[best], *fitted[best])

@@ -6,7 +6,8 @@ whole batch, BatchNorm included. Then each part passes the encoder again, with t
 features back. Gradients are those of the whole batch. Activations of the encoder are held for one part at a time. The
 price is one more forward pass of the encoder.
 
-torch's checkpointing of each part does just that. It also restores random state and precision in the second pass.
+torch's checkpointing of each part does just that. It also restores precision in the second pass, and the random state
+of the CPU, and of CUDA where a part is a tensor. Pre-training draws nothing there.
 """
 
 from collections.abc import Callable, Sequence

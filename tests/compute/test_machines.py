@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +174,27 @@ def test_the_first_process_of_a_machine_says_why_and_the_others_end_with_it(
     with pytest.raises(raised) as caught, together("mim", dict, {}, 60):
         pass
     assert raised is LgpError or caught.value.code == 1  # type: ignore[attr-defined]
+
+
+def test_a_machine_beats_before_it_waits_for_a_late_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a `lost_after_s` below `READ` takes it for lost."""
+    order = list[str]()
+
+    @contextmanager
+    def beating(_: Pulse) -> Iterator[None]:
+        order.append("beats")
+        yield
+
+    for name, value in of_machine(0, "127.0.0.1").items():
+        monkeypatch.setenv(name, value)
+    other = machines._own_card({}, {}).model_dump_json()
+    values = {"card/1": other}
+    shared = SimpleNamespace(set=values.__setitem__, get=values.__getitem__, wait=lambda *_: order.append("waits"))
+    monkeypatch.setattr(machines, "_store", lambda _: shared)
+    monkeypatch.setattr(Pulse, "beating", beating)
+    with machines.together("mim", dict, {}, 5):
+        order.append("works")
+    assert order == ["beats", "works", "waits"]
 
 
 def test_a_machine_that_does_not_come_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from lgp.evaluate import few_labels as module
 from lgp.evaluate.calibration import fit_temperature
 from lgp.evaluate.few_labels import Fitted, Images, evaluate_fewshot, evaluate_propagation, fit_few_labels
 from lgp.evaluate.logistic import fit_logistic
-from lgp.evaluate.outcome import Outcome
 from lgp.evaluate.propagation import UNKNOWN, ChosenPropagation, choose_propagation, find_neighbours
 from lgp.evaluate.regression import Problems
 from lgp.features.cache import Features, normalizer, standardizer
@@ -216,7 +215,7 @@ def test_propagation_gets_graph_labels_and_device(features: Features, monkeypatc
         asked.append(about)
         k, alpha = found[len(asked) - 1]
         chosen = choose_propagation(*about)
-        return ChosenPropagation(k, alpha, chosen.val, chosen.propagated, chosen.head)
+        return ChosenPropagation(k, alpha, chosen.val, chosen.propagated, chosen.head, converged=len(asked) < 2)
 
     searched: list[Any] = []
     find = module.find_neighbours
@@ -240,7 +239,7 @@ def test_propagation_gets_graph_labels_and_device(features: Features, monkeypatc
         assert np.array_equal(x_val, scale(features.x["val"]))
         assert (y_val is features.y["val"], classes, params, device) == (True, CLASSES, settings, CPU)
     metrics = outcome.metrics
-    assert (metrics["k"], metrics["alpha"], metrics["unlabelled"]) == (3.0, 0.7, 72.0 - 24)
+    assert (metrics["k"], metrics["alpha"], metrics["unlabelled"], metrics["unconverged"]) == (3.0, 0.7, 72.0 - 24, 1)
     assert {"test/top1", "temperature", "labels", "test/top1_subset1"} <= metrics.keys()
 
 
@@ -254,11 +253,13 @@ def test_temperature_of_a_propagation_is_vals(features: Features) -> None:
     assert kept.temperature == pytest.approx(fit_temperature(logits, features.y["val"]).value, rel=1e-3)
 
 
-def test_regressions_of_a_propagation_may_stop_early(features: Features, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their steps are not counted, and nothing is warned of."""
+def test_regressions_of_a_propagation_that_stop_early_are_told(
+    features: Features, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("lgp.evaluate.logistic.MAX_ITER", 1)
-    outcome = evaluate_propagation(features, [subset(features, *FEW)], fewshot(), PropagationParams(k=[4]), CPU)
-    assert isinstance(outcome, Outcome)
+    few = [subset(features, *FEW)]
+    assert evaluate_propagation(features, few, fewshot(), PropagationParams(k=[4]), CPU).metrics["unconverged"] == 1
+    assert "warning: 1 of 1 regressions stopped after" in capsys.readouterr().out
 
 
 def test_class_without_an_image_has_the_lowest_logit(features: Features) -> None:

@@ -153,7 +153,8 @@ def test_classifier_is_scikit_learns_weighted_by_confidence(x: np.ndarray) -> No
     labels, confidence = RNG.integers(0, 3, IMAGES), RNG.random(IMAGES)
     labels[:5], confidence[:5] = -1, 0.0
     sure = np.where(labels < 0, -1, (labels + 1) % 3), np.where(labels < 0, 0.0, 1.0)
-    ours, other = fit_to_propagated(x, [Propagated(labels, confidence), Propagated(*sure)], 4, 0.1)
+    (ours, first), (other, second) = fit_to_propagated(x, [Propagated(labels, confidence), Propagated(*sure)], 4, 0.1)
+    assert (first, second) == (True, True)
     theirs = LogisticRegression(C=0.1, tol=1e-8, max_iter=5000)
     theirs.fit(x[5:].astype(np.float64), labels[5:], sample_weight=confidence[5:])
     assert softmax(ours.logits(x), axis=1)[:, :3] == pytest.approx(theirs.predict_proba(x), abs=1e-4)
@@ -188,7 +189,7 @@ def test_choice_is_the_first_of_the_best_on_val() -> None:
     for k in (3, 10):
         for alpha in (0.5, 0.99):
             labels = propagated(affinity(neighbours, k, 2), of["y_known"], 10, alpha, "none")
-            (head,) = fit_to_propagated(of["x"], [labels], 10, 0.01)
+            ((head, _),) = fit_to_propagated(of["x"], [labels], 10, 0.01)
             scores[k, alpha] = accuracy(head, of["x_val"], of["y_val"])
     best = max(scores, key=lambda pair: scores[pair])
     assert len(set(scores.values())) > 1
