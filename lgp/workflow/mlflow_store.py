@@ -300,29 +300,38 @@ class Store:
         return self.run_id
 
     def _reopen(self, run_id: str) -> bool:
-        """Continue a run. Return False where this store does not have it (the address has changed)."""
-        try:
-            self.client.update_run(run_id, status="RUNNING")
-            self.client.set_tag(run_id, PROCESS, ProcessName.own().text)
-        except self.mlflow.exceptions.MlflowException:
+        """Continue a run. Return False where this store does not have it."""
+        if self._find(run_id) is None:
             return False
+        self.client.update_run(run_id, status="RUNNING")
+        self.client.set_tag(run_id, PROCESS, ProcessName.own().text)
         self.run_id = run_id
         return True
+
+    def _find(self, run_id: str) -> Any | None:
+        """Return a run, None where this store does not have it: the address has changed, or the run was deleted.
+
+        Any other failure is raised. MLflow has one class for all of them, and a server that is coming back has the run.
+        """
+        try:
+            run = self.client.get_run(run_id)
+        except self.mlflow.exceptions.MlflowException as e:
+            if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return run if run.info.lifecycle_stage == "active" else None
 
     def attach(self, run_id: str | None) -> bool:
         """Write into a run as it is, without reopening it.
 
         Return whether it must not be reopened: it has finished, or another process may write it.
         """
-        if run_id is None:
-            return False
-        try:
-            run = self.client.get_run(run_id)
-        except self.mlflow.exceptions.MlflowException:  # this store does not have it
+        run = None if run_id is None else self._find(run_id)
+        if run is None:
             return False
         writer, own = run.data.tags.get(PROCESS), ProcessName.own()
         written = run.info.status == "RUNNING" and writer not in (None, own.text) and ProcessName(writer).may_live()
-        self.run_id = run_id
+        self.run_id = str(run.info.run_id)
         return run.info.status == "FINISHED" or written
 
     def _close_killed(self) -> None:

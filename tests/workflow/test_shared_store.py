@@ -7,7 +7,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from lgp.workflow.kept_runs import AFTER_REPORT, KEPT
+from lgp.workflow.kept_runs import AFTER_REPORT, KEPT, send
 from lgp.workflow.mlflow_store import ENCODERS, Store, store_uri
 from lgp.workflow.tracking import Description, Tracker, _said
 
@@ -155,3 +155,72 @@ def test_one_version_alone_says_that_it_is_champion_and_the_alias_is_never_gone(
     tags = {v.version: v.tags.get("champion") for v in client.search_model_versions(f"name='{name}'")}
     assert {str(number): why for number, why in tags.items()} == {"1": None, "2": None, "3": "third"}
     assert str(client.get_model_version_by_alias(name, "champion").version) == "3"
+
+
+class Once:
+    """A call that fails once as MLflow's client does for a server that is coming back, and then goes through."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+        self.call, self.failed = getattr(owner, name), False
+        patch.setattr(owner, name, lambda *a, **k: self(*a, **k))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.failed:
+            return self.call(*args, **kwargs)
+        self.failed = True
+        raise mlflow.exceptions.MlflowException("API request to endpoint failed with error code 503 != 200")
+
+
+@pytest.mark.parametrize("call", ["get_run", "update_run"])
+def test_run_is_not_begun_anew_because_one_call_to_a_server_that_comes_back_failed(
+    root: Path, store: Store, call: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"one {call} failed"
+    tracker = tracker_of(root, name)
+    log(tracker, 1)
+    run_id = (root / f"{name}.run").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "log", fails)
+        log(tracker, 2)
+    with monkeypatch.context() as patch:
+        once = Once(patch, mlflow.MlflowClient, call)
+        tracker._ask_again()
+    assert once.failed
+    assert not tracker.answers
+    assert "MLflow answers again" not in capsys.readouterr().out
+    tracker.end("FINISHED")
+    assert (root / f"{name}.run").read_text() == run_id
+    assert run_of(root, store, name)[::2] == ("FINISHED", [1, 2])
+
+
+def test_kept_run_is_not_begun_anew_because_the_store_failed_once(
+    root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = tracker_of(root, "sent later")
+    log(tracker, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "log", fails)
+        log(tracker, 2)
+        tracker.end("KILLED")
+    file = tracker._kept.file
+    store.client.set_terminated((root / "sent later.run").read_text().strip(), "FINISHED")
+    with monkeypatch.context() as patch, pytest.raises(mlflow.exceptions.MlflowException, match="503"):
+        Once(patch, mlflow.MlflowClient, "get_run")
+        send(file, store)
+    send(file, store)
+    assert run_of(root, store, "sent later")[::2] == ("FINISHED", [1, 2])
+
+
+def test_run_that_somebody_deleted_is_begun_anew(root: Path, store: Store) -> None:
+    tracker = tracker_of(root, "deleted")
+    log(tracker, 1)
+    tracker.end("KILLED")
+    deleted = (root / "deleted.run").read_text().strip()
+    store.client.delete_run(deleted)
+    tracker = tracker_of(root, "deleted")
+    log(tracker, 1, 2)
+    assert tracker.answers
+    tracker.end("FINISHED")
+    assert (root / "deleted.run").read_text().strip() != deleted
+    assert run_of(root, store, "deleted")[::2] == ("FINISHED", [1, 2])
+    assert not store.attach(deleted)
