@@ -7,7 +7,8 @@ pictures beside it, in the folder `NAME`.
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class KeptRun:
 
         Args:
             record: one call, by its name.
-            run_id: of the run in the store, where it was opened before the store failed.
+            run_id: of the run in the store, where it was opened before, by this process or one that it continues.
 
         Raises:
             OSError: the file system raised it.
@@ -132,8 +133,9 @@ def _begin(file: Path, head: dict[str, Any], records: list[dict[str, Any]], stor
 
 
 def _send_all(file: Path, head: dict[str, Any], records: list[dict[str, Any]], store: Store) -> None:
+    steps = cache(store.steps)
     for record in records:
-        _send(record, head, file.with_suffix(""), store)
+        _send(record, head, file.with_suffix(""), store, steps)
 
 
 def _remove(file: Path) -> None:
@@ -153,10 +155,13 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     raise LgpError(f"{file} is damaged, or of an earlier version: its run cannot be sent, remove it")
 
 
-def _send(record: dict[str, Any], head: dict[str, Any], pictures: Path, store: Store) -> None:
+def _send(
+    record: dict[str, Any], head: dict[str, Any], pictures: Path, store: Store, steps: Callable[[str], set[int]]
+) -> None:
     match record:
         case {"epochs": rows, "at_ms": at_ms}:
-            store.log([(epoch, values) for epoch, values in rows], at_ms=at_ms)
+            # a training that was continued logs its earlier epochs again. A row is sent whole, its last value last
+            store.log([(epoch, row) for epoch, row in rows if epoch not in steps(next(reversed(row)))], at_ms=at_ms)
         case {"metrics": metrics, "evaluated": evaluated, "at_ms": at_ms}:
             links = store.link(_as_it_is(Evaluated.read(evaluated)), head["arm"], head["task"]) if evaluated else None
             store.log([(0, metrics)], links, at_ms)

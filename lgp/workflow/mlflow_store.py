@@ -289,8 +289,7 @@ class Store:
         self._close_killed()
         tags, self.logged_epochs = {**tags, PROCESS: ProcessName.own().text}, 0
         if resume is not None and self._reopen(resume):
-            history = self.client.get_metric_history(resume, "train/loss")
-            self.logged_epochs = max((m.step for m in history), default=0)
+            self.logged_epochs = max(self.steps("train/loss"), default=0)
             return self.run_id
         run = self.client.create_run(self.experiment_id, start_time=started_ms, tags=tags, run_name=name)
         self.run_id = str(run.info.run_id)
@@ -341,6 +340,10 @@ class Store:
         gone = [run for run in running if not ProcessName(run.data.tags[PROCESS]).may_live()]
         for run in gone:
             self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def steps(self, metric: str) -> set[int]:
+        """Return the steps at which the run has a metric."""
+        return {point.step for point in self.client.get_metric_history(self.run_id, metric)}
 
     def tag_upstream(self, digest: str) -> None:
         """Tag the run with the run that registered an encoder, if the store knows it."""

@@ -83,7 +83,8 @@ class Tracker:
         self._connected = self._opened = False
         self._started_ms = int(time.time() * 1000)  # the run opens later, and begins now
         self._kept = KeptRun(root / KEPT / file, {**asdict(self.description), "started_ms": self._started_ms})
-        self._run_id: str | None = None
+        self._run_id: str | None = None  # of the run that is open, or that is to be continued
+        self._begun = False  # whether the store has opened the run for this process
         self._lost = False
         self._epochs: list[tuple[int, dict[str, float]]] = []
         self._upstream: str | None = None
@@ -137,22 +138,22 @@ class Tracker:
         self._opened = True
         self._connect()
         about = self.description
-        resume = self._run_to_continue()
+        self._run_id = self._run_to_continue()
         started = self.attempt(
-            lambda m: m.start(about.name, about.tags, about.values, resume, self._started_ms),
+            lambda m: m.start(about.name, about.tags, about.values, self._run_id, self._started_ms),
             {"opened": about.name},
         )
         if started:
             self._note(started)
 
     def _note(self, run_id: str) -> None:
-        self._run_id = run_id
+        self._run_id, self._begun = run_id, True
         with suppress(OSError):  # without the note a resumed training gets a run of its own
             self._resume_file.write_text(f"{run_id}\n", encoding="utf-8")
 
     def _run_to_continue(self) -> str | None:
         try:
-            return self._resume_file.read_text(encoding="utf-8").strip()
+            return self._resume_file.read_text(encoding="utf-8").strip() or None
         except (OSError, UnicodeDecodeError):  # there is none, or it is damaged
             return None
 
@@ -168,8 +169,8 @@ class Tracker:
         print(f"warning: MLflow tracking failed ({_said(reason)}){self._at()}{then}", flush=True)
 
     def _is_cut_off(self) -> bool:
-        """Return whether the store has the run, and failed since."""
-        return self._run_id is not None and self._store is None
+        """Return whether the store opened the run, and failed since."""
+        return self._begun and self._store is None
 
     def _ask_again(self) -> None:
         """Send what was kept, and go on in the store, if it answers again. Nothing is said where it does not."""

@@ -224,3 +224,54 @@ def test_run_that_somebody_deleted_is_begun_anew(root: Path, store: Store) -> No
     assert (root / "deleted.run").read_text().strip() != deleted
     assert run_of(root, store, "deleted")[::2] == ("FINISHED", [1, 2])
     assert not store.attach(deleted)
+
+
+@pytest.mark.parametrize("back", ["while it trains", "at its end", "later"])
+def test_continued_training_whose_server_was_away_at_its_start_stays_one_run(
+    root: Path, store: Store, back: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"continued, back {back}"
+    tracker = tracker_of(root, name)
+    log(tracker, 1, 2)
+    tracker.end("KILLED")
+    run_id = (root / f"{name}.run").read_text()
+    tracker = tracker_of(root, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "__init__", fails)
+        log(tracker, 1, 2, 3)  # a training that continues logs its history first
+    if back != "later":
+        tracker._asked_again = time.monotonic()
+    if back == "while it trains":
+        log(tracker, 4)
+    else:
+        tracker.log_epoch({"epoch": 4, "train/loss": 1 / 4})
+    tracker.end("FINISHED")
+    if back == "later":
+        assert tracker._kept.file.exists()
+        send(tracker._kept.file, store)
+    assert (root / f"{name}.run").read_text() == run_id
+    assert run_of(root, store, name)[::2] == ("FINISHED", [1, 2, 3, 4])
+    assert len(store.client.search_runs([store.experiment_id], f"attributes.run_name = '{name}'")) == 1
+
+
+def test_epoch_that_a_server_took_before_it_died_counts_once(
+    root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Store.log
+
+    def die(*args: Any) -> None:
+        take(*args)
+        fails()
+
+    tracker = tracker_of(root, "taken")
+    log(tracker, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "log", die)
+        log(tracker, 2)
+    tracker.end("FINISHED")
+    assert run_of(root, store, "taken")[::2] == ("FINISHED", [1, 2])
+
+
+def test_empty_note_of_a_run_to_continue_is_none(root: Path) -> None:
+    (root / "empty.run").write_text("\n")  # a server refuses an empty id as invalid, and not as missing
+    assert tracker_of(root, "empty")._run_to_continue() is None
