@@ -396,14 +396,23 @@ class Store:
         return links
 
     def encoder_model(self, folder: Path, tags: dict[str, str]) -> str:
-        """Return the id of the logged model of an encoder. One that the experiment lacks is logged first."""
+        """Return the id of the logged model of an encoder. One that the experiment lacks is logged first.
+
+        A call that failed may have left a model without its files, which does not count, or one without a version in
+        the registry, which gets one.
+        """
         with self.lock:
             asked = f"tags.encoder_digest = '{tags['encoder_digest']}' AND tags.arm = '{tags['arm']}'"
-            found = self.client.search_logged_models([self.experiment_id], asked, max_results=1)
-            if found:
-                return str(found[0].model_id)
-            if "num_features" in json.loads((folder / CONFIG).read_text(encoding="utf-8")):
+            found = self.client.search_logged_models([self.experiment_id], asked)
+            ready = [str(model.model_id) for model in found if model.status == "READY"]
+            loads = "num_features" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            if loads and not ready:
                 return self.log_encoder(folder, tags).model_id
+            if loads and not any(self._versions(ENCODERS, model_id) for model_id in ready):
+                with redirect_stderr(io.StringIO()):
+                    self.mlflow.register_model(f"models:/{ready[0]}", ENCODERS.registry, tags=tags)
+            if ready:
+                return ready[0]
             # raw pixels have no encoder to load, and are a row among the models
             model = self.client.create_logged_model(self.experiment_id, f"encoder-{tags['arm']}", self.run_id, tags)
             self.client.finalize_logged_model(model.model_id, "READY")
@@ -447,6 +456,10 @@ class Store:
         for key, value in tags.items():
             self.client.set_model_version_tag(kind.registry, number, key, value)
         return Logged(number, str(info.model_id))
+
+    def _versions(self, kind: Registered, model_id: str) -> list[Any]:
+        """Return the versions of a logged model in the registry."""
+        return list(self.client.search_model_versions(f"name='{kind.registry}' and source_path='models:/{model_id}'"))
 
     def version_of(self, registry: str, tag: str, digest: str) -> str | None:
         """Return the newest registered version whose tag has this digest."""

@@ -6,7 +6,10 @@ from typing import Any
 
 import mlflow
 import pytest
+from made_models import make_encoder
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 
+from lgp.models.files import WEIGHTS, encoder_digest
 from lgp.workflow.kept_runs import AFTER_REPORT, KEPT, send
 from lgp.workflow.mlflow_store import ENCODERS, Store, store_uri
 from lgp.workflow.tracking import Description, Tracker, _said
@@ -204,9 +207,10 @@ def test_kept_run_is_not_begun_anew_because_the_store_failed_once(
         tracker.end("KILLED")
     file = tracker._kept.file
     store.client.set_terminated((root / "sent later.run").read_text().strip(), "FINISHED")
-    with monkeypatch.context() as patch, pytest.raises(mlflow.exceptions.MlflowException, match="503"):
+    with monkeypatch.context() as patch:
         Once(patch, mlflow.MlflowClient, "get_run")
-        send(file, store)
+        with pytest.raises(mlflow.exceptions.MlflowException, match="503"):
+            send(file, store)
     send(file, store)
     assert run_of(root, store, "sent later")[::2] == ("FINISHED", [1, 2])
 
@@ -275,3 +279,32 @@ def test_epoch_that_a_server_took_before_it_died_counts_once(
 def test_empty_note_of_a_run_to_continue_is_none(root: Path) -> None:
     (root / "empty.run").write_text("\n")  # a server refuses an empty id as invalid, and not as missing
     assert tracker_of(root, "empty")._run_to_continue() is None
+
+
+@pytest.mark.parametrize(
+    ("channels", "owner", "call"),
+    [(1, SqlAlchemyStore, "create_model_version"), (3, mlflow.MlflowClient, "log_model_artifacts")],
+)
+def test_encoder_whose_registration_failed_once_has_one_version_with_its_files_at_the_end(
+    root: Path, store: Store, channels: int, owner: type, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_encoder(root / call / "encoder", channels)
+    digest = encoder_digest(folder)
+    asked = f"name='{ENCODERS.registry}' and tag.encoder_digest='{digest}'"
+    tracker = tracker_of(root, call)
+    tracker.will_register(folder, "mim", digest)
+    with monkeypatch.context() as patch:
+        once = Once(patch, owner, call)
+        tracker.register()
+    assert once.failed
+    tracker.end("FINISHED")
+    assert run_of(root, store, call)[0] == "FINISHED"
+    (version,) = store.client.search_model_versions(asked)
+    assert version.tags["arm"] == "mim"
+    files = Path(mlflow.artifacts.download_artifacts(f"models:/{ENCODERS.registry}/{version.version}"))
+    assert list(files.rglob(WEIGHTS))
+    again = tracker_of(root, f"{call} again")
+    again.will_register(folder, "mim", digest)
+    again.register()
+    again.end("FINISHED")
+    assert len(store.client.search_model_versions(asked)) == 1
