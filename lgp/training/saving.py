@@ -5,6 +5,7 @@ import threading
 import time
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lgp.compute.nested import with_tensors
@@ -14,9 +15,15 @@ from lgp.training.resume_states import StateStore
 def snapshot(state: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a state on the CPU, which no later step changes. Its file is that of the state itself."""
     copies: dict[int, Any] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+        # `torch.save` writes a storage once, however many tensors lie in it: a module may have two names in a model
+        live = tensor.untyped_storage()
+        if live._cdata not in storages:
+            storages[live._cdata] = live.clone() if live.device.type == "cpu" else live.cpu()
+        place = tensor.storage_offset(), tensor.shape, tensor.stride()
+        copies[id(tensor)] = torch.empty(0, dtype=tensor.dtype).set_(storages[live._cdata], *place)
         return tensor
 
     with_tensors(state, note)

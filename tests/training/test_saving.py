@@ -17,10 +17,14 @@ WIDTH = 6
 
 
 def trained(steps: int = 2) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
-    """A model with buffers and two layouts after some steps, and its state as the loop saves it."""
+    """A model with buffers and two layouts after some steps, and its state as the loop saves it.
+
+    One module has two names, as the encoder of `joint` has.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, WIDTH, 2), nn.Flatten(), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 3))
     model[0].to(memory_format=torch.channels_last)
+    model[1].register_module("again", model[3])
     groups = [{"params": [p], "lr": 0.1, "weight_decay": 0.0} for p in model.parameters()]
     optimizer = adamw(groups, (0.9, 0.95))
     for _ in range(steps):
@@ -44,6 +48,17 @@ def test_file_of_a_snapshot_is_that_of_the_state(tmp_path: Path) -> None:
     live.save(state)
     copy.save(snapshot(state))
     assert copy.latest.read_bytes() == live.latest.read_bytes()
+
+
+def test_snapshot_shares_what_the_state_shares() -> None:
+    whole = torch.arange(6.0)
+    state = {"whole": whole, "again": whole[:], "part": whole[2:4], "other": whole.clone(), "none": torch.empty(0)}
+    copy = snapshot(state)
+    for name, tensor in state.items():
+        assert torch.equal(copy[name], tensor), name
+    copy["whole"][2] = 9.0
+    assert [copy[name].max().item() for name in ("again", "part", "other")] == [9.0, 9.0, 5.0]
+    assert whole.tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_no_later_step_changes_a_snapshot(tmp_path: Path) -> None:
