@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -151,11 +152,12 @@ class Interruption:
             print("stopping after this step to save the state; press Ctrl-C again to stop at once", file=sys.stderr)
 
 
+@cache
 def _what_started_us() -> dict[str, "psutil.Process"]:
     """Return the processes whose death ends a training: DVC and torchrun, if they started it.
 
     DVC sets the variable `DVC_STAGE` for the processes that it starts. DVC is therefore the nearest ancestor without
-    the variable. A shell may be between them.
+    the variable. A shell may be between them. It is looked up once: where DVC dies, it is no ancestor any more.
     """
     import psutil
 

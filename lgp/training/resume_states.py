@@ -8,12 +8,12 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
+from lgp.compute.interruption import Interrupted, Interruption
 from lgp.errors import LgpError
 
 DIGEST_BYTES = 32
 PIECE_BYTES = 2**20  # read at once
 LOOKED_AT_S = 0.5  # `lgp status` holds a lock for a moment, to see whether it is free
-FOR_EVER = -1.0
 
 
 class _Digesting:
@@ -106,7 +106,9 @@ class StateStore:
 
         Raises:
             LgpError: another process has a lock that is not waited for. The message names it.
+            Interrupted: what started this process ended during the wait.
         """
+        interruption = Interruption()  # it knows DVC only while DVC lives
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             _take(self._of_result, LOOKED_AT_S)
@@ -120,11 +122,23 @@ class StateStore:
                     "another folder: waiting for its end",
                     flush=True,
                 )
-                _take(self._of_state, FOR_EVER)
+                self._wait(interruption)
         except BaseException:  # a stop, too, ends the wait
             self._release()
             raise
         self.folder.mkdir(exist_ok=True)  # by now: the training before may have removed it at its end
+
+    def _wait(self, interruption: Interruption) -> None:
+        while True:
+            try:
+                return _take(self._of_state, LOOKED_AT_S)
+            except LgpError:
+                if interruption.asked():
+                    raise Interrupted(
+                        f"{self.folder.parent.name}: stopped while it waited ({interruption.reason}): run the same "
+                        "command again",
+                        128 + interruption.signal,
+                    ) from None
 
     def _release(self) -> None:
         self._of_state.release()

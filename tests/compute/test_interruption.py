@@ -244,3 +244,11 @@ def test_second_ctrl_c_stops_at_once() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_started_the_process_stays_known_where_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that waits for another one begins to train after that."""
+    before = Interruption()
+    monkeypatch.setattr("psutil.Process.parents", lambda _: pytest.fail("looked up again"))
+    monkeypatch.setenv("DVC_STAGE", "mim")
+    assert Interruption()._parents == before._parents

@@ -4,16 +4,21 @@ import hashlib
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lgp.compute.interruption import Interrupted, Interruption
 from lgp.data.labels import LabelledImages
 from lgp.errors import LgpError, check_disk_space, is_disk_full
 from lgp.models.encoder_folder import load_encoder, save_encoder, save_tensors
@@ -238,6 +243,50 @@ def test_same_training_in_another_folder_is_waited_for(
     first.close(succeeded=True)  # it removes the folder
     waiting.join(30)
     assert seen == [True]
+
+
+def test_wait_ends_with_what_started_it(tmp_path: Path) -> None:
+    """As where DVC is killed. Its command is told by a variable, and prints whom it waits for."""
+    folder = tmp_path / "mim-pretrain" / "parameters"
+    first = StateStore(folder, "code")
+    first.acquire()
+    wait = (
+        "from pathlib import Path; from lgp.training.resume_states import StateStore; "
+        f"StateStore(Path({str(folder)!r}), 'code').acquire(waits=True)"
+    )
+    start = (
+        "import os, subprocess, sys; "
+        f"subprocess.run([sys.executable, '-c', {wait!r}], env={{**os.environ, 'DVC_STAGE': 'mim'}})"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("DVC_STAGE", None)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    dvc = subprocess.Popen([sys.executable, "-c", start], cwd=tmp_path, env=environment, **pipe)
+    assert dvc.stdout is not None
+    with dvc, ThreadPoolExecutor(1) as reader:
+        assert "waiting for its end" in dvc.stdout.readline()
+        dvc.kill()
+        said = reader.submit(dvc.stdout.read)  # to its end: the command that waited has ended too
+        try:
+            assert "mim-pretrain: stopped while it waited (DVC, which started it, is gone)" in said.result(30)
+        finally:
+            first.close(succeeded=False)  # a wait that goes on is over
+
+
+def test_who_stopped_waiting_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "mim-pretrain" / "parameters"
+    first = StateStore(folder, "code")
+    first.acquire()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Interruption, "asked", lambda _: True)
+    stopped = StateStore(folder, "code")
+    with pytest.raises(Interrupted, match="mim-pretrain: stopped while it waited") as error:
+        stopped.acquire(waits=True)
+    assert error.value.exit_code == 143
+    other = StateStore(tmp_path / "mim-pretrain" / "other-parameters", "code")
+    other.acquire()  # the lock of this folder is free
+    other.close(succeeded=False)
+    first.close(succeeded=False)
 
 
 def test_who_does_not_wait_is_refused_and_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
