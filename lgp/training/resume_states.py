@@ -244,9 +244,16 @@ class EarlierStates(StateStore):
 
     def read(self) -> dict[str, Any] | None:
         """Return the newest whole state that is not later. One of a training that ended early is left out."""
-        for path in filter(_is_whole, (self.latest, self.previous)):
-            state = _mapped(path)
-            if state["progression"]["step"] <= self.last and not state["progression"]["ended_early"]:
+        for path in (self.latest, self.previous):
+            try:
+                file = path.open("rb")
+            except FileNotFoundError:
+                continue
+            with file:
+                # a training may give the name to another state, and does not write to this one
+                opened = Path(f"/dev/fd/{file.fileno()}")
+                state = _mapped(opened) if _is_whole(opened) else None
+            if state and state["progression"]["step"] <= self.last and not state["progression"]["ended_early"]:
                 return state
         return None
 

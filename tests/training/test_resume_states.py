@@ -25,7 +25,7 @@ from lgp.models.encoder_folder import load_encoder, save_encoder, save_tensors
 from lgp.models.vit import build_encoder, init_encoder_as_mae
 from lgp.params.file import Params
 from lgp.training import resume_states
-from lgp.training.resume_states import StateStore
+from lgp.training.resume_states import EarlierStates, StateStore
 
 
 @pytest.fixture
@@ -128,6 +128,45 @@ def test_torn_state_gives_way_to_the_one_before(tmp_path: Path, damage: str) -> 
     state = newest(store)
     assert state is not None
     assert state["step"] == 1
+
+
+def progressed(step: int) -> dict[str, Any]:
+    return {"progression": {"step": step, "ended_early": False}, "w": torch.full((1000,), step)}
+
+
+@pytest.mark.parametrize("then", ["is renamed", "is replaced", "is removed"])
+def test_replay_reads_a_state_that_it_opened_whatever_a_training_does_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    store, is_whole = StateStore(tmp_path, "code"), resume_states._is_whole
+    for step in (1, 2):
+        store.save(progressed(step))
+
+    def checked(path: Path) -> bool:
+        whole = is_whole(path)
+        if then == "is renamed":
+            store.latest.replace(store.previous)
+        elif then == "is replaced":
+            store.save(progressed(3))
+        else:
+            store.forget()
+        return whole
+
+    monkeypatch.setattr(resume_states, "_is_whole", checked)
+    state = EarlierStates(store, 10).read()
+    assert state is not None
+    assert state["progression"]["step"] == 2
+    assert state["w"].unique().tolist() == [2]
+
+
+def test_replay_takes_the_state_before_where_a_training_just_renames_the_newest(tmp_path: Path) -> None:
+    store = StateStore(tmp_path, "code")
+    assert EarlierStates(store, 10).read() is None
+    store.save(progressed(1))
+    store.latest.replace(store.previous)
+    state = EarlierStates(store, 10).read()
+    assert state is not None
+    assert state["progression"]["step"] == 1
 
 
 def test_torn_state_does_not_take_the_place_of_a_whole_one(tmp_path: Path) -> None:
