@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,10 +94,13 @@ class StateStore:
         self._of_result = FileLock(folder.parent / f"in-{here}.lock")
         self._of_state = FileLock(folder.parent / f"{folder.name}.lock")
         self._code_digest = code_digest
+        self._writing = threading.Lock()
 
     def part(self, name: str) -> "StateStore":
         """Return the store of one of several trainings of a stage. They share the locks and are closed together."""
-        return StateStore(self.folder / name, self._code_digest)
+        part = StateStore(self.folder / name, self._code_digest)
+        part._of_result, part._of_state, part._writing = self._of_result, self._of_state, self._writing
+        return part
 
     def acquire(self, waits: bool = False) -> None:
         """Take the locks.
@@ -175,6 +179,10 @@ class StateStore:
         Raises:
             OSError: the file system raised it. Earlier states stay usable.
         """
+        with self._writing:
+            self._save(state)
+
+    def _save(self, state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         new = self.latest.with_suffix(".new")
         try:
@@ -225,14 +233,19 @@ class StateStore:
             path.unlink(missing_ok=True)
 
     def close(self, succeeded: bool) -> None:
-        """Release the locks. Remove the states after success. Remove the folder if no state is left in it."""
-        if succeeded:
-            self.forget()
-        if not self.has_state():
-            self.run_id_file.unlink(missing_ok=True)
-        if not any(self.folder.rglob("state-*")):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._release()
+        """Release the locks. Remove the states after success. Remove the folder if no state is left in it.
+
+        It waits for a state that a thread is writing. Where a stop ends this wait, the locks are held until the process
+        ends, which waits for its threads.
+        """
+        with self._writing:
+            if succeeded:
+                self.forget()
+            if not self.has_state():
+                self.run_id_file.unlink(missing_ok=True)
+            if not any(self.folder.rglob("state-*")):
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self._release()
 
 
 class EarlierStates(StateStore):

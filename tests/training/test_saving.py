@@ -1,5 +1,7 @@
 """States that are copied, and written in a thread."""
 
+import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 from lgp.compute.nested import copied, with_tensors
+from lgp.training.left_states import unused
 from lgp.training.optimizer import adamw
 from lgp.training.resume_states import StateStore
 from lgp.training.saving import BackgroundSaver, snapshot
@@ -155,3 +158,34 @@ def test_kill_in_the_middle_of_a_write_leaves_the_state_before(tmp_path: Path, m
     state = StateStore(tmp_path, "code").read()
     assert state is not None
     assert state["step"] == 2
+
+
+@pytest.mark.parametrize("of_part", [False, True])
+def test_locks_are_held_until_the_state_is_written_however_often_a_stop_ends_the_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_part: bool
+) -> None:
+    store, go = StateStore(tmp_path / "key", "code"), threading.Event()
+    store.acquire()
+    store.run_id_file.write_text("of the run to go on with")
+    writer = store.part("0.001") if of_part else store
+    monkeypatch.setattr("os.fsync", lambda _: go.wait(60))
+    saver = BackgroundSaver(writer)
+    saver.save({"step": 1})
+
+    def close_and_stop() -> None:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        store.close(succeeded=False)
+        threading.Event().wait(30)  # for the stop, where nothing was waited for
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            close_and_stop()
+    with unused(store.folder) as free:
+        assert not free
+    threading.Timer(0.2, go.set).start()
+    store.close(succeeded=False)
+    assert writer.latest.exists()
+    assert store.run_id_file.exists()
+    with unused(store.folder) as free:
+        assert free
+    assert saver.settled()
