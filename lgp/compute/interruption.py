@@ -130,7 +130,7 @@ class Interruption:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals as requests inside the block. A second Ctrl-C stops at once. `nohup` keeps ignoring SIGHUP."""
+        """Take signals as requests inside the block. A second Ctrl-C ends it. `nohup` keeps ignoring SIGHUP."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -149,7 +149,9 @@ class Interruption:
             raise KeyboardInterrupt
         self.reason, self.signal = signal.Signals(number).name, signal.Signals(number)
         if number == signal.SIGINT and not launched():
-            print("stopping after this step to save the state; press Ctrl-C again to stop at once", file=sys.stderr)
+            print(
+                "stopping after this step to save the state; press Ctrl-C again to stop without saving", file=sys.stderr
+            )
 
 
 @cache

@@ -35,6 +35,7 @@ from lgp.training.saving import BackgroundSaver
 SHOWN_IDS = 5  # of a batch's images, in a message
 CHECK_EVERY = 20  # steps between checks of the loss: each check makes a GPU wait
 SAVE_SHARE = 0.02  # largest fraction of the time for saving
+SLOW_S = 10.0  # two states that each take longer may not be written before torchrun and schedulers kill, after 30 s
 GO_ON, SAVE, STOP = range(3)  # requests of a process; all processes follow the largest
 
 Epoch = dict[str, float]
@@ -167,14 +168,14 @@ class Trainer:
 
         Raises:
             Diverged: the loss is not finite. The message says step and rate. The last good state is kept.
-            Interrupted: a stop was requested. The state is saved.
+            Interrupted: a stop was requested. A state is saved: of this step, or of the one that the message names.
         """
         self.now = Progression()
         self._resume()
         for values in self.now.history:
             self.observer.log_epoch(values)
         self._unchecked: list[tuple[Tensor, Tensor, float]] = []  # loss, norm of the gradients, rate
-        self._saved_at, self._saver = time.monotonic(), BackgroundSaver(self.store)
+        self._saved_at, self._saved_step, self._saver = time.monotonic(), self.now.step, BackgroundSaver(self.store)
         self._disk_full = False
         # a contrastive model takes the whole batch, and cuts it itself
         self._parts = self.settings.accumulate.get(self.name, 1) if self.name in OF_SINGLE_IMAGES else 1
@@ -203,11 +204,12 @@ class Trainer:
                 if epoch_ends:
                     self._end_epoch()
                     self._end_if_dead(total)
+                stops = request == STOP and self.now.step < total and not self.now.ended_early
                 if request or self.now.ended_early:
-                    self._save()
+                    self._save(stops)
                 if self.now.ended_early:
                     break
-                if request == STOP and self.now.step < total:
+                if stops:
                     self._settle()
                     self._stop(interruption)
         return self.now
@@ -330,20 +332,24 @@ class Trainer:
         worthwhile = not self._saver.is_busy and self._saver.took <= SAVE_SHARE * since
         return self.now.step == total or (worthwhile and (epoch_ends or since >= self.settings.save_every_s))
 
-    def _save(self) -> None:
+    def _save(self, stops: bool = False) -> None:
         """Begin to save a resume state. Raise `Diverged` if a weight is not finite.
 
-        The training goes on while the state is written. It waits for the one before.
+        The training goes on while the state is written. It waits for the one before. Where it `stops` and waited for a
+        slow one, that one is the last.
         """
+        waits = self._saver.is_busy
         self._settle()
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise Diverged(
                 f"{self.name}: a weight stopped being finite by step {self.now.step}, learning rate {self._rate:.3g}: "
                 f"lower the learning rate of {self.name}{replay_hint(self.name, self.now.step - 1)}{self._kept()}"
             )
+        if stops and waits and self._saver.took > SLOW_S:
+            return
         if rank() == 0:
             self._saver.save(self._state())
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), self.now.step
 
     def _settle(self) -> None:
         """Wait until nothing is being written. Report a full disk and continue."""
@@ -367,7 +373,8 @@ class Trainer:
         }
 
     def _stop(self, interruption: Interruption) -> None:
-        saved = "the disk is full, its last state is older" if self._disk_full else "its state is saved"
+        of_step = "" if self._saved_step == self.now.step else f" of step {self._saved_step}"
+        saved = "the disk is full, its last state is older" if self._disk_full else f"its state{of_step} is saved"
         reason = interruption.reason or "another process"
         raise Interrupted(
             f"{self.name}: stopped at step {self.now.step} ({reason}), {saved}: run the same command again to go on",

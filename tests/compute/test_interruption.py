@@ -234,13 +234,16 @@ def test_a_trainer_stops_when_dvc_dies(folder: Path) -> None:
         subprocess.run(["pkill", "-KILL", "-s", str(dvc.pid)], check=False)
 
 
-def test_second_ctrl_c_stops_at_once() -> None:
+def test_second_ctrl_c_stops_without_saving_as_the_first_says(capsys: pytest.CaptureFixture[str]) -> None:
     interruption = Interruption()
     before = signal.getsignal(signal.SIGINT)
     with interruption.listening():
         assert not interruption.asked()
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.asked()
+        assert capsys.readouterr().err == (
+            "stopping after this step to save the state; press Ctrl-C again to stop without saving\n"
+        )
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

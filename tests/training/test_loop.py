@@ -334,6 +334,46 @@ def test_stop_and_divergence_wait_for_the_state_that_is_being_written(
         assert not trainer._saver.is_busy
 
 
+@pytest.mark.parametrize(
+    ("slow_s", "saved", "said"), [(0.0, [4], "its state of step 4 is saved"), (60.0, [4, 5], "its state is saved")]
+)
+def test_stop_that_waited_for_a_slow_state_writes_no_other(
+    tmp_path: Path,
+    prepared: LabelledImages,
+    monkeypatch: pytest.MonkeyPatch,
+    slow_s: float,
+    saved: list[int],
+    said: str,
+) -> None:
+    trainer = tiny(tmp_path, prepared)
+    steps, slow, settled = saved_at(trainer), Slow(trainer), BackgroundSaver.settled
+
+    def waited_for(saver: BackgroundSaver) -> bool:
+        if saver.is_busy:
+            slow.may_end.set()
+        return settled(saver)
+
+    monkeypatch.setattr(BackgroundSaver, "settled", waited_for)
+    monkeypatch.setattr(Interruption, "asked", lambda _: trainer.now.step == 5)
+    monkeypatch.setattr(loop, "SLOW_S", slow_s)
+    with pytest.raises(Interrupted, match=rf"stopped at step 5 .*, {said}"):
+        trainer.fit()
+    assert steps == saved
+
+
+@pytest.mark.parametrize("slow_s", [0.0, 60.0])
+def test_stop_that_waited_for_nothing_saves_its_step(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch, slow_s: float
+) -> None:
+    trainer = tiny(tmp_path, prepared)
+    steps = saved_at(trainer)
+    monkeypatch.setattr(Interruption, "asked", lambda _: trainer.now.step == 5 and not trainer._saver.wait())  # type: ignore[func-returns-value]
+    monkeypatch.setattr(loop, "SLOW_S", slow_s)
+    with pytest.raises(Interrupted, match="its state is saved"):
+        trainer.fit()
+    assert steps == [PER_EPOCH, 5]
+
+
 @pytest.mark.parametrize("ends", [False, True], ids=["in a later step", "at the end"])
 def test_failed_write_ends_the_training(tmp_path: Path, prepared: LabelledImages, ends: bool) -> None:
     trainer = tiny(tmp_path, prepared, epochs=1 if ends else EPOCHS)
@@ -431,11 +471,23 @@ def test_full_disk_is_told_once_until_there_is_room_again(
 
 
 @pytest.mark.parametrize(
-    ("reason", "full", "expected"),
+    ("reason", "saved", "full", "expected"),
     [
-        ("SIGINT", False, "tiny: stopped at step 3 (SIGINT), its state is saved: run the same command again to go on"),
+        (
+            "SIGINT",
+            3,
+            False,
+            "tiny: stopped at step 3 (SIGINT), its state is saved: run the same command again to go on",
+        ),
+        (
+            "SIGTERM",
+            2,
+            False,
+            "tiny: stopped at step 3 (SIGTERM), its state of step 2 is saved: run the same command again to go on",
+        ),
         (
             "",
+            3,
             True,
             "tiny: stopped at step 3 (another process), the disk is full, its last state is older: run the same "
             "command again to go on",
@@ -443,10 +495,11 @@ def test_full_disk_is_told_once_until_there_is_room_again(
     ],
 )
 def test_stop_says_why_and_whether_the_state_is_saved(
-    tmp_path: Path, prepared: LabelledImages, reason: str, full: bool, expected: str
+    tmp_path: Path, prepared: LabelledImages, reason: str, saved: int, full: bool, expected: str
 ) -> None:
     trainer, interruption = tiny(tmp_path, prepared), Interruption()
-    trainer.now, trainer._disk_full, interruption.reason = Progression(step=3), full, reason
+    trainer.now, trainer._saved_step, trainer._disk_full = Progression(step=3), saved, full
+    interruption.reason = reason
     with pytest.raises(Interrupted) as error:
         trainer._stop(interruption)
     assert str(error.value) == expected
