@@ -91,4 +91,4 @@ def main(version: Version = False) -> None:
 
 if __name__ == "__main__":
     with stopped_by_signals():
-        app()
+        app(prog_name="lgp")
