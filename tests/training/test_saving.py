@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,15 @@ def test_kill_in_the_middle_of_a_write_leaves_the_state_before(tmp_path: Path, m
     assert state["step"] == 2
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Take SIGINT as Python does, also in a process that ignores it: in the background, or beside other tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("of_part", [False, True])
 def test_locks_are_held_until_the_state_is_written_however_often_a_stop_ends_the_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_part: bool
