@@ -323,18 +323,24 @@ def on_val(metrics: dict[str, dict[str, float]] | None) -> float:
 
 
 def seeds_of(
-    root: Path, seeds: Sequence[int], rates: dict[str, float], fine_tuned: Sequence[str], jobs: int
+    root: Path,
+    seeds: Sequence[int],
+    names: Sequence[str],
+    rates: dict[str, float],
+    fine_tuned: Sequence[str],
+    jobs: int,
 ) -> pd.DataFrame:
     """Return a row per variant and seed. What did not train has no row.
 
     Args:
         root: folder of the results.
         seeds: of pre-training.
-        rates: variant → its rate.
+        names: the variants.
+        rates: variant → its rate; that of `mim` is of the MAE that grafts start from.
         fine_tuned: variants that are fine-tuned too, without and with unlabelled images.
         jobs: trainings at a time.
     """
-    trials = [Trial(name, rates[name], seed, rates["mim"]) for seed in seeds for name in rates]
+    trials = [Trial(name, rates[name], seed, rates["mim"]) for seed in seeds for name in names]
     tasks = [tuple(t for t in TASKS if of.name in fine_tuned or t not in FINE_TUNED) for of in trials]
     found = all_results(root, list(zip(trials, tasks, strict=True)), jobs)
     return pd.DataFrame(
@@ -430,7 +436,7 @@ def main() -> None:
         print(tuning.to_string(index=False))
         return
     rates = tuned_rates(version, given.variants)
-    rows = seeds_of(root, given.seeds, rates, given.fine_tuned, given.jobs).assign(code=version)
+    rows = seeds_of(root, given.seeds, given.variants, rates, given.fine_tuned, given.jobs).assign(code=version)
     rows.to_csv(OUT, index=False)
     OUT.with_suffix(".md").write_text(page(rows))
     print(OUT.with_suffix(".md").read_text())
