@@ -361,7 +361,7 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def page(rows: pd.DataFrame) -> str:
     """Write three tables: accuracies, and differences between variants and between methods, paired by seed."""
-    seeds = rows["seed"].nunique()
+    seeds, measures = rows["seed"].nunique(), [label for label in MEASURES if label in rows]
     lines = [
         f"# Digits, {seeds} pre-training seeds",
         "",
@@ -379,12 +379,12 @@ def page(rows: pd.DataFrame) -> str:
 
     by = {variant: of.set_index("seed") for variant, of in rows.groupby("variant")}
     named = [name for name in VARIANTS if name in by]
-    of_variant = [[f"`{v}`", VARIANTS[v].what, *(cell(by[v][m]) for m in MEASURES)] for v in named]
-    lines += table(["arm", "what", *MEASURES], of_variant)
+    of_variant = [[f"`{v}`", VARIANTS[v].what, *(cell(by[v][m]) for m in measures)] for v in named]
+    lines += table(["arm", "what", *measures], of_variant)
     lines += ["", "Ahead, paired by seed, in points; bold where the interval excludes a tie:", ""]
     pairs = itertools.combinations(reversed(named), 2)
-    compared = [[f"`{a}` over `{b}`", *(cell(by[a][m] - by[b][m], "+") for m in MEASURES)] for a, b in pairs]
-    lines += table(["", *MEASURES], compared)
+    compared = [[f"`{a}` over `{b}`", *(cell(by[a][m] - by[b][m], "+") for m in measures)] for a, b in pairs]
+    lines += table(["", *measures], compared)
     lines += ["", "What a method adds to logistic regression on random images, paired by seed, in points:", ""]
     added = [
         [f"`{v}`, {share}", *(cell(by[v][f"{share}, {how}"] - by[v][share], "+") for how in METHODS)]

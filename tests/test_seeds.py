@@ -166,3 +166,15 @@ def test_graft_takes_images_and_the_mae_of_its_seed(
     assert of_graft[1] == of_cl[1] == 12
     assert of_graft[3] == {"data": tmp_path / "seed12", "models/mim": tmp_path / "seed12-mim-0.008"}
     assert of_cl[3] == {"data": tmp_path / "seed12", "models/mim": None}
+
+
+def test_page_leaves_out_what_was_not_measured(seeds: ModuleType) -> None:
+    measures = [label for label in seeds.MEASURES if "10 %" not in label]
+    rows = [
+        {"variant": name, "seed": seed, **dict.fromkeys(measures, 70.0 + seed + 5 * (name == "cl_vicreg"))}
+        for name, seed in (("cl_vicreg", 12), ("cl_vicreg", 13), ("mim", 12), ("mim", 13))
+    ]
+    columns = pd.DataFrame(rows).assign(**{f"10 %{how}": 50.0 for how in ("", ", propagated", ", selected", ", both")})
+    page = seeds.page(columns)
+    assert "fine-tuned" not in page
+    assert "| `cl_vicreg` over `mim` | **+5.0 ± 0.0** |" in page
