@@ -122,7 +122,9 @@ ENTRIES = {
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_before_a_command_begins_is_one_line_too(tmp_path: Path, number: signal.Signals, entry: str) -> None:
-    waiting = "import time, typer\ntyper.Typer.__call__ = lambda self, **_: (print('waits', flush=True), time.sleep(60))\n"
+    waiting = (
+        "import time, typer\ntyper.Typer.__call__ = lambda self, **_: (print('waits', flush=True), time.sleep(60))\n"
+    )
     with started("inside", code=waiting + ENTRIES[entry], folder=tmp_path) as process:
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
