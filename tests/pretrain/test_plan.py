@@ -15,20 +15,16 @@ from lgp.models.contrastive import build_contrastive
 from lgp.models.vit import View, build_encoder
 from lgp.params.file import Params, load_params
 from lgp.params.pretrain import SmallViews
+from lgp.pretrain.counted_step import BATCH, Cost, Memory, measure, measure_memory
 from lgp.pretrain.mim import build_mae
 from lgp.pretrain.plan import (
-    BATCH,
     GIB,
     PLAN_COLUMNS,
-    Cost,
     Machine,
-    Memory,
     Saving,
     StagePlan,
     Step,
     graft_rates_by_part,
-    measure,
-    measure_memory,
     plan,
     plan_row,
     plan_stage,
