@@ -31,6 +31,15 @@ def slow_weight(qkv: LowRankQkv) -> Tensor:
     return weight
 
 
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_updates_of_any_rank_reach_queries_and_values(rank: int) -> None:
+    qkv, tokens = LowRankQkv(nn.Linear(WIDTH, 3 * WIDTH).double(), rank, ALPHA), torch.randn(2, 5, WIDTH).double()
+    nn.init.normal_(qkv.up)
+    of_queries, of_values = (3.0 / rank * tokens @ (up @ down).T for up, down in zip(qkv.up, qkv.down, strict=True))
+    expected = tokens @ qkv.weight.T + qkv.bias + torch.cat([of_queries, 0 * of_queries, of_values], dim=-1)
+    assert torch.allclose(qkv(tokens), expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_output_and_merged_weight_are_those_of_the_slow_version(bias: bool) -> None:
     qkv, tokens = layer(bias), torch.randn(2, 5, WIDTH, dtype=torch.float64)
@@ -52,8 +61,8 @@ def test_layer_starts_as_the_plain_one() -> None:
     qkv = LowRankQkv(plain, RANK, ALPHA)
     assert torch.equal(qkv(tokens), expected)
     assert torch.equal(qkv.merged().weight, plain.weight)
-    bound = WIDTH**-0.5
-    assert 0 < qkv.down.abs().max() <= bound
+    for down in LowRankQkv(nn.Linear(WIDTH, 3 * WIDTH), 200, ALPHA).down:  # uniform, as LoRA's code draws it
+        assert 0.97 * WIDTH**-0.5 < down.abs().max() <= WIDTH**-0.5
 
 
 def test_only_the_updates_learn_and_their_gradients_are_those_of_the_slow_version() -> None:

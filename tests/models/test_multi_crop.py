@@ -8,6 +8,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from lgp.models.moco import MoCo, OneSidedMoCo
+from lgp.models.multi_crop import of_views
 from lgp.models.simclr import SimCLR
 from lgp.models.vicreg import VICReg, vicreg_loss
 from lgp.models.vit import View, build_encoder, features_of_view
@@ -35,6 +36,18 @@ def test_small_image_gets_the_positions_of_its_grid_resampled_from_the_whole(par
     images = torch.randn(6, 1, 4, 4)
     assert torch.allclose(features_of_view(encoder, View(images)), own(images), atol=1e-6)
     assert not torch.allclose(resampled[0, 1:], state["pos_embed"][0, 1:5], atol=1e-2)
+
+
+@pytest.mark.parametrize("parts", [1, 5])
+def test_features_of_several_blocks_are_cut_into_views(parts: int, large: tuple[View, View], small: Tensor) -> None:
+    def encode(view: View) -> Tensor:
+        flat = view.images.flatten(1)
+        return torch.stack([flat[:, :4], -flat[:, 4:8]])  # (2, B, 4): of two blocks
+
+    found = of_views(encode, large, small, parts)
+    expected = [encode(view) for view in (*large, *map(View, small))]
+    assert len(found) == 5
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_moco_compares_every_small_query_with_both_keys(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lgp.models.refine import EMPTY, Drawn, Queue, Refine, neighbour_loss
 from lgp.models.vit import View, build_encoder, features_of_last_blocks, features_of_view
@@ -42,6 +42,12 @@ def model_of(params: Params, **changes: int) -> Refine:
 
 def drawn_for(batch: int, first: int) -> Drawn:
     return Drawn(torch.arange(first, first + batch), torch.rand(2, batch), 40)
+
+
+def test_head_has_a_projector_of_three_layers_and_a_predictor_of_two(params: Params) -> None:
+    (head,) = model_of(params)._heads()
+    layers = [[m.out_features for m in part if isinstance(m, nn.Linear)] for part in (head.projector, head.predictor)]
+    assert layers == [[32, 32, 16], [24, 16]]
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from lgp.compute.distributed import SyncBatchNorm1d
 from lgp.models.swav import SwAV, sinkhorn, swapped_loss
 from lgp.models.vit import View, build_encoder, features_of_view
 from lgp.params.file import Params
@@ -55,6 +56,12 @@ def test_assignments_equal_the_slow_ones_and_use_all_prototypes_equally() -> Non
     assert torch.allclose(even.sum(1), torch.ones(9).double())
 
 
+def test_projector_has_two_layers_and_no_norm_after_the_last(params: Params) -> None:
+    projector = SwAV(build_encoder(params.model, params.data), 32, 12, 0.2, PARAMS).projector
+    assert [type(layer) for layer in projector] == [nn.Linear, SyncBatchNorm1d, nn.ReLU, nn.Linear]
+    assert [tuple(projector[i].weight.shape) for i in (0, 3)] == [(32, 16), (12, 32)]
+
+
 def test_prototype_that_no_image_is_near_makes_no_nan() -> None:
     scores = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
     assert torch.allclose(sinkhorn(scores, 0.001, 3), torch.full((2, 2), 0.5))
@@ -89,6 +96,8 @@ def test_model_gives_the_loss_of_its_projections_and_no_gradient_passes_the_targ
 @pytest.mark.parametrize(("progress", "frozen"), [(0.0, True), (0.24, True), (0.25, False), (1.0, False)])
 def test_prototypes_are_frozen_in_the_first_part(progress: float, frozen: bool, params: Params) -> None:
     model = SwAV(build_encoder(params.model, params.data), 32, 16, 0.2, PARAMS)
+    with torch.no_grad():
+        model.prototypes.weight[0, 0] = 0  # has a gradient too
     model(*(View(torch.randn(6, 1, 8, 8)) for _ in range(2)), progress).backward()
     assert model.prototypes.weight.grad is not None
     assert bool((model.prototypes.weight.grad == 0).all()) == frozen
