@@ -293,6 +293,26 @@ def test_refine_is_given_the_images_of_the_rows_a_draw_of_each_and_the_steps(hea
     assert torch.equal(drawn.neighbour, torch.zeros(2, 4) if heads else whole[:, ROWS])  # heads: the nearest
 
 
+def test_refine_in_joint_is_given_its_own_images_and_steps(project: Project) -> None:
+    handed = project.handed("joint", **REFINE)
+    objective, given = handed.objective, list[Drawn]()
+    objective.model.contrastive.forward = lambda *args: given.append(args[2]) or torch.zeros(())  # type: ignore[assignment,func-returns-value,union-attr]
+    objective.loss_of(part_of(objective, ROWS))
+    (drawn,) = given
+    assert drawn.ids.tolist() == objective.crops.ids_of(STEP)[ROWS].tolist()
+    assert drawn.steps == handed.stage.epochs * objective.crops.steps_per_epoch
+
+
+@pytest.mark.parametrize(("accumulate", "parts"), [({}, 1), ({"joint": 3, "mim": 2}, 3)])
+def test_joint_cuts_its_batch_into_its_own_parts(accumulate: dict[str, int], parts: int, project: Project) -> None:
+    objective, cut = project.handed("joint", run={"accumulate": accumulate}).objective, list[int]()
+    assert objective.model.contrastive.parts == parts  # type: ignore[union-attr]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(controls, "mean_in_parts", lambda _, parts: cut.append(len(parts)) or torch.zeros(()))  # type: ignore[func-returns-value]
+        objective.loss_of(Batch.whole(objective.crops[STEP], STEP))
+    assert cut == [parts]
+
+
 @pytest.mark.parametrize("arm", ["cl", "graft", "joint"])
 def test_queue_of_refine_is_bounded_by_the_images(arm: str, project: Project) -> None:
     model = project.handed(arm, **REFINE).objective.model
