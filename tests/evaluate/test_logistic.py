@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import softmax
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -78,6 +79,7 @@ def test_two_classes_have_scikit_learns_single_weight_vector(intercept: bool) ->
 
 def test_class_without_an_image_in_a_problem_is_impossible() -> None:
     x, y, weight = random_problems()
+    weight[1, 0, y[1, 0] == 0] = 0  # the class that stands for no label
     weight[0, 0, y[0, 0] == 3] = 0
     for found in (
         *fit_logistic(Problems(x, y, weight, CLASSES, True), [1]),
@@ -87,6 +89,7 @@ def test_class_without_an_image_in_a_problem_is_impossible() -> None:
         assert not found.weight[0, 0, 3:].any()
         assert (found.bias[0, 1, :4] > -100).all()
         assert (softmax(found.head(0, 0).logits(x[0]), axis=1)[:, 3:] == 0).all()
+        assert found.bias[1, 0, 0] == -1e4
 
 
 @pytest.mark.parametrize("intercept", [True, False])
@@ -127,6 +130,131 @@ def test_gradient_is_that_of_the_objective() -> None:
             step[place] = 1e-5
             slope = (objective(s, p, at + step) - objective(s, p, at - step)) / 2e-5
             assert found[s, :, p][place] == pytest.approx(slope, abs=1e-6)
+
+
+def test_norm_counts_the_intercept_in_units_of_a_strength_below_1() -> None:
+    x, y, weight = random_problems(width=3)
+    gradient = torch.from_numpy(np.random.default_rng(1).normal(size=(SETS, 4, 3, CLASSES)))
+    for c, unit in ((0.25, 0.25), (1.5, 1)):
+        found = logistic._Objective(Problems(x, y, weight, CLASSES, True), c).norm(gradient)
+        expected = ((gradient[:, :3] ** 2).sum(dim=(1, 3)) + (gradient[:, 3] / unit).pow(2).sum(dim=2)).sqrt()
+        assert torch.allclose(found[:, 0, :, 0], expected, rtol=1e-12)
+
+
+def test_inverse_hessian_is_that_of_the_mean_over_classes_and_problems() -> None:
+    """The blocks of a class with itself; the slow sum is over images, problems and classes."""
+    x, y, weight = random_problems(width=3)
+    y[1, 0] %= 2  # two classes: the penalty counts twice
+    of, c = logistic._Objective(Problems(x, y, weight, CLASSES, True), 0.7), 0.7
+    parameters = np.random.default_rng(1).normal(size=(SETS, 4, 3, CLASSES))
+    found = of.inverse_hessian(torch.from_numpy(parameters)).numpy()
+    for s in range(SETS):
+        hessian = np.zeros((4, 4))
+        for p in range(3):
+            there = sorted(set(y[s, p][weight[s, p] > 0].tolist()))
+            hessian += np.diag([2.0 if len(there) == 2 else 1.0] * 3 + [0]) / 3
+            for image, w in zip(np.c_[x[s], np.ones(IMAGES)], weight[s, p], strict=True):
+                chances = softmax(image @ parameters[s, :, p][:, there])
+                curvature = w * sum(chance * (1 - chance) for chance in chances) / CLASSES
+                hessian += c * curvature * np.outer(image, image) / 3
+        hessian[3, 3] += 1e-3 * c
+        assert np.allclose(found[s] @ hessian, np.eye(4), rtol=0, atol=1e-9)
+
+
+class Tried:
+    """Replaces gradient and Hessian, and notes the points at which the gradient is asked for, and when a Hessian is.
+
+    The objectives are of one weight each: quadratic ones with the optimum 1, and one that falls for ever.
+    """
+
+    def __init__(self, curvatures: list[float], patch: pytest.MonkeyPatch) -> None:
+        self.curvatures, self.asked, self.points = torch.tensor(curvatures).double(), list[str](), list[list[float]]()
+        patch.setattr(logistic._Objective, "gradient", lambda _, at: self.gradient(at))
+        patch.setattr(logistic._Objective, "inverse_hessian", lambda *_: self.hessian())
+
+    def gradient(self, at: torch.Tensor) -> torch.Tensor:
+        self.asked.append("g")
+        self.points.append(at.flatten().tolist())
+        slopes = self.curvatures * (at.flatten() - 1)
+        return torch.where(self.curvatures > 0, slopes, -1.0).view(at.shape)
+
+    def hessian(self) -> torch.Tensor:
+        self.asked.append("h")
+        return torch.ones(1, 1, 1).double()
+
+    def found(self) -> Regressions:
+        count = len(self.curvatures)
+        problems = Problems(
+            np.ones((1, 1, 1)), np.zeros((1, count, 1), dtype=int), np.ones((1, count, 1)), 1, intercept=False
+        )
+        return next(fit_logistic(problems, [1]))
+
+
+def test_step_that_is_too_long_is_tried_again_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is taken where the slope after it is at most `ENOUGH` of the one before; else the secant says how long.
+
+    A step is shortened to a tenth at most, and to `ENOUGH` at least. The slope of the last one never rises.
+    """
+    monkeypatch.setattr(logistic, "ENOUGH", 0.5)
+    monkeypatch.setattr(logistic, "MAX_ITER", 3)
+    tried = Tried([1.5, 4, 100, 0], monkeypatch)
+    found = tried.found()
+    start, *points = tried.points
+    assert start == [0] * 4
+    assert points[0] == [1.5, 4, 100, 1]  # the first ends just there: it is taken
+    assert points[1] == pytest.approx([1, 1, 10, 0.5])
+    assert points[2][2:] == pytest.approx([1, 0.25])
+    assert found.converged.tolist() == [[True, True, True, False]]
+    assert found.weight.flatten().tolist() == pytest.approx([1, 1, 1, 0])
+
+
+@pytest.mark.parametrize("most", [1, 3, 12, 20])
+def test_hessian_is_computed_anew_every_ten_of_the_steps_that_are_allowed(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logistic, "MAX_ITER", most)
+    tried = Tried([0], monkeypatch)
+    assert not tried.found().converged
+    assert "".join(tried.asked) == "gh" + {1: "g", 3: "ggg", 12: 10 * "g" + "hgg", 20: 2 * (10 * "g" + "h")}[most]
+
+
+def test_ten_steps_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    remembered: list[int] = []
+    descent = logistic._descent
+    monkeypatch.setattr(
+        logistic, "_descent", lambda g, past, *of: remembered.append(len(past)) or descent(g, past, *of)
+    )  # type: ignore[func-returns-value]
+    list(fit_logistic(Problems(*random_problems(), CLASSES, True), [4000]))
+    assert remembered[:11] == [*range(1, 11), 10]
+    assert set(remembered[10:]) == {10}
+
+
+def test_gradient_of_huge_features_need_not_fall_below_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient at zero weights is 1e9 and more: it is known to 1e-7, not to 1e-5."""
+    monkeypatch.setattr(logistic, "MAX_ITER", 300)
+    x, y, weight = random_problems()
+    (found,) = fit_logistic(Problems(x * 1e9, y, weight, CLASSES, True), [1])
+    assert found.converged.all()
+
+
+def test_more_features_than_images_are_projected_and_no_fewer() -> None:
+    x, y, weight = random_problems(width=41)
+    for width, inner in ((39, 39), (40, 40), (41, 40)):
+        problems = Problems(x[:, :, :width], y, weight, CLASSES, True)
+        assert problems.x.shape == (SETS, IMAGES, inner + 1)
+        assert torch.equal(problems.x[:, :, :width], torch.from_numpy(x[:, :, :width])) == (width < 41)
+
+
+def test_everything_lies_on_the_device_that_is_given() -> None:
+    problems = Problems(*random_problems(), CLASSES, True, torch.device("meta"))
+    tensors = [problems.x, problems.weight, problems.present, problems.penalised, problems._labels]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_block_has_one_row_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regression, "BLOCK", 1)
+    blocks = list(Problems(*random_problems(), CLASSES, True).blocks())
+    assert blocks == [slice(row, row + 1) for row in range(IMAGES)]
 
 
 def test_classifiers_do_not_depend_on_the_size_of_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
