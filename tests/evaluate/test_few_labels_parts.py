@@ -83,6 +83,14 @@ def test_temperature_within_the_labels_needs_enough_of_them(
     assert fitted(features.x["train"][: len(alone)], alone, fewshot(**changes)).temperature is None
 
 
+def test_single_image_of_a_class_leaves_the_temperature_to_val_among_many_others(features: Features) -> None:
+    y = features.y["train"][:40]
+    y = np.append(y[y != 2], 2)
+    assert len(y) > 20
+    of = fitted(features.x["train"][: len(y)], y, fewshot())
+    assert (of.temperature, of.c) == (None, 7)
+
+
 def test_folds_are_no_more_than_the_images_of_the_rarest_class() -> None:
     assert module._folds(np.array([0] * 9 + [4] * 2), fewshot()) == 2
     assert module._folds(np.array([0] * 9 + [4] * 5), fewshot()) == 3
@@ -131,6 +139,20 @@ def test_subsets_of_other_sizes_and_folds_are_fitted_as_alone(
         assert one.c == other.c
         assert one.c == fitted(of.x, of.y, params).c
         assert np.abs(one.head.logits(features.x["test"]) - other.head.logits(features.x["test"])).max() < 1e-4
+
+
+@pytest.mark.parametrize(("width", "inner"), [(WIDTH, WIDTH), (30, 24)])
+def test_as_many_subsets_are_fitted_together_as_memory_allows(
+    width: int, inner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A subset has its features; each fold and the whole have steps, changes and room to compute for ten steps."""
+    x, y, together = np.random.default_rng(0).normal(size=(24, width)), np.arange(24) % CLASSES, list[int]()
+    monkeypatch.setattr(module, "Problems", lambda x, *of: together.append(len(x)) or Problems(x, *of))  # type: ignore[func-returns-value]
+    each = 24 * width + 3 * 10 * 4 * inner * CLASSES
+    for memory in (2 * each, 2 * each - 1):
+        monkeypatch.setattr(module, "TOGETHER", memory)
+        fit_few_labels([Images(x, y)] * 3, None, CLASSES, fewshot(choose="fixed"))
+    assert together == [2, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("scaling", "scale"), [("standardized", standardizer), ("normalized", normalizer)])

@@ -41,6 +41,7 @@ from lgp.evaluate.fine_tuning import (
     predict,
 )
 from lgp.evaluate.outcome import Logits, Outcome, over_subsets
+from lgp.features.extraction import Running
 from lgp.models.encoder_folder import load_encoder
 from lgp.models.heads_file import save_heads
 from lgp.params.evaluate import FineTuneParams
@@ -280,12 +281,12 @@ def test_encoder_without_a_class_token_keeps_its_own_pooling() -> None:
 def test_kept_weights_give_the_logits_over_the_temperature(
     with_layer: bool, encoder_folder: Path, params: Params
 ) -> None:
-    recipe = recipe_of(params, interpolation="bilinear")
+    recipe = recipe_of(params, interpolation="bicubic")  # not what is taken where nothing is said
     model = build_classifier(encoder_folder, 10, recipe, torch.randn(32, 16) if with_layer else None).eval()
     for parameter in model.head.parameters():
         nn.init.normal_(parameter)
     kept, images = module.kept_classifier(model, recipe, 2.5), torch.randn(4, 1, 8, 8)
-    assert (kept.temperature, kept.interpolation, kept.model_args) == (2.5, "bilinear", {"global_pool": "token"})
+    assert (kept.temperature, kept.interpolation, kept.model_args) == (2.5, "bicubic", {"global_pool": "token"})
     assert kept.model is not None
     plain = build_classifier(encoder_folder, 10, recipe).eval()
     plain.load_state_dict(dict(kept.model))
@@ -333,8 +334,11 @@ def test_prediction_is_of_whole_images_of_val_and_test(
     model, asked, read = build_classifier(encoder_folder, 10, recipe), set[Any](), LabelledImages.whole
     monkeypatch.setattr(LabelledImages, "whole", lambda self, ids, how: asked.add(how) or read(self, ids, how))  # type: ignore[func-returns-value]
     nn.init.normal_(model.head.weight)
+    computed, extract = list[Any](), module.extract
+    monkeypatch.setattr(module, "extract", lambda *about: computed.append(about[-1]) or extract(*about))  # type: ignore[func-returns-value]
     found = predict(model.train(), FineTuning(encoder_folder.parent, prepared, recipe, session, CPU, None))
     assert asked == {"bicubic"}
+    assert computed == [Running.of(session.params.run, CPU)] * 2
     for split in ("val", "test"):
         ids = prepared.ids(split)
         with torch.inference_mode():
@@ -350,6 +354,12 @@ def test_prediction_is_of_whole_images_of_val_and_test(
 def test_mixed_batches_are_even(images: int, parts: int, batch: int, params: Params) -> None:
     for changes in ({"mixup": 0.8}, {"cutmix": 1.0}):
         assert batch_size_for(images, recipe_of(params, **changes), parts) == batch
+
+
+def test_every_part_of_a_mixed_batch_is_even(params: Params) -> None:
+    assert batch_size_for(6, recipe_of(params), 2) == 6
+    with pytest.raises(LgpError, match="6 labelled images a batch cannot be cut into 2 equal parts"):
+        batch_size_for(6, recipe_of(params, mixup=0.8), 2)
 
 
 def test_batch_of_one_or_none_image(params: Params) -> None:

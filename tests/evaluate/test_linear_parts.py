@@ -52,7 +52,7 @@ def features(prepared: LabelledImages) -> Features:
         for split, of in y.items()
     }
     x = {split: of[-1] for split, of in by_block.items()}
-    pooling = FeatureParams(pool="average", blocks=1)
+    pooling = FeatureParams(pool="average", blocks=2)
     return Features(x=x, y=y, ids=ids, by_block=by_block, classes=CLASSES, params=pooling)
 
 
@@ -191,7 +191,7 @@ def test_outcome_is_of_the_head_that_val_chose_at_its_temperature(features: Feat
     kept = outcome.classifier
     assert kept is not None
     assert kept.head is not None
-    assert (kept.head.pool, kept.head.blocks) == ("average", 1)
+    assert (kept.head.pool, kept.head.blocks) == ("average", 2)
     assert kept.temperature == pytest.approx(temperature, rel=1e-5)
     assert np.allclose(kept.head.weight, weight / temperature, rtol=1e-5)
 
