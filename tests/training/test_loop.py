@@ -244,7 +244,7 @@ def test_flops_are_those_of_a_step_times_all_steps(tmp_path: Path, prepared: Lab
 
 @pytest.mark.parametrize("name", ["mim", "cl"])
 def test_accumulated_parts_train_as_the_whole_batch_does(tmp_path: Path, prepared: LabelledImages, name: str) -> None:
-    parts = RunParams(device="cpu", print_every_s=1000, accumulate={"mim": 3})
+    parts = RunParams(device="cpu", print_every_s=1000, accumulate={"mim": 3, "cl": 3})
     whole, cut = tiny(tmp_path / "a", prepared), tiny(tmp_path / "b", prepared, settings=parts, name=name)
     losses = [[values["train/loss"] for values in trainer.fit().history] for trainer in (whole, cut)]
     assert len(cut.model.losses) == EPOCHS * PER_EPOCH * (3 if name == "mim" else 1)
@@ -442,6 +442,28 @@ def test_mixed_precision_is_of_the_loss_alone(tmp_path: Path, prepared: Labelled
     trainer.fit()
     assert set(seen) == {torch.bfloat16}
     assert trainer.model.weight.dtype == torch.float32
+
+
+def test_mixed_precision_is_the_one_that_is_given() -> None:
+    """Not a device's own: bfloat16 is a CPU's."""
+    layer, batch = nn.Linear(4, 4), Batch.whole(torch.ones(2, 4), 0)
+    for precision in (torch.float16, torch.bfloat16, torch.float32):
+        assert loop._LossModule(layer, lambda b: layer(b.crops), precision)(batch).dtype == precision
+
+
+def test_state_that_waited_for_a_slow_one_is_saved_where_the_training_goes_on(
+    tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny(tmp_path, prepared)
+    trainer.now, trainer._disk_full, trainer._saver = Progression(step=1), False, BackgroundSaver(trainer.store)
+    steps, slow = saved_at(trainer), Slow(trainer)
+    monkeypatch.setattr(loop, "SLOW_S", 0.0)
+    trainer._save()
+    trainer.now.step = 2
+    threading.Timer(0.1, slow.may_end.set).start()
+    trainer._save()
+    trainer._saver.wait()
+    assert steps == [1, 2]
 
 
 def test_full_disk_is_told_once_until_there_is_room_again(
@@ -708,8 +730,11 @@ def test_other_process_neither_reads_nor_saves_nor_measures_nor_prints(
     tiny(tmp_path, prepared).fit()
     capsys.readouterr()
     monkeypatch.setattr(loop, "rank", lambda: 1)
-    monkeypatch.setattr(loop, "fallen", lambda _: ["it fell"])
-    asked = {"after_epoch": lambda _: pytest.fail("it measured"), "is_dead": lambda _: pytest.fail("it asked")}
+    asked = {
+        "after_epoch": lambda _: pytest.fail("it measured"),
+        "is_dead": lambda _: pytest.fail("it asked"),
+        "alarms": lambda _: pytest.fail("it looked"),
+    }
     other = tiny(tmp_path, prepared, settings=RunParams(device="cpu", print_every_s=0), **asked)
     steps = saved_at(other)
     assert other.fit().step == EPOCHS * PER_EPOCH
@@ -798,6 +823,7 @@ def test_several_processes_exchange_gradients_with_the_last_part_and_all_count_i
     trainer = tiny(tmp_path / "two", prepared, settings=parts, name="mim")
     trainer.fit()
     (shared,) = Shared.made
+    assert shared.module.model is trainer.model  # whose gradients are exchanged
     assert shared.parts == [True, True, False] * EPOCHS * PER_EPOCH
     assert trainer.now.train_flops == 2 * alone.now.train_flops
 
@@ -807,6 +833,39 @@ def test_parts_of_two_are_cut_too(tmp_path: Path, prepared: LabelledImages) -> N
     trainer = tiny(tmp_path, prepared, settings=parts, name="mim")
     trainer.fit()
     assert len(trainer.model.losses) == 2 * EPOCHS * PER_EPOCH
+
+
+def test_batch_without_a_word_of_parts_is_whole(tmp_path: Path, prepared: LabelledImages) -> None:
+    trainer = tiny(tmp_path, prepared, name="mim", settings=RunParams(device="cpu", accumulate={"cl": 2}))
+    trainer.fit()
+    assert len(trainer.model.losses) == EPOCHS * PER_EPOCH
+
+
+@pytest.mark.parametrize(
+    ("name", "is_checkpointed"), [("mim", True), ("mim-heads", True), ("cl", False), ("cl-heads", False)]
+)
+def test_blocks_of_the_arms_that_ask_for_it_are_checkpointed_also_for_their_heads(
+    name: str, is_checkpointed: bool, tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[nn.Module] = []
+    monkeypatch.setattr(loop, "_checkpointed", lambda model: asked.append(model) or nullcontext())  # type: ignore[func-returns-value]
+    settings = RunParams(device="cpu", grad_checkpointing=["mim", "graft"])
+    trainer = tiny(tmp_path, prepared, name=name, settings=settings, epochs=1)
+    trainer.fit()
+    assert asked == ([trainer.model] if is_checkpointed else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("graft", "; `lgp graft --replay 7` repeats the step"),
+        ("graft-heads", "; `lgp graft --replay 0` repeats the step"),
+        ("finetune", ""),
+        ("tiny-heads", ""),
+    ],
+)
+def test_command_that_repeats_a_step_is_of_an_arm(name: str, said: str) -> None:
+    assert loop.replay_hint(name, 7) == said
 
 
 def test_losses_of_all_processes_are_averaged(
