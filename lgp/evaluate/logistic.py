@@ -46,7 +46,7 @@ class _Objective:
         self.problems, self.c = problems, c
         self.impossible = torch.zeros_like(problems.present, dtype=torch.float64)
         self.impossible.masked_fill_(~problems.present, -torch.inf).unsqueeze_(1)
-        twice = torch.where(problems.present.sum(2) == 2, 2.0, 1.0).to(torch.float64)  # (S, P)
+        twice = torch.where(problems.present.sum(2) == 2, 2.0, 1.0)  # (S, P)
         self.penalty = problems.penalised[:, None] * twice[:, None, :]  # (S, D', P)
         # the curvature in the intercept has no penalty, and falls with C
         self.unit = torch.where(problems.penalised > 0, 1.0, min(c, 1.0))[:, None, None]

@@ -248,7 +248,7 @@ class Trainer:
 
     def _backward(self, batch: Batch) -> Tensor:
         losses = []
-        parts = batch.split(self._parts) if self._parts > 1 else [batch]
+        parts = batch.split(self._parts)
         for i, part in enumerate(parts):
             # gradients are averaged over the processes once, with the last part
             with self._alone() if i < len(parts) - 1 else nullcontext():
