@@ -13,13 +13,13 @@ from lgp.params.run import RunParams
 
 P = ParamSpec("P")
 # the width from which bf16 is faster on a CPU that multiplies it natively: benchmarks/README.md
-BF16_FROM_WIDTH = 192
+BF16_FROM_WIDTH = 48
 
 
 def choose_precision(settings: RunParams, device: torch.device, width: int) -> torch.dtype:
     """Turn `run.precision` (`auto`, `fp32` or `bf16`) into the type of matrix products.
 
-    `auto` takes bf16 if the device multiplies it natively. On a CPU the encoder must also have a width of 192 or more:
+    `auto` takes bf16 if the device multiplies it natively. On a CPU the encoder must also have a width of 48 or more:
     below that, conversion costs more than it gains.
 
     Raises:
@@ -52,6 +52,10 @@ def place(model: nn.Module, device: torch.device, precision: torch.dtype) -> Non
     # uninitialised memory needs no filling: it is written before it is read
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model.to(device)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # timm's attention
+            # on a CPU the backward pass of torch's fused attention is seven times as slow in bf16 as plain products
+            module.fused_attn = device.type == "cuda" or precision == torch.float32
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)  # for the patch projection, a convolution
         if precision == torch.float32:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import Silent, merged
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lgp.compute.device import choose_device
 from lgp.compute.distributed import SyncBatchNorm1d
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("native", "width", "expected"), [(True, 192, "bf16"), (True, 64, "fp32"), (False, 768, "fp32")]
+    ("native", "width", "expected"), [(True, 48, "bf16"), (True, 47, "fp32"), (False, 768, "fp32")]
 )
 def test_auto_takes_bf16_on_a_cpu_where_it_pays(
     native: bool, width: int, expected: str, monkeypatch: pytest.MonkeyPatch
@@ -99,6 +100,30 @@ def test_bf16_trains_single_precision_weights_to_about_the_same_loss(
     assert {t.dtype for t in results["bf16"].model.state_dict().values()} == {torch.float32, torch.int64} - (
         {torch.int64} if pretrain is pretrain_mim else set()
     )
+
+
+class Operations(TorchDispatchMode):
+    """Keeps the names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("bf16", False), ("fp32", True)])
+def test_attention_trains_in_plain_products_in_bf16_on_a_cpu(
+    precision: str, fused: bool, tmp_path: Path, values: Any, prepared: LabelledImages
+) -> None:
+    run = {"precision": precision, "device": "cpu"}
+    params = Params.model_validate(merged(values, {"run": run, "cl": {"epochs": 1, "warmup_epochs": 0}}))
+    with Operations() as operations:
+        pretrain_cl(Session(prepared, params, StateStore(tmp_path / precision, "code"), Silent()))
+    backward = {name for name in operations.names if "scaled_dot_product" in name and "backward" in name}
+    assert bool(backward) == fused
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
