@@ -55,7 +55,7 @@ def place(model: nn.Module, device: torch.device, precision: torch.dtype) -> Non
     for module in model.modules():
         if hasattr(module, "fused_attn"):  # timm's attention
             # on a CPU the backward pass of torch's fused attention is seven times as slow in bf16 as plain products
-            module.fused_attn = device.type == "cuda" or precision == torch.float32
+            module.fused_attn = device.type == "cuda" or precision == torch.float32  # type: ignore[assignment]
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)  # for the patch projection, a convolution
         if precision == torch.float32:
