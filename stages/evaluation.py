@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lgp.data.labels import LabelledImages
     from lgp.evaluate.outcome import Outcome
     from lgp.pretrain.arm import Session
-    from lgp.workflow.stage import StageRun
+    from lgp.workflow.stage import StageRun, StageSpec
 
 
 @dataclass(frozen=True)
@@ -108,21 +108,27 @@ def evaluation(
 
     `also` are more files that it reads.
     """
-    from lgp.params.arms import TUNING
-    from lgp.workflow.stage import StageSpec, stage
+    from lgp.workflow.stage import stage
 
-    encoder, name = encoder_folder(arm), task.partition("-")[0]
-    trains = name in TUNING
-    reads = [PREPARED, LABELS, *encoder_files(arm), *([heads_file(arm)] if trains else []), *also]
-    with stage(
-        StageSpec(name, sections, reads, _places(arm, task), arm, task, trains), params_file, fresh, resume
-    ) as run:
+    encoder = encoder_folder(arm)
+    with stage(spec_of(arm, task, sections, also), params_file, fresh, resume) as run:
         from lgp.data.labels import LabelledImages
 
         run.tag_upstream(encoder)
         data = LabelledImages(PREPARED, LABELS)
         data.check_evaluable()
         yield Evaluation(run, data, encoder, arm, task, fresh)
+
+
+def spec_of(arm: str, task: str, sections: Sequence[str], also: Sequence[Path] = ()) -> "StageSpec":
+    """Describe the evaluation `task` of `arm` as a stage. `also` are more files that it reads."""
+    from lgp.params.arms import TUNING
+    from lgp.workflow.stage import StageSpec
+
+    name = task.partition("-")[0]
+    trains = name in TUNING
+    reads = [PREPARED, LABELS, *encoder_files(arm), *([heads_file(arm)] if trains else []), *also]
+    return StageSpec(name, sections, reads, _places(arm, task), arm, task, trains)
 
 
 def _places(arm: str, task: str) -> list[Path]:

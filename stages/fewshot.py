@@ -2,6 +2,7 @@
 
 from stages.evaluation import check_labels, evaluation
 from stages.options import DEFAULT_PARAMS, Arm, Debug, Fresh, Labels, ParamsFile
+from stages.together import Call, taken
 
 
 def fewshot(
@@ -15,6 +16,8 @@ def fewshot(
     from lgp.workflow.pipeline import SECTIONS
 
     check_labels(labels)
+    if taken(Call("fewshot", arm, labels), params_file, fresh):
+        return
     with evaluation(arm, f"fewshot-{labels}", SECTIONS["fewshot"], params_file, fresh) as task:
         from lgp.compute.device import choose_device
         from lgp.evaluate.few_labels import evaluate_fewshot

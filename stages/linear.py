@@ -2,6 +2,7 @@
 
 from stages.evaluation import evaluation
 from stages.options import DEFAULT_PARAMS, Arm, Debug, Fresh, ParamsFile, Resume
+from stages.together import Call, taken
 
 
 def linear(
@@ -14,6 +15,8 @@ def linear(
     """Evaluate an arm's frozen features with all labels."""
     from lgp.workflow.pipeline import SECTIONS
 
+    if taken(Call("linear", arm), params_file, fresh):
+        return
     with evaluation(arm, "linear", SECTIONS["linear"], params_file, fresh, resume) as task:
         from lgp.compute.device import choose_device
         from lgp.evaluate.linear import evaluate_linear, evaluate_linear_augmented

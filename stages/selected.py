@@ -2,6 +2,7 @@
 
 from stages.evaluation import check_labels, evaluation
 from stages.options import DEFAULT_PARAMS, Arm, Debug, Fresh, Labels, ParamsFile
+from stages.together import Call, taken
 
 
 def selected(
@@ -20,6 +21,8 @@ def selected(
     from lgp.workflow.pipeline import SECTIONS
 
     check_labels(labels)
+    if taken(Call("selected", arm, labels), params_file, fresh):
+        return
     regression, propagation = selected_tasks(labels)
     with evaluation(arm, regression, SECTIONS["selected"], params_file, fresh) as task:
         from lgp.compute.device import choose_device

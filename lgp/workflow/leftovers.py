@@ -24,6 +24,7 @@ from lgp.models.encoder_folder import images_for
 from lgp.models.files import CLASSIFIERS, ENCODER, WEIGHTS
 from lgp.params.file import Params
 from lgp.training.left_states import RESUME, LeftState, left_states, remove, unused
+from lgp.workflow.ahead import AHEAD
 from lgp.workflow.code_digest import code_digests
 
 LOCKS = ("dvc.lock", "controls/dvc.lock")
@@ -39,6 +40,7 @@ PARTIAL_IN = (
     "reports",
     "reports/conflict",
     str(KEPT),
+    str(AHEAD),
 )
 OF_PROCESS = re.compile(r".+\.(?P<pid>\d+)")  # a file that this process was writing
 MIB = 2**20
@@ -123,6 +125,7 @@ def leftovers(root: Path, params: Params, prepared: Path, labels: Path, waiting:
         *_states(root, waiting),
         *_features(root, params, prepared, labels),
         *_outcomes(root),
+        *_ahead(root),
         *_partial(root),
         *_unnamed(root, params),
     ]
@@ -201,6 +204,11 @@ def _outcomes(root: Path) -> Iterator[Leftover]:
         arm = file.name.partition("-")[0]
         if not (root / "models" / arm / ENCODER).exists():
             yield Leftover(f"outcome of the arm {arm}, which is not there any more", (file,))
+
+
+def _ahead(root: Path) -> Iterator[Leftover]:
+    for place in sorted((root / AHEAD).glob("[a-z]*/")):
+        yield Leftover("an evaluation that was computed ahead, and that no stage has asked for", (place,))
 
 
 def _partial(root: Path) -> Iterator[Leftover]:

@@ -225,6 +225,15 @@ def _other_version_said(uri: str) -> Iterator[None]:
         ) from None
 
 
+def load() -> None:
+    """Import what a store in a database needs, which takes two seconds, before processes are forked that open one."""
+    _configure()
+    import mlflow
+    import mlflow.store.tracking.sqlalchemy_store
+
+    assert mlflow.store.tracking.sqlalchemy_store
+
+
 class Store:
     """An MLflow store, and one open run of it."""
 

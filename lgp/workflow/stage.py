@@ -127,7 +127,7 @@ def _worked(
     for warning in filter(None, checked):
         print(warning, flush=True)
     check_disk_space(root, RESERVE_BYTES)
-    before = _digests(spec, params, root)
+    before = digests_of(spec, params, root)
     git = git_state(source_root())
     provenance = {
         "stage": spec.name,
@@ -185,8 +185,17 @@ def unrecorded(spec: StageSpec, params_file: Path) -> Iterator[StageRun]:
     _check_inputs(spec)
     for warning in filter(None, [check_trained(encoder) for encoder in _encoders(spec)]):
         print(warning, flush=True)
-    store = _state_store(spec, _digests(spec, params, root), root)
+    store = _state_store(spec, digests_of(spec, params, root), root)
     yield StageRun(spec, restricted(params, spec.sections), {}, tracking.Untracked(), store, {})
+
+
+def digests_of(spec: StageSpec, params: Params, root: Path) -> dict[str, Any]:
+    """Digest what a stage reads: `parameters`, `inputs` by path, and `code`."""
+    return {
+        "parameters": params_digest(params, spec.sections),
+        "inputs": {path.as_posix(): input_digest(path, _remedy(path)) for path in spec.reads},
+        "code": code_digests(root)[spec.name],
+    }
 
 
 def _state_store(spec: StageSpec, digests: dict[str, Any], root: Path) -> StateStore:
@@ -299,16 +308,8 @@ def _remedy(path: Path) -> str:
     )
 
 
-def _digests(spec: StageSpec, params: Params, root: Path) -> dict[str, Any]:
-    return {
-        "parameters": params_digest(params, spec.sections),
-        "inputs": {path.as_posix(): input_digest(path, _remedy(path)) for path in spec.reads},
-        "code": code_digests(root)[spec.name],
-    }
-
-
 def _check_unchanged(spec: StageSpec, before: dict[str, Any], params_file: Path, root: Path) -> None:
-    after = _digests(spec, load_params(params_file), root)
+    after = digests_of(spec, load_params(params_file), root)
     changed = [name for name in ("parameters", "code") if after[name] != before[name]]
     changed += [path for path, digest in after["inputs"].items() if digest != before["inputs"][path]]
     if changed:

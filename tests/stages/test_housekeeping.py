@@ -17,6 +17,7 @@ from lgp.features.of_encoder import encoder_source
 from lgp.models.encoder_folder import images_for
 from lgp.params.file import Params
 from lgp.training.resume_states import StateStore
+from lgp.workflow.ahead import AHEAD
 from lgp.workflow.kept_runs import KEPT
 
 OLD = "a" * 64
@@ -78,6 +79,13 @@ def test_clean_lists_first_and_removes_when_told(project: Path) -> None:
     assert "clean: removed 1 of 1" in lgp("clean", "--yes")
     assert not STATE.exists()
     assert lgp("clean", "--yes") == "nothing to clean"
+
+
+def test_clean_takes_evaluations_that_no_stage_asked_for(project: Path) -> None:
+    place = AHEAD / "mim-linear"
+    place.mkdir(parents=True)
+    assert "computed ahead, and that no stage has asked for" in lgp("clean", "--yes")
+    assert not place.exists()
 
 
 def test_clean_takes_states_that_wait_only_when_told(project: Path) -> None:

@@ -1,0 +1,181 @@
+"""Evaluations that DVC asks for one after another are computed together. Each stage takes its own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT, merged
+from typer.testing import CliRunner
+
+import stages.together as module
+from cli import app
+from lgp.data.labels import LabelledImages
+from lgp.params.file import load_params
+from lgp.workflow.ahead import AHEAD
+from stages.options import DEFAULT_PARAMS
+from stages.together import Call
+
+TASKS = ("linear", "fewshot-1pct", "propagate-1pct", "selected-1pct", "selected-1pct-propagated")
+# labels of 3shot are not there yet, so that one of the commands fails
+LISTS = {
+    "arms": ["mim"],
+    "finetuned_arms": ["mim"],
+    "few_labels": ["1pct", "3shot"],
+    "propagated": ["1pct"],
+    "labels": {"shots": [3]},
+}
+
+
+def lgp(*words: str) -> str:
+    ran = CliRunner().invoke(app, list(words))
+    assert ran.exit_code == 0, ran.output
+    return ran.output
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    """Start a command as DVC does. A fork of the tests' own process would inherit its threads."""
+    command = [sys.executable, str(ROOT / "cli.py"), *words]
+    env = os.environ | {"DVC_STAGE": "linear@mim", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def outputs() -> dict[str, bytes]:
+    """Return the bytes of all metrics, predictions and classifiers, but for notes of when and how they were made."""
+    folders = (Path("metrics"), Path("predictions"), Path("models/mim/classifiers"))
+    files = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
+    return {str(file): file.read_bytes() for file in files if file.name not in ("provenance.json", "seal.json")}
+
+
+@pytest.fixture
+def project(
+    tmp_path: Path,
+    values: dict[str, Any],
+    prepared: LabelledImages,
+    encoder_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("DVC_ROOT", "DVC_STAGE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(merged(values, LISTS)))
+    shutil.copytree(encoder_folder.parent, tmp_path / "models" / "mim")
+    shutil.copytree(prepared._labels_folder.parent, "data")
+    return tmp_path
+
+
+def waiting() -> list[str]:
+    return sorted(path.name.removeprefix("mim-") for path in AHEAD.iterdir()) if AHEAD.exists() else []
+
+
+def test_what_is_computed_together_is_what_each_stage_computes_alone(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [["linear", "mim"], *([name, "mim", "1pct"] for name in ("fewshot", "propagate", "selected"))]
+    said = [lgp(*call) for call in calls]
+    alone = outputs()
+    assert waiting() == []
+    for place in ("metrics", "predictions", "models/mim/classifiers"):
+        shutil.rmtree(place)
+
+    first = start("linear", "mim")
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 0, output
+    assert output.startswith("5 evaluations are computed together")
+    assert output.endswith(said[0])
+    assert waiting() == sorted(TASKS[1:])
+    assert [path.name for path in Path("metrics").iterdir()] == ["mim-linear.json"]
+
+    monkeypatch.setenv("DVC_STAGE", "fewshot@mim-1pct")
+    monkeypatch.setattr(module, "_compute", None)  # nothing is computed any more
+    for call, before in zip(calls[1:], said[1:], strict=True):
+        assert lgp(*call) == before
+    assert waiting() == []
+    assert outputs() == alone
+    for task in TASKS:
+        made = json.loads(Path(f"models/mim/classifiers/{task}/provenance.json").read_text())
+        assert (made["arm"], made["task"]) == ("mim", task)
+
+
+def test_outputs_of_other_parameters_or_that_are_not_wanted_are_not_taken(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = Call("fewshot", "mim", "1pct")
+    computed = lgp(*call.words)
+    monkeypatch.setenv("DVC_STAGE", "fewshot@mim-1pct")
+    module_of = sys.modules["lgp.workflow.ahead"]
+
+    def wait_again() -> None:
+        module_of.put_by(call.specs(), "as before\n")
+        assert not Path("metrics/mim-fewshot-1pct.json").exists()
+
+    monkeypatch.setattr(module, "_others", lambda *_: [])
+    wait_again()
+    assert lgp(*call.words) == "as before\n"
+    wait_again()
+    assert lgp(*call.words, "--fresh") == computed
+    assert waiting() == []
+    wait_again()
+    text = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(text.replace("folds: 5", "folds: 4"))
+    assert lgp(*call.words) != "as before\n"
+    Path("params.yaml").write_text(text)
+    assert lgp(*call.words) == "as before\n"
+    wait_again()
+    damaged = AHEAD / "mim-fewshot-1pct" / "fewshot-1pct" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert lgp(*call.words) == computed
+
+
+def test_commands_are_computed_together_only_where_that_pays(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call("linear", "mim")
+    others = [Call("fewshot", "mim", n) for n in ("1pct", "3shot")]
+    others += [Call(name, "mim", "1pct") for name in ("propagate", "selected")]
+    assert module._others(call, DEFAULT_PARAMS) == others
+    lgp(*others[0].words)
+    assert module._others(call, DEFAULT_PARAMS) == others[1:]
+    monkeypatch.setattr(module, "MOST_IMAGES", 10)
+    assert module._others(call, DEFAULT_PARAMS) == []
+    monkeypatch.undo()
+    monkeypatch.chdir(project)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert module._others(call, DEFAULT_PARAMS) == others[1:]  # run.device is cpu
+    assert module._on_cuda(load_params(ROOT / "params.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("words", "one"),
+    [(["dvc", "repro"], False), (["dvc", "repro", "report"], False), (["dvc", "repro", "linear@mim"], True)],
+)
+def test_a_stage_that_is_asked_for_by_name_computes_no_other(
+    words: list[str], one: bool, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Above:
+        def cmdline(self) -> list[str]:
+            return words
+
+    monkeypatch.setattr(psutil.Process, "parents", lambda _self: [Above()])
+    assert (module._others(Call("linear", "mim"), DEFAULT_PARAMS) == []) == one
+
+
+def test_a_stop_ends_all_of_them_and_leaves_nothing(project: Path) -> None:
+    first = start("linear", "mim")
+    assert first.stdout is not None
+    assert "computed together" in first.stdout.readline()
+    while not (forks := psutil.Process(first.pid).children(recursive=True)):
+        time.sleep(0.01)
+    first.send_signal(signal.SIGTERM)
+    output, _ = first.communicate(timeout=60)
+    assert (first.returncode, output.count("\n")) == (128 + signal.SIGTERM, 1), output
+    assert "stopped by SIGTERM" in output
+    assert not any(fork.is_running() for fork in forks)
+    assert outputs() == {}
+    assert waiting() == []
