@@ -123,12 +123,13 @@ def evaluation(
 def spec_of(arm: str, task: str, sections: Sequence[str], also: Sequence[Path] = ()) -> "StageSpec":
     """Describe the evaluation `task` of `arm` as a stage. `also` are more files that it reads."""
     from lgp.params.arms import TUNING
+    from lgp.workflow.ahead import folder_ahead
     from lgp.workflow.stage import StageSpec
 
     name = task.partition("-")[0]
     trains = name in TUNING
     reads = [PREPARED, LABELS, *encoder_files(arm), *([heads_file(arm)] if trains else []), *also]
-    return StageSpec(name, sections, reads, _places(arm, task), arm, task, trains)
+    return StageSpec(name, sections, reads, _places(arm, task), arm, task, trains, folder_ahead(arm, task))
 
 
 def _places(arm: str, task: str) -> list[Path]:

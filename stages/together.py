@@ -7,8 +7,9 @@ cores. Their outputs wait in `.lgp/ahead`. Each stage takes its own, if its para
 
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import wait
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from lgp.params.file import Params
     from lgp.workflow.stage import StageSpec
 
+FROZEN = ("linear", "fewshot", "propagate", "selected")
 MOST_IMAGES = 50_000  # with more, an evaluation takes longer than loading does
+MOST_JOBS = 8  # each holds features in memory
 # what the evaluations import, by name: a stage's code is what its own modules reach, not what these do
 LIBRARIES = (
     "cli",
@@ -93,7 +96,7 @@ def _others(call: Call, params_file: Path) -> list[Call]:
     from lgp.workflow.ahead import is_made
 
     params = load_params(params_file)
-    if sys.platform != "linux" or _for_one_stage() or not (PREPARED / "meta.json").exists():
+    if sys.platform != "linux" or _for_some_stages() or not (PREPARED / "meta.json").exists():
         return []
     if len(StoredImages(PREPARED).sizes) > MOST_IMAGES or _on_cuda(params):
         return []
@@ -107,15 +110,17 @@ def _others(call: Call, params_file: Path) -> list[Call]:
     return [other for other in calls if other != call and not is_made(other.specs(), params)]
 
 
-def _for_one_stage() -> bool:
-    """Return whether DVC was asked for one stage of a matrix, as in `dvc repro fewshot@graft-1pct`."""
+def _for_some_stages() -> bool:
+    """Return whether DVC was asked for evaluations by name, as in `dvc repro fewshot@graft-1pct` or `… fewshot`."""
     import psutil
 
     try:
         above = [process.cmdline() for process in psutil.Process().parents()]
     except psutil.Error:
         return False
-    return any("repro" in words and any("@" in word for word in words) for words in above)
+    asked = [words[words.index(how) + 1 :] for words in above for how in ("repro", "run") if how in words]
+    names = [word.rpartition("/")[2].rpartition(":")[2] for words in asked for word in words]
+    return any("@" in name or name in FROZEN for name in names)
 
 
 def _on_cuda(params: "Params") -> bool:
@@ -126,32 +131,37 @@ def _on_cuda(params: "Params") -> bool:
 
 
 def _compute(calls: Sequence[Call], params_file: Path) -> None:
-    """Run commands in forks of this process. What they publish is put by. One that fails leaves nothing."""
+    """Run commands in forks of this process. Their outputs wait. One that fails leaves nothing."""
     from lgp.compute.processes import cores
     from lgp.params.file import load_params
+    from lgp.workflow.ahead import AHEAD, project_root
+    from lgp.workflow.code_digest import code_digests
     from lgp.workflow.mlflow_store import load
 
+    code = code_digests(project_root())  # a fork digests the files as they are later, and runs what is loaded now
     for library in LIBRARIES:
         import_module(library)
     load()
-    jobs = max(1, cores() // (load_params(params_file).run.threads or cores()))
+    jobs = min(MOST_JOBS, max(1, cores() // (load_params(params_file).run.threads or cores())))
     print(f"{len(calls)} evaluations are computed together, {min(jobs, len(calls))} at a time", flush=True)
     arms = {call.arm: call for call in reversed(calls)}  # the first of each arm caches the features of the others
     first = [call for call in calls if arms[call.arm] is call]
-    with TemporaryDirectory() as folder:
+    AHEAD.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".partial.", dir=AHEAD) as folder:
         for group in (first, [call for call in calls if call not in first]):
-            _run(group, jobs, Path(folder))
+            _run(group, jobs, Path(folder), code)
 
 
-def _run(calls: Sequence[Call], jobs: int, folder: Path) -> None:
+def _run(calls: Sequence[Call], jobs: int, folder: Path, code: Mapping[str, str]) -> None:
     """Run commands in forks, `jobs` at a time. Their output goes into files of a folder."""
-    from lgp.workflow.ahead import put_by
+    from lgp.workflow.ahead import discard, finish
 
     waiting, running = list(calls), dict[ForkProcess, Call]()
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 call = waiting.pop(0)
+                discard(call.specs())
                 log = folder / "-".join(call.words)
                 process = multiprocessing.get_context("fork").Process(target=_command, args=(call.words, log))
                 process.start()
@@ -160,21 +170,28 @@ def _run(calls: Sequence[Call], jobs: int, folder: Path) -> None:
             for process in [process for process in running if process.exitcode is not None]:
                 call = running.pop(process)
                 if process.exitcode == 0:
-                    put_by(call.specs(), (folder / "-".join(call.words)).read_text(errors="backslashreplace"))
+                    said = (folder / "-".join(call.words)).read_text(encoding="utf-8", errors="backslashreplace")
+                    finish(call.specs(), said, code)
+                else:
+                    discard(call.specs())
     finally:
         for process in running:
             process.terminate()
-        for process in running:
+        for process, call in running.items():
             process.join()
+            discard(call.specs())
 
 
 def _command(words: Sequence[str], log: Path) -> None:
     """Run a command of `lgp` in this fork, to its end or to that of the process above."""
     from lgp.compute.processes import stop_with_parent
+    from lgp.workflow.ahead import COMPUTES_AHEAD
 
-    stop_with_parent()
-    del os.environ["DVC_STAGE"]  # the fork itself computes
-    with log.open("w") as output:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the process above asks to stop
+    with log.open("w", encoding="utf-8") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    stop_with_parent()
+    del os.environ["DVC_STAGE"]  # the fork itself computes
+    os.environ[COMPUTES_AHEAD] = "1"
     import_module("cli").app(list(words), prog_name="lgp")

@@ -32,6 +32,7 @@ NOT_DIGESTED = (
     "lgp.pretrain.batch_checks",
     "lgp.training.progress",
     "lgp.training.replay",
+    "lgp.workflow.ahead",
     "lgp.workflow.code_digest",
     "lgp.workflow.mlflow_store",
     "lgp.workflow.moved_store",
@@ -44,6 +45,7 @@ NOT_DIGESTED = (
     "lgp.workflow.tracking",
     "stages.options",
     "stages.replaying",
+    "stages.together",
 )
 PARAMS_CLASS = ("lgp.params.file", "Params")  # the class whose fields are the sections
 WHOLE = "*"  # in place of a name: everything in a module

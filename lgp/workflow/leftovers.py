@@ -208,6 +208,8 @@ def _outcomes(root: Path) -> Iterator[Leftover]:
 
 def _ahead(root: Path) -> Iterator[Leftover]:
     for place in sorted((root / AHEAD).glob("[a-z]*/")):
+        if time.time() - place.stat().st_mtime < WRITTEN_WITHIN_S:  # `dvc repro` may run, and take it
+            continue
         yield Leftover("an evaluation that was computed ahead, and that no stage has asked for", (place,))
 
 

@@ -45,6 +45,7 @@ class StageSpec:
         arm: the arm whose encoder it trains or evaluates; `data` or `all` where there is none.
         task: pretrain, linear, fewshot-1pct, …
         trains: whether it is a training. Several processes may share a training, and `resume` may continue it.
+        into: a folder that gets the outputs instead of their places; None: they go to their places.
     """
 
     name: str
@@ -54,6 +55,12 @@ class StageSpec:
     arm: str
     task: str
     trains: bool = False
+    into: Path | None = None
+
+    @property
+    def targets(self) -> list[Path]:
+        """Where the outputs go."""
+        return [path if self.into is None else self.into / path.name for path in self.writes]
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ def _worked(
         _choose_state(store, spec.name, fresh, resume)
         if store.adopted():
             provenance["resumed_from_code"] = store.adopted()
-        partial = {path: _start_output(path) for path in spec.writes}
+        partial = {path: _start_output(target) for path, target in zip(spec.writes, spec.targets, strict=True)}
         about = _description(spec, params, before, git, committed_values(params_file))
         with tracking.tracked(about, root, store.run_id_file) as tracker:
             failure = None
@@ -156,13 +163,13 @@ def _worked(
             except NotTrained as e:
                 failure = e
             _check_unchanged(spec, before, params_file, root)
-            for path, written in partial.items():
-                _publish(written, path)
+            for written, target in zip(partial.values(), spec.targets, strict=True):
+                _publish(written, target)
             if failure is not None:
                 raise failure
             # an encoder is registered, and a result identified, only after it is checked and published
             tracker.register()
-            tracker.log_result(spec.writes)
+            tracker.log_result(spec.targets)
         succeeded = True
         expire(store.folder, before["code"])
     finally:

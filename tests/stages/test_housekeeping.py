@@ -1,6 +1,7 @@
 """`lgp status` and `lgp clean` in a project with prepared images and one arm."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def test_clean_lists_first_and_removes_when_told(project: Path) -> None:
 def test_clean_takes_evaluations_that_no_stage_asked_for(project: Path) -> None:
     place = AHEAD / "mim-linear"
     place.mkdir(parents=True)
+    assert lgp("clean", "--yes") == "nothing to clean"
+    os.utime(place, (1e9, 1e9))
     assert "computed ahead, and that no stage has asked for" in lgp("clean", "--yes")
     assert not place.exists()
 

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -20,7 +22,8 @@ import stages.together as module
 from cli import app
 from lgp.data.labels import LabelledImages
 from lgp.params.file import load_params
-from lgp.workflow.ahead import AHEAD
+from lgp.workflow.ahead import AHEAD, finish
+from lgp.workflow.code_digest import code_digests
 from stages.options import DEFAULT_PARAMS
 from stages.together import Call
 
@@ -76,15 +79,25 @@ def waiting() -> list[str]:
     return sorted(path.name.removeprefix("mim-") for path in AHEAD.iterdir()) if AHEAD.exists() else []
 
 
+@pytest.fixture
+def another_disk() -> Iterator[str]:
+    shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with TemporaryDirectory(dir=shared) as folder:
+        yield folder
+
+
 def test_what_is_computed_together_is_what_each_stage_computes_alone(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, another_disk: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = [["linear", "mim"], *([name, "mim", "1pct"] for name in ("fewshot", "propagate", "selected"))]
     said = [lgp(*call) for call in calls]
     alone = outputs()
     assert waiting() == []
-    for place in ("metrics", "predictions", "models/mim/classifiers"):
+    for place in ("predictions", "models/mim/classifiers"):
         shutil.rmtree(place)
+    for task in TASKS[1:]:  # what is there belongs to other stages, which may not be asked for
+        Path(f"metrics/mim-{task}.json").write_text("old")
+    Path("predictions").symlink_to(another_disk, target_is_directory=True)
 
     first = start("linear", "mim")
     output, _ = first.communicate(timeout=120)
@@ -92,7 +105,7 @@ def test_what_is_computed_together_is_what_each_stage_computes_alone(
     assert output.startswith("5 evaluations are computed together")
     assert output.endswith(said[0])
     assert waiting() == sorted(TASKS[1:])
-    assert [path.name for path in Path("metrics").iterdir()] == ["mim-linear.json"]
+    assert {Path(f"metrics/mim-{task}.json").read_text() for task in TASKS[1:]} == {"old"}
 
     monkeypatch.setenv("DVC_STAGE", "fewshot@mim-1pct")
     monkeypatch.setattr(module, "_compute", None)  # nothing is computed any more
@@ -111,11 +124,15 @@ def test_outputs_of_other_parameters_or_that_are_not_wanted_are_not_taken(
     call = Call("fewshot", "mim", "1pct")
     computed = lgp(*call.words)
     monkeypatch.setenv("DVC_STAGE", "fewshot@mim-1pct")
-    module_of = sys.modules["lgp.workflow.ahead"]
+    code = code_digests(Path())
 
-    def wait_again() -> None:
-        module_of.put_by(call.specs(), "as before\n")
-        assert not Path("metrics/mim-fewshot-1pct.json").exists()
+    def wait_again(code: Mapping[str, str] = code) -> None:
+        [spec] = call.specs()
+        place = AHEAD / "mim-fewshot-1pct"
+        place.mkdir(parents=True)
+        for path in spec.writes:
+            path.rename(place / path.name)
+        finish(call.specs(), "as before\n", code)
 
     monkeypatch.setattr(module, "_others", lambda *_: [])
     wait_again()
@@ -129,6 +146,9 @@ def test_outputs_of_other_parameters_or_that_are_not_wanted_are_not_taken(
     assert lgp(*call.words) != "as before\n"
     Path("params.yaml").write_text(text)
     assert lgp(*call.words) == "as before\n"
+    wait_again(code={"fewshot": "of an edit while it ran"})
+    assert waiting() == []
+    assert lgp(*call.words) == computed
     wait_again()
     damaged = AHEAD / "mim-fewshot-1pct" / "fewshot-1pct" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -153,7 +173,13 @@ def test_commands_are_computed_together_only_where_that_pays(project: Path, monk
 
 @pytest.mark.parametrize(
     ("words", "one"),
-    [(["dvc", "repro"], False), (["dvc", "repro", "report"], False), (["dvc", "repro", "linear@mim"], True)],
+    [
+        (["/home/me@work/bin/dvc", "repro"], False),
+        (["dvc", "repro", "report"], False),
+        (["dvc", "repro", "linear@mim"], True),
+        (["dvc", "repro", "dvc.yaml:fewshot"], True),
+        (["dvc", "exp", "run", "linear@mim"], True),
+    ],
 )
 def test_a_stage_that_is_asked_for_by_name_computes_no_other(
     words: list[str], one: bool, project: Path, monkeypatch: pytest.MonkeyPatch
