@@ -52,10 +52,11 @@ def place(model: nn.Module, device: torch.device, precision: torch.dtype) -> Non
     # uninitialised memory needs no filling: it is written before it is read
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model.to(device)
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):  # timm's attention
-            # on a CPU the backward pass of torch's fused attention is seven times as slow in bf16 as plain products
-            module.fused_attn = device.type == "cuda" or precision == torch.float32  # type: ignore[assignment]
+    if device.type == "cpu" and precision == torch.bfloat16:
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):  # timm's attention
+                # the backward pass of torch's fused attention for a CPU is ten times as slow in bf16 as plain products
+                module.fused_attn = False  # type: ignore[assignment]
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)  # for the patch projection, a convolution
         if precision == torch.float32:
