@@ -122,6 +122,16 @@ def encoder_folder(prepared: LabelledImages, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
+@pytest.fixture
+def mim_project(tmp_path: Path, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: a project whose only arm is `mim`, without parameters and images."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DVC_ROOT", "DVC_STAGE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    shutil.copytree(encoder_folder.parent, tmp_path / "models" / "mim")
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def coloured(tmp_path_factory: pytest.TempPathFactory) -> "Coloured":
     """Coloured images with labels, some without, and two encoders to start from."""

@@ -32,21 +32,11 @@ def lgp(*arguments: str) -> str:
 
 
 @pytest.fixture
-def project(
-    tmp_path: Path,
-    values: dict[str, Any],
-    prepared: LabelledImages,
-    encoder_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def project(mim_project: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("lgp.workflow.code_digest.code_digests", lambda _root: {"mim": "b" * 64})
     monkeypatch.setattr("lgp.workflow.leftovers.code_digests", lambda _root: {"mim": "b" * 64})
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
-    shutil.copytree(encoder_folder.parent, tmp_path / "models" / "mim")
-    return tmp_path
+    (mim_project / "params.yaml").write_text(yaml.safe_dump(values))
+    return mim_project
 
 
 def entry_of(encoder: Path, params: Params, data: LabelledImages) -> Path:
