@@ -47,11 +47,11 @@ def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):  # a broken pool ends its other processes by SIGTERM
         signal.signal(number, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    stop_with_parent()
 
 
 def stop_with_parent() -> None:
-    """Ask this process to stop, by SIGTERM, when the process that forked it dies."""
+    """Send SIGTERM to this process when the process that forked it dies."""
     threading.Thread(target=_stop_after_parent, daemon=True).start()
 
 
@@ -60,10 +60,3 @@ def _stop_after_parent() -> None:
     if parent is not None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -25,7 +25,7 @@ def project_root() -> Path:
 
 def folder_ahead(arm: str, task: str) -> Path | None:
     """Return the folder in which the outputs of an evaluation wait, if this process computes ahead."""
-    return AHEAD / f"{arm}-{task}" if COMPUTES_AHEAD in os.environ else None
+    return _folder(arm, task) if COMPUTES_AHEAD in os.environ else None
 
 
 def take(specs: Sequence[StageSpec], params_file: Path) -> str | None:
@@ -85,8 +85,12 @@ def _waits(spec: StageSpec, params: Params) -> bool:
     return (_place(spec) / SAID).exists() and _belong(spec, _outputs(spec), params)
 
 
+def _folder(arm: str, task: str) -> Path:
+    return AHEAD / f"{arm}-{task}"
+
+
 def _place(spec: StageSpec) -> Path:
-    return AHEAD / f"{spec.arm}-{spec.task}"
+    return _folder(spec.arm, spec.task)
 
 
 def _outputs(spec: StageSpec) -> list[Path]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -226,12 +227,9 @@ def _other_version_said(uri: str) -> Iterator[None]:
 
 
 def load() -> None:
-    """Import what a store in a database needs, which takes two seconds, before processes are forked that open one."""
+    """Import what a store in a database needs. It takes two seconds, which forks of this process then save."""
     _configure()
-    import mlflow
-    import mlflow.store.tracking.sqlalchemy_store
-
-    assert mlflow.store.tracking.sqlalchemy_store
+    import_module("mlflow.store.tracking.sqlalchemy_store")
 
 
 class Store:
