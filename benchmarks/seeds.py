@@ -381,8 +381,8 @@ def page(rows: pd.DataFrame) -> str:
     named = [name for name in VARIANTS if name in by]
     of_variant = [[f"`{v}`", VARIANTS[v].what, *(cell(by[v][m]) for m in measures)] for v in named]
     lines += table(["arm", "what", *measures], of_variant)
-    one = "Each interval is of one comparison: of so many, some exclude a tie by chance."
-    lines += ["", f"Ahead, paired by seed, in points; bold where the interval excludes a tie. {one}", ""]
+    lines += ["", "Ahead, paired by seed, in points; bold where the interval excludes a tie. Each interval is of one"]
+    lines += ["comparison: of so many, some exclude a tie by chance.", ""]
     pairs = itertools.combinations(reversed(named), 2)
     compared = [[f"`{a}` over `{b}`", *(cell(by[a][m] - by[b][m], "+") for m in measures)] for a, b in pairs]
     lines += table(["", *measures], compared)
