@@ -145,6 +145,19 @@ def test_outputs_of_other_parameters_or_that_are_not_wanted_are_not_taken(
     assert lgp(*call.words) == computed
 
 
+def test_outputs_are_compared_with_the_code_of_before_it_was_loaded(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, given = {"linear": "loaded"}, []
+    monkeypatch.setattr("lgp.workflow.code_digest.code_digests", lambda _root: dict(code))
+    monkeypatch.setattr(module, "import_module", lambda _name: code.update(linear="edited"))
+    monkeypatch.setattr("lgp.workflow.mlflow_store.load", lambda: None)
+    monkeypatch.setattr(module, "_command", lambda words, log: log.write_text(" ".join(words)))
+    monkeypatch.setattr("lgp.workflow.ahead.finish", lambda _specs, said, of: given.append((said, of)))
+    module._compute([Call("linear", "mim")], DEFAULT_PARAMS)
+    assert given == [("linear mim", {"linear": "loaded"})]
+
+
 def test_commands_are_computed_together_only_where_that_pays(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call = Call("linear", "mim")
     others = [Call("fewshot", "mim", n) for n in ("1pct", "3shot")]
