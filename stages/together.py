@@ -9,7 +9,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import wait
@@ -18,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from lgp.compute.interruption import ASKING
 from stages.evaluation import spec_of
 from stages.options import DEFAULT_PARAMS
 from stages.paths import PREPARED, encoder_files
@@ -164,8 +166,9 @@ def _run(calls: Sequence[Call], jobs: int, folder: Path, code: Mapping[str, str]
                 discard(call.specs())
                 log = folder / "-".join(call.words)
                 process = multiprocessing.get_context("fork").Process(target=_command, args=(call.words, log))
-                process.start()
-                running[process] = call
+                with _signals_held():
+                    process.start()
+                    running[process] = call
             wait([process.sentinel for process in running])
             for process in [process for process in running if process.exitcode is not None]:
                 call = running.pop(process)
@@ -182,6 +185,16 @@ def _run(calls: Sequence[Call], jobs: int, folder: Path, code: Mapping[str, str]
             discard(call.specs())
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let signals that ask to stop wait until the end of the block. A fork begins with them held."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _command(words: Sequence[str], log: Path) -> None:
     """Run a command of `lgp` in this fork, to its end or to that of the process above."""
     from lgp.compute.processes import stop_with_parent
@@ -191,6 +204,7 @@ def _command(words: Sequence[str], log: Path) -> None:
     with log.open("w", encoding="utf-8") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)  # what is said of a stop goes into the log from here on
     stop_with_parent()
     del os.environ["DVC_STAGE"]  # the fork itself computes
     os.environ[COMPUTES_AHEAD] = "1"

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import stages.together as module
 from cli import app
+from lgp.compute.interruption import ASKING
 from lgp.data.labels import LabelledImages
 from lgp.params.file import load_params
 from lgp.workflow.ahead import AHEAD, finish
@@ -193,6 +194,20 @@ def test_a_stage_that_is_asked_for_by_name_computes_no_other(
 
     monkeypatch.setattr(psutil.Process, "parents", lambda _self: [Above()])
     assert (module._others(Call("linear", "mim"), DEFAULT_PARAMS) == []) == one
+
+
+def test_a_fork_begins_with_the_signals_held_that_ask_it_to_stop(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def held() -> set[int]:
+        return set(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+    given: list[str] = []
+    monkeypatch.setattr(module, "_command", lambda _words, log: log.write_text(str(set(ASKING) <= held())))
+    monkeypatch.setattr("lgp.workflow.ahead.finish", lambda _specs, said, _code: given.append(said))
+    before = held()
+    module._run([Call("linear", "mim")], 1, project, {})
+    assert (given, held()) == (["True"], before)
 
 
 def test_a_stop_ends_all_of_them_and_leaves_nothing(project: Path) -> None:
