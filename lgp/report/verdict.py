@@ -25,6 +25,7 @@ class Verdict:
         sentence: who is the champion, or why nobody is.
         answer: how good the leader is; empty where no arm may lead.
         notes: what else a reader must know before the numbers.
+        unbeaten: the measures besides the fewest labels in which a baseline is not beaten.
         pairs: the comparisons that it rests on.
         gains: what unlabelled and chosen images add.
         crown: what the registry says of the champion: metric, interval and runner-up; empty without one.
@@ -34,14 +35,16 @@ class Verdict:
     sentence: str
     answer: str
     notes: list[str]
+    unbeaten: list[str]
     pairs: list[Pair]
     gains: list[Gain]
     crown: str
 
     @property
     def lines(self) -> list[str]:
-        """What a reader must know before the numbers. The answer comes first, unless nobody is crowned."""
-        first = [self.answer, self.sentence] if self.champion else [self.sentence, self.answer]
+        """What a reader must know before the numbers. The first says in what a baseline is not beaten."""
+        but = f" A baseline is not beaten in: {', '.join(self.unbeaten)}." if self.unbeaten else ""
+        first = [self.answer + but, self.sentence] if self.champion else [self.sentence, self.answer]
         return [line for line in (*first, *self.notes) if line]
 
 
@@ -60,14 +63,17 @@ def judge(arms: list[ArmOutcomes], data: LabelledImages) -> Verdict:
     unbeaten = "" if best is None else _unbeaten_by(best, arms, fewest, pairs)
     warning = small_validation(len(data.ids("val")))
     champion = None if best is None or unbeaten or warning else best.arm
-    notes = [note for task in _compared(arms, fewest, repeats) if (note := _note(arms, task, pairs))]
+    unbeaten_in = {task: note for task in _compared(arms, fewest, repeats) if (note := _note(arms, task, pairs))}
+    notes = list(unbeaten_in.values())
     notes += [f"{a.arm} is not trained: its checks failed. It is never the champion." for a in arms if not a.trained]
     notes += [f"{task_name(task)} has the same images as {task_name(of)}." for task, of in repeats.items()]
     sentence = _sentence(champion, arms, fewest, unbeaten, warning)
     if warning and warning not in sentence:
         notes.append(f"Warning: {warning}.")
     crown = _crown(champion, arms, fewest, pairs) if champion else ""
-    return Verdict(champion, sentence, answer(arms, found), notes, pairs, found, crown)
+    return Verdict(
+        champion, sentence, answer(arms, found), notes, [task_name(task) for task in unbeaten_in], pairs, found, crown
+    )
 
 
 def repeated(arms: list[ArmOutcomes], data: LabelledImages) -> dict[str, str]:
@@ -113,7 +119,7 @@ def _measured(metrics: Mapping[str, float]) -> str:
 
 
 def _unbeaten_by(arm: ArmOutcomes, arms: list[ArmOutcomes], task: str, pairs: list[Pair]) -> str:
-    """Say that a baseline is ahead of every trained arm in a task, or is not beaten by `arm`; else nothing."""
+    """Say that a baseline is not beaten in a task: by any trained arm, or by `arm`; else nothing."""
     if ahead := _ahead_of_all(arms, {a.arm: a.tasks[task].metrics[TOP1] for a in arms if task in a.tasks}):
         return ahead
     baselines = {a.arm for a in arms if a.is_baseline}
@@ -126,14 +132,19 @@ def _unbeaten_by(arm: ArmOutcomes, arms: list[ArmOutcomes], task: str, pairs: li
 
 def _ahead_of_all(arms: list[ArmOutcomes], measured: Mapping[str, float]) -> str:
     """Say that a baseline is ahead of every trained arm, given accuracies by arm; else nothing."""
+    baseline, trained = _best_of_both(arms, measured)
+    if measured.get(baseline, -1.0) <= measured.get(trained, 101.0):
+        return ""
+    return (
+        f"{baseline} ({measured[baseline]:.1f} %) is ahead of every trained arm ({trained}: {measured[trained]:.1f} %)"
+    )
+
+
+def _best_of_both(arms: list[ArmOutcomes], measured: Mapping[str, float]) -> tuple[str, str]:
+    """Return the best baseline and the best trained arm by a measure; an empty name where there is none."""
     baselines = [a.arm for a in arms if a.is_baseline and a.arm in measured]
     trained = [a.arm for a in arms if a.may_win and a.arm in measured]
-    if not baselines or not trained:
-        return ""
-    first, second = (max(names, key=lambda arm: measured[arm]) for names in (baselines, trained))
-    if measured[first] <= measured[second]:
-        return ""
-    return f"{first} ({measured[first]:.1f} %) is ahead of every trained arm ({second}: {measured[second]:.1f} %)"
+    return max(baselines, key=measured.__getitem__, default=""), max(trained, key=measured.__getitem__, default="")
 
 
 def _compared(arms: list[ArmOutcomes], fewest: str, repeats: Mapping[str, str]) -> list[str]:
@@ -146,8 +157,12 @@ def _compared(arms: list[ArmOutcomes], fewest: str, repeats: Mapping[str, str]) 
 def _note(arms: list[ArmOutcomes], task: str, pairs: list[Pair]) -> str:
     """Say of a task what a baseline is not beaten in, or nothing. k-NN is not compared in pairs."""
     if task == "knn":
-        ahead = _ahead_of_all(arms, {a.arm: a.tasks["linear"].metrics[KNN] for a in arms})
-        return f"{task_name(task)}: {ahead}." if ahead else ""
+        measured = {a.arm: a.tasks["linear"].metrics[KNN] for a in arms}
+        baseline, best_trained = _best_of_both(arms, measured)
+        level = bool(baseline and best_trained) and measured[baseline] == measured[best_trained]
+        tie = f"{baseline} and {best_trained} have {measured[baseline]:.1f} % each" if level else ""
+        said = tie or _ahead_of_all(arms, measured)
+        return f"{task_name(task)}: {said}." if said else ""
     trained = [a for a in arms if a.may_win and task in a.tasks]
     if not trained:
         return ""

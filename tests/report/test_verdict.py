@@ -116,6 +116,19 @@ def test_other_tasks_in_which_a_baseline_is_not_beaten_are_noted() -> None:
     assert found.notes[1] == "linear: pixels (60.0 %) is ahead of every trained arm (graft: 50.0 %)."
     assert found.notes[2].startswith("10 %: graft and pixels are undecided: graft is ahead by 1.0 points [-")
     assert len(found.notes) == 3
+    assert found.unbeaten == ["k-NN", "linear", "10 %"]
+    assert found.lines[0] == f"{found.answer} A baseline is not beaten in: k-NN, linear, 10 %."
+
+
+def test_first_line_names_no_task_where_every_baseline_is_beaten() -> None:
+    found = judged(arm("pixels", WEAK, knn=9), arm("graft", {}))
+    assert (found.unbeaten, found.lines[0]) == ([], found.answer)
+
+
+def test_exact_tie_by_k_nn_is_said() -> None:
+    found = judged(arm("pixels", WEAK, knn=98.3), arm("cl", {}, knn=97.0), arm("graft", {}, val=0.9, knn=98.3))
+    assert found.notes == ["k-NN: pixels and graft have 98.3 % each."]
+    assert found.unbeaten == ["k-NN"]
 
 
 def test_without_baselines_the_champion_is_crowned_and_the_lack_is_said() -> None:
