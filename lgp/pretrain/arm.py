@@ -24,7 +24,7 @@ from lgp.params.file import Params
 from lgp.params.pretrain import TrainingParams
 from lgp.pretrain.batch_checks import check_batch
 from lgp.pretrain.head_warmup import HeadsObserver, HeadWarmup, frozen_encoder, knn_in_head
-from lgp.pretrain.sanity_checks import Findings, Weights, check_features, check_weights, weights_of
+from lgp.pretrain.sanity_checks import Findings, Weights, check_features, check_loss, check_weights, weights_of
 from lgp.training.alarms import fallen
 from lgp.training.loop import Observer, Progression, Trainer
 from lgp.training.optimizer import adamw, parameter_groups, warmup_cosine, whole_warmup_steps
@@ -230,32 +230,35 @@ class Checks:
     device: torch.device
     accepted: bool
 
-    def find_dead(self, epoch: int) -> bool:
-        """Return whether a check fails after an epoch, where one is due.
+    def find_dead(self, now: Progression) -> bool:
+        """Return whether a check fails at the end of an epoch, where one is due.
 
         None is due in the warm-up. None is due for an arm in `run.accept`: it is taken as it is, at its end.
         """
+        epoch = len(now.history)
         every = 0 if self.accepted else min(WATCH_EVERY_EPOCHS, self.stage.epochs // WATCHES)
         if not every or epoch % every or epoch <= self.stage.warmup_epochs:
             return False
-        return bool(self._after(epoch * self.objective.crops.steps_per_epoch, WATCHED_IMAGES).faults)
+        return bool(self._after(now, WATCHED_IMAGES).faults)
 
     def of_all(self, progression: Progression) -> Findings:
         """Check a training that is over. The faults of one that ended early say when it ended."""
         if not progression.ended_early:
-            return self._after(progression.step, CHECKED_IMAGES)
+            return self._after(progression, CHECKED_IMAGES)
         # the same images as in the check that ended it, so that the same faults are found
-        found = self._after(progression.step, WATCHED_IMAGES)
+        found = self._after(progression, WATCHED_IMAGES)
         faults = found.faults or {"a check failed": "train it anew"}  # another device may find other measures
         when = f"after {len(progression.history)} of {self.stage.epochs} epochs"
         return Findings(found.metrics, {f"{what}, {when}": remedy for what, remedy in faults.items()}, found.warnings)
 
-    def _after(self, steps: int, images: int) -> Findings:
+    def _after(self, now: Progression, images: int) -> Findings:
         model, crops = self.objective.model, self.objective.crops
-        moved = check_weights(model, self.initial, self.rates, steps, self.optimizer, self.objective.regularized)
+        moved = check_weights(model, self.initial, self.rates, now.step, self.optimizer, self.objective.regularized)
+        loss = check_loss(now.first_loss, [epoch["train/loss"] for epoch in now.history])
         # evenly spaced over all images, because sources are sorted by class
         ids = crops.ids[:: math.ceil(len(crops.ids) / images)]
-        return moved | check_features(extract(features_of(model.published_encoder, self.device), crops.data, ids))
+        features = check_features(extract(features_of(model.published_encoder, self.device), crops.data, ids))
+        return moved | loss | features
 
 
 def _watch(trainer: Trainer, objective: Objective, knn: OnlineKnn, device: torch.device) -> None:

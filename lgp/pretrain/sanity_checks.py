@@ -1,8 +1,8 @@
-"""Sanity checks of a training: every part of the model has moved, and the features have not collapsed."""
+"""Sanity checks of a training: every part has moved, the loss has not risen, the features have not collapsed."""
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,11 +20,17 @@ LOW_STD = 0.01
 # features that deviate less are constant: rounding errors then make a good part of their effective rank
 MIN_STD = 1e-4
 MIN_EFFECTIVE_RANK = 1.5
+# largest mean loss of an epoch, relative to the loss of the first step: that is of the untrained model
+MAX_RISE = 2.0
+# smallest usual fall of the loss from the first epoch to the last, as a share
+LOW_FALL = 0.01
 
 # what to do about a fault
 GO_FURTHER = "raise the learning rate or the epochs"
 HOLD_LESS = "lower the learning rate or the weight decay"  # weight decay bounds the weights, whatever the rate
 CALM_DOWN = "lower the learning rate, or raise crop_scale_min"
+SLOW_DOWN = "lower the learning rate, lengthen its warm-up or set clip_norm"
+SHORT = "too few epochs, or a learning rate that is too low or too high"  # which, no measure here tells
 REPORT = "this is a mistake in the code of the objective, report it"
 
 Weights = dict[str, Tensor]
@@ -127,6 +133,24 @@ def _saw_gradient(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
     return second_moment is not None and bool(second_moment.any())
 
 
+def check_loss(first_step: float, epochs: Sequence[float]) -> Findings:
+    """Compare the mean loss of the last epoch with the losses of the beginning. No loss may be negative.
+
+    Args:
+        first_step: the loss of the first step, of the untrained model.
+        epochs: the mean loss of each epoch.
+
+    Returns:
+        A loss that has risen is a fault, also where it is finite. A loss that hardly fell is a warning.
+    """
+    first, last = epochs[0], epochs[-1]
+    if last > MAX_RISE * first_step:
+        return Findings({}, {f"the loss rose from {first_step:.4g} at the first step to {last:.4g}": SLOW_DOWN})
+    if len(epochs) == 1 or last <= (1 - LOW_FALL) * first:
+        return Findings()
+    return Findings(warnings=(f"{SHORT}: the loss hardly fell, from {first:.4g} in the first epoch to {last:.4g}",))
+
+
 def check_features(features: np.ndarray) -> Findings:
     """Measure the standard deviation and the effective rank of features (N, D).
 
@@ -135,7 +159,7 @@ def check_features(features: np.ndarray) -> Findings:
 
     Returns:
         Both measures. Features that are constant or lie on one line have collapsed, which is a fault. Features that
-        deviate little in many directions are those of a short training, which is a warning.
+        deviate little in many directions are a warning.
     """
     if not np.isfinite(features).all():
         return Findings({"features/std": 0.0, "features/effective_rank": 0.0}, {"a feature is not finite": CALM_DOWN})
@@ -145,8 +169,8 @@ def check_features(features: np.ndarray) -> Findings:
     failed = [f"effective rank {rank:.3g} (alarm below {MIN_EFFECTIVE_RANK})"] if rank < MIN_EFFECTIVE_RANK else []
     failed += [f"deviation on the unit sphere {std:.3g} (alarm below {MIN_STD})"] if std < MIN_STD else []
     short = (
-        f"too few epochs or too low a learning rate: the features deviate by {std:.3g} on the unit sphere (usual: "
-        f"{LOW_STD} or more), at an effective rank of {rank:.3g}"
+        f"{SHORT}: the features deviate by {std:.3g} on the unit sphere (usual: {LOW_STD} or more), at an effective "
+        f"rank of {rank:.3g}"
     )
     return Findings(
         {"features/std": float(f"{std:.4g}"), "features/effective_rank": float(f"{rank:.4g}")},

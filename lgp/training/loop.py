@@ -56,6 +56,7 @@ class Progression:
     """The progress of a training. A resume state contains it, beside model and optimizer."""
 
     step: int = 0
+    first_loss: float = math.nan  # of the first step
     loss_sum: float = 0.0  # over the steps of the running epoch
     norm_sum: float = 0.0  # of all gradients, likewise
     train_flops: int = 0  # of the whole training, counted on its first step; of the steps done where it ended early
@@ -106,7 +107,7 @@ def _nothing_more(_epoch: int) -> Epoch:
     return {}
 
 
-def _never_dead(_epoch: int) -> bool:
+def _never_dead(_now: Progression) -> bool:
     return False
 
 
@@ -141,7 +142,7 @@ class Trainer:
         clip_norm: the largest norm of all gradients together; longer ones are scaled down to it. None: any.
         after_epoch: called by the first process with an epoch's number, from 1. The observer logs what it measures.
         alarms: called by the first process with all epochs after each; returns lines to print as warnings.
-        is_dead: called by the first process after each epoch but the last, with its number. True ends the training.
+        is_dead: called by the first process after each epoch but the last. True ends the training.
     """
 
     name: str
@@ -159,7 +160,7 @@ class Trainer:
     clip_norm: float | None = None
     after_epoch: Callable[[int], Epoch] = _nothing_more
     alarms: Callable[[Sequence[Epoch]], list[str]] = fallen
-    is_dead: Callable[[int], bool] = _never_dead
+    is_dead: Callable[[Progression], bool] = _never_dead
 
     def fit(self) -> Progression:
         """Train to the end, from the newest resume state or from the start.
@@ -289,6 +290,8 @@ class Trainer:
                     f"{replay_hint(self.name, step)}{self._kept()}"
                 )
         self._unchecked.clear()
+        if not first:
+            self.now.first_loss = values[0]
         self.now.loss_sum += math.fsum(values)
         self.now.norm_sum += math.fsum(torch.stack(norms).tolist())
         return float(values[-1])
@@ -315,7 +318,7 @@ class Trainer:
 
     def _end_if_dead(self, total: int) -> None:
         """Decide in the first process whether the training ends here. All processes follow."""
-        dead = rank() == 0 and self.now.step < total and self.is_dead(len(self.now.history))
+        dead = rank() == 0 and self.now.step < total and self.is_dead(self.now)
         self.model.train()
         self.now.ended_early = bool(agree(int(dead)))
         if self.now.ended_early:

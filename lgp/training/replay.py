@@ -124,7 +124,7 @@ class Replay:
             observer=_Nobody(),
             clip_norm=None,
             after_epoch=lambda _epoch: {},
-            is_dead=lambda _epoch: False,
+            is_dead=lambda _now: False,
         )
         watch = _Watch(watched, last, trainer.clip_norm)
         watched.loss_of = watch.loss_of

@@ -24,7 +24,7 @@ from lgp.params.file import Params
 from lgp.pretrain import arm
 from lgp.pretrain.arm import Checks, Objective, Pretrained, Session, fit_arm
 from lgp.pretrain.head_warmup import HeadsObserver, HeadWarmup
-from lgp.pretrain.sanity_checks import Findings, check_features, weights_of
+from lgp.pretrain.sanity_checks import Findings, check_features, check_loss, weights_of
 from lgp.training.alarms import KNN, fallen
 from lgp.training.loop import Progression
 from lgp.training.optimizer import warmup_cosine
@@ -51,7 +51,7 @@ class Fixed:
 
     def fit(self) -> Progression:
         self.learning = {name for name, p in self.given["model"].named_parameters() if p.requires_grad}
-        return Progression(step=160, train_flops=1000 * len(self.made), history=[{}] * 20)
+        return Progression(160, first_loss=3.0, train_flops=1000 * len(self.made), history=[{"train/loss": 2.0}] * 20)
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def after(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The steps and the number of images of each check. All find a fault."""
     asked: list[tuple[int, int]] = []
     found = Findings({"m": 1.0}, {"it collapsed": "train it anew", "it stood": "raise"}, ("short",))
-    monkeypatch.setattr(Checks, "_after", lambda _, *about: asked.append(about) or found)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(Checks, "_after", lambda _, now, images: asked.append((now.step, images)) or found)  # type: ignore[func-returns-value]
     return asked
 
 
@@ -307,14 +307,15 @@ def test_check_is_due_every_tenth_and_after_the_warm_up(
     stage = session.params.cl.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
     objective = objective_of(session)
     checks = checks_of(objective, stage)
-    assert [epoch for epoch in range(1, epochs + 1) if checks.find_dead(epoch)] == due
+    ended = {epoch: Progression(step=PER_EPOCH * epoch, history=[{}] * epoch) for epoch in range(1, epochs + 1)}
+    assert [epoch for epoch, now in ended.items() if checks.find_dead(now)] == due
     assert after == [(PER_EPOCH * epoch, 256) for epoch in due]
-    assert not any(checks_of(objective, stage, accepted=True).find_dead(epoch) for epoch in range(1, epochs + 1))
+    assert not any(checks_of(objective, stage, accepted=True).find_dead(now) for now in ended.values())
 
 
 def test_training_without_a_fault_is_not_dead(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checks, "_after", lambda *_: Findings({}, {}, ("short",)))
-    assert checks_of(objective_of(session), session.params.cl).find_dead(6) is False
+    assert checks_of(objective_of(session), session.params.cl).find_dead(Progression(history=[{}] * 6)) is False
 
 
 def test_faults_of_a_training_that_ended_early_say_when(
@@ -342,12 +343,14 @@ def test_check_is_of_evenly_spaced_images_and_of_all_weights(
     monkeypatch.setattr(arm, "check_weights", lambda *about: asked.append(about) or of_weights)  # type: ignore[func-returns-value]
     objective = objective_of(session, regularized=frozenset({"encoder.cls_token"}))
     checks = checks_of(objective, session.params.cl)
-    found = checks._after(16, images)
+    history = [{"train/loss": 3.0}, {"train/loss": 7.0}]
+    found = checks._after(Progression(step=16, first_loss=2.0, history=history), images)
     model, regularized = objective.model, objective.regularized
     assert asked == [(model, checks.initial, checks.rates, 16, checks.optimizer, regularized)]
     x = extract(features_of(model.encoder, CPU), session.data, session.data.pretraining_ids[::every])
     assert isinstance(x, np.ndarray)
     assert found.metrics == {"moved/x": 0.5, **check_features(x).metrics}
+    assert found.faults == check_loss(2.0, [3.0, 7.0]).faults != {}
 
 
 def test_checks_of_a_training_are_of_its_weights_at_the_start_and_know_whether_it_is_accepted(

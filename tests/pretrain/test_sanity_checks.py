@@ -19,7 +19,7 @@ from lgp.pretrain import sanity_checks
 from lgp.pretrain.arm import Checks, Session
 from lgp.pretrain.cl import pretrain_cl
 from lgp.pretrain.mim import pretrain_mim
-from lgp.pretrain.sanity_checks import Findings, check_features, check_weights, weights_of
+from lgp.pretrain.sanity_checks import Findings, check_features, check_loss, check_weights, weights_of
 from lgp.training.loop import Trainer
 from lgp.training.resume_states import StateStore
 
@@ -164,7 +164,9 @@ def test_short_training_is_a_warning_and_no_fault() -> None:
     checked = check_features(spread(5e-3))
     assert not checked.faults
     (warning,) = checked.warnings
-    assert warning.startswith("too few epochs or too low a learning rate: the features deviate by 0.004")
+    assert warning.startswith(
+        "too few epochs, or a learning rate that is too low or too high: the features deviate by 0.004"
+    )
     assert not check_features(spread(0.05)).warnings
 
 
@@ -172,6 +174,51 @@ def test_features_that_are_not_finite_are_a_fault() -> None:
     features = spread(1.0)
     features[3, 2] = np.nan
     assert list(check_features(features).faults) == ["a feature is not finite"]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "fault", "warning"),
+    [
+        ([3.1, 2.0], "", ""),
+        ([3.1, 6.01], "the loss rose from 3 at the first step to 6.01", ""),
+        ([3e6, 6.0], "", ""),  # it rose, and came back
+        (
+            [3.1, 3.07],
+            "",
+            f"{sanity_checks.SHORT}: the loss hardly fell, from 3.1 in the first epoch to 3.07",
+        ),
+        ([3.1, 3.068], "", ""),
+        ([3.1, 5.9], "", f"{sanity_checks.SHORT}: the loss hardly fell, from 3.1 in the first epoch to 5.9"),
+        ([5.9], "", ""),  # one epoch has nothing to fall from
+        ([6.1], "the loss rose from 3 at the first step to 6.1", ""),
+    ],
+)
+def test_loss_that_rose_is_a_fault_and_one_that_hardly_fell_a_warning(
+    epochs: list[float], fault: str, warning: str
+) -> None:
+    found = check_loss(3.0, epochs)
+    assert list(found.faults) == ([fault] if fault else [])
+    assert list(found.faults.values()) == [sanity_checks.SLOW_DOWN] * bool(fault)
+    assert [w.startswith(warning) for w in found.warnings] == [True] * bool(warning)
+
+
+@pytest.mark.parametrize("arm", ["mim", "cl"])
+def test_training_that_diverges_without_nan_is_a_fault(
+    arm: str, tmp_path: Path, params: Params, prepared: LabelledImages
+) -> None:
+    """InfoNCE is bounded, so the objective is one that is not."""
+    fast = getattr(params, arm).model_copy(update={"epochs": 10, "warmup_epochs": 1, "base_lr": 4.0})
+    contrastive = params.contrastive.model_copy(update={"objective": "vicreg"})
+    changed = params.model_copy(update={arm: fast, "contrastive": contrastive})
+    found = {"mim": pretrain_mim, "cl": pretrain_cl}[arm](started(changed, prepared, tmp_path))
+    assert any(fault.startswith("the loss rose from ") for fault in found.checks.faults)
+    assert found.progression.ended_early
+
+
+def test_rate_that_teaches_nothing_is_warned_of(tmp_path: Path, params: Params, prepared: LabelledImages) -> None:
+    slow = params.mim.model_copy(update={"epochs": 4, "base_lr": 1e-12})
+    found = pretrain_mim(started(params.model_copy(update={"mim": slow}), prepared, tmp_path))
+    assert any("the loss hardly fell" in warning for warning in found.checks.warnings)
 
 
 def test_findings_of_two_checks_are_joined() -> None:
@@ -251,7 +298,7 @@ def test_checks_do_not_change_a_training(
 
     monkeypatch.setattr(Trainer, "_step", noted)
     for name, watch in (
-        ("with", lambda s, e: bool(checked.append(e)) or find_dead(s, e)),
+        ("with", lambda s, now: bool(checked.append(len(now.history))) or find_dead(s, now)),
         ("without", lambda *_: False),
     ):
         monkeypatch.setattr(Checks, "find_dead", watch)

@@ -816,9 +816,14 @@ def test_short_training_is_a_warning(finished: Path, project: Path, monkeypatch:
     monkeypatch.setattr("lgp.pretrain.sanity_checks.LOW_STD", 10.0)
     result = lgp("mim")
     assert result.exit_code == 0, result.output
-    assert "warning: mim: too few epochs or too low a learning rate: the features deviate by " in result.output
+    assert (
+        "warning: mim: too few epochs, or a learning rate that is too low or too high: the features deviate by "
+        in result.output
+    )
     assert checks_of("mim")["trained"]
-    assert [w.split(":")[0] for w in checks_of("mim")["warnings"]] == ["too few epochs or too low a learning rate"]
+    assert [w.split(":")[0] for w in checks_of("mim")["warnings"]] == [
+        "too few epochs, or a learning rate that is too low or too high"
+    ]
 
 
 def test_failed_checks_do_not_hide_an_edit_of_the_parameters(

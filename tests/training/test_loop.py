@@ -541,6 +541,7 @@ def test_training_that_is_asked_to_stop_saves_and_goes_on_to_the_same_weights(
     resumed = tiny(tmp_path / "state", prepared)
     assert resumed.fit().history == whole.now.history
     assert len(resumed.model.losses) == EPOCHS * PER_EPOCH - 5
+    assert resumed.now.first_loss == pytest.approx(whole.model.losses[0])
     assert torch.equal(resumed.model.weight, whole.model.weight)
 
 
@@ -696,11 +697,11 @@ def test_dead_training_ends_with_its_state_and_is_not_continued(
     tmp_path: Path, prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    whole = tiny(tmp_path / "whole", prepared, is_dead=lambda epoch: asked.append(epoch) or False)  # type: ignore[func-returns-value]
+    whole = tiny(tmp_path / "whole", prepared, is_dead=lambda now: asked.append(len(now.history)) or False)  # type: ignore[func-returns-value]
     whole.fit()
     assert asked == [1, 2]  # the last epoch ends it anyway
     assert not whole.now.ended_early
-    dead = tiny(tmp_path / "dead", prepared, is_dead=lambda epoch: epoch == 2)
+    dead = tiny(tmp_path / "dead", prepared, is_dead=lambda now: len(now.history) == 2)
     steps = saved_at(dead)
     now = dead.fit()
     assert (now.step, now.ended_early, len(now.history)) == (2 * PER_EPOCH, True, 2)
