@@ -103,7 +103,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "graft_scratch_end": {"graft": {"policy": ["stage_lr", "scratch_end"]}},
     "graft_cl_end": {"graft": {"policy": ["stage_lr", "cl_end"], "end": "cl"}},
     "graft_lora": {"graft": {"policy": ["stage_lr", "lora"]}},
+    "graft_vicreg": {"graft": {"policy": ["stage_lr"]}, "contrastive": {"objective": "vicreg"}},
+    "graft_simclr": {"graft": {"policy": ["stage_lr"]}, "contrastive": {"objective": "simclr"}},
+    "graft_swav": {"graft": {"policy": ["stage_lr"]}, "contrastive": {"objective": "swav", "swav": SWAV}},
     "joint": {},
+    "joint_vicreg": {"contrastive": {"objective": "vicreg"}},
     "reverse": {},
 }
 
