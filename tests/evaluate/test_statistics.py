@@ -205,6 +205,19 @@ def test_interval_of_an_accuracy_covers_the_truth_in_95_percent(subsets: int, sh
     assert 0.93 < inside / TRIALS < 0.97
 
 
+@pytest.mark.parametrize(("subsets", "least"), [(2, 0.86), (3, 0.90)])
+def test_interval_of_fewer_than_five_subsets_covers_less_where_they_differ_much(subsets: int, least: float) -> None:
+    """As docs/evaluation.md says: two or three values hardly tell how much subsets differ."""
+    rng = np.random.default_rng(1)
+    inside = np.zeros(2)
+    for _ in range(TRIALS):
+        for i, subset in enumerate((0.1, 0.5)):
+            low, high = accuracy_interval(drawn_correct(rng, 0.6, rng.normal(0, EASE, 359), 0, subset, subsets))
+            inside[i] += low <= 60 <= high
+    assert inside[0] / TRIALS > 0.93
+    assert least < inside[1] / TRIALS < 0.93
+
+
 @pytest.mark.parametrize(
     ("subsets", "a", "b", "subset"),
     [

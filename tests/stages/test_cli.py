@@ -805,7 +805,10 @@ def test_accepting_a_training_that_passes_changes_nothing(finished: Path, projec
 def test_arms_that_trained_say_so(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(finished)
     for arm in TRAINED:
-        assert checks_of(arm) == {"trained": True, "faults": {}, "warnings": [], "accepted": False}
+        checks = checks_of(arm)
+        # the loss of two epochs need not fall
+        assert all("the loss hardly fell" in warning for warning in checks.pop("warnings"))
+        assert checks == {"trained": True, "faults": {}, "accepted": False}
         assert json.loads(Path("models", arm, "metrics.json").read_text())["train/epochs"] == 2
     run, registered = run_of("mim", finished)
     assert (run.data.tags["trained"], run.data.metrics["trained"], registered) == ("true", 1.0, 1)
