@@ -33,6 +33,7 @@ from stages.preset import preset_app
 from stages.promote import promote
 from stages.propagate import propagate
 from stages.report import report
+from stages.repro import repro
 from stages.results import results
 from stages.reverse import reverse
 from stages.select import select
@@ -52,6 +53,7 @@ PANELS: dict[str, list[Callable[..., None]]] = {
     "Controls of the paper": [joint, reverse],
     TOOLS: [
         init,
+        repro,
         status,
         clean,
         results,

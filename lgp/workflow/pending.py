@@ -5,8 +5,8 @@ code or of a source is noticed before that stage has run.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,10 +37,12 @@ class Pending:
     Attributes:
         changed: stage → the reasons why it would run.
         behind: stages that read what these write. Each runs if that changes.
+        needs: stage → all stages whose outputs it reads, itself or through others.
     """
 
     changed: Mapping[str, list[str]]
     behind: list[str]
+    needs: Mapping[str, Set[str]] = field(default_factory=dict, compare=False)
 
 
 def pending(root: Path) -> Pending:
@@ -67,7 +69,7 @@ def pending(root: Path) -> Pending:
                 reasons = list(_reasons(stage, said.get(stage.addressing, []), Path(folder)))
                 if reasons and stage.addressing != INPUTS and stage.path_in_repo == PIPELINE:
                     changed[stage.addressing] = reasons
-            return Pending(changed, _behind(graph, changed))
+            return Pending(changed, _behind(graph, changed), _needs(graph))
     except LockError:
         raise LgpError("DVC cannot say what it would run while it runs: ask again afterwards") from None
     except DvcException as e:
@@ -80,6 +82,12 @@ def _behind(graph: Any, changed: Mapping[str, Any]) -> list[str]:
     of_name = {stage.addressing: stage for stage in graph}
     found = {reader.addressing for name in changed for reader in networkx.ancestors(graph, of_name[name])}
     return sorted(name for name in found - changed.keys() if ":" not in name)
+
+
+def _needs(graph: Any) -> dict[str, Set[str]]:
+    import networkx
+
+    return {stage.addressing: {s.addressing for s in networkx.descendants(graph, stage)} for stage in graph}
 
 
 def _reasons(stage: Any, said: list[Any], inputs: Path) -> Iterator[str]:

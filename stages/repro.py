@@ -1,0 +1,32 @@
+"""Tool `repro`: `dvc repro`, with trainings beside each other where cores are idle."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.options import DEFAULT_PARAMS, Debug
+
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", min=1, help="Trainings at a time. Default: what cores and run.threads allow.")
+]
+
+
+def repro(jobs: Jobs = None, debug: Debug = False) -> None:
+    """Run the pipeline as `dvc repro` does, with trainings beside each other where cores are idle."""
+    from lgp.errors import LgpError
+    from lgp.params.file import load_params
+    from lgp.workflow.pending import pending
+    from lgp.workflow.side_by_side import at_a_time, dvc, run_side_by_side, waiting
+
+    run = load_params(DEFAULT_PARAMS).run
+    needs = waiting(pending(Path(os.environ.get("DVC_ROOT", "."))))
+    jobs = jobs or (at_a_time(run) if len(needs) > 1 else 1)
+    if jobs > 1 and len(needs) > 1:
+        if subprocess.run(dvc("repro", "prepare", "labels"), check=False).returncode:
+            raise LgpError("prepare or labels failed, as said above: mend that and run `lgp repro` again")
+        print(f"{len(needs)} trainings, {jobs} at a time: {', '.join(needs)}", flush=True)
+        run_side_by_side(needs, jobs)
+    raise typer.Exit(subprocess.run(dvc("repro"), check=False).returncode)
