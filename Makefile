@@ -10,7 +10,7 @@ SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 repro: $(READY)
 	@git rev-parse --git-dir > /dev/null || { \
 		echo "DVC needs a git repository: in a ZIP download run git init, then make repro again"; exit 1; }
-	@$(BIN)/dvc repro
+	@$(BIN)/lgp repro
 	@$(BIN)/lgp results
 
 # files in parallel processes of one thread each

@@ -80,13 +80,14 @@ def _chain(name: str, needs: Mapping[str, Set[str]]) -> int:
 
 def _run(name: str, processes: list["subprocess.Popen[str]"]) -> int:
     """Run a stage alone and print its lines as they come. Return its exit status."""
-    command = dvc("repro", "--single-item", f"{PIPELINE}:{name}")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    processes.append(process)
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-    return process.wait()
+    print(f"Running stage '{name}'", flush=True)
+    command = dvc("--quiet", "repro", "--single-item", f"{PIPELINE}:{name}")
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    with subprocess.Popen(command, stdout=pipe, stderr=both, text=True, errors="replace") as process:
+        processes.append(process)
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+    return process.returncode
 
 
 @contextmanager

@@ -1,0 +1,229 @@
+"""Whether trainings run beside each other in the right order, and end when they are told to."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import merged
+from dvc.repo import Repo
+from typer.testing import CliRunner
+
+from cli import app
+from lgp.compute.interruption import Interrupted
+from lgp.errors import LgpError
+from lgp.params.run import RunParams
+from lgp.workflow import side_by_side
+from lgp.workflow.pending import Pending
+from lgp.workflow.side_by_side import at_a_time, run_side_by_side, waiting
+
+NEEDS = {
+    "cl": set[str](),
+    "finetune@cl-10pct": {"cl"},
+    "finetune@graft-10pct": {"mim", "graft"},
+    "finetune@mim-10pct": {"mim"},
+    "graft": {"mim"},
+    "mim": set(),
+}
+# stands for DVC: notes begin and end of a stage, fails where a file says so, and waits for other files
+STAGE = """
+import sys, time, pathlib
+name = sys.argv[-1].partition(":")[2]
+folder = pathlib.Path(sys.argv[1])
+with (folder / "log").open("a") as log:
+    print("begin", name, file=log, flush=True)
+    print(name, "works", flush=True)
+    while (folder / f"hold-{name}").exists():
+        time.sleep(0.01)
+    print("end", name, file=log, flush=True)
+sys.exit((folder / f"fail-{name}").exists())
+"""
+
+
+@pytest.fixture
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which stages log what they do."""
+    monkeypatch.setattr(side_by_side, "dvc", lambda *words: [sys.executable, "-c", STAGE, str(tmp_path), *words])
+    return tmp_path
+
+
+def logged(folder: Path) -> list[str]:
+    return (folder / "log").read_text().splitlines()
+
+
+def test_each_stage_runs_once_and_after_those_that_it_needs(stages: Path) -> None:
+    run_side_by_side(NEEDS, 2)
+    log = logged(stages)
+    assert sorted(line for line in log if line.startswith("end")) == sorted(f"end {name}" for name in NEEDS)
+    for name, of in NEEDS.items():
+        assert all(log.index(f"end {other}") < log.index(f"begin {name}") for other in of)
+
+
+def test_two_run_at_a_time_and_stages_that_others_wait_for_begin_first(stages: Path) -> None:
+    """`mim` has the longest chain of stages behind it, then `cl`; `graft` begins while `cl` runs."""
+    for name in ("cl", "graft"):
+        (stages / f"hold-{name}").touch()
+
+    def let_go(condition: Callable[[list[str]], bool], name: str) -> None:
+        until = time.monotonic() + 60
+        while not condition(logged(stages) if (stages / "log").exists() else []) and time.monotonic() < until:
+            time.sleep(0.01)
+        (stages / f"hold-{name}").unlink()
+
+    with side_by_side.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_side_by_side, NEEDS, 2)
+        let_go(lambda log: "begin graft" in log, "graft")
+        let_go(lambda log: "end graft" in log and sum("end finetune" in line for line in log) == 2, "cl")
+        running.result()
+    log = logged(stages)
+    assert set(log[:2]) == {"begin mim", "begin cl"}
+    assert log.index("begin graft") < log.index("begin finetune@mim-10pct")
+    running_now = most = 0
+    for line in log:
+        running_now += 1 if line.startswith("begin") else -1
+        most = max(most, running_now)
+    assert most == 2
+
+
+def test_output_is_printed_as_it_comes(stages: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_side_by_side({"mim": set()}, 2)
+    assert capsys.readouterr().out.splitlines() == ["Running stage 'mim'", "mim works"]
+
+
+def test_where_one_fails_the_running_ones_end_and_no_other_begins(stages: Path) -> None:
+    (stages / "fail-mim").touch()
+    with pytest.raises(LgpError, match="mim failed, as said above: mend that and run `lgp repro` again"):
+        run_side_by_side(NEEDS, 2)
+    assert sorted(logged(stages)) == ["begin cl", "begin mim", "end cl", "end mim"]
+
+
+def test_signal_ends_what_runs(stages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (stages / "hold-mim").touch()
+    begun: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: begun.append(popen(*a, **k)) or begun[-1])
+
+    def asked(*_: object, **__: object) -> None:
+        while not begun:
+            time.sleep(0.01)
+        raise Interrupted("stopped by SIGTERM", 143)
+
+    monkeypatch.setattr(side_by_side, "wait", asked)
+    with pytest.raises(Interrupted):
+        run_side_by_side({"mim": set()}, 2)
+    assert [process.wait(30) for process in begun] == [-15]
+
+
+def test_trainings_that_are_due_wait_for_those_that_are_due() -> None:
+    needs = {
+        "inputs": set[str](),
+        "prepare": {"inputs"},
+        "labels": {"inputs", "prepare"},
+        "mim": {"inputs", "prepare"},
+        "cl": {"inputs", "prepare"},
+        "graft": {"inputs", "prepare", "mim"},
+        "linear@graft": {"inputs", "prepare", "labels", "mim", "graft"},
+        "finetune@graft-10pct": {"inputs", "prepare", "labels", "mim", "graft"},
+        "controls/dvc.yaml:joint": {"inputs"},
+        "finetune@joint-10pct": {"inputs", "controls/dvc.yaml:joint"},
+    }
+    every = Pending(
+        {"prepare": ["it"], "mim": ["it"]}, ["labels", "cl", "graft", "linear@graft", *list(needs)[7:8]], needs
+    )
+    assert waiting(every) == {
+        "cl": set(),
+        "finetune@graft-10pct": {"mim", "graft"},
+        "graft": {"mim"},
+        "mim": set(),
+    }
+    assert waiting(Pending({"cl": ["it"]}, ["linear@cl"], needs | {"linear@cl": {"cl"}})) == {"cl": set()}
+    blocked = Pending({"controls/dvc.yaml:joint": ["it"]}, ["finetune@joint-10pct"], needs)
+    assert waiting(blocked) == {}
+    assert waiting(Pending({}, [], needs)) == {}
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "processes", "cards", "expected"),
+    [
+        (2, 1, 1, 0, 2),
+        (2, None, 1, 0, 1),
+        (8, 2, 1, 0, 4),
+        (64, 1, 1, 0, 4),
+        (1, 1, 1, 0, 1),
+        (8, 1, 2, 0, 1),
+        (8, 1, 1, 1, 1),
+    ],
+)
+def test_trainings_at_a_time_are_those_that_have_a_core_and_no_gpu(
+    cores: int, threads: int | None, processes: int, cards: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_by_side, "cores", lambda: cores)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: cards)
+    assert at_a_time(RunParams(threads=threads, processes=processes)) == expected
+
+
+# notes when it began, waits until the other one began too, and writes its output
+MEETS = """
+import pathlib, sys, time
+own, other, out = map(pathlib.Path, sys.argv[1:])
+own.touch()
+until = time.monotonic() + 60
+while not other.exists() and time.monotonic() < until:
+    time.sleep(0.01)
+assert other.exists()
+out.write_text(out.name)
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A DVC project whose `mim` and `cl` end only if they run at the same time."""
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(yaml.safe_dump(merged(values, {"run": {"device": "cpu", "threads": 1}})))
+    Path("meets.py").write_text(MEETS)
+    write = f"{sys.executable} -c \"import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('it')\""
+    stages: dict[str, Any] = {
+        "inputs": {"cmd": "mkdir inputs && touch inputs/it", "always_changed": True, "outs": ["inputs"]},
+        "prepare": {"cmd": f"{write} prepared", "deps": ["inputs"], "outs": ["prepared"]},
+        "labels": {"cmd": f"{write} labelled", "deps": ["inputs", "prepared"], "outs": ["labelled"]},
+        "mim": {"cmd": f"{sys.executable} meets.py a b mim.txt", "deps": ["prepared"], "outs": ["mim.txt"]},
+        "cl": {"cmd": f"{sys.executable} meets.py b a cl.txt", "deps": ["prepared"], "outs": ["cl.txt"]},
+        "graft": {"cmd": f"{write} graft.txt", "deps": ["mim.txt"], "outs": ["graft.txt"]},
+        "report": {"cmd": f"{write} report.txt", "deps": ["graft.txt", "cl.txt"], "outs": ["report.txt"]},
+    }
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    Repo.init(no_scm=True).close()
+    return tmp_path
+
+
+def lgp_repro() -> int:
+    result = CliRunner().invoke(app, ["repro", "--jobs", "2"])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of libraries that DVC uses
+def test_dvc_runs_two_trainings_at_once_and_its_lock_has_all_of_them(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert lgp_repro() == 0
+    assert sorted(yaml.safe_load(Path("dvc.lock").read_text())["stages"]) == [
+        "cl", "graft", "inputs", "labels", "mim", "prepare", "report",
+    ]  # fmt: skip
+    said = capfd.readouterr().out
+    assert "Running stage 'report'" in said
+    assert lgp_repro() == 0
+    again = capfd.readouterr().out
+    assert "Running stage 'inputs'" in again
+    assert all(f"Stage '{name}' didn't change, skipping" in again for name in ("mim", "cl", "graft", "report"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_training_that_fails_under_dvc_fails_the_command(project: Path) -> None:
+    Path("meets.py").write_text("import sys; sys.exit(sys.argv[1] == 'b')")
+    assert lgp_repro() == 1
+    assert not Path("report.txt").exists()
