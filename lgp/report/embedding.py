@@ -20,6 +20,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from lgp.data.contact_sheet import thumbnail
 from lgp.data.labels import LabelledImages
@@ -120,7 +121,9 @@ def embedding_map(
     x = features.x["test"][rows].astype(np.float32)
     x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
-    places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x)
+    # the places depend on the number of threads, and threads that wait for a busy core take 30 times as long
+    with threadpool_limits(1):
+        places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x)
     places = (places - places.min(axis=0)) / np.ptp(places, axis=0)
     of_id = predictions[predictions["subset"] == 0].set_index("id").loc[ids[rows]]
     return EmbeddingMap(ids[rows], places, of_id["label"].to_numpy(), of_id["prediction"].to_numpy(), classes)

@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from sklearn.manifold import TSNE
 from sklearn.metrics import pairwise_distances
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from lgp.data.contact_sheet import thumbnail
 from lgp.data.labels import LabelledImages
@@ -48,6 +50,22 @@ def test_every_image_keeps_its_label_and_like_images_lie_together() -> None:
     distances = pairwise_distances(found.places)
     np.fill_diagonal(distances, np.inf)
     assert (distances.argmin(axis=1) % 2).tolist() == [0, 1] * 30  # the nearest is of the same group
+
+
+def test_map_is_laid_out_by_one_thread_whatever_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+
+    class Watched(TSNE):  # type: ignore[misc]
+        def fit_transform(self, x: np.ndarray) -> np.ndarray:
+            used.extend(library["num_threads"] for library in threadpool_info())
+            places: np.ndarray = super().fit_transform(x)
+            return places
+
+    monkeypatch.setattr(embedding, "TSNE", Watched)
+    ids = np.arange(60)
+    with threadpool_limits(2):
+        embedding_map(features(ids), predictions(ids), CLASSES, 0)
+    assert set(used) == {1}
 
 
 def test_map_takes_some_of_many_images_and_none_of_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
