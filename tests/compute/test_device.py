@@ -1,5 +1,7 @@
 """Precision: what is computed in bf16, what stays in single precision, and who decides."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,25 @@ def test_more_processes_than_cuda_devices_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(LgpError, match=r"process 2 .* no CUDA device of its own, there are 2: set run\.processes"):
         choose_device(RunParams(device="cuda"))
+
+
+def test_every_library_gets_the_threads_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a library that is loaded later."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    script = """
+import torch
+from threadpoolctl import threadpool_info
+from lgp.compute.device import choose_device
+from lgp.params.run import RunParams
+for threads in (2, 1):
+    choose_device(RunParams(device="cpu", threads=threads))
+    if threads == 2:
+        import sklearn.cluster
+    assert {pool["num_threads"] for pool in threadpool_info()} == {threads}, threadpool_info()
+    assert torch.get_num_threads() == threads
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
 
 
 def test_losses_and_norms_are_computed_in_single_precision() -> None:
