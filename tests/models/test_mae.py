@@ -52,6 +52,12 @@ def test_masking_keeps_the_smallest_noise_and_the_right_number(patches: int, rat
         assert sorted(ids_restore[b].tolist()) == list(range(patches))
 
 
+def test_decoder_normalises_as_the_encoder_does(mae: MAE) -> None:
+    norms = [module for module in mae.decoder_blocks.modules() if isinstance(module, nn.LayerNorm)]
+    assert {norm.eps for norm in [*norms, mae.decoder_norm]} == {1e-6}
+    assert len(norms) == 2
+
+
 def test_loss_equals_the_slow_reference(mae: MAE) -> None:
     images, noise = torch.randn(3, 1, 8, 8).double(), torch.rand(3, 16)
     latent, _, ids_restore = mae.encode(images, noise)
