@@ -7,9 +7,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from scipy.stats import ttest_1samp
 
 from lgp.params.file import Params
 from lgp.pretrain.plan import stage_cost
@@ -178,3 +180,19 @@ def test_page_leaves_out_what_was_not_measured(seeds: ModuleType) -> None:
     page = seeds.page(columns)
     assert "fine-tuned" not in page
     assert "| `cl_vicreg` over `mim` | **+5.0 ± 0.0** |" in page
+
+
+def test_differences_are_decided_by_paired_t_tests_that_holm_adjusts_in_each_column(seeds: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    clear, chance = [[float(v) for v in mean + rng.normal(size=5)] for mean in (2.5, 0.0)]
+    p = seeds.p_of_tie(clear)
+    assert p == pytest.approx(ttest_1samp(clear, 0).pvalue)
+    assert (seeds.p_of_tie([1.0, 1.0]), seeds.p_of_tie([0.0, 0.0])) == (0, 1)
+    rows = max(2, int(0.05 / p) + 1)  # so many comparisons that it is undecided
+    many = [[clear]] + [[chance]] * (rows - 1)
+    assert seeds.decided([[clear], [chance]]).tolist() == [[True], [False]]
+    assert not seeds.decided(many).any()
+    lacking = [[clear], [[np.nan] * 5]]
+    assert seeds.decided(lacking).tolist() == [[True], [False]]
+    assert seeds.marked(lacking)[0][0].startswith("**+")
+    assert seeds.marked(lacking)[1][0] == "–"
