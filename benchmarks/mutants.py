@@ -61,6 +61,7 @@ TESTS = {
     "lgp.data.loading": ["data/test_loading.py"],
     "lgp.evaluate.statistics": ["evaluate/test_statistics.py"],
     "lgp.evaluate.outcome": [
+        "evaluate/test_outcome.py",
         "evaluate/test_statistics.py",
         "evaluate/test_linear_parts.py",
         "evaluate/test_few_labels_parts.py",

@@ -1,11 +1,12 @@
 """What an evaluation states: its scores by name, and their summary over subsets."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import softmax
 
-from lgp.evaluate.calibration import accuracy_at_coverage, brier_score
-from lgp.evaluate.outcome import Logits, Predicted, over_subsets
+from lgp.evaluate.calibration import accuracy_at_coverage, brier_score, fit_temperature
+from lgp.evaluate.outcome import Logits, Predicted, Scored, best_on_val, over_subsets, usable_temperature
 from lgp.evaluate.statistics import accuracy_interval, calibration_error
 
 RNG = np.random.default_rng(0)
@@ -63,6 +64,25 @@ def test_data_without_test_images_have_no_score_that_says_how_sure_they_are() ->
     with np.errstate(invalid="ignore"), pytest.warns(RuntimeWarning, match="empty"):
         found = none.scored(2.0).scores
     assert found.keys() == {"test/top1", "val/top1", "test/top5", "val/brier", "temperature"}
+
+
+def test_temperature_of_few_images_or_of_none_that_is_best_is_one() -> None:
+    given, y = 3 * logits().of["val"], LABELS["val"]
+    found = usable_temperature(given[:20], y[:20])
+    assert found == round(fit_temperature(given[:20], y[:20]).value, 6) != 1
+    assert usable_temperature(given[:19], y[:19]) == 1
+    certain = 9 * np.eye(12)[y]  # all right: the lower the temperature the better
+    assert fit_temperature(certain, y).at_bound
+    assert usable_temperature(certain, y) == 1
+    assert logits().temperature_on_val() == usable_temperature(logits().of["val"], y)
+
+
+def test_best_on_val_has_the_most_right_then_the_lower_brier_score_then_comes_first() -> None:
+    def one(top1: float, brier: float) -> Scored:
+        return Scored({"val/top1": top1, "val/brier": brier}, {}, pd.DataFrame())
+
+    assert best_on_val([one(50, 0.1), one(60, 0.9), one(60, 0.8), one(60, 0.8)]) == 2
+    assert best_on_val([one(60, 0.1), one(50, 0.0)]) == 0
 
 
 @pytest.mark.parametrize("subsets", [1, 2, 3])

@@ -24,10 +24,12 @@ from lgp.models.vit import (
     build_encoder,
     embed,
     encode_tokens,
+    features_of_last_blocks,
     features_of_view,
     freeze_pooling,
     init_encoder_as_mae,
     init_encoder_as_moco,
+    model_args,
     pooled,
     pooled_by_block,
 )
@@ -88,6 +90,39 @@ def test_average_is_of_the_patches_alone(encoder: VisionTransformer, chosen: Par
     assert tokens.shape[1] == encoder.num_prefix_tokens + 4
     expected = encoder.fc_norm(tokens[:, -4:].mean(dim=1))
     assert torch.allclose(pooled_by_block(encoder, images, "average", 1)[:, 0], expected, atol=1e-5)
+
+
+def test_features_of_each_of_the_last_blocks_are_those_of_timms_own_tokens(
+    encoder: VisionTransformer, chosen: Params
+) -> None:
+    """Only those of the last block pass the final norm. Without a class token they are the average of the patches."""
+    images, depth = images_for(chosen), len(encoder.blocks)
+    one = features_of_last_blocks(encoder, View(images), 1)
+    assert torch.allclose(one[0], features_of_view(encoder, View(images)), atol=1e-5)
+    found = features_of_last_blocks(encoder, View(images), 3)
+    after = encoder.forward_intermediates(
+        images, indices=[depth - 3, depth - 2], intermediates_only=True, return_prefix_tokens=True, output_fmt="NLC"
+    )
+    for ours, (patches, prefix) in zip(found, after, strict=False):
+        expected = prefix[:, 0] if encoder.global_pool == "token" else patches.mean(dim=1)
+        assert torch.allclose(ours, expected, atol=1e-4)
+    assert len(found) == 3
+    assert torch.allclose(found[-1], encoder(images), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("test_vit", {"dynamic_img_size": False}),
+        ("test_vit3", {"global_pool": "avg", "fc_norm": False, "pool_include_prefix": False}),
+        ("vit_small_patch14_reg4_dinov2", {}),
+    ],
+)
+def test_changes_of_an_architecture_reach_timm(name: str, changes: dict[str, Any], values: dict[str, Any]) -> None:
+    of = params_of(name, values)
+    built = model_args(of.model, of.data)
+    sizes = {"img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads"}
+    assert {key: value for key, value in built.items() if key not in sizes} == changes
 
 
 def test_view_of_all_patches_is_the_whole_image(encoder: VisionTransformer, chosen: Params) -> None:
