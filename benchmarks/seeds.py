@@ -366,14 +366,15 @@ Cells = list[list[list[float]]]  # rows of cells of a value per seed
 def page(rows: pd.DataFrame) -> str:
     """Write three tables: accuracies, and differences between variants and between methods, paired by seed."""
     measures = [label for label in MEASURES if label in rows]
-    by = {variant: of.set_index("seed") for variant, of in rows.groupby("variant")}
+    seeds = sorted(rows["seed"].unique())
+    by = {variant: of.set_index("seed").reindex(seeds) for variant, of in rows.groupby("variant")}
     named = [name for name in VARIANTS if name in by]
     pairs = list(itertools.combinations(reversed(named), 2))
     shares = [(name, share) for name in named for share in ("1 %", "10 %")]
     ahead = [[(by[a][m] - by[b][m]).tolist() for m in measures] for a, b in pairs]
     added = [[(by[v][f"{share}, {how}"] - by[v][share]).tolist() for how in METHODS] for v, share in shares]
     lines = [
-        f"# Digits, {rows['seed'].nunique()} pre-training seeds",
+        f"# Digits, {len(seeds)} pre-training seeds",
         "",
         "Top-1 on test, %: mean ± half the 95 % interval over the seeds (Student's t), each a mean over five subsets.",
         "",

@@ -1,7 +1,6 @@
 """Tool `repro`: `dvc repro`, with trainings beside each other where cores are idle."""
 
 import os
-import subprocess
 from pathlib import Path
 from typing import Annotated
 
@@ -19,14 +18,17 @@ def repro(jobs: Jobs = None, debug: Debug = False) -> None:
     from lgp.errors import LgpError
     from lgp.params.file import load_params
     from lgp.workflow.pending import pending
-    from lgp.workflow.side_by_side import at_a_time, dvc, run_side_by_side, waiting
+    from lgp.workflow.side_by_side import Processes, at_a_time, dvc, run_side_by_side, waiting
 
     run = load_params(DEFAULT_PARAMS).run
     needs = waiting(pending(Path(os.environ.get("DVC_ROOT", "."))))
     jobs = jobs or (at_a_time(run) if len(needs) > 1 else 1)
-    if jobs > 1 and len(needs) > 1:
-        if subprocess.run(dvc("repro", "prepare", "labels"), check=False).returncode:
-            raise LgpError("prepare or labels failed, as said above: mend that and run `lgp repro` again")
-        print(f"{len(needs)} trainings, {jobs} at a time: {', '.join(needs)}", flush=True)
-        run_side_by_side(needs, jobs)
-    raise typer.Exit(subprocess.run(dvc("repro"), check=False).returncode)
+    processes = Processes()
+    with processes.ended_by_signals():
+        if jobs > 1 and len(needs) > 1:
+            if processes.run(dvc("repro", "prepare", "labels")):
+                raise LgpError("prepare or labels failed, as said above: mend that and run `lgp repro` again")
+            print(f"{len(needs)} trainings, {jobs} at a time: {', '.join(needs)}", flush=True)
+            run_side_by_side(needs, jobs)
+        status = processes.run(dvc("repro"))
+    raise typer.Exit(status)

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from functools import cache
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -35,9 +36,14 @@ def choose_device(settings: RunParams) -> torch.device:
         return torch.device("cuda", local_rank)
     processes = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
     if settings.threads is not None or processes > 1:
-        _limit_threads(settings.threads or max(torch.get_num_threads() // processes, 1))
+        _limit_threads(settings.threads or max(_threads_at_first() // processes, 1))
     _keep_freed_memory()
     return torch.device("cpu")
+
+
+@cache
+def _threads_at_first() -> int:
+    return torch.get_num_threads()
 
 
 def _limit_threads(threads: int) -> None:

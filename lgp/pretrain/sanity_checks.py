@@ -20,9 +20,9 @@ LOW_STD = 0.01
 # features that deviate less are constant: rounding errors then make a good part of their effective rank
 MIN_STD = 1e-4
 MIN_EFFECTIVE_RANK = 1.5
-# largest mean loss of an epoch, relative to the loss of the first step: that is of the untrained model
+# largest mean loss of an epoch, relative to the loss of the first step, before any weight moved
 MAX_RISE = 2.0
-# smallest usual fall of the loss from the first epoch to the last, as a share
+# smallest usual fall of the loss from the first step and epoch to the last epoch, as a share
 LOW_FALL = 0.01
 
 # what to do about a fault
@@ -137,18 +137,18 @@ def check_loss(first_step: float, epochs: Sequence[float]) -> Findings:
     """Compare the mean loss of the last epoch with the losses of the beginning. No loss may be negative.
 
     Args:
-        first_step: the loss of the first step, of the untrained model.
+        first_step: the loss of the first step, before any weight moved.
         epochs: the mean loss of each epoch.
 
     Returns:
         A loss that has risen is a fault, also where it is finite. A loss that hardly fell is a warning.
     """
-    first, last = epochs[0], epochs[-1]
+    first, last = min(first_step, epochs[0]), epochs[-1]
     if last > MAX_RISE * first_step:
         return Findings({}, {f"the loss rose from {first_step:.4g} at the first step to {last:.4g}": SLOW_DOWN})
     if len(epochs) == 1 or last <= (1 - LOW_FALL) * first:
         return Findings()
-    return Findings(warnings=(f"{SHORT}: the loss hardly fell, from {first:.4g} in the first epoch to {last:.4g}",))
+    return Findings(warnings=(f"{SHORT}: the loss hardly fell, from {first:.4g} at the beginning to {last:.4g}",))
 
 
 def check_features(features: np.ndarray) -> Findings:

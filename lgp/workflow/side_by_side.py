@@ -6,9 +6,12 @@ entry to `dvc.lock` under its lock of the project.
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+
+import psutil
 
 from lgp.compute.interruption import Interrupted
 from lgp.compute.processes import cores
@@ -17,7 +20,6 @@ from lgp.params.run import RunParams
 from lgp.workflow.pending import PIPELINE, Pending
 
 TRAININGS = ("mim", "cl", "graft", "finetune", "semi")  # the stages that take long, and one core at a time
-GRACE_S = 10.0  # for a training to save its state after Ctrl-C
 MOST = 4  # each has a model and a batch in memory
 
 
@@ -33,10 +35,12 @@ def at_a_time(run: RunParams) -> int:
 def waiting(found: Pending) -> dict[str, Set[str]]:
     """Return the trainings that `dvc repro` would run, each with the trainings that it waits for.
 
-    One that waits for another stage besides, as for a control of the paper, is left out.
+    One that reads from another pipeline, as from a control of the paper, is left out: whether that is due is not known
+    here. So is one that waits for any other stage that is due.
     """
     due = {*found.changed, *found.behind}
-    trainings = {name for name in due if name.partition("@")[0] in TRAININGS}
+    here = {name for name in due if not any(":" in other for other in found.needs[name])}
+    trainings = {name for name in here if name.partition("@")[0] in TRAININGS}
     needs = {name: found.needs[name] & due for name in due}
     first = {"prepare", "labels"}  # they run before
     return {name: needs[name] - first for name in sorted(trainings) if needs[name] - first <= trainings}
@@ -52,13 +56,15 @@ def run_side_by_side(needs: Mapping[str, Set[str]], jobs: int) -> None:
     """
     left, failed = dict(needs), list[str]()
     running: dict[Future[int], str] = {}
-    with ThreadPoolExecutor(jobs) as pool, _processes() as processes:
+    processes = Processes()
+    with ThreadPoolExecutor(jobs) as pool, processes.ended_by_signals():
         while left or running:
             busy = {*left, *running.values()}
             ready = [name for name in left if not left[name] & busy]
             for name in sorted(ready, key=lambda name: -_chain(name, needs))[: jobs - len(running)]:
                 del left[name]
-                running[pool.submit(_run, name, processes)] = name
+                command = dvc("repro", "--single-item", f"{PIPELINE}:{name}")
+                running[pool.submit(processes.run, command, True)] = name
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(done)
                 if done.result():
@@ -78,32 +84,57 @@ def _chain(name: str, needs: Mapping[str, Set[str]]) -> int:
     return 1 + max((_chain(other, needs) for other, of in needs.items() if name in of), default=0)
 
 
-def _run(name: str, processes: list["subprocess.Popen[str]"]) -> int:
-    """Run a stage alone and print its lines as they come. Return its exit status."""
-    print(f"Running stage '{name}'", flush=True)
-    command = dvc("--quiet", "repro", "--single-item", f"{PIPELINE}:{name}")
-    pipe, both = subprocess.PIPE, subprocess.STDOUT
-    with subprocess.Popen(command, stdout=pipe, stderr=both, text=True, errors="replace") as process:
-        processes.append(process)
+class Processes:
+    """Processes of DVC that end when this one is asked to stop."""
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._begun: list[subprocess.Popen[str]] = []
+        self._stops, self._lock = False, threading.Lock()
+
+    def run(self, command: list[str], by_line: bool = False) -> int:
+        """Run a command to its end and return its exit status.
+
+        Args:
+            command: with its words.
+            by_line: print its output here, line by line, so that the lines of several commands do not mix.
+        """
+        pipe, both = (subprocess.PIPE, subprocess.STDOUT) if by_line else (None, None)
+        with self._lock:
+            if self._stops:
+                return 1
+            process = subprocess.Popen(command, stdout=pipe, stderr=both, text=True, errors="replace")
+            self._begun.append(process)
         for line in process.stdout or ():
             print(line, end="", flush=True)
-    return process.returncode
+        if process.stdout is not None:
+            process.stdout.close()
+        return process.wait()
+
+    @contextmanager
+    def ended_by_signals(self) -> Iterator[None]:
+        """Let the processes end where a signal ends the block, and wait until their trainings have saved.
+
+        Ctrl-C reaches them by itself: DVC waits for its training then. Other signals reach this process alone. A
+        training notices that the DVC process which started it is gone.
+        """
+        try:
+            yield
+        except BaseException as e:
+            with self._lock:
+                self._stops = True
+            trainings = [t for p in self._begun if p.poll() is None for t in _below(p.pid)]
+            if isinstance(e, Interrupted) or not isinstance(e, KeyboardInterrupt):
+                for process in self._begun:
+                    process.terminate()
+            for process in self._begun:
+                process.wait()
+            psutil.wait_procs(trainings)
+            raise
 
 
-@contextmanager
-def _processes() -> Iterator[list["subprocess.Popen[str]"]]:
-    """Yield a list for processes. Where a signal ends the block, they end too.
-
-    Ctrl-C reaches them by itself: DVC then waits for its training. Other signals reach this process alone. A training
-    notices that the DVC process which started it is gone, and saves its state.
-    """
-    processes: list[subprocess.Popen[str]] = []
+def _below(pid: int) -> list[psutil.Process]:
     try:
-        yield processes
-    except BaseException as e:
-        for process in processes:
-            if not isinstance(e, Interrupted):
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE_S)
-            process.terminate()
-        raise
+        return list(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
