@@ -41,7 +41,10 @@ def arm(name: str, right: Mapping[str, int], val: float = 0.5, knn: float = 50.0
             {"test": np.arange(100), "val": np.arange(100)},
         ).scored()
         outcome = over_subsets([one] * subsets, LABELS[task])
-        tasks[task] = Outcome(outcome.metrics | {"test/knn_top1": knn}, outcome.predictions)
+        tasks[task] = Outcome(
+            outcome.metrics | {"test/knn_top1": knn, "test/knn_top1_low": knn - 1, "test/knn_top1_high": knn + 0.5},
+            outcome.predictions,
+        )
     return ArmOutcomes(name, tasks, trained)
 
 
@@ -112,7 +115,9 @@ def test_other_tasks_in_which_a_baseline_is_not_beaten_are_noted() -> None:
     strong = {"linear": 60, "fewshot-1pct": 20, "fewshot-10pct": 49}
     found = judged(arm("pixels", strong, knn=98.6), arm("graft", {}, knn=96.9))
     assert found.champion == "graft"
-    assert found.notes[0] == "k-NN: pixels (98.6 %) is ahead of every trained arm (graft: 96.9 %)."
+    assert found.notes[0] == (
+        "k-NN: pixels, 98.6 [97.6, 99.1] %, is ahead of the best trained arm, graft, 96.9 [95.9, 97.4] %."
+    )
     assert found.notes[1] == "linear: pixels (60.0 %) is ahead of every trained arm (graft: 50.0 %)."
     assert found.notes[2].startswith("10 %: graft and pixels are undecided: graft is ahead by 1.0 points [-")
     assert len(found.notes) == 3
@@ -125,10 +130,19 @@ def test_first_line_names_no_task_where_every_baseline_is_beaten() -> None:
     assert (found.unbeaten, found.lines[0]) == ([], found.answer)
 
 
-def test_exact_tie_by_k_nn_is_said() -> None:
-    found = judged(arm("pixels", WEAK, knn=98.3), arm("cl", {}, knn=97.0), arm("graft", {}, val=0.9, knn=98.3))
-    assert found.notes == ["k-NN: pixels and graft have 98.3 % each."]
-    assert found.unbeaten == ["k-NN"]
+@pytest.mark.parametrize(("knn", "undecided"), [(98.3, True), (96.9, True), (96.7, False), (99.7, True), (99.9, False)])
+def test_arms_whose_intervals_by_k_nn_meet_are_undecided(knn: float, undecided: bool) -> None:
+    """k-NN is not paired. That of pixels is [97.3, 98.8]."""
+    found = judged(arm("pixels", WEAK, knn=98.3), arm("cl", {}, knn=90.0), arm("graft", {}, val=0.9, knn=knn))
+    said = [note for note in found.notes if note.startswith("k-NN: ")]
+    if undecided:
+        interval = f"{knn:.1f} [{knn - 1:.1f}, {knn + 0.5:.1f}]"
+        assert said == [
+            f"k-NN: pixels, 98.3 [97.3, 98.8] %, and graft, {interval} %, are undecided: their intervals meet."
+        ]
+    else:
+        assert ["is ahead of the best trained arm, graft" in note for note in said] == [True] * (knn < 97)
+    assert found.unbeaten == ["k-NN"] * bool(said)
 
 
 def test_without_baselines_the_champion_is_crowned_and_the_lack_is_said() -> None:
