@@ -911,6 +911,7 @@ LISTED = [
     "joint",
     "reverse",
     "init",
+    "repro",
     "results",
     "ui",
     "plan",
