@@ -18,17 +18,12 @@ def repro(jobs: Jobs = None, debug: Debug = False) -> None:
     from lgp.errors import LgpError
     from lgp.params.file import load_params
     from lgp.workflow.pending import pending
-    from lgp.workflow.side_by_side import Processes, at_a_time, dvc, run_side_by_side, waiting
+    from lgp.workflow.side_by_side import at_a_time, run_dvc, run_side_by_side, waiting
 
-    run = load_params(DEFAULT_PARAMS).run
     needs = waiting(pending(Path(os.environ.get("DVC_ROOT", "."))))
-    jobs = jobs or (at_a_time(run) if len(needs) > 1 else 1)
-    processes = Processes()
-    with processes.ended_by_signals():
-        if jobs > 1 and len(needs) > 1:
-            if processes.run(dvc("repro", "prepare", "labels")):
-                raise LgpError("prepare or labels failed, as said above: mend that and run `lgp repro` again")
-            print(f"{len(needs)} trainings, {jobs} at a time: {', '.join(needs)}", flush=True)
-            run_side_by_side(needs, jobs)
-        status = processes.run(dvc("repro"))
-    raise typer.Exit(status)
+    if len(needs) > 1 and (at_once := jobs or at_a_time(load_params(DEFAULT_PARAMS).run)) > 1:
+        if run_dvc("repro", "prepare", "labels"):
+            raise LgpError("prepare or labels failed, as said above: mend that and run `lgp repro` again")
+        print(f"{len(needs)} trainings, {at_once} at a time: {', '.join(needs)}", flush=True)
+        run_side_by_side(needs, at_once)
+    raise typer.Exit(run_dvc("repro"))

@@ -4,6 +4,7 @@ DVC cannot compare the code and the sources by itself. The stage runs with every
 `python -m lgp.workflow.inputs`, so it imports little.
 """
 
+import difflib
 import gc
 import os
 import sys
@@ -13,11 +14,14 @@ from typing import Any
 import yaml
 
 from lgp.errors import LgpError, NoSource, one_line
+from lgp.params.arms import BASELINES, TRAINED, how_to_get
 from lgp.workflow.code_digest import code_digests
 
 FOLDER, PARAMS_FILE = Path("inputs"), Path("params.yaml")
 DIGITS = "digits"  # the built-in images, whose labels never change
 PREPARED, LABELS = Path("data/prepared"), Path("data/labels")
+CONTROLS = Path("controls/dvc.yaml")
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def write_inputs(folder: Path, params_file: Path, root: Path) -> None:
@@ -37,6 +41,20 @@ def write_inputs(folder: Path, params_file: Path, root: Path) -> None:
     for name, text in (code | {"images": images, "labels": labels}).items():
         (folder / name).unlink(missing_ok=True)  # it may be a link into DVC's cache, which must not change
         (folder / name).write_text(f"{text}\n", encoding="utf-8")
+
+
+def check_arms(params_file: Path, root: Path) -> None:
+    """Raise `LgpError` for an arm in `arms` that no stage makes and that is not imported, before anything trains."""
+    arms = yaml.load(params_file.read_text(encoding="utf-8"), _LOADER).get("arms") or []
+    pipelines = [file.read_text(encoding="utf-8") for file in (root / "dvc.yaml", root / CONTROLS) if file.exists()]
+    named = (*TRAINED, *BASELINES)
+    for arm in arms:
+        made = any(f"models/{arm}/" in text for text in pipelines)
+        if arm in named or made or (root / "models" / arm / "encoder").exists():
+            continue
+        near = difflib.get_close_matches(str(arm), named, 1)
+        meant = f"did you mean {near[0]}? If not, " if near else ""
+        raise LgpError(f"arms names {arm}, and there is no such arm: {meant}{how_to_get(arm)}")
 
 
 def _states(params_file: Path) -> tuple[str, str]:
@@ -98,7 +116,7 @@ def _checked(data: dict[str, Any], params_file: Path) -> tuple[list[Any], Any, l
 def _data_and_lists(params_file: Path) -> tuple[dict[str, Any], list[str]]:
     """Read the section `data`, and the files of `labels.lists`. The whole file is checked only if one is missing."""
     try:
-        values = yaml.load(params_file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        values = yaml.load(params_file.read_text(encoding="utf-8"), _LOADER)
         given = values["labels"].get("lists") or {}
         return values["data"] | {"source": values["data"]["source"]}, [f for of in given.values() for f in _several(of)]
     except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError):
@@ -121,7 +139,9 @@ def main() -> None:
     """Write the inputs of the project in this folder."""
     gc.disable()  # a short life, and 15 % of the time with 60,000 files
     try:
-        write_inputs(FOLDER, PARAMS_FILE, Path(os.environ.get("DVC_ROOT", ".")))
+        root = Path(os.environ.get("DVC_ROOT", "."))
+        write_inputs(FOLDER, PARAMS_FILE, root)
+        check_arms(PARAMS_FILE, root)
     except LgpError as e:
         sys.exit(f"error: {one_line(e)}")
 

@@ -7,13 +7,11 @@ entry to `dvc.lock` under its lock of the project.
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 
 import psutil
 
-from lgp.compute.interruption import Interrupted
 from lgp.compute.processes import cores
 from lgp.errors import LgpError
 from lgp.params.run import RunParams
@@ -56,15 +54,13 @@ def run_side_by_side(needs: Mapping[str, Set[str]], jobs: int) -> None:
     """
     left, failed = dict(needs), list[str]()
     running: dict[Future[int], str] = {}
-    processes = Processes()
-    with ThreadPoolExecutor(jobs) as pool, processes.ended_by_signals():
+    with ThreadPoolExecutor(jobs) as pool, Processes() as processes:
         while left or running:
             busy = {*left, *running.values()}
             ready = [name for name in left if not left[name] & busy]
             for name in sorted(ready, key=lambda name: -_chain(name, needs))[: jobs - len(running)]:
                 del left[name]
-                command = dvc("repro", "--single-item", f"{PIPELINE}:{name}")
-                running[pool.submit(processes.run, command, True)] = name
+                running[pool.submit(processes.run_stage, name)] = name
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(done)
                 if done.result():
@@ -72,6 +68,12 @@ def run_side_by_side(needs: Mapping[str, Set[str]], jobs: int) -> None:
                     left.clear()
     if failed:
         raise LgpError(f"{', '.join(failed)} failed, as said above: mend that and run `lgp repro` again")
+
+
+def run_dvc(*words: str) -> int:
+    """Run DVC in this Python, to its end, and return its exit status. A signal ends it as it ends trainings."""
+    with Processes() as processes:
+        return processes.begin(dvc(*words)).wait()
 
 
 def dvc(*words: str) -> list[str]:
@@ -85,52 +87,52 @@ def _chain(name: str, needs: Mapping[str, Set[str]]) -> int:
 
 
 class Processes:
-    """Processes of DVC that end when this one is asked to stop."""
+    """Processes of DVC. Where a signal ends the block, they end too, and it waits until their trainings have saved.
+
+    Ctrl-C reaches them by itself: DVC then waits for its training. Other signals reach this process alone. A training
+    notices that the DVC process which started it is gone.
+    """
 
     def __init__(self) -> None:
         """Begin without any."""
         self._begun: list[subprocess.Popen[str]] = []
-        self._stops, self._lock = False, threading.Lock()
+        self._lock, self._stops = threading.Lock(), False
 
-    def run(self, command: list[str], by_line: bool = False) -> int:
-        """Run a command to its end and return its exit status.
-
-        Args:
-            command: with its words.
-            by_line: print its output here, line by line, so that the lines of several commands do not mix.
-        """
-        pipe, both = (subprocess.PIPE, subprocess.STDOUT) if by_line else (None, None)
-        with self._lock:
+    def begin(self, command: list[str], output: int | None = None) -> "subprocess.Popen[str]":
+        """Begin a command, whose output and errors go to `output`. Raise `LgpError` if this process is to stop."""
+        errors = None if output is None else subprocess.STDOUT
+        with self._lock:  # a process that begins as the block ends would not be told
             if self._stops:
-                return 1
-            process = subprocess.Popen(command, stdout=pipe, stderr=both, text=True, errors="replace")
-            self._begun.append(process)
-        for line in process.stdout or ():
-            print(line, end="", flush=True)
-        if process.stdout is not None:
-            process.stdout.close()
-        return process.wait()
+                raise LgpError("stopped before it began")
+            self._begun.append(subprocess.Popen(command, stdout=output, stderr=errors, text=True, errors="replace"))
+            return self._begun[-1]
 
-    @contextmanager
-    def ended_by_signals(self) -> Iterator[None]:
-        """Let the processes end where a signal ends the block, and wait until their trainings have saved.
+    def run_stage(self, name: str) -> int:
+        """Run a stage alone and return its exit status. Its lines come whole, with the name of an item of a matrix."""
+        command, item = dvc("repro", "--single-item", f"{PIPELINE}:{name}"), name.partition("@")[2]
+        with self.begin(command, subprocess.PIPE) as process:
+            for line in process.stdout or ():
+                print(f"[{item}] {line}" if item and line.strip() else line, end="", flush=True)
+        return process.returncode
 
-        Ctrl-C reaches them by itself: DVC waits for its training then. Other signals reach this process alone. A
-        training notices that the DVC process which started it is gone.
-        """
-        try:
-            yield
-        except BaseException as e:
-            with self._lock:
-                self._stops = True
-            trainings = [t for p in self._begun if p.poll() is None for t in _below(p.pid)]
-            if isinstance(e, Interrupted) or not isinstance(e, KeyboardInterrupt):
-                for process in self._begun:
-                    process.terminate()
-            for process in self._begun:
-                process.wait()
-            psutil.wait_procs(trainings)
-            raise
+    def __enter__(self) -> "Processes":
+        """Return the processes."""
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        """End them if there is an error."""
+        if error is None:
+            return
+        with self._lock:
+            self._stops = True
+        running = [process for process in self._begun if process.poll() is None]
+        trainings = [training for process in running for training in _below(process.pid)]
+        if type(error) is not KeyboardInterrupt:  # which is Ctrl-C
+            for process in running:
+                process.terminate()
+        for process in running:
+            process.wait()
+        psutil.wait_procs(trainings)
 
 
 def _below(pid: int) -> list[psutil.Process]:

@@ -1,5 +1,6 @@
 """The stage `inputs`: what it writes where the source of the images is there, gone, or never was."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import merged
+from conftest import ROOT, merged
 
 from lgp.data.sources import specs
 from lgp.data.sources.specs import columns_of
@@ -19,6 +20,7 @@ from lgp.params.data import TABLES
 from lgp.workflow.inputs import LABELS, PREPARED, _checked, _plain, write_inputs
 from lgp.workflow.pipeline import SECTIONS
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 HEAVY = {"numpy", "pandas", "pyarrow", "pydantic", "torch"}
 
 
@@ -104,6 +106,29 @@ def test_wrong_parameter_file_is_an_error(project: Path) -> None:
     (project / "params.yaml").write_text("seed: [")
     with pytest.raises(Exception, match="not valid YAML"):
         labels_after(project)
+
+
+@pytest.mark.parametrize(
+    ("arm", "said"),
+    [
+        ("graf", "arms names graf, and there is no such arm: did you mean graft? If not, train mim, cl, graft, joint,"),
+        ("dino", "arms names dino, and there is no such arm: train mim, cl, graft, joint, reverse, or run `lgp import"),
+    ],
+)
+def test_arm_that_nothing_makes_is_refused_before_anything_trains(
+    arm: str, said: str, project: Path, values: dict[str, Any]
+) -> None:
+    values = merged(values, {"data": {"source": "images"}, "arms": [*values["arms"], arm]})
+    (project / "params.yaml").write_text(yaml.safe_dump(values))
+    run = [sys.executable, "-m", "lgp.workflow.inputs"]
+    refused = subprocess.run(run, cwd=project, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert said in refused.stderr
+    (project / "models" / arm / "encoder").mkdir(parents=True)  # imported
+    subprocess.run(run, cwd=project, env=ENVIRONMENT, check=True)
+    shutil.rmtree(project / "models")
+    (project / "dvc.yaml").write_text(f"stages: {{x: {{cmd: make, outs: [models/{arm}/encoder]}}}}")
+    subprocess.run(run, cwd=project, env=ENVIRONMENT, check=True)
 
 
 def test_folder_with_a_table_is_looked_at_without_heavy_imports(project: Path, values: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Whether trainings run beside each other in the right order, and end when they are told to."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import merged
+from conftest import ROOT, merged
 from dvc.repo import Repo
 from typer.testing import CliRunner
 
@@ -230,3 +232,54 @@ def test_training_that_fails_under_dvc_fails_the_command(project: Path) -> None:
     Path("meets.py").write_text("import sys; sys.exit(sys.argv[1] == 'b')")
     assert lgp_repro() == 1
     assert not Path("report.txt").exists()
+
+
+# a training that is asked to stop, or whose DVC is gone, takes a second to save its state
+SAVES = """
+import os, pathlib, signal, sys, time
+asked = []
+signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+parent = os.getppid()
+pathlib.Path(sys.argv[1]).touch()
+while not asked and os.getppid() == parent:
+    time.sleep(0.01)
+time.sleep(1)
+pathlib.Path(sys.argv[1] + "-saved").touch()
+sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("many", [True, False])  # several trainings, or the rest in one `dvc repro`
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_waits_until_trainings_have_saved(number: signal.Signals, many: bool, project: Path) -> None:
+    """Ctrl-C goes to the whole group, as from a terminal. SIGTERM goes to the command alone."""
+    Path("meets.py").write_text(SAVES)
+    words = ["repro", "--jobs", "2" if many else "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = subprocess.Popen(
+        [sys.executable, "-m", "lgp", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        # as in a terminal, also where these tests run in the background and ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    trained = ["a", "b"] if many else ["b"]  # DVC alone begins with `cl`
+    until = time.monotonic() + 120
+    while not all(Path(name).exists() for name in trained) and time.monotonic() < until:
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(command.pid, number)
+    else:
+        command.send_signal(number)
+    said, _ = command.communicate(timeout=60)
+    assert all(Path(f"{name}-saved").exists() for name in trained), said
+    assert command.returncode == 128 + number, said
+    assert f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}: run the same command again" in said
+
+
+def test_lines_of_an_item_of_a_matrix_have_its_name(stages: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_side_by_side({"finetune@cl-10pct": set()}, 2)
+    assert capsys.readouterr().out.splitlines() == ["[cl-10pct] finetune@cl-10pct works"]
