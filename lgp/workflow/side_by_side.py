@@ -104,7 +104,9 @@ class Processes:
         with self._lock:  # a process that begins as the block ends would not be told
             if self._stops:
                 raise LgpError("stopped before it began")
-            self._begun.append(subprocess.Popen(command, stdout=output, stderr=errors, text=True, errors="replace"))
+            self._begun.append(
+                subprocess.Popen(command, stdout=output, stderr=errors, encoding="utf-8", errors="replace")
+            )
             return self._begun[-1]
 
     def run_stage(self, name: str) -> int:
