@@ -66,10 +66,9 @@ import torch
 from threadpoolctl import threadpool_info
 from lgp.compute.device import choose_device
 from lgp.params.run import RunParams
-for threads in (2, 1):
+for threads in (1, 2, 1):
     choose_device(RunParams(device="cpu", threads=threads))
-    if threads == 2:
-        import sklearn.cluster
+    import sklearn.cluster  # its threads are one per core, unless it is told before it is loaded
     assert {pool["num_threads"] for pool in threadpool_info()} == {threads}, threadpool_info()
     assert torch.get_num_threads() == threads
 """

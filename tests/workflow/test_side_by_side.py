@@ -234,6 +234,15 @@ def test_training_that_fails_under_dvc_fails_the_command(project: Path) -> None:
     assert not Path("report.txt").exists()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_stage_that_fails_after_the_trainings_fails_the_command(project: Path) -> None:
+    stages = yaml.safe_load(Path("dvc.yaml").read_text())
+    stages["stages"]["report"]["cmd"] = "exit 1"
+    Path("dvc.yaml").write_text(yaml.safe_dump(stages))
+    assert lgp_repro() not in (0, None)
+    assert Path("graft.txt").exists()
+
+
 # a training that is asked to stop, or whose DVC is gone, takes a second to save its state
 SAVES = """
 import os, pathlib, signal, sys, time
@@ -256,16 +265,16 @@ def test_stop_waits_until_trainings_have_saved(number: signal.Signals, many: boo
     Path("meets.py").write_text(SAVES)
     words = ["repro", "--jobs", "2" if many else "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = subprocess.Popen(
-        [sys.executable, "-m", "lgp", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-        # as in a terminal, also where these tests run in the background and ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    with Path("log").open("w") as log:  # a pipe would wait for whatever still holds it
+        command = subprocess.Popen(
+            [sys.executable, "-m", "lgp", *words],
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+            # as in a terminal, also where these tests run in the background and ignore it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
     trained = ["a", "b"] if many else ["b"]  # DVC alone begins with `cl`
     until = time.monotonic() + 120
     while not all(Path(name).exists() for name in trained) and time.monotonic() < until:
@@ -274,8 +283,10 @@ def test_stop_waits_until_trainings_have_saved(number: signal.Signals, many: boo
         os.killpg(command.pid, number)
     else:
         command.send_signal(number)
-    said, _ = command.communicate(timeout=60)
+    command.wait(60)
+    said = Path("log").read_text()
     assert all(Path(f"{name}-saved").exists() for name in trained), said
+    assert Path("a").exists() == many
     assert command.returncode == 128 + number, said
     assert f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}: run the same command again" in said
 
