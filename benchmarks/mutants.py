@@ -44,7 +44,7 @@ TESTS = {
     "lgp.models.swav": ["models/test_swav.py"],
     "lgp.models.multi_crop": ["models/test_multi_crop.py"],
     "lgp.models.low_rank": ["models/test_low_rank.py"],
-    "lgp.models.averaging": ["models/test_moco.py", "models/test_refine.py"],
+    "lgp.models.averaging": ["models/test_moco.py", "models/test_refine.py", "evaluate/test_semi_supervised.py"],
     "lgp.models.in_parts": ["pretrain/test_memory.py"],
     "lgp.models.joint": ["models/test_roles.py"],
     "lgp.models.roles": ["models/test_roles.py"],

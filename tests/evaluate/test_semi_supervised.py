@@ -240,6 +240,7 @@ def test_teacher_averages_over_its_share_of_the_steps() -> None:
     assert decay_over(0.1, 1000) == pytest.approx(0.99)
     assert decay_over(0.05, 200_000) == pytest.approx(0.9999)
     assert decay_over(0.1, 3) == 0
+    assert decay_over(0.1, 15) == pytest.approx(1 / 3)
 
 
 def test_reliability_is_share_and_accuracy_of_what_the_threshold_keeps() -> None:
