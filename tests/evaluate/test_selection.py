@@ -308,6 +308,15 @@ def test_selected_subsets_are_those_of_the_method_without_any_label(x: np.ndarra
     assert of_seeds[0][0].tolist() != of_seeds[0][1].tolist()
 
 
+def test_lengths_of_features_do_not_decide_a_selection(x: np.ndarray) -> None:
+    lengths = np.random.default_rng(5).uniform(0.1, 10, (len(x), 1)).astype(np.float32)
+    plain, scaled = (
+        selected_subsets(labelled(of, np.arange(60) % 2), RANDOM, Method.TYPICALITY, 3, FIXED)
+        for of in (x, lengths * x)
+    )
+    assert [ids.tolist() for ids in plain] == [ids.tolist() for ids in scaled]
+
+
 def test_selection_of_a_single_class_is_refused(x: np.ndarray) -> None:
     y = np.zeros(60, dtype=np.int64)
     with pytest.raises(LgpError, match="the 5 images that typicality chose are all of one class"):
