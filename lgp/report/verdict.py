@@ -120,24 +120,18 @@ def _measured(metrics: Mapping[str, float], name: str = TOP1) -> str:
 
 def _unbeaten_by(arm: ArmOutcomes, arms: list[ArmOutcomes], task: str, pairs: list[Pair]) -> str:
     """Say that a baseline is not beaten in a task: by any trained arm, or by `arm`; else nothing."""
-    if ahead := _ahead_of_all(arms, {a.arm: a.tasks[task].metrics[TOP1] for a in arms if task in a.tasks}):
-        return ahead
+    measured = {a.arm: a.tasks[task].metrics[TOP1] for a in arms if task in a.tasks}
+    baseline, trained = _best_of_both(arms, measured)
+    if baseline and trained and measured[baseline] > measured[trained]:
+        most = f"{baseline} ({measured[baseline]:.1f} %) is ahead of every trained arm"
+        pair = next(p for p in pairs if p.task == task and {p.ahead, p.behind} == {baseline, trained})
+        return f"{most}; {pair.sentence(pair.gap.decided)} {pair.interval()}"
     baselines = {a.arm for a in arms if a.is_baseline}
     for pair in pairs:
         met = pair.task == task and arm.arm in (pair.ahead, pair.behind) and baselines & {pair.ahead, pair.behind}
         if met and not (pair.gap.decided and pair.ahead == arm.arm):
             return f"{pair.sentence(pair.gap.decided)} {pair.interval()}"
     return ""
-
-
-def _ahead_of_all(arms: list[ArmOutcomes], measured: Mapping[str, float]) -> str:
-    """Say that a baseline is ahead of every trained arm, given accuracies by arm; else nothing."""
-    baseline, trained = _best_of_both(arms, measured)
-    if measured.get(baseline, -1.0) <= measured.get(trained, 101.0):
-        return ""
-    return (
-        f"{baseline} ({measured[baseline]:.1f} %) is ahead of every trained arm ({trained}: {measured[trained]:.1f} %)"
-    )
 
 
 def _best_of_both(arms: list[ArmOutcomes], measured: Mapping[str, float]) -> tuple[str, str]:

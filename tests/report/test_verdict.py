@@ -84,7 +84,8 @@ def test_baseline_ahead_of_every_arm_is_said() -> None:
     found = judged(arm("random", {**WEAK, "fewshot-1pct": 53}), arm("cl", {}), arm("graft", WEAK, val=0.9))
     assert found.champion is None
     assert found.sentence == (
-        "Nobody is crowned. With the fewest labels (1 %), random (53.0 %) is ahead of every trained arm (cl: 50.0 %)."
+        "Nobody is crowned. With the fewest labels (1 %), random (53.0 %) is ahead of every trained arm; random and cl "
+        "are undecided: random is ahead by 3.0 points [-0.9, +8.5]."
     )
 
 
@@ -118,7 +119,9 @@ def test_other_tasks_in_which_a_baseline_is_not_beaten_are_noted() -> None:
     assert found.notes[0] == (
         "k-NN: pixels, 98.6 [97.6, 99.1] %, is ahead of the best trained arm, graft, 96.9 [95.9, 97.4] %."
     )
-    assert found.notes[1] == "linear: pixels (60.0 %) is ahead of every trained arm (graft: 50.0 %)."
+    assert found.notes[1] == (
+        "linear: pixels (60.0 %) is ahead of every trained arm; pixels beats graft by 10.0 points [+5.5, +17.4]."
+    )
     assert found.notes[2].startswith("10 %: graft and pixels are undecided: graft is ahead by 1.0 points [-")
     assert len(found.notes) == 3
     assert found.unbeaten == ["k-NN", "linear", "10 %"]
