@@ -9,8 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import wait
@@ -19,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from lgp.compute.interruption import ASKING
+from lgp.compute.interruption import stops_held
 from stages.evaluation import spec_of
 from stages.options import DEFAULT_PARAMS
 from stages.paths import PREPARED, encoder_files
@@ -165,8 +164,9 @@ def _run(calls: Sequence[Call], jobs: int, folder: Path, code: Mapping[str, str]
                 call = waiting.pop(0)
                 discard(call.specs())
                 log = folder / "-".join(call.words)
-                process = multiprocessing.get_context("fork").Process(target=_command, args=(call.words, log))
-                with _signals_held():
+                with stops_held() as release:
+                    given = (call.words, log, release)
+                    process = multiprocessing.get_context("fork").Process(target=_command, args=given)
                     process.start()
                     running[process] = call
             wait([process.sentinel for process in running])
@@ -185,26 +185,16 @@ def _run(calls: Sequence[Call], jobs: int, folder: Path, code: Mapping[str, str]
             discard(call.specs())
 
 
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Let signals that ask to stop wait until the end of the block. A fork begins with them held."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _command(words: Sequence[str], log: Path) -> None:
+def _command(words: Sequence[str], log: Path, take_stops: Callable[[], None]) -> None:
     """Run a command of `lgp` in this fork, to its end or to that of the process above."""
     from lgp.compute.processes import stop_with_parent
     from lgp.workflow.ahead import COMPUTES_AHEAD
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the process above asks to stop
     with log.open("w", encoding="utf-8") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)  # what is said of a stop goes into the log from here on
+    take_stops()  # what is said of one goes into the log from here on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the process above asks to stop
     stop_with_parent()
     del os.environ["DVC_STAGE"]  # the fork itself computes
     os.environ[COMPUTES_AHEAD] = "1"

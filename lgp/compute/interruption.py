@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import FrameType
@@ -86,6 +86,31 @@ def stopped_by_signals() -> Iterator[None]:
         for number in ASKING:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def stops_held() -> Iterator[Callable[[], None]]:
+    """Let a request to stop wait until the block ends, so that a process which it starts is known by then.
+
+    A fork begins with the requests held. It calls what the block gives, to take them from there on. Masking signals in
+    this thread would not do: the kernel gives a signal to any thread that takes it, and Python runs its handler here.
+    In any other thread nothing is held, as no handler runs there.
+    """
+    asked: list[int] = []
+    here = threading.current_thread() is threading.main_thread()
+    numbers = [number for number in ASKING if here and callable(signal.getsignal(number))]  # not those ignored
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in numbers}
+
+    def release() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        while asked:
+            signal.raise_signal(asked.pop(0))
+
+    try:
+        yield release
+    finally:
+        release()
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:

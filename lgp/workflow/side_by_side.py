@@ -7,17 +7,21 @@ entry to `dvc.lock` under its lock of the project.
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import psutil
 
+from lgp.compute.interruption import stops_held
+from lgp.compute.liveness import lives
 from lgp.compute.processes import cores
 from lgp.errors import LgpError
 from lgp.params.run import RunParams
 from lgp.workflow.pending import PIPELINE, Pending
 
 TRAININGS = ("mim", "cl", "graft", "finetune", "semi")  # the stages that take long, and one core at a time
+LOOK_EVERY_S = 0.05
 MOST = 4  # each has a model and a batch in memory
 
 
@@ -101,7 +105,7 @@ class Processes:
     def begin(self, command: list[str], output: int | None = None) -> "subprocess.Popen[str]":
         """Begin a command, whose output and errors go to `output`. Raise `LgpError` if this process is to stop."""
         errors = None if output is None else subprocess.STDOUT
-        with self._lock:  # a process that begins as the block ends would not be told
+        with self._lock, stops_held():  # a process that begins as the block ends would not be told
             if self._stops:
                 raise LgpError("stopped before it began")
             self._begun.append(
@@ -134,7 +138,8 @@ class Processes:
                 process.terminate()
         for process in running:
             process.wait()
-        psutil.wait_procs(trainings)
+        while any(lives(training) for training in trainings):  # in a container nobody may collect those that ended
+            time.sleep(LOOK_EVERY_S)
 
 
 def _below(pid: int) -> list[psutil.Process]:

@@ -6,10 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,7 +25,7 @@ from typer.testing import CliRunner
 
 import stages.together as module
 from cli import app
-from lgp.compute.interruption import ASKING
+from lgp.compute.interruption import stopped_by_signals
 from lgp.data.labels import LabelledImages
 from lgp.params.file import load_params
 from lgp.workflow.ahead import AHEAD, finish
@@ -153,7 +158,7 @@ def test_outputs_are_compared_with_the_code_of_before_it_was_loaded(
     monkeypatch.setattr("lgp.workflow.code_digest.code_digests", lambda _root: dict(code))
     monkeypatch.setattr(module, "import_module", lambda _name: code.update(linear="edited"))
     monkeypatch.setattr("lgp.workflow.mlflow_store.load", lambda: None)
-    monkeypatch.setattr(module, "_command", lambda words, log: log.write_text(" ".join(words)))
+    monkeypatch.setattr(module, "_command", lambda words, log, _: log.write_text(" ".join(words)))
     monkeypatch.setattr("lgp.workflow.ahead.finish", lambda _specs, said, of: given.append((said, of)))
     module._compute([Call("linear", "mim")], DEFAULT_PARAMS)
     assert given == [("linear mim", {"linear": "loaded"})]
@@ -196,18 +201,41 @@ def test_a_stage_that_is_asked_for_by_name_computes_no_other(
     assert (module._others(Call("linear", "mim"), DEFAULT_PARAMS) == []) == one
 
 
-def test_a_fork_begins_with_the_signals_held_that_ask_it_to_stop(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("where", ["above", "fork"])
+def test_a_stop_while_a_fork_starts_ends_it_before_its_folder_is_gone(
+    where: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def held() -> set[int]:
-        return set(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+    """The signal reaches another thread, or a fork that has not begun its command."""
+    monkeypatch.setenv("DVC_STAGE", "linear@mim")
+    start, forks = ForkProcess.start, list[ForkProcess]()
+    with ThreadPoolExecutor(1) as pool:
+        thread = pool.submit(threading.get_ident).result()
 
-    given: list[str] = []
-    monkeypatch.setattr(module, "_command", lambda _words, log: log.write_text(str(set(ASKING) <= held())))
-    monkeypatch.setattr("lgp.workflow.ahead.finish", lambda _specs, said, _code: given.append(said))
-    before = held()
-    module._run([Call("linear", "mim")], 1, project, {})
-    assert (given, held()) == (["True"], before)
+        def asked_to_stop(fork: ForkProcess) -> None:
+            start(fork)
+            forks.append(fork)
+            if where == "above":
+                signal.pthread_kill(thread, signal.SIGTERM)
+            else:
+                os.kill(fork.pid or 0, signal.SIGTERM)
+            time.sleep(0.1)  # until it is there
+
+        monkeypatch.setattr(ForkProcess, "start", asked_to_stop)
+        monkeypatch.setattr(module, "_command", late(module._command))
+        monkeypatch.setattr(module, "import_module", lambda _: SimpleNamespace(app=lambda *_, **__: None))
+        with pytest.raises(SystemExit) if where == "above" else nullcontext(), stopped_by_signals():
+            module._run([Call("linear", "mim")], 1, project, {})
+    assert [fork.exitcode for fork in forks] == [1]
+    assert outputs() == {}
+
+
+def late(command: Callable[..., None]) -> Callable[..., None]:
+    def later(*given: Any) -> None:
+        time.sleep(0.3)  # the signal comes before the command takes any
+        command(*given)
+
+    return later
 
 
 def test_a_stop_ends_all_of_them_and_leaves_nothing(project: Path) -> None:

@@ -16,7 +16,7 @@ from dvc.repo import Repo
 from typer.testing import CliRunner
 
 from cli import app
-from lgp.compute.interruption import Interrupted
+from lgp.compute.interruption import Interrupted, stopped_by_signals
 from lgp.errors import LgpError
 from lgp.params.run import RunParams
 from lgp.workflow import side_by_side
@@ -288,6 +288,19 @@ sys.exit(130)
 """
 
 
+# as in a container: what has lost its parent comes to a first process that does not collect those that end
+CONTAINER = """
+import ctypes, pathlib, signal, subprocess, sys
+if sys.platform == "linux":
+    PR_SET_CHILD_SUBREAPER = 36
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+signal.signal(signal.SIGINT, lambda *_: None)
+command = subprocess.Popen(sys.argv[1:])
+pathlib.Path("pid").write_text(str(command.pid))
+sys.exit(command.wait())
+"""
+
+
 @pytest.mark.parametrize("many", [True, False])  # several trainings, or the rest in one `dvc repro`
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stop_waits_until_trainings_have_saved(number: signal.Signals, many: bool, project: Path) -> None:
@@ -297,7 +310,7 @@ def test_stop_waits_until_trainings_have_saved(number: signal.Signals, many: boo
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with Path("log").open("w") as log:  # a pipe would wait for whatever still holds it
         command = subprocess.Popen(
-            [sys.executable, "-m", "lgp", *words],
+            [sys.executable, "-c", CONTAINER, sys.executable, "-m", "lgp", *words],
             stdout=log,
             stderr=log,
             env=environment,
@@ -312,12 +325,32 @@ def test_stop_waits_until_trainings_have_saved(number: signal.Signals, many: boo
     if number == signal.SIGINT:
         os.killpg(command.pid, number)
     else:
-        command.send_signal(number)
-    command.wait(60)
+        os.kill(int(Path("pid").read_text()), number)
+    try:
+        command.wait(60)
+    finally:
+        if command.poll() is None:
+            os.killpg(command.pid, signal.SIGKILL)
     said = Path("log").read_text()
     assert all(Path(f"{name}-saved").exists() for name in trained), said
     assert command.returncode == 128 + number, said
     assert f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}: run the same command again" in said
+
+
+def test_a_stop_while_dvc_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[subprocess.Popen[str]] = []
+
+    class Stopped(subprocess.Popen[str]):
+        def __init__(self, *given: Any, **names: Any) -> None:
+            super().__init__(*given, **names)
+            begun.append(self)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(side_by_side, "dvc", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(subprocess, "Popen", Stopped)
+    with pytest.raises(SystemExit), stopped_by_signals():
+        side_by_side.run_dvc("repro")
+    assert [process.poll() for process in begun] == [-signal.SIGTERM]
 
 
 def test_lines_of_an_item_of_a_matrix_have_its_name(stages: Path, capsys: pytest.CaptureFixture[str]) -> None:
