@@ -45,6 +45,8 @@ def data_inspect(
     offers = open_sources(own.data.source, own.data.columns, own.data.labels)
     found = inspect(offers, own.data, sample)
     print_inspection(found)
+    if not found.images:
+        raise LgpError("; ".join(found.faults))
     SHEET.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(offers, found.sample.channels).save(SHEET, quality=90)
     print(f"{SHEET} shows some images of each class")

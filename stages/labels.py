@@ -59,5 +59,5 @@ def add(file: File, params_file: ParamsFile = DEFAULT_PARAMS, debug: Debug = Fal
     if LABELS_FILE not in params.data.labels:
         write_values(params_file, {"data.labels": [*params.data.labels, LABELS_FILE]})
     trained = [arm for arm in params.arms if arm not in ("pixels", "random")]
-    for line in [*added.said(), f"{own} has them now; `dvc repro`: {rerun(trained, added.first)}"]:
+    for line in [*added.said(), f"{own} has them now; `lgp repro`: {rerun(trained, added.first)}"]:
         print(f"labels: {line}")

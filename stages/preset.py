@@ -26,4 +26,4 @@ def preset_use(name: Name, params_file: ParamsFile = DEFAULT_PARAMS, force: Forc
     from lgp.workflow.presets import use
 
     use(name, params_file, force)
-    print(f"{params_file} is now the preset {name}; `dvc repro` runs it")
+    print(f"{params_file} is now the preset {name}; `lgp repro` runs it")

@@ -10,6 +10,7 @@ from stages.paths import LABELS, PREPARED, arm_folder, encoder_files, encoder_fo
 from stages.replaying import replaying, with_replay
 
 if TYPE_CHECKING:
+    from lgp.params.file import Params
     from lgp.pretrain.arm import Pretrained, Session
     from lgp.workflow.stage import StageRun
 
@@ -73,6 +74,19 @@ def pretraining(
         session = Session(data, params, run.store, run.tracker)
         if replay is None:
             session = dataclasses.replace(session, labelled=labels_if_any(PREPARED, LABELS))
+            session = _with_ridge(session, load_params(params_file))
         else:
             session = with_replay(session, arm, replay)
         yield Pretraining(run, session, arm_folder(arm), folders, accept)
+
+
+def _with_ridge(session: "Session", params: "Params") -> "Session":
+    """Measure ridge regression with the fewest labels too, where the parameters ask for it and there are any."""
+    from lgp.compute.device import choose_device
+    from lgp.evaluate.online_ridge import OnlineRidge, fewest_labels
+
+    data = session.labelled
+    subsets = fewest_labels(data, params.few_labels) if data and params.run.online_knn.ridge else []
+    if data is None or not subsets:
+        return session
+    return dataclasses.replace(session, more=OnlineRidge(data, subsets, params.fewshot, choose_device(params.run)))

@@ -22,4 +22,4 @@ def results(path: Table = REPORTS / "results.csv") -> None:
     if added:
         print_table("The same with unlabelled images (propagated) or with chosen images (selected)", *wide_rows(added))
     print(f"Report with pictures: {path.with_name('report.md')}. Runs, curves, models: `lgp ui`.")
-    print("Encoders for timm: models/ARM/encoder. Change params.yaml and run `dvc repro` again.")
+    print("Encoders for timm: models/ARM/encoder. Change params.yaml and run `lgp repro` again.")

@@ -9,11 +9,15 @@ from lgp.params.section import ArmName, Count, NonNegative, Positive, Section, W
 
 
 class OnlineKnnParams(Section):
-    """k-NN during pre-training: every `every_epochs` epochs (0: never), on some labelled images and some of val."""
+    """k-NN during pre-training: every `every_epochs` epochs (0: never), on some labelled images and some of val.
+
+    `ridge` adds ridge regression with the fewest labels of `few_labels`.
+    """
 
     every_epochs: Annotated[Whole, Field(ge=0)] = 10
     train_images: Count = 256
     val_images: Count = 256
+    ridge: bool = True
 
 
 class RunParams(Section):

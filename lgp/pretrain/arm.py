@@ -18,7 +18,7 @@ from lgp.data.loading import Batch, CropDataset
 from lgp.data.storage import Images
 from lgp.errors import check_disk_space
 from lgp.features.extraction import Running, extract, features_of
-from lgp.features.online_knn import OnlineKnn
+from lgp.features.online_knn import Measure, OnlineKnn, nothing_more
 from lgp.models.roles import PretrainingModel
 from lgp.params.file import Params
 from lgp.params.pretrain import TrainingParams
@@ -56,6 +56,7 @@ class Session:
         store: where resume states are kept.
         observer: logs epochs.
         labelled: the same images with labels, for the online k-NN; None where no labels are prepared.
+        more: what is measured with the online k-NN.
         fit: runs a training. A replay takes its place.
     """
 
@@ -64,6 +65,7 @@ class Session:
     store: StateStore
     observer: Observer
     labelled: LabelledImages | None = None
+    more: Measure = nothing_more
     fit: Fit = _fit
 
 
@@ -145,7 +147,8 @@ def fit_arm(
         trainer.is_dead = checks.find_dead
         if session.labelled is not None:
             running = Running.of(params.run, device)
-            _watch(trainer, objective, OnlineKnn(session.labelled, params.run.online_knn, running), device)
+            knn = OnlineKnn(session.labelled, params.run.online_knn, running, session.more)
+            _watch(trainer, objective, knn, device)
         progression = session.fit(trainer)
         computed = {
             "device": device.type,

@@ -78,4 +78,4 @@ def knn_in_head(model: PretrainingModel, knn: OnlineKnn, device: torch.device) -
     def through(part: nn.Sequential) -> Encode:
         return lambda images: part(features(images))
 
-    return {f"{METRIC}/{name}": knn.measured(through(part))[0] for name, part in parts.items()}
+    return {f"{METRIC}/{name}": knn.top1(through(part)) for name, part in parts.items()}

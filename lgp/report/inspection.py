@@ -16,6 +16,8 @@ def print_inspection(inspection: Inspection) -> None:
     print(inspection.offered)
     for kind, found in (("skipped", inspection.skipped), ("no image", inspection.clutter)):
         _print_reasons(kind, found)
+    if not inspection.images:
+        return
     parts = [[part, f"{inspection.splits[part]:,}", f"{inspection.parts[part]:,}"] for part in inspection.parts]
     print_table("Parts", ("part", "in the source", "once held out"), parts)
     print_table("Classes", ("class", "labelled images", "of them to train"), class_rows(inspection))
@@ -59,7 +61,8 @@ def sample_rows(sample: Sample) -> list[list[str]]:
 def expected_line(minutes: Mapping[str, float]) -> str:
     """Return the expected time, and what it is made of."""
     parts = ", ".join(f"{name} {time_text(part / 60)}" for name, part in minutes.items() if part)
-    return f"`dvc repro` takes about {time_text(sum(minutes.values()) / 60)} on this machine: {parts}"
+    whole = time_text(sum(minutes.values()) / 60)
+    return f"`dvc repro` takes about {whole} on this machine, `lgp repro` less where cores are idle: {parts}"
 
 
 def _print_reasons(kind: str, found: Sequence[Skipped]) -> None:

@@ -27,6 +27,7 @@ NOT_DIGESTED = (
     "lgp.compute.launch",
     "lgp.compute.machines",
     "lgp.errors",
+    "lgp.evaluate.online_ridge",
     "lgp.features.online_knn",
     "lgp.params.file",
     "lgp.pretrain.batch_checks",

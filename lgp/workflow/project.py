@@ -65,7 +65,7 @@ def init_project(folder: Path, preset: str, git: bool) -> list[str]:
         lines.append("it is not in git: `dvc repro` works, `dvc exp` needs `lgp init --git`")
     else:
         lines.append("its files are not committed yet: `git add -A && git commit`, which `dvc exp` needs")
-    return [*lines, "next: `dvc repro`; for images of your own first `lgp data inspect PATH --write` with their path"]
+    return [*lines, "next: `lgp repro`; for images of your own first `lgp data inspect PATH --write` with their path"]
 
 
 def _scm_option(folder: Path) -> list[str]:

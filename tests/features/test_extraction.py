@@ -163,14 +163,14 @@ def test_online_knn_is_computed_as_the_run_asks(
     prepared: LabelledImages, asked: list[Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(AskedError):
-        OnlineKnn(prepared, OnlineKnnParams(), HELPED).measured(pixels)
+        OnlineKnn(prepared, OnlineKnnParams(), HELPED).top1(pixels)
     assert asked == [HELPED]
     devices: list[Any] = []
     monkeypatch.setattr(online_knn, "extract", extract)
     monkeypatch.setattr(
         online_knn, "knn_predict", lambda *about: devices.append(about[6]) or np.zeros(len(about[2]), dtype=int)
     )
-    OnlineKnn(prepared, OnlineKnnParams(), Running()).measured(pixels)
+    OnlineKnn(prepared, OnlineKnnParams(), Running()).top1(pixels)
     assert devices == [CPU]
 
 

@@ -230,11 +230,11 @@ class Known:
 
     val = (4, 5, 6)
 
-    def __init__(self, labelled: Any, settings: Any, running: Any) -> None:
-        self.labelled, self.settings, self.running = labelled, settings, running
+    def __init__(self, labelled: Any, settings: Any, running: Any, more: Any = None) -> None:
+        self.labelled, self.settings, self.running, self.more = labelled, settings, running, more
 
     def after_epoch(self, *about: Any) -> Any:
-        return self.labelled, self.settings, self.running, *about
+        return self.labelled, self.settings, self.running, self.more, *about
 
 
 def test_trainer_measures_knn_after_an_epoch_where_labels_are_prepared(
@@ -243,7 +243,11 @@ def test_trainer_measures_knn_after_an_epoch_where_labels_are_prepared(
     monkeypatch.setattr(arm, "OnlineKnn", Known)
     objective = objective_of(session)
     fitted(objective, session)
-    fitted(objective, with_workers(replace(session, labelled=session.data)))
+
+    def more(_: Any) -> dict[str, float]:
+        return {}
+
+    fitted(objective, with_workers(replace(session, labelled=session.data, more=more)))
     without, with_labels = trainers
     assert not hasattr(without, "after_epoch")
     after_epoch = with_labels.after_epoch(7)  # type: ignore[attr-defined]
@@ -251,6 +255,7 @@ def test_trainer_measures_knn_after_an_epoch_where_labels_are_prepared(
         session.data,
         session.params.run.online_knn,
         Running(3, CPU),
+        more,
         7,
         objective.model.encoder,
         CPU,
@@ -273,7 +278,7 @@ def test_published_encoder_is_checked_and_watched(
     objective = replace(objective_of(session), model=model)
     fitted(objective, replace(session, labelled=session.data))
     assert asked == [model.averaged_encoder]
-    assert trainers[-1].after_epoch(1)[4] is model.averaged_encoder  # type: ignore[attr-defined]
+    assert trainers[-1].after_epoch(1)[5] is model.averaged_encoder  # type: ignore[attr-defined]
 
 
 def checks_of(objective: Objective, stage: Any, accepted: bool = False) -> Checks:

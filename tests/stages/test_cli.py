@@ -688,6 +688,17 @@ def test_interrupted_stage_goes_on_in_the_same_run(project: Path, monkeypatch: p
     assert Path("models/mim/encoder/model.safetensors").read_bytes() == encoder
 
 
+def test_a_training_shows_how_it_does_by_knn_and_with_few_labels(
+    project: Path, finished: Path, values: dict[str, Any]
+) -> None:
+    shutil.copytree(finished / "data", project / "data")
+    write(merged(values, {"run": {"online_knn": {"every_epochs": 1}}}))
+    assert lgp("mim", "--accept").exit_code == 0
+    run, _ = run_of("mim", project)
+    measured = {"val/online_knn_top1", "val/effective_rank", "val/online_ridge_top1"}
+    assert measured <= run.data.metrics.keys()
+
+
 @pytest.fixture
 def collapsed(project: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project in which a training is over and `mim` failed its checks."""

@@ -51,11 +51,21 @@ def test_folder_is_inspected_and_nothing_changes(project: Path) -> None:
         "writes the preset cifar10-cpu with:",
         "data.source: photos",
         "`dvc repro` takes about",
+        "`lgp repro` less where cores are idle: ",
     ):
         assert said in result.output
     assert Path("params.yaml").read_text() == before
     with Image.open("reports/inspect.jpg") as sheet:
         assert (sheet.format, sheet.width) == ("JPEG", 840)
+
+
+def test_source_without_an_image_gets_no_empty_tables(project: Path) -> None:
+    (project / "photos").mkdir()
+    (project / "photos" / "notes.txt").write_text("none")
+    result = lgp("data", "inspect", "photos")
+    assert result.exit_code == 1
+    assert [line.partition(":")[0] for line in result.stdout.splitlines()] == ["1 files and rows", "no image"]
+    assert "the data source holds no image at all" in result.output
 
 
 def test_proposal_is_written_and_the_old_file_kept(project: Path) -> None:

@@ -49,7 +49,7 @@ def test_first_labels_hold_images_out_and_later_ones_train(project: Path) -> Non
     said = lgp("labels", "add", "first.csv").output.splitlines()
     assert said[0] == "labels: 40 new labels, 0 changed, none removed, 0 as before, 0 rows without a label"
     assert said[1:3] == ["labels: ant: 20 labelled images", "labels: bee: 20 labelled images"]
-    assert "added_labels.csv has them now; `dvc repro`: these are the first labels" in said[3]
+    assert "added_labels.csv has them now; `lgp repro`: these are the first labels" in said[3]
     assert load_params(project / "params.yaml").data.labels == ("added_labels.csv",)
     before = prepared(project)
     assert [len(before.ids(s)) for s in ("train", "unlabeled", "val", "test")] == [28, 20, 4, 8]
