@@ -9,7 +9,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import wait
@@ -18,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from lgp.compute.interruption import stops_held
+from lgp.compute.interruption import ASKING, stops_held
 from stages.evaluation import spec_of
 from stages.options import DEFAULT_PARAMS
 from stages.paths import PREPARED, encoder_files
@@ -164,7 +165,7 @@ def _run(calls: Sequence[Call], jobs: int, folder: Path, code: Mapping[str, str]
                 call = waiting.pop(0)
                 discard(call.specs())
                 log = folder / "-".join(call.words)
-                with stops_held() as release:
+                with stops_held() as release, _signals_masked():
                     given = (call.words, log, release)
                     process = multiprocessing.get_context("fork").Process(target=_command, args=given)
                     process.start()
@@ -185,6 +186,16 @@ def _run(calls: Sequence[Call], jobs: int, folder: Path, code: Mapping[str, str]
             discard(call.specs())
 
 
+@contextmanager
+def _signals_masked() -> Iterator[None]:
+    """Let a fork begin with the signals masked that ask it to stop. One that comes before Python runs would be lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _command(words: Sequence[str], log: Path, take_stops: Callable[[], None]) -> None:
     """Run a command of `lgp` in this fork, to its end or to that of the process above."""
     from lgp.compute.processes import stop_with_parent
@@ -194,6 +205,7 @@ def _command(words: Sequence[str], log: Path, take_stops: Callable[[], None]) ->
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     take_stops()  # what is said of one goes into the log from here on
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the process above asks to stop
     stop_with_parent()
     del os.environ["DVC_STAGE"]  # the fork itself computes

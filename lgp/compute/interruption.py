@@ -92,8 +92,8 @@ def stopped_by_signals() -> Iterator[None]:
 def stops_held() -> Iterator[Callable[[], None]]:
     """Let a request to stop wait until the block ends, so that a process which it starts is known by then.
 
-    A fork begins with the requests held. It calls what the block gives, to take them from there on. Masking signals in
-    this thread would not do: the kernel gives a signal to any thread that takes it, and Python runs its handler here.
+    A fork begins with the requests held. It calls what the block gives, to take them from there on. A mask of this
+    thread would not hold them: the kernel gives a signal to any thread that takes it, and Python runs its handler here.
     In any other thread nothing is held, as no handler runs there.
     """
     asked: list[int] = []

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from conftest import ROOT, SMALL, merged
@@ -20,6 +22,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from lgp.compute.interruption import Interruption
+from lgp.compute.liveness import lives
 
 EPOCHS = 60
 COMMAND = [sys.executable, str(ROOT / "cli.py")]
@@ -204,6 +207,16 @@ def outcome(folder: Path) -> tuple[list[float], dict[str, Tensor]]:
     return losses, load(encoder(folder))
 
 
+def running_in(session: int) -> list[psutil.Process]:
+    """Return what runs in a session, without those that ended and that nobody collects, as in some containers."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError):
+            if os.getsid(process.pid) == session and lives(process):
+                found.append(process)
+    return found
+
+
 def test_a_trainer_stops_when_dvc_dies(folder: Path) -> None:
     # a shell lies between DVC and its command
     command = f"{sys.executable} {COMMAND[1]} graft; true"
@@ -222,7 +235,7 @@ def test_a_trainer_stops_when_dvc_dies(folder: Path) -> None:
         dvc.kill()
         dvc.wait()
         for _ in range(300):
-            left = subprocess.run(["pgrep", "-s", str(dvc.pid)], capture_output=True, text=True).stdout.split()
+            left = running_in(dvc.pid)
             if not left:
                 break
             time.sleep(0.1)

@@ -25,7 +25,8 @@ from typer.testing import CliRunner
 
 import stages.together as module
 from cli import app
-from lgp.compute.interruption import stopped_by_signals
+from lgp.compute.interruption import ASKING, stopped_by_signals
+from lgp.compute.liveness import lives
 from lgp.data.labels import LabelledImages
 from lgp.params.file import load_params
 from lgp.workflow.ahead import AHEAD, finish
@@ -227,11 +228,14 @@ def test_a_stop_while_a_fork_starts_ends_it_before_its_folder_is_gone(
         with pytest.raises(SystemExit) if where == "above" else nullcontext(), stopped_by_signals():
             module._run([Call("linear", "mim")], 1, project, {})
     assert [fork.exitcode for fork in forks] == [1]
+    assert Path("masked").read_text() == "True"
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert outputs() == {}
 
 
 def late(command: Callable[..., None]) -> Callable[..., None]:
     def later(*given: Any) -> None:
+        Path("masked").write_text(str(set(ASKING) <= set(signal.pthread_sigmask(signal.SIG_BLOCK, []))))
         time.sleep(0.3)  # the signal comes before the command takes any
         command(*given)
 
@@ -248,6 +252,6 @@ def test_a_stop_ends_all_of_them_and_leaves_nothing(project: Path) -> None:
     output, _ = first.communicate(timeout=60)
     assert (first.returncode, output.count("\n")) == (128 + signal.SIGTERM, 1), output
     assert "stopped by SIGTERM" in output
-    assert not any(fork.is_running() for fork in forks)
+    assert not any(lives(fork) for fork in forks)
     assert outputs() == {}
     assert waiting() == []

@@ -273,20 +273,19 @@ def test_stage_that_fails_after_the_trainings_fails_the_command(project: Path) -
     assert Path("graft.txt").exists()
 
 
-# a training that is asked to stop, or whose DVC is gone, takes a second to save its state
+# it notices a stop, and that its DVC is gone, as trainings do; then it takes a second to save its state
 SAVES = """
-import os, pathlib, signal, sys, time
-asked = []
-signal.signal(signal.SIGINT, lambda *_: asked.append(1))
-parent = os.getppid()
-pathlib.Path(sys.argv[1]).touch()
-while not asked and os.getppid() == parent:
-    time.sleep(0.01)
-time.sleep(1)
-pathlib.Path(sys.argv[1] + "-saved").touch()
+import pathlib, sys, time
+from lgp.compute.interruption import Interruption
+asked = Interruption()
+with asked.listening():
+    pathlib.Path(sys.argv[1]).touch()
+    while not asked.asked():
+        time.sleep(0.01)
+    time.sleep(1)
+    pathlib.Path(sys.argv[1] + "-saved").touch()
 sys.exit(130)
 """
-
 
 # as in a container: what has lost its parent comes to a first process that does not collect those that end
 CONTAINER = """
@@ -307,7 +306,8 @@ def test_stop_waits_until_trainings_have_saved(number: signal.Signals, many: boo
     """Ctrl-C goes to the whole group, as from a terminal. SIGTERM goes to the command alone."""
     Path("meets.py").write_text(SAVES)
     words = ["repro", "--jobs", "2" if many else "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # DVC starts stages by this shell, which stays above them; bash becomes the stage
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SHELL": "/bin/sh"}
     with Path("log").open("w") as log:  # a pipe would wait for whatever still holds it
         command = subprocess.Popen(
             [sys.executable, "-c", CONTAINER, sys.executable, "-m", "lgp", *words],
