@@ -98,13 +98,13 @@ def loading(batch: int, workers: int, steps: int, rounds: int, computes_s: float
     return {"batch": batch, "workers": workers, "steps": steps, "computes_s": computes_s, **found}
 
 
-def features(images: int, workers: int, rounds: int) -> dict[str, Any]:
+def features(images: int, workers: int, rounds: int, depth: int) -> dict[str, Any]:
     """Compare features of photographs that this process reads with those that workers read, in turns.
 
     `decode_ms` and `both_ms` are the time of a core, of one thread, for an image without and with its features.
     """
     params, cpu = load_params(FOLDER / "imagenet-vit-b16.yaml"), torch.device("cpu")
-    model = params.model.model_copy(update={"width": 192, "heads": 3})
+    model = params.model.model_copy(update={"width": 192, "heads": 3, "depth": depth})
     encode = features_of(build_encoder(model, params.data), cpu)
     found: dict[str, Any] = {"images": images, "workers": workers, "alone_s": [], "helped_s": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("part", choices=["loading", "features", "resume"])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--depth", type=int, default=12, help="of the encoder of `features`, 192 wide")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--computes-s", type=float, default=0.0, help="what the training of a step takes, elsewhere")
@@ -220,7 +221,7 @@ def main() -> None:
     given = parser.parse_args()
     parts = {
         "loading": functools.partial(loading, given.batch, given.workers, given.steps, given.rounds, given.computes_s),
-        "features": functools.partial(features, given.images, given.workers, given.rounds),
+        "features": functools.partial(features, given.images, given.workers, given.rounds, given.depth),
         "resume": functools.partial(resume, given.mib, given.processes),
     }
     print(json.dumps(parts[given.part](), indent=2))
