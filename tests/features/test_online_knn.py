@@ -10,9 +10,10 @@ from conftest import merged
 
 from lgp.data.labels import LabelledImages
 from lgp.data.storage import Images
+from lgp.evaluate.online_ridge import RIDGE, OnlineRidge
 from lgp.features.extraction import extract, features_of
 from lgp.features.knn import knn_predict
-from lgp.features.online_knn import OnlineKnn, labels_if_any
+from lgp.features.online_knn import OnlineKnn, labels_if_any, nothing_more
 from lgp.models.encoder_folder import load_encoder
 from lgp.params.file import Params
 from lgp.params.run import OnlineKnnParams
@@ -37,7 +38,8 @@ def trained(
     changes = {"cl": {"epochs": 4}, "run": {"online_knn": {"every_epochs": every}}}
     told = Recorder()
     params = Params.model_validate(merged(values, changes))
-    return pretrain_cl(Session(data, params, StateStore(folder, "code"), told, labelled)), told
+    more = OnlineRidge(labelled, labelled.subsets("1pct"), params.fewshot) if labelled else nothing_more
+    return pretrain_cl(Session(data, params, StateStore(folder, "code"), told, labelled, more)), told
 
 
 def test_measured_every_so_many_epochs_and_the_encoder_is_the_same(
@@ -46,10 +48,11 @@ def test_measured_every_so_many_epochs_and_the_encoder_is_the_same(
     images = Images(prepared.folder)
     with_it, told = trained(values, images, prepared, tmp_path / "a", 2)
     others = [trained(values, images, prepared, tmp_path / "b", 0), trained(values, images, None, tmp_path / "c", 2)]
-    assert ["val/online_knn_top1" in epoch for epoch in told.epochs] == [False, True, False, True]
+    for measure in ("val/online_knn_top1", RIDGE):
+        assert [measure in epoch for epoch in told.epochs] == [False, True, False, True]
     for without, untold in others:
         assert len(untold.epochs) == 4
-        assert not any("val/online_knn_top1" in epoch for epoch in untold.epochs)
+        assert not any({"val/online_knn_top1", RIDGE} & epoch.keys() for epoch in untold.epochs)
         other = without.model.encoder.state_dict()
         assert all(torch.equal(tensor, other[name]) for name, tensor in with_it.model.encoder.state_dict().items())
 

@@ -879,6 +879,7 @@ def test_stages_read_only_the_sections_they_list(
         allowed.append({section.partition(".")[0] for section in self.sections})
 
     monkeypatch.setattr("lgp.pretrain.batch_checks.check_arms", lambda *_: None)  # looks at all arms, decides nothing
+    monkeypatch.setattr("stages.pretraining._with_ridge", lambda session, _: session)  # a curve, decides nothing
     monkeypatch.setattr(StageSpec, "__init__", noted)
     augmented = merged(values, {"linear": {"method": "augmented", "epochs": 1}})  # the other code path of `linear`
     for command in [*COMMANDS[:-1], ["joint"], ["reverse"], ["conflict", "mim"], ["report"]]:
