@@ -86,7 +86,11 @@ def _with_ridge(session: "Session", params: "Params") -> "Session":
     from lgp.evaluate.online_ridge import OnlineRidge, fewest_labels
 
     data = session.labelled
-    subsets = fewest_labels(data, params.few_labels) if data and params.run.online_knn.ridge else []
+    subsets = (
+        fewest_labels(data, params.few_labels, params.run.online_knn.train_images)
+        if data and params.run.online_knn.ridge
+        else []
+    )
     if data is None or not subsets:
         return session
     return dataclasses.replace(session, more=OnlineRidge(data, subsets, params.fewshot, choose_device(params.run)))

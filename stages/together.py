@@ -205,8 +205,8 @@ def _command(words: Sequence[str], log: Path, take_stops: Callable[[], None]) ->
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     take_stops()  # what is said of one goes into the log from here on
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the process above asks to stop
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
     stop_with_parent()
     del os.environ["DVC_STAGE"]  # the fork itself computes
     os.environ[COMPUTES_AHEAD] = "1"

@@ -26,8 +26,8 @@ class OnlineRidge:
     Attributes:
         data: the images and their labels.
         subsets: of few labels, each of two classes or more. The accuracy is the mean over them.
-        params: the section `fewshot`. Its scaling is measured on the images that vote in the online k-NN. C is always
-            chosen by cross-validation where a class has two images, because a fixed one is that of another method.
+        params: the section `fewshot`. Its scaling is measured on the images that vote in the online k-NN. C is chosen
+            by cross-validation, also where the section says otherwise. With a single image of a class it is `c_fixed`.
         device: where to compute.
     """
 
@@ -37,10 +37,12 @@ class OnlineRidge:
     device: torch.device | None = None
 
     def __call__(self, seen: Seen) -> dict[str, float]:
-        """Return `val/online_ridge_top1` in percent."""
+        """Return `val/online_ridge_top1` in percent; nothing for features that are not finite."""
         scale = SCALINGS[self.params.scaling](seen.train)
         ids, labels = np.unique(np.concatenate(self.subsets)), self.data.labels
         x, val = scale(seen.of(ids)), scale(seen.val)
+        if not (np.isfinite(x).all() and np.isfinite(val).all()):
+            return {}  # the training finds it out by its loss, and says at which step
         labelled = [Images(x[np.searchsorted(ids, of)], labels[of]) for of in self.subsets]
         params = self.params.model_copy(update={"method": "ridge", "choose": "cross_validation"})
         fitted = fit_few_labels(labelled, None, len(self.data.classes), params, self.device)
@@ -48,15 +50,17 @@ class OnlineRidge:
         return {RIDGE: round(100 * float(np.mean(right)), 2)}
 
 
-def fewest_labels(data: LabelledImages, names: Sequence[str]) -> list[np.ndarray]:
-    """Return the subsets of the fewest labels among some names; none where they cannot be classified.
+def fewest_labels(data: LabelledImages, names: Sequence[str], most: int) -> list[np.ndarray]:
+    """Return subsets of the fewest labels among some names; none where they cannot be classified.
 
     Args:
         data: the images and their labels.
         names: of few labels. `all` is left out, and so are names that `lgp labels` has not drawn yet.
+        most: images of all subsets together. The first subset is taken in any case.
     """
     there = [subsets for name in names if name != ALL_LABELS and (subsets := _subsets(data, name))]
     fewest = min(there, key=lambda subsets: len(subsets[0]), default=[])
+    fewest = fewest[: max(most // len(fewest[0]), 1)] if fewest else []
     return fewest if all(len(np.unique(data.labels[ids])) > 1 for ids in fewest) else []
 
 
