@@ -82,15 +82,13 @@ def pretraining(
 
 def _with_ridge(session: "Session", params: "Params") -> "Session":
     """Measure ridge regression with the fewest labels too, where the parameters ask for it and there are any."""
+    data, settings = session.labelled, params.run.online_knn
+    if data is None or not (settings.every_epochs and settings.ridge):  # else half a second of imports
+        return session
     from lgp.compute.device import choose_device
     from lgp.evaluate.online_ridge import OnlineRidge, fewest_labels
 
-    data = session.labelled
-    subsets = (
-        fewest_labels(data, params.few_labels, params.run.online_knn.train_images)
-        if data and params.run.online_knn.ridge
-        else []
-    )
-    if data is None or not subsets:
+    subsets = fewest_labels(data, params.few_labels, settings.train_images)
+    if not subsets:
         return session
     return dataclasses.replace(session, more=OnlineRidge(data, subsets, params.fewshot, choose_device(params.run)))

@@ -90,16 +90,20 @@ def stopped_by_signals() -> Iterator[None]:
 
 @contextmanager
 def stops_held() -> Iterator[Callable[[], None]]:
-    """Let a request to stop wait until the block ends, so that a process which it starts is known by then.
+    """Hold a request to stop until the block ends. A process that the block starts is known by then, and is told.
 
-    A fork begins with the requests held. It calls what the block gives, to take them from there on. A mask of this
-    thread would not hold them: the kernel gives a signal to any thread that takes it, and Python runs its handler here.
-    In any other thread nothing is held, as no handler runs there.
+    A mask of this thread would not hold it: the kernel gives a signal to any thread that does not mask it, and Python
+    runs the handler in the main thread. In other threads no handler runs, so nothing is held there.
+
+    Yields:
+        A function for a fork that begins in the block. The fork calls it to take requests from there on.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
     asked: list[int] = []
-    here = threading.current_thread() is threading.main_thread()
-    numbers = [number for number in ASKING if here and callable(signal.getsignal(number))]  # not those ignored
-    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in numbers}
+    heard = [number for number in ASKING if callable(signal.getsignal(number))]  # an ignored signal stays ignored
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in heard}
 
     def release() -> None:
         for number, handler in before.items():

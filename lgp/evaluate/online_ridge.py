@@ -1,6 +1,6 @@
 """Online ridge regression: accuracy with few labels of the features during pre-training.
 
-It is in closed form, so that a curve of it costs little. Logistic regression takes many passes.
+It is in closed form. Logistic regression would take many passes over the features at every point of the curve.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from lgp.data.labels import LabelledImages
-from lgp.errors import LgpError
 from lgp.evaluate.few_labels import SCALINGS, Images, fit_few_labels
 from lgp.features.online_knn import Seen
 from lgp.params.evaluate import FewShotParams
@@ -42,7 +41,7 @@ class OnlineRidge:
         ids, labels = np.unique(np.concatenate(self.subsets)), self.data.labels
         x, val = scale(seen.of(ids)), scale(seen.val)
         if not (np.isfinite(x).all() and np.isfinite(val).all()):
-            return {}  # the training finds it out by its loss, and says at which step
+            return {}  # the loss of the next step, or the checks at the end, say so
         labelled = [Images(x[np.searchsorted(ids, of)], labels[of]) for of in self.subsets]
         params = self.params.model_copy(update={"method": "ridge", "choose": "cross_validation"})
         fitted = fit_few_labels(labelled, None, len(self.data.classes), params, self.device)
@@ -58,14 +57,9 @@ def fewest_labels(data: LabelledImages, names: Sequence[str], most: int) -> list
         names: of few labels. `all` is left out, and so are names that `lgp labels` has not drawn yet.
         most: images of all subsets together. The first subset is taken in any case.
     """
-    there = [subsets for name in names if name != ALL_LABELS and (subsets := _subsets(data, name))]
+    # a name that is not drawn has no name of the same subsets, not even itself
+    drawn = [name for name in names if name != ALL_LABELS and data.names_of_same_subsets(name)]
+    there = [data.subsets(name) for name in drawn]
     fewest = min(there, key=lambda subsets: len(subsets[0]), default=[])
     fewest = fewest[: max(most // len(fewest[0]), 1)] if fewest else []
     return fewest if all(len(np.unique(data.labels[ids])) > 1 for ids in fewest) else []
-
-
-def _subsets(data: LabelledImages, name: str) -> list[np.ndarray]:
-    try:
-        return data.subsets(name)
-    except LgpError:
-        return []

@@ -88,6 +88,7 @@ def test_it_takes_the_fewest_labels_that_two_classes_have(
         (True, {}, True),
         (True, {"train_images": 3}, True),
         (True, {"ridge": False}, False),
+        (True, {"every_epochs": 0}, False),
         (False, {}, False),
     ],
 )
