@@ -61,7 +61,7 @@ def predict(
 
 
 def _champion(settings: "RunParams") -> Path:
-    """Return the registry's champion among classifiers. Without one it is the best on val, and the output says so."""
+    """Return the registry's champion among classifiers. Without one it is the best kept, and the output says so."""
     from lgp.evaluate.prediction import find_classifier
     from lgp.workflow.mlflow_store import has_store
     from lgp.workflow.tracking import visitor
@@ -75,7 +75,7 @@ def _champion(settings: "RunParams") -> Path:
     folder = find_classifier(MODELS, None)
     print(
         "predict: no champion is registered (`lgp report` crowns a clear winner, `lgp promote ARM` any arm), "
-        f"so {folder} is taken, the best on val",
+        f"so {folder} is taken: the most labels among those that val cannot tell from its best",
         flush=True,
     )
     return folder

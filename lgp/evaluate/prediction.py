@@ -46,10 +46,11 @@ class Kept:
 
 
 def kept_classifiers(models: Path) -> list[Kept]:
-    """Return the classifiers of all arms whose encoder is still the one that they were made of, the best on val first.
+    """Return the classifiers of all arms whose encoder is still the one that they were made of, the best first.
 
-    Of equally good ones the one whose probabilities are better comes first (their Brier score on val), then the one
-    with more labels. With few validation images many are equally good.
+    The best has the most labels among those that val cannot tell from the most accurate one: their 95 % intervals meet.
+    With few validation images these are many, and which one is the most accurate is chance. Then accuracy on val
+    decides, then the probabilities (their Brier score on val).
     """
     found = []
     digest_of = cache(encoder_digest)
@@ -61,16 +62,23 @@ def kept_classifiers(models: Path) -> list[Kept]:
         encoder = folder.parent.parent / ENCODER
         if (encoder / WEIGHTS).exists() and metrics["encoder"] == digest_of(encoder):
             found.append(Kept(folder, metrics))
-    return sorted(found, key=_worse)
+    bound = max(found, key=_accuracy).metrics.get("val/top1_low", math.nan) if found else math.nan
+    return sorted(found, key=lambda kept: _worse(kept, bound))
 
 
-def _worse(kept: Kept) -> tuple[float, float, float]:
-    top1, brier = kept.metrics["val/top1"], kept.metrics.get("val/brier", math.inf)
-    return -np.nan_to_num(top1, nan=-1.0), brier, -kept.metrics["labels"]
+def _accuracy(kept: Kept) -> float:
+    return float(np.nan_to_num(kept.metrics["val/top1"], nan=-1.0))  # without val, below all
+
+
+def _worse(kept: Kept, bound: float) -> tuple[bool, float, float, float, float]:
+    """Return what sorts classifiers, given the lower end of the most accurate one's interval."""
+    labels, brier = kept.metrics["labels"], kept.metrics.get("val/brier", math.inf)
+    as_good = bool(kept.metrics.get("val/top1_high", math.nan) >= bound)
+    return not as_good, -labels if as_good else 0.0, -_accuracy(kept), brier, -labels
 
 
 def best_plain_classifier(models: Path, arm: str) -> Path | None:
-    """Return the classifier of an arm that is best on val among those that timm loads, None without one."""
+    """Return the best classifier of an arm among those that timm loads, None without one."""
     plain = (kept.folder for kept in kept_classifiers(models) if kept.plain and kept.name.startswith(f"{arm}/"))
     return next(plain, None)
 
@@ -80,7 +88,7 @@ def find_classifier(models: Path, given: str | None) -> Path:
 
     Args:
         models: folder of the arms.
-        given: `ARM/TASK`, or a path of a classifier folder. None: the best on val.
+        given: `ARM/TASK`, or a path of a classifier folder. None: the best.
 
     Raises:
         LgpError: there is none, or none of that name, or its encoder was trained anew since.
