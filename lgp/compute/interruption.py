@@ -102,7 +102,8 @@ def stops_held() -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     asked: list[int] = []
-    heard = [number for number in ASKING if callable(signal.getsignal(number))]  # an ignored signal stays ignored
+    # an ignored signal stays ignored, also in a command that begins in the block
+    heard = [number for number in ASKING if callable(signal.getsignal(number))]
     before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in heard}
 
     def release() -> None:

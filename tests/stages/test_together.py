@@ -236,6 +236,21 @@ def test_a_stop_while_a_fork_starts_ends_it_before_its_folder_is_gone(
     assert outputs() == {}
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_fork_leaves_ctrl_c_of_the_terminal_to_the_process_above(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def app(*_: Any, **__: Any) -> None:
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        Path("hears").write_text(f"{signal.getsignal(signal.SIGINT) is signal.SIG_IGN} {masked or 'all others'}")
+
+    monkeypatch.setenv("DVC_STAGE", "linear@mim")
+    monkeypatch.setattr(module, "import_module", lambda _: SimpleNamespace(app=app))
+    monkeypatch.setattr("lgp.workflow.ahead.finish", lambda *_: None)
+    module._run([Call("linear", "mim")], 1, project, {})
+    assert Path("hears").read_text() == "True all others"
+
+
 def late(command: Callable[..., None]) -> Callable[..., None]:
     def later(*given: Any) -> None:
         Path("masked").write_text(str(set(ASKING) <= set(signal.pthread_sigmask(signal.SIG_BLOCK, []))))

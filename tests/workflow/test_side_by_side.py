@@ -353,6 +353,21 @@ def test_a_stop_while_dvc_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [process.poll() for process in begun] == [-signal.SIGTERM]
 
 
+def test_a_signal_that_is_ignored_stays_so_in_what_begins(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`nohup lgp repro` goes on when its terminal closes, and so must its DVC."""
+    said = "import signal; print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)"
+    monkeypatch.setattr(side_by_side, "dvc", lambda *_: [sys.executable, "-c", said])
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        side_by_side.run_dvc("repro")
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert capfd.readouterr().out == "True\n"
+
+
 def test_lines_of_an_item_of_a_matrix_have_its_name(stages: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_side_by_side({"finetune@cl-10pct": set()}, 2)
     assert capsys.readouterr().out.splitlines() == ["[cl-10pct] finetune@cl-10pct works"]
