@@ -2,12 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stages.options import DEFAULT_PARAMS, Debug, ParamsFile
-from stages.paths import MODELS
+from stages.paths import METRICS, MODELS
 
 if TYPE_CHECKING:
     from lgp.params.run import RunParams
@@ -61,7 +61,7 @@ def predict(
 
 
 def _champion(settings: "RunParams") -> Path:
-    """Return the registry's champion among classifiers. Without one it is the best kept, and the output says so."""
+    """Return the registry's champion among classifiers. Without one, choose on val as far as it can, and say so."""
     from lgp.evaluate.prediction import find_classifier
     from lgp.workflow.mlflow_store import has_store
     from lgp.workflow.tracking import visitor
@@ -72,10 +72,22 @@ def _champion(settings: "RunParams") -> Path:
         if champion is not None:
             print(f"predict: {champion} is the champion of the registry", flush=True)
             return champion
-    folder = find_classifier(MODELS, None)
+    small = _small_validation()
+    folder = find_classifier(MODELS, None, most_labels=bool(small))
+    how = f"the best on val of those with the most labels ({small})" if small else "the best on val"
     print(
         "predict: no champion is registered (`lgp report` crowns a clear winner, `lgp promote ARM` any arm), "
-        f"so {folder} is taken: the most labels among those that val cannot tell from its best",
+        f"so {folder} is taken, {how}",
         flush=True,
     )
     return folder
+
+
+def _small_validation() -> str:
+    """Return what is said of a validation part that is too small to choose by; nothing of a larger or unknown one."""
+    from lgp.compute.intact import read_json
+    from lgp.evaluate.validation import small_validation
+
+    file = METRICS / "labels.json"
+    counts = read_json(file, dict[str, Any], "run `lgp labels`") if file.exists() else {}
+    return small_validation(counts["images/val"]) if "images/val" in counts else ""

@@ -57,7 +57,7 @@ def fewest_labels(data: LabelledImages, names: Sequence[str], most: int) -> list
         names: of few labels. `all` is left out, and so are names that `lgp labels` has not drawn yet.
         most: images of all subsets together. The first subset is taken in any case.
     """
-    # a name that is not drawn has no name of the same subsets, not even itself
+    # `names_of_same_subsets` of a name that is not drawn is empty
     drawn = [name for name in names if name != ALL_LABELS and data.names_of_same_subsets(name)]
     there = [data.subsets(name) for name in drawn]
     fewest = min(there, key=lambda subsets: len(subsets[0]), default=[])

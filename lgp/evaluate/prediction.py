@@ -46,11 +46,10 @@ class Kept:
 
 
 def kept_classifiers(models: Path) -> list[Kept]:
-    """Return the classifiers of all arms whose encoder is still the one that they were made of, the best first.
+    """Return the classifiers of all arms whose encoder is still the one that they were made of, the best on val first.
 
-    The best has the most labels among those that val cannot tell from the most accurate one: their 95 % intervals meet.
-    With few validation images these are many, and which one is the most accurate is chance. Then accuracy on val
-    decides, then the probabilities (their Brier score on val).
+    Of equally good ones the one whose probabilities are better comes first (their Brier score on val), then the one
+    with more labels. With few validation images many are equally good.
     """
     found = []
     digest_of = cache(encoder_digest)
@@ -62,40 +61,37 @@ def kept_classifiers(models: Path) -> list[Kept]:
         encoder = folder.parent.parent / ENCODER
         if (encoder / WEIGHTS).exists() and metrics["encoder"] == digest_of(encoder):
             found.append(Kept(folder, metrics))
-    bound = max(found, key=_accuracy).metrics.get("val/top1_low", math.nan) if found else math.nan
-    return sorted(found, key=lambda kept: _worse(kept, bound))
+    return sorted(found, key=_worse)
 
 
-def _accuracy(kept: Kept) -> float:
-    return float(np.nan_to_num(kept.metrics["val/top1"], nan=-1.0))  # without val, below all
-
-
-def _worse(kept: Kept, bound: float) -> tuple[bool, float, float, float, float]:
-    """Return what sorts classifiers, given the lower end of the most accurate one's interval."""
-    labels, brier = kept.metrics["labels"], kept.metrics.get("val/brier", math.inf)
-    as_good = bool(kept.metrics.get("val/top1_high", math.nan) >= bound)
-    return not as_good, -labels if as_good else 0.0, -_accuracy(kept), brier, -labels
+def _worse(kept: Kept) -> tuple[float, float, float]:
+    top1, brier = kept.metrics["val/top1"], kept.metrics.get("val/brier", math.inf)
+    return -np.nan_to_num(top1, nan=-1.0), brier, -kept.metrics["labels"]
 
 
 def best_plain_classifier(models: Path, arm: str) -> Path | None:
-    """Return the best classifier of an arm among those that timm loads, None without one."""
+    """Return the classifier of an arm that is best on val among those that timm loads, None without one."""
     plain = (kept.folder for kept in kept_classifiers(models) if kept.plain and kept.name.startswith(f"{arm}/"))
     return next(plain, None)
 
 
-def find_classifier(models: Path, given: str | None) -> Path:
+def find_classifier(models: Path, given: str | None, most_labels: bool = False) -> Path:
     """Return the folder of a classifier.
 
     Args:
         models: folder of the arms.
-        given: `ARM/TASK`, or a path of a classifier folder. None: the best.
+        given: `ARM/TASK`, or a path of a classifier folder. None: the best on val.
+        most_labels: take the best on val of those with the most labels, because val is too small to choose by.
 
     Raises:
         LgpError: there is none, or none of that name, or its encoder was trained anew since.
     """
     if given is not None and (Path(given) / CONFIG).exists():
         return Path(given)
-    kept = {found.name: found.folder for found in kept_classifiers(models)}
+    found = kept_classifiers(models)
+    if most_labels:
+        found.sort(key=lambda classifier: -classifier.metrics["labels"])  # which keeps the order of as many labels
+    kept = {classifier.name: classifier.folder for classifier in found}
     if not kept:
         raise LgpError(
             "there is no classifier yet: `lgp fewshot ARM LABELS`, `lgp linear ARM` or `dvc repro` make them"

@@ -1,4 +1,4 @@
-"""The classifier of `lgp predict` without --with: the champion, or the best on val and a line that says so."""
+"""The classifier of `lgp predict` without --with: the champion, else what val or labels choose, and how it says so."""
 
 import json
 from pathlib import Path
@@ -34,6 +34,29 @@ def test_without_a_store_the_best_on_val_is_taken_and_no_store_is_made(
         in (capsys.readouterr().out)
     )
     assert not Path("mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("val", "taken", "how"),
+    [
+        (92, "linear", "the best on val of those with the most labels (val has 92 images, so"),
+        (93, "fewshot-1pct", "the best on val\n"),
+        (None, "fewshot-1pct", "the best on val\n"),  # classifiers that came without their evaluation
+    ],
+)
+def test_where_val_is_too_small_to_choose_by_labels_choose(
+    val: int | None, taken: str, how: str, kept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = Path("models/cl/encoder")
+    for task, top1, labels in (("fewshot-1pct", 88.9, 50), ("fewshot-all", 61.1, 141), ("linear", 66.7, 141)):
+        folder = make_classifier(kept.with_name(task), encoder)
+        metrics = {"val/top1": top1, "labels": labels, "encoder": encoder_digest(encoder)}
+        (folder / PROVENANCE).write_text(json.dumps({"metrics": metrics}))
+    if val is not None:
+        Path("metrics").mkdir()
+        Path("metrics/labels.json").write_text(json.dumps({"images/val": val}))
+    assert predict._champion(SETTINGS) == kept.with_name(taken)
+    assert f"so {kept.with_name(taken)} is taken, {how}" in capsys.readouterr().out
 
 
 def test_champion_of_the_store_is_taken(
