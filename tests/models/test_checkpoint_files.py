@@ -265,7 +265,7 @@ def test_projector_is_written_in_single_precision_even_where_layers_share_memory
     [
         (torch.ones(2, 26, 16), "needed"),
         (torch.ones(0, 26, 16), "needed"),
-        (torch.ones(1, 10**9, 1)[:, :1].expand(1, 10**9, 16), "fewer values"),
+        (torch.ones(1, 1, 1).expand(1, 10**9, 16), "fewer values"),
         (3.4e38 * torch.eye(26, 16)[None].sub(0.5).sign(), "interpolated from 5×5 .* not finite"),
     ],
     ids=["two", "none", "absurd", "overflow"],
