@@ -219,7 +219,7 @@ def _stage(folder: Path, command: Sequence[str]) -> None:
     app(list(command))
 
 
-def project(folder: Path, seed: int, changes: dict[str, Any], shared: dict[str, Path | None]) -> Path:
+def project(folder: Path, seed: int, changes: Mapping[str, Any], shared: Mapping[str, Path | None]) -> Path:
     """Make a project folder of the preset. `shared` says which of its folders come from another project."""
     folder.mkdir(parents=True, exist_ok=True)
     values = preset() | {"seed": seed}
