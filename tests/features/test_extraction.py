@@ -21,7 +21,7 @@ from lgp.features.online_knn import OnlineKnn
 from lgp.params.evaluate import FeatureParams
 from lgp.params.file import Params
 from lgp.params.run import OnlineKnnParams, RunParams
-from lgp.pretrain import conflict
+from lgp.pretrain import cut
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 SETTINGS = RunParams(device="cpu", workers=3)
@@ -132,7 +132,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Running]:
         raise AskedError
 
     monkeypatch.setattr(cache, "extracted", noted)
-    for module in (online_knn, conflict):
+    for module in (online_knn, cut):
         monkeypatch.setattr(module, "extract", noted)
     monkeypatch.setattr(fine_tuning, "extract", lambda *about: noted(running=about[4]))
     return found
@@ -178,7 +178,7 @@ def test_predictions_and_features_by_block_are_computed_as_the_run_asks(
     prepared: LabelledImages, encoder_folder: Path, params: Params, asked: list[Running]
 ) -> None:
     with pytest.raises(AskedError):
-        conflict.knn_by_block(encoder_folder, prepared, helped(params))
+        cut.knn_by_block(encoder_folder, prepared, helped(params))
 
     shared = SimpleNamespace(
         data=prepared,

@@ -19,14 +19,16 @@ from lgp.data.loading import Batch
 from lgp.errors import LgpError
 from lgp.features.extraction import extract, features_of
 from lgp.features.knn import knn_predict
-from lgp.models.encoder_folder import load_encoder
+from lgp.models.encoder_folder import load_encoder, save_texts
 from lgp.models.files import encoder_digest
 from lgp.models.vit import tokens_by_block
 from lgp.params.file import Params
+from lgp.params.graft import LayerDecayParams, StageLrParams
 from lgp.params.pretrain import SmallViews
 from lgp.pretrain import conflict, sanity_checks
 from lgp.pretrain.arm import LossOf, Session
-from lgp.pretrain.conflict import advice, knn_by_block, measure_conflict, rates_for, read_conflict, suggest_cut
+from lgp.pretrain.conflict import measure_conflict
+from lgp.pretrain.cut import advice, knn_by_block, mim_epochs, rates_for, read_conflict, suggest_cut
 from lgp.pretrain.sanity_checks import Findings
 from lgp.training.resume_states import StateStore
 
@@ -217,12 +219,42 @@ def test_a_table_of_another_encoder_is_refused(session: Session, start: Path, tm
         read_conflict(path, start)
 
 
-def test_advice_says_why_and_which_parameters() -> None:
+def test_advice_says_why_and_which_parameters(params: Params) -> None:
+    graft = params.graft.model_copy(update={"policy": ("stage_lr",), "stage_lr": StageLrParams(base_lrs=[1e-3, 4e-3])})
     grows = suggest_cut(cosines([0.3, 0.28, 0.31, 0.29, -0.1, -0.12]), [10, 20, 30, 40, 50, 60])
-    assert advice(grows, 6) == [
-        "keep the lowest 4 of 6 blocks (conflict grows there; features are best after 5)",
-        "  graft.stage_lr.base_lrs: [1.5e-05, 1.5e-05, 0.00015]  # the paper's rates",
+    cut = "cut after the lowest 4 of 6 blocks (conflict grows there; features are best after 5)"
+    held = [
+        "  graft.stage_lr.base_lrs: [0.0004, 0.0004, 0.004]  # the lower blocks at a tenth, as in the paper",
         "  or graft.freeze, graft.l1, graft.scratch_end with lower_blocks: 4",
     ]
+    assert advice(grows, 6, graft, 1000) == [cut, "its MIM had 1,000 epochs: hold the lower blocks back", *held]
+    assert advice(grows, 6, graft, 999) == [
+        cut,
+        "its MIM had 999 epochs: let all blocks learn at one rate. After fewer than 1,000 epochs holding the lower "
+        "ones back lost on digits",
+        "  graft.stage_lr.base_lrs: [0.004]",
+    ]
+    assert advice(grows, 6, graft, None) == [
+        cut,
+        "how many epochs of MIM it had is not recorded: compare on val",
+        "  graft.stage_lr.base_lrs: [0.004]",
+        *held,
+    ]
     flat = suggest_cut(cosines([-0.1, -0.1, 0.2, 0.2]), [50, 70, 60, 40])
-    assert "keep the lowest 2 of 4 blocks (conflict does not grow with depth, the features decide" in advice(flat, 4)[0]
+    decided = "cut after the lowest 2 of 4 blocks (conflict does not grow with depth, the features decide"
+    assert decided in advice(flat, 4, graft, 120)[0]
+
+
+def test_advice_keeps_the_rate_of_layer_decay(params: Params) -> None:
+    graft = params.graft.model_copy(
+        update={"policy": ("layer_decay",), "layer_decay": LayerDecayParams(base_lr=8e-3, decay=0.75)}
+    )
+    found = suggest_cut(cosines([0.0] * 4), [10, 20, 30, 40])
+    assert advice(found, 4, graft, 120)[2] == "  graft.stage_lr.base_lrs: [0.008]"
+
+
+def test_epochs_are_those_of_the_mim_that_trained_an_encoder(start: Path) -> None:
+    assert mim_epochs(start) is None  # from elsewhere
+    for stage, epochs in (("mim", 120), ("cl", None)):
+        save_texts(start, {}, {"stage": stage, "metrics": {"train/epochs": 120}})
+        assert mim_epochs(start) == epochs
