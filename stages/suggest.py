@@ -5,7 +5,7 @@ from stages.paths import LABELS, PREPARED, conflict_file, encoder_folder
 
 
 def suggest(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
-    """Suggest where to cut an arm for a graft, from `lgp conflict` and k-NN per block, and the rates to go on with."""
+    """Suggest where to cut an arm for a graft, and its rates. It reads what `lgp conflict` measured."""
     from lgp.data.labels import LabelledImages
     from lgp.params.file import load_params
     from lgp.pretrain.cut import advice, knn_by_block, mim_epochs, read_conflict, suggest_cut
@@ -17,5 +17,5 @@ def suggest(arm: Arm, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
     found = suggest_cut(table, knn)
     rows = [[str(i), f"{c:+.3f}", f"{k:.1f}"] for i, (c, k) in enumerate(zip(found.cosines, knn, strict=True))]
     print_table(f"Blocks of {arm}", ("block", "median cosine MIM, CL", "k-NN on val, %"), rows)
-    for line in advice(found, len(knn), params.graft, mim_epochs(encoder)):
+    for line in advice(found, arm, len(knn), params.graft, mim_epochs(encoder)):
         print(line)

@@ -1,6 +1,7 @@
 """The comparison of MAE lengths: every graft starts from its own MAE, and holds its lower blocks back as asked."""
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -53,34 +54,98 @@ def test_ratio_is_of_the_rates_of_the_lower_two_thirds(
     assert frozen.graft.freeze.lower_blocks == 2 * depth // 3
 
 
-def test_grafts_start_from_the_mae_of_their_seed_depth_and_length(
-    lengths: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, trained = list[Any](), list[tuple[Path, str]]()
+@pytest.fixture
+def made(lengths: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Record the projects that are made. Each metric of an arm has a value of its own; a ratio of 0.3 fails."""
+    made = list[Any]()
 
-    def project(*given: Any) -> Path:
-        made.append(given)
-        folder: Path = given[0]
+    def project(folder: Path, *given: Any) -> Path:
+        made.append((folder, *given))
         return folder
 
-    def metrics_of(folder: Path, arm: str, tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
-        trained.append((folder, arm))
-        return {task: dict.fromkeys(("test/top1", "test/knn_top1", "val/top1"), 50.0) for task in tasks}
+    def metrics_of(folder: Path, arm: str, tasks: tuple[str, ...]) -> dict[str, dict[str, str]]:
+        if "q0.3" in folder.name:
+            raise subprocess.CalledProcessError(1, "lgp graft")
+        keys = ("test/top1", "test/knn_top1", "val/top1")
+        return {task: {key: f"{folder.name} {arm} {task} {key}" for key in keys} for task in tasks}
 
     monkeypatch.setattr(lengths.seeds, "project", project)
     monkeypatch.setattr(lengths.seeds, "metrics_of", metrics_of)
+    return made
+
+
+def test_grafts_start_from_the_mae_of_their_seed_depth_and_length(
+    lengths: ModuleType, made: list[Any], tmp_path: Path
+) -> None:
     start = lengths.Start(12, 6, 480)
     grafts = [lengths.Graft(*of) for of in (("mocov3", 1, 1.6e-2), ("mocov3", 0.1, 1.6e-2), ("vicreg", 1, 4e-3))]
-    rows = pd.DataFrame(lengths.rows_of(tmp_path, start, grafts))
+    lengths.rows_of(tmp_path, start, grafts)
     mim, *others = made
-    assert [folder for folder, *_ in made] == [folder for folder, _ in trained]
     assert len({folder for folder, *_ in made}) == 4
     assert {seed for _, seed, *_ in made} == {12}
-    assert [arm for _, arm in trained] == ["mim", "graft", "graft", "graft"]
+    assert [changes for _, _, changes, _ in made] == [start.changes(), *(graft.changes(start) for graft in grafts)]
     assert mim[3] == {"data": tmp_path / "seed12"}
     assert [shared for *_, shared in others] == [{"data": tmp_path / "seed12", "models/mim": mim[0]}] * 3
-    assert rows["ratio"].tolist() == pytest.approx([np.nan, 1, 0.1, 1], nan_ok=True)
-    assert rows[list(lengths.MEASURES)].to_numpy().tolist() == [[50.0] * len(lengths.MEASURES)] * 4
+    assert start.changes()["run"] == {"precision": "auto"}
+
+
+def test_rows_have_the_measures_of_their_own_arm(
+    lengths: ModuleType, made: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = lengths.Start(12, 6, 480)
+    mim, graft = lengths.rows_of(tmp_path, start, [lengths.Graft("mocov3", ratio, 1.6e-2) for ratio in (0.3, 0.1)])
+    assert "q0.3-0.016: failed, see" in capsys.readouterr().out
+    assert "ratio" not in mim
+    assert (graft["seed"], graft["depth"], graft["epochs"], graft["ratio"]) == (12, 6, 480, 0.1)
+    for row, name in ((mim, f"{made[0][0].name} mim"), (graft, f"{made[2][0].name} graft")):
+        assert row["k-NN"] == f"{name} linear test/knn_top1"
+        assert row["linear"] == f"{name} linear test/top1"
+        assert row["10 %"] == f"{name} fewshot-10pct test/top1"
+        assert row["1 %, propagated"] == f"{name} propagate-1pct test/top1"
+        assert row["1 %, both"] == f"{name} selected-1pct-propagated test/top1"
+        assert row["1 %, val"] == f"{name} fewshot-1pct val/top1"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--depths", "4"], "multiples of 3"), (["--ratios", "2"], "from 0 to 1"), (["--seeds", "0"], "chose the rates")],
+)
+def test_what_cannot_be_compared_is_refused(
+    words: list[str],
+    said: str,
+    lengths: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mae_length.py", str(tmp_path / "new"), *words])
+    with pytest.raises(SystemExit):
+        lengths.main()
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_every_mae_is_trained_once_with_all_grafts_and_the_table_keeps_other_rows(
+    lengths: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[Any]()
+
+    def all_rows(_root: Path, starts: set[Any], grafts: list[Any], jobs: int) -> pd.DataFrame:
+        asked.append((starts, grafts, jobs))
+        return pd.DataFrame([vars(start) | vars(graft) | {"1 %": 60} for start in starts for graft in grafts])
+
+    monkeypatch.setattr(lengths, "OUT", tmp_path / "table.csv")
+    monkeypatch.setattr(lengths, "all_rows", all_rows)
+    monkeypatch.setattr(lengths.seeds, "load_libraries", lambda: None)
+    for words in (["--epochs", "60", "60", "--ratios", "1", "0.1"], ["--epochs", "120", "--ratios", "1"]):
+        monkeypatch.setattr(sys, "argv", ["mae_length.py", str(tmp_path / "new"), "--depths", "6", *words])
+        lengths.main()
+    (starts, grafts, _), _ = asked
+    assert starts == {lengths.Start(12, 6, 60)}
+    assert grafts == [lengths.Graft("mocov3", ratio, 1.6e-2) for ratio in (1, 0.1)]
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert table[["epochs", "ratio"]].to_numpy().tolist() == [[60, 0.1], [60, 1], [120, 1]]
+    assert table["code"].nunique() == 1
 
 
 def test_newer_rows_take_the_place_of_the_same_arms(lengths: ModuleType) -> None:

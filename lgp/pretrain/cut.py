@@ -6,12 +6,15 @@ they still have to learn.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from torch import Tensor
 
 from lgp.compute.device import choose_device
@@ -28,7 +31,7 @@ from lgp.params.graft import GraftParams
 
 KNN_IMAGES = 10_000  # of the training part: k-NN per block is a guide, not a result
 PAPER_RATIO = 0.1  # of the rate of the lower blocks to that of the upper ones
-LONG_MIM = 1_000  # epochs from which the paper's ratio did not lose on digits: docs/experiments.md, 2026-11-27
+LONG_MIM = 1_000  # epochs: between 480, where the paper's ratio lost on digits, and 1,920 (docs/experiments.md)
 
 
 def knn_by_block(folder: Path, data: LabelledImages, params: Params) -> list[float]:
@@ -125,44 +128,53 @@ def read_conflict(path: Path, encoder: Path) -> pd.DataFrame:
 
 
 def mim_epochs(folder: Path) -> int | None:
-    """Return the epochs of the MIM that trained the encoder in `folder`; None for other arms."""
+    """Return the epochs of the MIM that trained the encoder in `folder`; None where `lgp mim` did not train it."""
     provenance = read_provenance(folder)
-    return round(provenance["metrics"]["train/epochs"]) if provenance.get("stage") == "mim" else None
+    epochs: int | None = provenance.get("metrics", {}).get("train/epochs")
+    return epochs if provenance.get("stage") == "mim" else None
 
 
-def advice(found: Suggestion, depth: int, graft: GraftParams, epochs: int | None) -> list[str]:
-    """Write a suggestion as lines of text, with the parameters to set.
+def advice(found: Suggestion, arm: str, depth: int, graft: GraftParams, epochs: int | None) -> list[str]:
+    """Write a suggestion as lines of text. The section `graft` to try first comes first.
 
     Args:
         found: of `suggest_cut`.
+        arm: to graft on.
         depth: number of blocks.
-        graft: whose highest rate stays.
-        epochs: of the MIM; None where it is not known.
+        graft: whose highest rate stays, for the upper blocks and the heads.
+        epochs: of the arm's MIM; None where it is not known.
     """
-    cut = found.lower_blocks
-    why = "conflict grows there" if found.by_conflict else "conflict does not grow with depth, the features decide"
-    lines = [f"cut after the lowest {cut} of {depth} blocks ({why}; features are best after {found.by_knn})"]
-    rate = _highest_rate(graft)
-    one_rate = f"  graft.stage_lr.base_lrs: [{rate:g}]"
-    of_both = ", ".join(f"{of:g}" for of in rates_for(cut, depth, PAPER_RATIO * rate, rate))
+    cut, rate = found.lower_blocks, _highest_rate(graft)
+    why = "conflict grows there" if found.by_conflict else "conflict does not grow with depth, k-NN decides"
+    one_rate = _section(arm, {"stage_lr": {"base_lrs": [rate]}}) + "  # one rate for all blocks"
+    tenth = {"stage_lr": {"base_lrs": rates_for(cut, depth, float(f"{PAPER_RATIO * rate:.6g}"), rate)}}
+    frozen = {"stage_lr": {"base_lrs": [rate]}, "freeze": {"lower_blocks": cut}}
     held = [
-        f"  graft.stage_lr.base_lrs: [{of_both}]  # the lower blocks at a tenth, as in the paper",
-        f"  or graft.freeze, graft.l1, graft.scratch_end with lower_blocks: {cut}",
+        _section(arm, tenth) + "  # the lower blocks at a tenth, as in the paper",
+        _section(arm, frozen) + "  # the lower blocks frozen",
     ]
     if epochs is None:
-        return [*lines, "how many epochs of MIM it had is not recorded: compare on val", one_rate, *held]
-    if epochs < LONG_MIM:
-        return [
-            *lines,
-            f"its MIM had {epochs:,} epochs: let all blocks learn at one rate. After fewer than {LONG_MIM:,} epochs "
-            "holding the lower ones back lost on digits",
-            one_rate,
-        ]
-    return [*lines, f"its MIM had {epochs:,} epochs: hold the lower blocks back", *held]
+        said = f"`lgp mim` did not train {arm}, so how long its MIM was is not known"
+    else:
+        compared = f"fewer than {LONG_MIM:,}" if epochs < LONG_MIM else f"{LONG_MIM:,} or more"
+        said = f"the MIM of {arm} had {epochs:,} epochs, {compared}"
+    short = epochs is not None and epochs < LONG_MIM
+    return [
+        f"the lower blocks are the lowest {cut} of {depth} ({why}; k-NN is best after {found.by_knn})",
+        f"{said}. Compare on val, in this order (docs/grafts.md):",
+        *([one_rate, *held] if short else [*held, one_rate]),
+    ]
+
+
+def _section(arm: str, policies: Mapping[str, Any]) -> str:
+    """Write keys of the section `graft` on one line of YAML."""
+    section = {"start": arm, "end": arm, "policy": list(policies), **policies}
+    text: str = yaml.safe_dump({"graft": section}, default_flow_style=True, sort_keys=False, width=math.inf)
+    return f"  {text.strip()[1:-1]}"
 
 
 def _highest_rate(graft: GraftParams) -> float:
     if graft.stage_lr and "stage_lr" in graft.policy:
-        return graft.stage_lr.base_lrs[-1]
-    assert graft.layer_decay is not None  # a policy has one of both
+        return max(graft.stage_lr.base_lrs)
+    assert graft.layer_decay is not None  # a policy names exactly one of stage_lr and layer_decay
     return graft.layer_decay.base_lr

@@ -425,8 +425,10 @@ def test_conflict_and_cut_of_an_arm(finished: Path, monkeypatch: pytest.MonkeyPa
     assert (finished / "reports/conflict/mim.csv").read_text().startswith("block,batch,cosine,mim_norm,cl_norm")
     suggested = lgp("suggest", "mim")
     assert suggested.exit_code == 0, suggested.output
-    assert "its MIM had 2 epochs: let all blocks learn at one rate" in " ".join(suggested.output.split())
-    assert "graft.stage_lr.base_lrs: [0.008]" in suggested.output
+    assert "the MIM of mim had 2 epochs, fewer than 1,000" in " ".join(suggested.output.split())
+    assert "policy: [stage_lr], stage_lr: {base_lrs: [0.008]}}  # one rate" in suggested.output
+    assert lgp("conflict", "cl").exit_code == 0
+    assert "`lgp mim` did not train cl" in lgp("suggest", "cl").output
 
 
 def test_exported_checkpoint_comes_in_as_an_arm_and_is_grafted_on(
