@@ -120,8 +120,8 @@ def _row(folder: Path, arm: str, of: dict[str, Any]) -> dict[str, Any]:
     except subprocess.CalledProcessError:
         print(f"{folder.name}: failed, see {folder / 'log.txt'}", flush=True)
         return {}
-    measures = {label: seeds.MEASURES[label] for label in MEASURES} | {label: seeds.ON_VAL[label] for label in ON_VAL}
-    return of | {label: metrics[task][key] for label, (task, key) in measures.items()}
+    places = seeds.MEASURES | seeds.ON_VAL
+    return of | {label: metrics[places[label][0]][places[label][1]] for label in (*MEASURES, *ON_VAL)}
 
 
 def all_rows(root: Path, starts: Set[Start], grafts: Sequence[Graft], jobs: int) -> pd.DataFrame:
@@ -131,8 +131,7 @@ def all_rows(root: Path, starts: Set[Start], grafts: Sequence[Graft], jobs: int)
     ordered = sorted(starts, key=lambda start: (-start.epochs * start.depth, start.seed))
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
         found = [pool.submit(rows_of, root, start, grafts) for start in ordered]
-        rows = pd.DataFrame([row for of_start in found for row in of_start.result()])
-    return rows
+        return pd.DataFrame([row for of_start in found for row in of_start.result()])
 
 
 def merged(before: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:

@@ -137,14 +137,16 @@ def test_every_mae_is_trained_once_with_all_grafts_and_the_table_keeps_other_row
     monkeypatch.setattr(lengths, "OUT", tmp_path / "table.csv")
     monkeypatch.setattr(lengths, "all_rows", all_rows)
     monkeypatch.setattr(lengths.seeds, "load_libraries", lambda: None)
-    for words in (["--epochs", "60", "60", "--ratios", "1", "0.1"], ["--epochs", "120", "--ratios", "1"]):
+    of_vicreg = ["--epochs", "120", "--ratios", "1", "--objectives", "vicreg", "--rates", "0.1", "0.2"]
+    for words in (["--epochs", "60", "60", "--ratios", "1", "0.1"], of_vicreg):
         monkeypatch.setattr(sys, "argv", ["mae_length.py", str(tmp_path / "new"), "--depths", "6", *words])
         lengths.main()
-    (starts, grafts, _), _ = asked
+    (starts, grafts, _), (_, others, _) = asked
     assert starts == {lengths.Start(12, 6, 60)}
     assert grafts == [lengths.Graft("mocov3", ratio, 1.6e-2) for ratio in (1, 0.1)]
+    assert others == [lengths.Graft("vicreg", 1, rate) for rate in (0.1, 0.2)]
     table = pd.read_csv(tmp_path / "table.csv")
-    assert table[["epochs", "ratio"]].to_numpy().tolist() == [[60, 0.1], [60, 1], [120, 1]]
+    assert table[["epochs", "ratio"]].to_numpy().tolist() == [[60, 0.1], [60, 1], [120, 1], [120, 1]]
     assert table["code"].nunique() == 1
 
 

@@ -135,7 +135,7 @@ def mim_epochs(folder: Path) -> int | None:
 
 
 def advice(found: Suggestion, arm: str, depth: int, graft: GraftParams, epochs: int | None) -> list[str]:
-    """Write a suggestion as lines of text. The section `graft` to try first comes first.
+    """Write a suggestion as lines of text. The keys of `graft` to try first come first.
 
     Args:
         found: of `suggest_cut`.
@@ -147,6 +147,7 @@ def advice(found: Suggestion, arm: str, depth: int, graft: GraftParams, epochs: 
     cut, rate = found.lower_blocks, _highest_rate(graft)
     why = "conflict grows there" if found.by_conflict else "conflict does not grow with depth, k-NN decides"
     one_rate = _section(arm, {"stage_lr": {"base_lrs": [rate]}}) + "  # one rate for all blocks"
+    # rounded, since 0.1 * 1.6e-3 is 0.00016000000000000001
     tenth = {"stage_lr": {"base_lrs": rates_for(cut, depth, float(f"{PAPER_RATIO * rate:.6g}"), rate)}}
     frozen = {"stage_lr": {"base_lrs": [rate]}, "freeze": {"lower_blocks": cut}}
     held = [
@@ -161,7 +162,7 @@ def advice(found: Suggestion, arm: str, depth: int, graft: GraftParams, epochs: 
     short = epochs is not None and epochs < LONG_MIM
     return [
         f"the lower blocks are the lowest {cut} of {depth} ({why}; k-NN is best after {found.by_knn})",
-        f"{said}. Compare on val, in this order (docs/grafts.md):",
+        f"{said}. Compare these keys of `graft` on val, in this order (docs/grafts.md):",
         *([one_rate, *held] if short else [*held, one_rate]),
     ]
 
