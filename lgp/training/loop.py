@@ -35,6 +35,7 @@ from lgp.training.saving import BackgroundSaver
 SHOWN_IDS = 5  # of a batch's images, in a message
 CHECK_EVERY = 20  # steps between checks of the loss: each check makes a GPU wait
 SAVE_SHARE = 0.02  # largest fraction of the time for saving
+MOST_FORMS_OF_A_BLOCK = 8  # shapes of its input, with and without gradients
 SLOW_S = 10.0  # two states that each take longer may not be written before torchrun and schedulers kill, after 30 s
 GO_ON, SAVE, STOP = range(3)  # requests of a process; all processes follow the largest
 
@@ -78,16 +79,23 @@ class _LossModule(nn.Module):
 
 
 @contextmanager
-def _compiled(model: nn.Module) -> Iterator[None]:
-    """Compile the blocks of a model while it trains."""
+def _compiled(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Compile the blocks of a model while it trains.
+
+    A training has few shapes, so each is compiled for itself. On CUDA a block's kernels are started together, as a
+    graph: to start them one by one takes longer than they run, for small models.
+    """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
     for block in blocks:
-        block.compile()
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block._compiled_call_impl = None
+        block.compile(mode=mode, dynamic=False)
+    # Blocks share their code. Each rate of stochastic depth is compiled for itself, and torch would stop after eight.
+    with torch._dynamo.config.patch(recompile_limit=MOST_FORMS_OF_A_BLOCK * len(blocks)):
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block._compiled_call_impl = None
 
 
 @contextmanager
@@ -188,7 +196,7 @@ class Trainer:
         last = self.now.step if self.now.ended_early else total
         interruption, agreement = Interruption(), Agreement(self.now.step)
         self.model.train()
-        compiled = _compiled(self.model) if self.settings.compile else nullcontext()
+        compiled = _compiled(self.model, self.device) if self.settings.compile else nullcontext()
         arm = self.name.partition("-")[0]  # also in the warm-up of its heads
         checkpointed = _checkpointed(self.model) if arm in self.settings.grad_checkpointing else nullcontext()
         with interruption.listening(), progress.showing(), compiled, checkpointed, self._saving():
@@ -235,6 +243,8 @@ class Trainer:
         step = self.now.step
         self.schedule.step_update(step)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.settings.compile and self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()  # what the graphs returned in the last step is read no more
         batch = self.crops.batch(step, crops)
         if step == 0:
             # torch 2.11 never compiles a block that is first called while operations are counted
@@ -309,7 +319,9 @@ class Trainer:
             "train/lr": self._rate,
         }
         if rank() == 0:
-            values |= self.after_epoch(epoch)
+            # what is measured has other shapes, and is not worth compiling for
+            with torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext():
+                values |= self.after_epoch(epoch)
         self.now.loss_sum = self.now.norm_sum = 0.0
         self.now.history.append(values)
         for line in self.alarms(self.now.history) if rank() == 0 else ():

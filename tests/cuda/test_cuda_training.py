@@ -10,6 +10,7 @@ import torch
 from card import CARD, CPU, ON_CARD, full_products  # noqa: F401 - a fixture
 from conftest import Silent, merged
 from torch import Tensor
+from torch._inductor.cudagraph_trees import get_manager
 from torch.utils.flop_counter import flop_registry
 
 from lgp.compute.precision import choose_precision, place
@@ -182,16 +183,36 @@ def test_workers_and_pinned_memory_change_nothing(
     assert losses_of(helped) == pytest.approx(losses_of(alone), rel=1e-3)
 
 
-@pytest.mark.parametrize("arm", list(PRETRAIN))
+SMALL_VIEWS = {"count": 2, "size": 4, "crop_scale_min": 0.1, "crop_scale_max": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("arm", "changes"),
+    [
+        ("mim", {}),
+        ("mim", {"run": {"accumulate": {"mim": 2}}}),
+        ("cl", {"contrastive": {"objective": "mocov3"}}),
+        ("cl", {"contrastive": {"objective": "vicreg"}, "run": {"accumulate": {"cl": 2}}}),
+        ("cl", {"contrastive": {"objective": "swav", "small_views": SMALL_VIEWS}}),
+        ("cl", {"contrastive": {"objective": "refine"}, "run": {"grad_checkpointing": ["cl"]}}),
+        ("cl", {"run": {"online_knn": {"every_epochs": 1, "train_images": 64, "val_images": 64}}}),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_compiled_blocks_train_to_the_same_losses(
-    arm: str, prepared: LabelledImages, on_card: Callable[..., Params], tmp_path: Path
+def test_compiled_blocks_run_as_graphs_and_train_to_the_same_losses(
+    arm: str, changes: dict[str, Any], prepared: LabelledImages, on_card: Callable[..., Params], tmp_path: Path
 ) -> None:
-    torch._dynamo.utils.counters.clear()
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    base = merged(on_card().model_dump(mode="json", exclude_unset=True), changes)
     eager, compiled = (
-        trained(arm, on_card(compile=compiled), prepared, tmp_path / str(compiled)) for compiled in (False, True)
+        trained(arm, Params.model_validate(merged(base, {"run": {"compile": c}})), prepared, tmp_path / str(c))
+        for c in (False, True)
     )
-    assert torch._dynamo.utils.counters["frames"]["ok"]
+    assert counters["frames"]["ok"] == counters["frames"]["total"] > 0
+    assert get_manager(create_if_none_exists=False) is not None
+    assert not counters["inductor"]["cudagraph_skips"]
     assert losses_of(compiled) == pytest.approx(losses_of(eager), rel=0.01)
     assert compiled.model.state_dict().keys() == eager.model.state_dict().keys()
 
