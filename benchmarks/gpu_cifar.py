@@ -6,6 +6,9 @@ SOURCE has CIFAR-10 as Parquet or as folders. FOLDER becomes a project: paramete
 the same time as MIM and graft, and has at least the compute of both. The epochs follow from measured speeds, or from
 `--epochs`. The arm `pixels` and MIM are evaluated while the others train. What is not done at the limit is stopped.
 The same command goes on: it skips what is there, and trainings go on from their states.
+
+With `--beside OBJECTIVE`, FOLDER/OBJECTIVE becomes a project too. It has the same data and MIM, and a graft by another
+objective, at one rate and with the compute of the first graft.
 """
 
 import argparse
@@ -35,6 +38,7 @@ FEW = ("1pct", "10pct")
 SELECTED = "1pct"
 STARTS_S = 60.0  # Python, data, and the compilation of a training
 COMPILED_GAIN = 1.1  # a compiled training must be faster by this factor
+EAGER = "params-eager.yaml"
 PACKED = ("params.yaml", "times.json", "metrics", "predictions", "models/*/metrics.json", "models/*/curves.csv",
           "models/mim/reconstructions.safetensors", "reports", "logs")  # fmt: skip
 
@@ -50,6 +54,7 @@ class Job:
         needs: names of jobs that come before it.
         threads: of its products on the CPU.
         nice: 0, or 10 for a job beside the trainings.
+        folder: the project, below that of the runner.
     """
 
     name: str
@@ -58,6 +63,7 @@ class Job:
     needs: tuple[str, ...]
     threads: int = 2
     nice: int = 0
+    folder: Path = Path()
 
 
 @dataclass
@@ -87,7 +93,7 @@ class Runner:
 
     def _run(self, job: Job) -> bool:
         """Run a job, and return whether it is done."""
-        if (self.folder / job.writes).exists():
+        if (self.folder / job.folder / job.writes).exists():
             return True
         left = self.deadline - time.monotonic()
         if left <= 1:
@@ -101,7 +107,7 @@ class Runner:
         command = ["nice", "-n", str(job.nice), sys.executable, "-m", "lgp", *job.command]
         with (self.folder / "logs" / f"{job.name}.log").open("a") as log:
             process = subprocess.Popen(
-                command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, env=environment
+                command, cwd=self.folder / job.folder, stdout=log, stderr=subprocess.STDOUT, env=environment
             )  # fmt: skip
             try:
                 code: int | str = process.wait(left)
@@ -163,9 +169,9 @@ def write_params(args: argparse.Namespace) -> Params:
     file = args.folder / "params-new.yaml"
     file.write_text((PRESETS / "cifar10.yaml").read_text())
     values: dict[str, Any] = {
-        "arms": list(ARMS),
+        "arms": [arm for arm in ARMS if arm not in args.without],
         "selected": [SELECTED],
-        "finetuned": ["all"] if args.finetune_epochs else [],
+        "finetuned": [],
         "data.source": str(args.source.resolve()),
         "data.max_train_images": args.images,
         "data.max_test_images": args.images,
@@ -195,40 +201,78 @@ def write_params(args: argparse.Namespace) -> Params:
         values |= {f"{arm}.epochs": count, f"{arm}.warmup_epochs": min(max(1, count // 10), count - 1)}
     if args.finetune_epochs:
         recipe = params.finetune["10pct"].model_dump(mode="json", exclude_unset=True)
-        values["finetune.all"] = recipe | {"epochs": args.finetune_epochs, "warmup_epochs": 1}
+        values["finetuned"] = ["all"]
+        values["finetune.all"] = recipe | {"epochs": args.finetune_epochs, "warmup_epochs": 1, "batch_size": 512}
     params = write_values(file, values)
     file.replace(done)
+    # each of the twelve rates of stochastic depth would be compiled for itself
+    (args.folder / EAGER).write_text(done.read_text())
+    write_values(args.folder / EAGER, {"run.compile": False})
     return params
 
 
-def jobs(finetuned: bool) -> list[Job]:
+def write_beside(folder: Path, params: Params, objective: str) -> None:
+    """Write FOLDER/OBJECTIVE: a graft by another objective on the same MIM, with the same compute."""
+    place = folder / objective
+    if (place / "params.yaml").exists():
+        return
+    (place / "models").mkdir(parents=True)
+    (place / "data").symlink_to(Path("..") / "data")
+    (place / "models" / "mim").symlink_to(Path("../..") / "models" / "mim")
+    section = params.graft
+    assert section.stage_lr is not None
+    changes: dict[str, Any] = {
+        "arms": ["graft"],
+        "finetuned_arms": ["graft"],
+        "contrastive.objective": objective,
+        "graft.stage_lr": {"base_lrs": [max(section.stage_lr.base_lrs)] * len(section.stage_lr.base_lrs)},
+    }
+    file = place / "params-new.yaml"
+    file.write_text((folder / "params.yaml").read_text())
+    cost = (
+        stage_cost("graft", params).flops_per_image / stage_cost("graft", write_values(file, changes)).flops_per_image
+    )
+    write_values(file, {"graft.epochs": round(section.epochs * cost)})
+    (place / EAGER).write_text(file.read_text())
+    write_values(place / EAGER, {"run.compile": False})
+    file.replace(place / "params.yaml")
+
+
+def jobs(params: Params, beside: list[str]) -> list[Job]:
     """List the jobs. Those beside the trainings give way to them."""
+    arms, finetuned = params.arms, bool(params.finetuned)
     found = [
         Job("prepare", ("prepare",), Path("data/prepared"), (), 8),
         Job("labels", ("labels",), Path("data/labels"), ("prepare",), 4),
-        Job("pixels", ("baseline", "pixels"), Path("models/pixels/metrics.json"), ("labels",)),
         Job("cl", ("cl",), Path("models/cl/metrics.json"), ("labels",)),
         Job("mim", ("mim",), Path("models/mim/metrics.json"), ("labels",)),
         Job("graft", ("graft",), Path("models/graft/metrics.json"), ("mim",)),
     ]
-    for arm in ARMS:
+    if "pixels" in arms:
+        found.append(Job("pixels", ("baseline", "pixels"), Path("models/pixels/metrics.json"), ("labels",)))
+    for objective in beside:
+        place = Path(objective)
+        found.append(Job(objective, ("graft",), Path("models/graft/metrics.json"), ("mim",), folder=place))
+    projects = [(arm, arm, Path()) for arm in arms] + [(objective, "graft", Path(objective)) for objective in beside]
+    for label, arm, folder in projects:
         nice, threads = (10, 3) if arm == "pixels" else (10, 2) if arm == "mim" else (0, 2)
         tasks = [("linear",), *(("fewshot", few) for few in FEW), *(("propagate", few) for few in FEW)]
-        tasks.append(("selected", SELECTED))
         if finetuned and arm != "pixels":
-            tasks.append(("finetune", "all"))
+            tasks.append(("finetune", "all", "--params", EAGER))
+        tasks.append(("selected", SELECTED))
         for task in tasks:
-            name = "-".join([arm, *task])
+            name = "-".join(task[:2])
             # the first evaluation extracts the features, which the others wait for
-            needs = (arm,) if task == ("linear",) else (arm, f"{arm}-linear")
-            command = (task[0], arm, *task[1:])
-            found.append(Job(name, command, Path(f"metrics/{name}.json"), needs, threads, nice))
+            needs = (label,) if task == ("linear",) else (label, f"{label}-linear")
+            command, last = (task[0], arm, *task[1:]), 10 if task[0] == "selected" else nice
+            writes = Path(f"metrics/{arm}-{name}.json")
+            found.append(Job(f"{label}-{name}", command, writes, needs, threads, last, folder))
     return found
 
 
 def report(folder: Path, params: Params, runner: Runner) -> None:
     """Write the report of the tasks that every arm has."""
-    arms = [arm for arm in ARMS if (folder / f"metrics/{arm}-linear.json").exists()]
+    arms = [arm for arm in params.arms if (folder / f"metrics/{arm}-linear.json").exists()]
 
     def complete(task: str, names: list[str], of: list[str]) -> list[str]:
         return [n for n in names if all((folder / f"metrics/{arm}-{task}-{n}.json").exists() for arm in of)]
@@ -255,7 +299,7 @@ def report(folder: Path, params: Params, runner: Runner) -> None:
 def pack(folder: Path, file: Path) -> None:
     """Pack what is small and worth keeping."""
     with tarfile.open(file, "w:xz") as tar:
-        for pattern in PACKED:
+        for pattern in (*PACKED, *(f"*/{pattern}" for pattern in PACKED)):
             for path in sorted(folder.glob(pattern)):
                 tar.add(path, path.relative_to(folder))
     print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB", flush=True)
@@ -273,6 +317,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs=3, help="of mim, cl, graft; from the speeds without it")
     parser.add_argument("--compile", action="store_true", help="with --epochs: compile the blocks")
     parser.add_argument("--finetune-epochs", type=int, default=0, help="of fine-tuning with all labels; 0: none")
+    parser.add_argument("--without", nargs="*", default=[], choices=ARMS, help="arms that are not evaluated")
+    parser.add_argument("--beside", nargs="*", default=[], help="objectives of further grafts")
     parser.add_argument("--images", type=int, help="train and test images; all without it")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--depth", type=int, default=12)
@@ -280,7 +326,9 @@ def main() -> None:
     runner = Runner(args.folder, time.monotonic() + args.limit)
     (args.folder / "logs").mkdir(parents=True, exist_ok=True)
     params = write_params(args)
-    runner.run(jobs(bool(args.finetune_epochs)))
+    for objective in args.beside:
+        write_beside(args.folder, params, objective)
+    runner.run(jobs(params, args.beside))
     pack(args.folder, args.packed)  # at once: the report may take too long
     runner.deadline = time.monotonic() + 25
     report(args.folder, params, runner)

@@ -1,6 +1,6 @@
 """Measure training steps on this machine's GPU within a time limit: MIM and CL, eager and compiled, and a profile.
 
-    python benchmarks/gpu_speed.py FOLDER [--seconds 90] [--quick]
+    python benchmarks/gpu_speed.py FOLDER [--seconds 90] [--only 224] [--quick]
 
 Writes FOLDER/speeds.json after each row, so that whatever ends it leaves what it has measured. `lgp bench` measures
 more, in minutes. `--quick` is for a CPU: digits alone.
@@ -65,11 +65,13 @@ def measured(workload: bench.Workload, compiled: bool, data: Images, arm: str, d
     }
 
 
-def rows(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
-    """Measure one row after another."""
+def rows(device: torch.device, quick: bool, only: str) -> Iterator[dict[str, Any]]:
+    """Measure one row after another, of the sizes whose names begin with `only`."""
     with tempfile.TemporaryDirectory() as folder:
         prepared: dict[str, Images] = {}
         for workload, compiled in workloads(device, quick):
+            if not workload.name.startswith(only):
+                continue
             if workload.name not in prepared:
                 place = Path(folder) / str(len(prepared))
                 place.mkdir()
@@ -99,13 +101,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=90, help="no row begins later")
+    parser.add_argument("--only", default="", help="sizes whose names begin with it")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     started, device = time.monotonic(), choose_device(RunParams())
     found: list[dict[str, Any]] = []
     result = {"machine": bench.machine(device), "steps": found}
-    for row in rows(device, args.quick):
+    for row in rows(device, args.quick, args.only):
         found.append(row)
         (args.folder / "speeds.json").write_text(json.dumps(result, indent=2) + "\n")
         print(json.dumps(row), flush=True)
