@@ -35,6 +35,10 @@ export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONUT
 # what one process compiles, the next one finds
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$WORK/compiled}
 cd "$here"
+if ! "$PYTHON" -c 'from importlib.metadata import version; version("lgp")' 2>/dev/null; then
+    echo "lgp is not installed for $PYTHON: $PYTHON -m pip install --no-deps --no-build-isolation -e $here"
+    exit 2
+fi
 
 # A warning is an error in the project's own tests. Here the versions are those of the machine, and packages that the
 # project's filters name may be missing.

@@ -81,8 +81,8 @@ class Problems:
         self.weight = of_weight.mT.contiguous()
         labels = torch.from_numpy(np.where(weight > 0, y, 0)).to(device)
         self._labels = labels.mT[..., None].contiguous()
-        none = torch.zeros(*labels.shape[:2], classes, dtype=torch.bool, device=device)
-        self.present = none.scatter_reduce(2, labels, of_weight > 0, "amax")
+        # CUDA reduces no booleans
+        self.present = of_weight.new_zeros(*labels.shape[:2], classes).scatter_add(2, labels, of_weight) > 0
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -160,7 +160,8 @@ def fit_arm(
         if rank() > 0:
             raise WorkerDone
     progression.train_flops += before
-    return Pretrained(model.cpu(), progression, Findings(measured, {}) | checks.of_all(progression), computed)
+    found = Findings(measured, {}) | checks.of_all(progression)  # on the device, so before the model leaves it
+    return Pretrained(model.cpu(), progression, found, computed)
 
 
 @dataclass(frozen=True)

@@ -79,16 +79,15 @@ class _LossModule(nn.Module):
 
 
 @contextmanager
-def _compiled(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Compile the blocks of a model while it trains.
+def _compiled(model: nn.Module, as_graphs: bool) -> Iterator[None]:
+    """Compile the blocks of a model while it trains. A training has few shapes, so each is compiled for itself.
 
-    A training has few shapes, so each is compiled for itself. On CUDA a block's kernels are started together, as a
-    graph: to start them one by one takes longer than they run, for small models.
+    As CUDA graphs the kernels of a block are started together: for a small model, to start them one by one takes longer
+    than they run.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
     for block in blocks:
-        block.compile(mode=mode, dynamic=False)
+        block.compile(mode="reduce-overhead" if as_graphs else "default", dynamic=False)
     # Blocks share their code. Each rate of stochastic depth is compiled for itself, and torch would stop after eight.
     with torch._dynamo.config.patch(recompile_limit=MOST_FORMS_OF_A_BLOCK * len(blocks)):
         try:
@@ -196,9 +195,13 @@ class Trainer:
         last = self.now.step if self.now.ended_early else total
         interruption, agreement = Interruption(), Agreement(self.now.step)
         self.model.train()
-        compiled = _compiled(self.model, self.device) if self.settings.compile else nullcontext()
         arm = self.name.partition("-")[0]  # also in the warm-up of its heads
-        checkpointed = _checkpointed(self.model) if arm in self.settings.grad_checkpointing else nullcontext()
+        checkpoints, cuts_itself = arm in self.settings.grad_checkpointing, self.settings.accumulate.get(arm, 1) > 1
+        # where a backward pass runs blocks again, torch finds tensors of a graph on another device than the first time
+        recomputes = checkpoints or (cuts_itself and self._parts == 1)
+        self._graphs = self.settings.compile and self.device.type == "cuda" and not recomputes
+        compiled = _compiled(self.model, self._graphs) if self.settings.compile else nullcontext()
+        checkpointed = _checkpointed(self.model) if checkpoints else nullcontext()
         with interruption.listening(), progress.showing(), compiled, checkpointed, self._saving():
             for crops in loader(self.crops, self.now.step, last, self.settings.workers, self.device):
                 self._step(crops, total)
@@ -243,7 +246,7 @@ class Trainer:
         step = self.now.step
         self.schedule.step_update(step)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.settings.compile and self.device.type == "cuda":
+        if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the graphs returned in the last step is read no more
         batch = self.crops.batch(step, crops)
         if step == 0:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from lgp.compute.device import choose_device
@@ -62,6 +62,20 @@ def test_blocks_are_compiled_after_the_first_step_whose_operations_are_counted(
     assert counted[0][1] == 0
     assert counted[1][1] == frames["ok"] == frames["total"] > 0
     assert result.progression.train_flops > 0
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_blocks_of_every_rate_of_stochastic_depth_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch stops after eight forms of the same code, and a deep classifier has more rates."""
+    frames = torch._dynamo.utils.counters["frames"]
+    monkeypatch.setattr(Block, "compile", lambda block, **_: nn.Module.compile(block, backend="eager", dynamic=False))
+    torch._dynamo.reset()
+    frames.clear()
+    model = VisionTransformer(8, 4, 1, num_classes=2, embed_dim=8, depth=11, num_heads=1, drop_path_rate=0.1).train()
+    with loop._compiled(model, as_graphs=False):
+        model(torch.ones(2, 1, 8, 8))
+    assert frames["ok"] == frames["total"] == 11
     torch._dynamo.reset()
 
 
