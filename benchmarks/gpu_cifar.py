@@ -184,7 +184,7 @@ def write_params(args: argparse.Namespace) -> Params:
         "propagation.alpha": [0.95],
         "run.workers": min(6, CORES // 2),
         "run.print_every_s": 5.0,
-        # a measure of k-NN or of a watched training would compile the blocks anew
+        # the time is for trainings
         "run.online_knn": {"every_epochs": 0},
         "run.accept": ["mim", "cl", "graft"],
     }
@@ -204,10 +204,10 @@ def write_params(args: argparse.Namespace) -> Params:
         values["finetuned"] = ["all"]
         values["finetune.all"] = recipe | {"epochs": args.finetune_epochs, "warmup_epochs": 1, "batch_size": 512}
     params = write_values(file, values)
-    file.replace(done)
     # each of the twelve rates of stochastic depth would be compiled for itself
-    (args.folder / EAGER).write_text(done.read_text())
+    (args.folder / EAGER).write_text(file.read_text())
     write_values(args.folder / EAGER, {"run.compile": False})
+    file.replace(done)
     return params
 
 
@@ -216,9 +216,10 @@ def write_beside(folder: Path, params: Params, objective: str) -> None:
     place = folder / objective
     if (place / "params.yaml").exists():
         return
-    (place / "models").mkdir(parents=True)
-    (place / "data").symlink_to(Path("..") / "data")
-    (place / "models" / "mim").symlink_to(Path("../..") / "models" / "mim")
+    (place / "models").mkdir(parents=True, exist_ok=True)
+    for link, target in (("data", "../data"), ("models/mim", "../../models/mim")):
+        if not (place / link).is_symlink():
+            (place / link).symlink_to(target)
     section = params.graft
     assert section.stage_lr is not None
     changes: dict[str, Any] = {
@@ -300,7 +301,8 @@ def pack(folder: Path, file: Path) -> None:
     """Pack what is small and worth keeping."""
     with tarfile.open(file, "w:xz") as tar:
         for pattern in (*PACKED, *(f"*/{pattern}" for pattern in PACKED)):
-            for path in sorted(folder.glob(pattern)):
+            # the MIM of a graft beside is a link
+            for path in (p for p in sorted(folder.glob(pattern)) if not p.parent.is_symlink()):
                 tar.add(path, path.relative_to(folder))
     print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB", flush=True)
 

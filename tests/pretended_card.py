@@ -2,7 +2,10 @@
 
 Tensors that go to `cuda` stay on the CPU and are marked. An operation on marked and unmarked tensors fails as it does
 with CUDA, and so does one that CUDA lacks and that was used once. Python code sees `cuda` as the device of marked
-tensors. The kernels, the precision and the compiler of a card are not pretended: `tests/cuda` needs one.
+tensors.
+
+Not pretended are kernels, precision and the compiler of a card (`tests/cuda` needs one), other threads, and generators.
+A tensor without dimensions crosses everywhere, where a few of CUDA's operations refuse it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,10 +22,12 @@ from torch.utils._pytree import tree_leaves
 
 CARD = torch.device("cuda", 0)
 CPU = torch.device("cpu")
-# copies cross, and indices may lie on the CPU; `Module.to` asks the second, and sets the data of a parameter
-CROSSING = {"copy_", "_has_compatible_shallow_copy_type", "__set__", "__getitem__", "__setitem__", "index_put_"}
+# copies cross; `Module.to` asks the second, and sets the data of a parameter
+CROSSING = {"copy_", "_has_compatible_shallow_copy_type", "__set__"}
+INDEXING = {"__getitem__", "__setitem__", "index_put_"}  # of a tensor on the card the indices may lie on the CPU
 MOVING = {"to", "cpu"}
-OF_THE_HOST = {"numpy", "__array__"}
+TO_NUMPY = {"numpy", "__array__"}
+PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "einsum", "conv2d", "scaled_dot_product_attention"}
 
 
 class PretendedCard(TorchFunctionMode):
@@ -30,12 +35,13 @@ class PretendedCard(TorchFunctionMode):
 
     Attributes:
         operations: on the device so far.
+        products: of matrices, convolutions and attentions that were computed on the CPU all the same.
     """
 
     def __init__(self) -> None:
         """Begin with nothing on the device."""
         super().__init__()
-        self.operations = 0
+        self.operations = self.products = 0
         self._marked: dict[int, StorageWeakRef] = {}  # storages; a weak reference keeps the address from others
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
@@ -47,9 +53,14 @@ class PretendedCard(TorchFunctionMode):
             return self._attribute(args[0], func(*args))
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         there = [self._has(t) for t in tensors]
-        if name in OF_THE_HOST and any(there):
+        if name in TO_NUMPY and any(there):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
         apart = any(there) and any(x.ndim and not t for x, t in zip(tensors, there, strict=True))
+        if name in INDEXING:
+            of_indices = [self._has(x) for x in tree_leaves(args[1]) if isinstance(x, Tensor)]
+            apart = (any(of_indices) and not there[0]) or (
+                bool(of_indices) and len(args) > 2 and apart and not there[-1]
+            )
         if apart and name not in CROSSING | MOVING:
             raise RuntimeError(f"Expected all tensors to be on the same device, in {resolve_name(func) or name}")
         if name == "scatter_reduce" and there[0] and tensors[0].dtype == torch.bool:
@@ -62,7 +73,8 @@ class PretendedCard(TorchFunctionMode):
             is_same = found.untyped_storage()._cdata == tensors[0].untyped_storage()._cdata
             found = found.clone() if on_card != there[0] and is_same else found
         else:
-            on_card = any(there) if wanted is None else wanted == CARD
+            on_card = (there[0] if name == "copy_" else any(there)) if wanted is None else wanted == CARD
+            self.products += name in PRODUCTS and not on_card
         if on_card:
             self.operations += 1
             for leaf in tree_leaves(found):

@@ -35,6 +35,14 @@ def test_device_is_pretended() -> None:
             _ = here + there
         with pytest.raises(TypeError, match="numpy"):
             there.numpy()
+        rows = torch.arange(2)
+        assert there[rows].device == there[rows.to(CARD)].device == CARD
+        with pytest.raises(RuntimeError, match="same device"):
+            _ = here[rows.to(CARD)]
+        with pytest.raises(RuntimeError, match="same device"):
+            there[rows.to(CARD)] = here[rows]
+        there[:], here[:] = here, there  # copies cross
+        assert (here.device, there.device) == (CPU, CARD)
         model = torch.nn.Linear(3, 2).to(CARD)
         model(there).sum().backward()
         assert model.weight.grad is not None
@@ -99,15 +107,15 @@ def test_compiled_blocks_run_as_cuda_graphs_unless_a_backward_pass_runs_them_aga
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    modes, begun = set[str](), list[int]()
-    monkeypatch.setattr(Block, "compile", lambda _, mode, dynamic: modes.add(mode))
+    modes, begun = set[tuple[str, bool]](), list[int]()
+    monkeypatch.setattr(Block, "compile", lambda _, mode, dynamic: modes.add((mode, dynamic)))
     monkeypatch.setattr("torch.compiler.cudagraph_mark_step_begin", lambda: begun.append(1))
     of_run = {"device": "cuda", "precision": "fp32", "compile": True} | run
     params = Params.model_validate(merged(values, {"run": of_run}))
     train = pretrain_mim if arm == "mim" else pretrain_cl
     with pretended_card() if of_run["device"] == "cuda" else nullcontext():
         result = train(Session(prepared, params, StateStore(tmp_path, "code"), Silent()))
-    assert modes == {mode}
+    assert modes == {(mode, False)}
     assert len(begun) == (result.progression.step if mode == "reduce-overhead" else 0)
 
 
@@ -118,6 +126,7 @@ COMMANDS = [
     ["mim", "--replay", "1"],
     *(["baseline", name] for name in ("pixels", "random")),
     *(["linear", arm] for arm in ("pixels", "graft")),
+    ["linear", "random", "--params", "params-augmented.yaml"],
     *([task, arm, "10pct"] for task in ("fewshot", "propagate", "selected") for arm in ("pixels", "graft")),
     ["finetune", "graft", "10pct"],
     ["semi", "graft", "10pct"],
@@ -130,7 +139,9 @@ COMMANDS = [
     ["predict", "pictures", "--with", "graft/finetune-10pct", "--out", "tuned.csv"],
     ["export", "graft", "exported.pt2"],
 ]
-OF_THE_HOST = ("prepare", "labels", "baseline", "report", "export")
+WITHOUT_DEVICE = ("prepare", "labels", "baseline", "report", "export")
+# pictures of reconstructions, the weights of a chosen head in float64, the similarity of blocks, and the exported model
+WITH_PRODUCTS_OF_THE_CPU = ("mim", "linear", "suggest", "export")
 WRITTEN = ("**/metrics.json", "metrics/*.json", "**/curves.csv", "*.csv", "reports/results.csv", "features.parquet")
 
 
@@ -153,13 +164,18 @@ def test_commands_give_on_the_device_what_they_give_on_the_cpu(tmp_path: Path, m
         for i in range(3):
             Image.new("L", (8, 8), 80 * i).save(folder / "pictures" / f"{i}.png")
         monkeypatch.chdir(folder)
-        Path("params.yaml").write_text(yaml.safe_dump(merged(base, {"run": {"device": device, "precision": "fp32"}})))
+        values = merged(base, {"run": {"device": device, "precision": "fp32", "online_knn": {"every_epochs": 1}}})
+        Path("params.yaml").write_text(yaml.safe_dump(values))
+        augmented = merged(values, {"linear": {"method": "augmented", "base_lrs": [0.1], "weight_decays": [0]}})
+        Path("params-augmented.yaml").write_text(yaml.safe_dump(augmented))
         with pretended_card() if device == "cuda" else nullcontext() as card:
             for command in COMMANDS:
-                before = card.operations if card else 0
+                before = (card.operations, card.products) if card else (0, 0)
                 result = CliRunner().invoke(app, command)
                 assert result.exit_code == 0, (device, command, result.output, result.exception)
-                assert card is None or (card.operations == before) == (command[0] in OF_THE_HOST), command
+                if card is not None:
+                    assert (card.operations == before[0]) == (command[0] in WITHOUT_DEVICE), command
+                    assert card.products == before[1] or command[0] in WITH_PRODUCTS_OF_THE_CPU, command
         files = {str(f.relative_to(folder)): f for pattern in WRITTEN for f in folder.glob(pattern)}
         found[device] = {name: file.read_bytes() for name, file in files.items()}
     assert len(found["cpu"]) > 20

@@ -63,6 +63,11 @@ class Recipe:
     base_lr: float
     semi: SemiParams
 
+    @property
+    def rate(self) -> float:
+        """The rate per 256 labelled images at which it goes on: that of fine-tuning, unless one is given."""
+        return self.base_lr if self.semi.base_lr is None else self.semi.base_lr
+
 
 class SelfTraining(nn.Module):
     """A student, and its teacher: the exponential average of the student's weights. No gradient reaches the teacher.
@@ -350,7 +355,7 @@ def _fit(
     labelled = LabelledCrops(shared.data, recipe.supervised, batch_size, Stream(seed, f"{name}/labelled"), ids)
     crops = SemiCrops(labelled, shared.data, recipe, Stream(seed, name), unlabelled)
     crops.shard(rank(), world_size())
-    rate, steps = peak_rate(semi.base_lr, batch_size), semi.epochs * crops.steps_per_epoch
+    rate, steps = peak_rate(recipe.rate, batch_size), semi.epochs * crops.steps_per_epoch
     optimizer = adamw(layer_decayed_groups(model.student, rate, semi), BETAS)
     decay = decay_over(semi.teacher_share, steps)  # the published 0.9999 is a share of about 0.05 with 1 % of ImageNet
     optimizer.register_step_post_hook(lambda *_: follow(model.teacher, model.student, decay))

@@ -144,12 +144,14 @@ class SemiParams(TrainingParams):
     the student over about `teacher_share` of the steps. All other keys of the images and the model (crops, flips, drop
     path, label smoothing) are those of `finetune.LABELS`.
 
+    `base_lr` is per 256 labelled images; null: the rate that val chose for fine-tuning the same arm.
+
     `rand_augment` and `color_jitter` change the student's view of an unlabelled image. `color_jitter` is the strength
     of brightness, contrast and saturation. `mixing` says how unlabelled images are mixed in pairs. `both` draws mixup
     or cutmix for each image.
     """
 
-    base_lr: Positive
+    base_lr: Positive | None = None
     layer_decay: PositiveFraction = 0.75
     unlabelled_ratio: Count = 5
     threshold: Fraction = 0.6

@@ -196,9 +196,9 @@ class Trainer:
         interruption, agreement = Interruption(), Agreement(self.now.step)
         self.model.train()
         arm = self.name.partition("-")[0]  # also in the warm-up of its heads
-        checkpoints, cuts_itself = arm in self.settings.grad_checkpointing, self.settings.accumulate.get(arm, 1) > 1
-        # where a backward pass runs blocks again, torch finds tensors of a graph on another device than the first time
-        recomputes = checkpoints or (cuts_itself and self._parts == 1)
+        checkpoints = arm in self.settings.grad_checkpointing
+        # torch's checkpointing compares the devices of saved tensors, and those of a graph differ the second time
+        recomputes = checkpoints or (arm not in OF_SINGLE_IMAGES and self.settings.accumulate.get(arm, 1) > 1)
         self._graphs = self.settings.compile and self.device.type == "cuda" and not recomputes
         compiled = _compiled(self.model, self._graphs) if self.settings.compile else nullcontext()
         checkpointed = _checkpointed(self.model) if checkpoints else nullcontext()
@@ -322,8 +322,7 @@ class Trainer:
             "train/lr": self._rate,
         }
         if rank() == 0:
-            # what is measured has other shapes, and is not worth compiling for
-            with torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext():
+            with self._measuring():
                 values |= self.after_epoch(epoch)
         self.now.loss_sum = self.now.norm_sum = 0.0
         self.now.history.append(values)
@@ -331,9 +330,14 @@ class Trainer:
             print(f"warning: {self.name}: {line}, after epoch {epoch} (step {self.now.step})", flush=True)
         self.observer.log_epoch(values)
 
+    def _measuring(self) -> AbstractContextManager[None]:
+        """Run blocks uncompiled inside: what is measured has other shapes, and is not worth compiling for."""
+        return torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext()
+
     def _end_if_dead(self, total: int) -> None:
         """Decide in the first process whether the training ends here. All processes follow."""
-        dead = rank() == 0 and self.now.step < total and self.is_dead(self.now)
+        with self._measuring():
+            dead = rank() == 0 and self.now.step < total and self.is_dead(self.now)
         self.model.train()
         self.now.ended_early = bool(agree(int(dead)))
         if self.now.ended_early:

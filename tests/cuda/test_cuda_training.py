@@ -150,7 +150,7 @@ def test_colour_operations_equal_those_of_the_cpu() -> None:
 
 
 def trained(arm: str, params: Params, data: LabelledImages, folder: Path) -> Pretrained:
-    return PRETRAIN[arm](Session(data, params, StateStore(folder, "code"), Silent()))
+    return PRETRAIN[arm](Session(data, params, StateStore(folder, "code"), Silent(), data))
 
 
 def losses_of(result: Pretrained) -> list[float]:
@@ -195,7 +195,8 @@ SMALL_VIEWS = {"count": 2, "size": 4, "crop_scale_min": 0.1, "crop_scale_max": 0
         ("cl", {"contrastive": {"objective": "vicreg"}}, True),
         ("cl", {"contrastive": {"objective": "swav", "small_views": SMALL_VIEWS}}, True),
         ("cl", {"contrastive": {"objective": "refine"}}, True),
-        ("cl", {"run": {"online_knn": {"every_epochs": 1, "train_images": 64, "val_images": 64}}}, True),
+        ("cl", {"run": {"online_knn": {"every_epochs": 1}}}, True),
+        ("mim", {"mim": {"epochs": 10}}, True),  # looked at ten times, whether it is dead
         ("cl", {"run": {"accumulate": {"cl": 2}}}, False),
         ("cl", {"run": {"grad_checkpointing": ["cl"]}}, False),
     ],

@@ -559,6 +559,11 @@ def test_training_that_diverges_says_so(coloured: Coloured, tmp_path: Path) -> N
         trained(coloured, tmp_path, base_lr=1e30)
 
 
+def test_rate_is_the_given_one_or_that_of_fine_tuning() -> None:
+    assert recipe_of().rate == 0.9
+    assert recipe_of(base_lr=None).rate == 0.5
+
+
 def test_rate_is_that_of_fine_tuning_of_the_same_encoder_and_recipe(coloured: Coloured) -> None:
     metrics, recipe = {"encoder": encoder_digest(coloured.mim), "base_lr": 0.3}, recipe_of().supervised
     assert chosen_rate(metrics, "cl", "4shot", coloured.mim, recipe) == 0.3

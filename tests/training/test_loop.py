@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import merged
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -41,27 +42,32 @@ class Notes:
         self.epochs.append(values)
 
 
+def compile_as_it_is(block: Block, mode: str, dynamic: bool) -> None:
+    """Compile a block without a compiler of C++: only what is compiled is asked."""
+    nn.Module.compile(block, backend="eager", dynamic=dynamic)
+
+
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_blocks_are_compiled_after_the_first_step_whose_operations_are_counted(
-    tmp_path: Path, prepared: LabelledImages, params: Params, monkeypatch: pytest.MonkeyPatch
+def test_steps_after_the_first_are_compiled_and_nothing_that_is_measured(
+    tmp_path: Path, prepared: LabelledImages, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch 2.11 never compiles a block that is first called while operations are counted."""
+    """Torch 2.11 never compiles a block that is first called while operations are counted, as in the first step."""
     frames = torch._dynamo.utils.counters["frames"]
-    # without a compiler of C++: only which blocks are compiled is asked
-    monkeypatch.setattr(Block, "compile", lambda block, **_: nn.Module.compile(block, backend="eager", dynamic=False))
+    monkeypatch.setattr(Block, "compile", compile_as_it_is)
     stance, counted = torch.compiler.set_stance, list[tuple[Any, int]]()
     monkeypatch.setattr(
         "torch.compiler.set_stance", lambda name: (counted.append((name, frames["ok"])), stance(name))[1]
     )
-    compiled = params.model_copy(update={"run": params.run.model_copy(update={"compile": True})})
+    # the last of ten epochs has both measures: online k-NN, and whether the training is dead
+    changes = {"mim": {"epochs": 10}, "run": {"compile": True, "online_knn": {"every_epochs": 1}}}
+    params = Params.model_validate(merged(values, changes))
     torch._dynamo.reset()
     frames.clear()
-    result = pretrain_mim(Session(prepared, compiled, StateStore(tmp_path, "code"), Notes()))
-    # the first step, then what is measured after each of two epochs, which has other shapes
-    assert [name for name, _ in counted] == ["force_eager"] * 3
-    assert counted[0][1] == 0
-    assert counted[1][1] == frames["ok"] == frames["total"] > 0
+    result = pretrain_mim(Session(prepared, params, StateStore(tmp_path, "code"), Notes(), prepared))
+    assert counted[0] == ("force_eager", 0)
+    assert frames["ok"] == frames["total"] == 2  # a block of the encoder, and one of the decoder
     assert result.progression.train_flops > 0
+    assert "val/online_knn_top1" in result.progression.history[-1]
     torch._dynamo.reset()
 
 
@@ -69,13 +75,14 @@ def test_blocks_are_compiled_after_the_first_step_whose_operations_are_counted(
 def test_blocks_of_every_rate_of_stochastic_depth_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch stops after eight forms of the same code, and a deep classifier has more rates."""
     frames = torch._dynamo.utils.counters["frames"]
-    monkeypatch.setattr(Block, "compile", lambda block, **_: nn.Module.compile(block, backend="eager", dynamic=False))
+    monkeypatch.setattr(Block, "compile", compile_as_it_is)
     torch._dynamo.reset()
     frames.clear()
     model = VisionTransformer(8, 4, 1, num_classes=2, embed_dim=8, depth=11, num_heads=1, drop_path_rate=0.1).train()
     with loop._compiled(model, as_graphs=False):
-        model(torch.ones(2, 1, 8, 8))
-    assert frames["ok"] == frames["total"] == 11
+        for images in (2, 3, 4):  # shapes are not joined into one that varies
+            model(torch.ones(images, 1, 8, 8))
+    assert frames["ok"] == frames["total"] == 3 * 11
     torch._dynamo.reset()
 
 
