@@ -218,9 +218,10 @@ def _fitted(target: str, tensor: Tensor, wanted: Tensor, encoder: VisionTransfor
     prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
     if target == "pos_embed" and same_width and is_square(tensor.shape[1] - prefix):
         old, new = (round((tokens - prefix) ** 0.5) for tokens in (tensor.shape[1], wanted.shape[1]))
-        # bicubic and not antialiased, as MAE's and LGP's code
+        # bicubic; positions that learn are antialiased, as in timm, the paper's are not, as in MAE's and LGP's code
+        antialias = encoder.pos_embed.requires_grad
         resampled: Tensor = resample_abs_pos_embed(
-            tensor.float(), [new, new], num_prefix_tokens=prefix, antialias=False
+            tensor.float(), [new, new], num_prefix_tokens=prefix, antialias=antialias
         )
         return resampled, f"interpolated from {old}×{old} to {new}×{new} patches"
     return None, f"{tuple(tensor.shape)} where {tuple(wanted.shape)} is needed"

@@ -177,7 +177,7 @@ def test_folder_of_hugging_face_gives_timms_features(prefix: str, values: dict[s
 
 
 @pytest.mark.parametrize(("name", "write"), [(name, write) for name, write, _ in PUBLISHED[:4]])
-def test_positions_of_another_size_are_interpolated(
+def test_positions_of_another_size_are_interpolated_as_timm_does(
     name: str, write: Callable[[Any, Path], Path], values: dict[str, Any], tmp_path: Path
 ) -> None:
     vit = vit_of(name)
@@ -188,6 +188,10 @@ def test_positions_of_another_size_are_interpolated(
     positions = imported.encoder.pos_embed
     prefix = positions.shape[1] - 4
     assert torch.equal(positions[:, :prefix], vit.pos_embed[:, :prefix])
+    vit.set_input_size(img_size=(2 * patch, 2 * patch))
+    images = torch.randn(2, 3, 2 * patch, 2 * patch)
+    with torch.inference_mode():
+        assert torch.allclose(imported.encoder.eval()(images), vit(images), atol=1e-5)
 
 
 def test_what_clip_has_beside_its_encoder_is_accounted_for(values: dict[str, Any], tmp_path: Path) -> None:
