@@ -1,5 +1,7 @@
 """Stage `import`: an encoder of another project becomes an arm."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -45,10 +47,8 @@ def import_checkpoint(
         raise LgpError(f"the arm {arm} is a baseline: choose another name")
     folder, given = arm_folder(arm), parse_normalization(mean, std)
     files = [] if is_remote(file) else [weights_at(file)]
-    if write:
-        _write_model(file, params_file)
     spec = StageSpec("import_checkpoint", SECTIONS["import_checkpoint"], [PREPARED, *files], [folder], arm, "pretrain")
-    with stage(spec, params_file) as run:
+    with _model_of(file, params_file) if write else nullcontext(), stage(spec, params_file) as run:
         from lgp.data.storage import Images
         from lgp.models.checkpoint_files import shown
         from lgp.models.interchange import few_faults
@@ -70,8 +70,9 @@ def import_checkpoint(
     print(f"{file} ({imported.layout}) is now the arm {arm}: list it in `arms`, or set graft.start to it")
 
 
-def _write_model(file: Path, params_file: Path) -> None:
-    """Set the section `model` of the parameter file to what a checkpoint holds."""
+@contextmanager
+def _model_of(file: Path, params_file: Path) -> Iterator[None]:
+    """Set the section `model` of the parameter file to what a checkpoint holds. An error puts the file back."""
     from lgp.models.layouts import model_of
     from lgp.params.editing import write_values
     from lgp.params.file import load_params
@@ -79,5 +80,11 @@ def _write_model(file: Path, params_file: Path) -> None:
     model = model_of(file)
     if load_params(params_file).model.timm is None and model["timm"] is None:
         del model["timm"]
+    before = params_file.read_bytes()
     write_values(params_file, {f"model.{key}": value for key, value in model.items()})
+    try:
+        yield
+    except BaseException:
+        params_file.write_bytes(before)
+        raise
     print(f"{params_file}: model is now {', '.join(f'{key} {value}' for key, value in model.items())}")

@@ -42,7 +42,8 @@ def _show_states(root: Path) -> None:
     def then(state: "LeftState") -> str:
         if is_expired(state, digests):
             return f"other code wrote it: `{state.command} --resume` takes it, `lgp clean` removes it"
-        goes_on = f"`dvc repro` or `{state.command}` goes on from it"
+        by_dvc = "" if state.task == "conflict" else "`dvc repro` or "  # a tool, no stage of the pipeline
+        goes_on = f"{by_dvc}`{state.command}` goes on from it"
         return f"{goes_on} if parameters and inputs are as they were, and begins anew if not"
 
     rows = [[s.training, size_text(size_of(s.files)), age_text(s.files), then(s)] for s in left_states(root / RESUME)]

@@ -175,8 +175,8 @@ def _check_heads(checkpoint: Checkpoint, model: ModelParams) -> str:
     if heads is not None and str(heads) != str(model.heads):
         ours = f"{model.timm} has {model.heads}" if model.timm else f"model.heads is {model.heads}"
         raise LgpError(
-            f"{source} says {shown(heads)} heads, {ours}: set `model` to the file's encoder. If that is wrong, write "
-            f'{{"model_args": {{"num_heads": {model.heads}}}}} into a {CONFIG} beside the file'
+            f"{source} says {shown(heads)} heads, {ours}: set `model` to the file's encoder, as --write does. If "
+            f'that is wrong, write {{"model_args": {{"num_heads": {model.heads}}}}} into a {CONFIG} beside the file'
         )
     return model.timm or (source if heads is not None else "")
 

@@ -148,7 +148,9 @@ def check_loss(first_step: float, epochs: Sequence[float]) -> Findings:
         return Findings({}, {f"the loss rose from {first_step:.4g} at the first step to {last:.4g}": SLOW_DOWN})
     if len(epochs) == 1 or last <= (1 - LOW_FALL) * first:
         return Findings()
-    return Findings(warnings=(f"{SHORT}: the loss hardly fell, from {first:.4g} at the beginning to {last:.4g}",))
+    how = "did not fall" if last >= first else "hardly fell"
+    means = f"{first:.4g} at the beginning, {last:.4g} on average over the last epoch"
+    return Findings(warnings=(f"{SHORT}: the loss {how}: {means}",))
 
 
 def check_features(features: np.ndarray) -> Findings:

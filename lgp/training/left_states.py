@@ -61,7 +61,8 @@ class LeftState:
     def command(self) -> str:
         """The command that trains."""
         labels = self.task.partition("-")[2]
-        return " ".join(filter(None, ["lgp", self.stage, self.arm if labels else "", labels]))
+        arm = "" if self.stage in (self.arm, "prepare") else self.arm
+        return " ".join(filter(None, ["lgp", self.stage, arm, labels]))
 
     def is_of(self, code: str | None) -> bool:
         """Return whether the code with this digest wrote it. None: a stage that the code does not have."""

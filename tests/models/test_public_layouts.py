@@ -407,7 +407,7 @@ def test_what_timm_fetches_is_imported(monkeypatch: pytest.MonkeyPatch, values: 
 
     monkeypatch.setattr(timm, "create_model", fetching)
     imported = read(Path("timm:test_vit2.r160_in1k"), params_for(values, {"timm": "test_vit2"}, 48))
-    assert asked[0] == "test_vit2.r160_in1k"
+    assert "test_vit2.r160_in1k" in asked
     images = torch.randn(2, 3, 48, 48)
     with torch.inference_mode():
         assert torch.allclose(imported.encoder.eval()(images), vit(images), atol=1e-5)

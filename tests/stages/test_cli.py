@@ -527,6 +527,14 @@ def test_import_can_write_the_dimensions_of_the_file(project: Path, colour: Para
     named = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0)
     torch.save({"model": named.state_dict() | {"blocks.0.ls1.gamma": torch.ones(192)}}, "named.pth")
     assert "no plain ViT of timm" in error_of(lgp("import", "named.pth", "--arm", "named", "--write"))
+    # a file whose statistics are not known is not imported, and the parameters stay
+    before = (project / "params.yaml").read_text()
+    (project / "plain").mkdir()
+    torch.save(named.state_dict(), "plain/weights.pth")
+    Path("plain/config.json").write_text('{"model_args": {"num_heads": 3}}')
+    command = ["import", "plain/weights.pth", "--arm", "plain", "--write"]
+    assert "--mean" in error_of(lgp(*command))
+    assert (project / "params.yaml").read_text() == before
 
 
 def test_plan_needs_prepared_images_or_their_number(project: Path) -> None:
@@ -821,7 +829,7 @@ def test_arms_that_trained_say_so(finished: Path, monkeypatch: pytest.MonkeyPatc
     for arm in TRAINED:
         checks = checks_of(arm)
         # the loss of two epochs need not fall
-        assert all("the loss hardly fell" in warning for warning in checks.pop("warnings"))
+        assert all(re.search("the loss (hardly fell|did not fall)", warning) for warning in checks.pop("warnings"))
         assert checks == {"trained": True, "faults": {}, "accepted": False}
         assert json.loads(Path("models", arm, "metrics.json").read_text())["train/epochs"] == 2
     run, registered = run_of("mim", finished)

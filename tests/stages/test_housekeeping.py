@@ -110,12 +110,20 @@ def test_status_of_a_project_that_did_nothing_says_so_and_makes_no_store(project
     assert not Path("mlflow.db").exists()
 
 
-def test_status_says_what_becomes_of_each_state(project: Path) -> None:
+def test_status_says_what_becomes_of_each_state(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_now = dict.fromkeys(("mim", "conflict", "linear", "finetune"), "b" * 64)
+    monkeypatch.setattr("lgp.workflow.code_digest.code_digests", lambda _root: of_now)
     StateStore(STATE, OLD).save({"step": 1})
     StateStore(STATE.with_name("other"), "b" * 64).save({"step": 1})
-    said = lgp("status")
+    for of_arm in ("mim-conflict", "mim-linear", "mim-finetune-10pct"):
+        StateStore(Path(".lgp/resume") / of_arm / STATE.name, "b" * 64).save({"step": 1})
+    said = " ".join(lgp("status").split())
     assert "other code wrote it: `lgp mim --resume` takes it, `lgp clean` removes it" in said
-    assert "`dvc repro` or `lgp mim` goes on from it" in " ".join(said.split())
+    assert "`dvc repro` or `lgp mim` goes on from it" in said
+    for command in ("linear mim", "finetune mim 10pct"):
+        assert f"`dvc repro` or `lgp {command}` goes on from it" in said
+    assert "`lgp conflict mim` goes on from it" in said
+    assert "or `lgp conflict" not in said  # no stage of the pipeline
 
 
 def test_kept_runs_are_sent_and_those_of_other_machines_where_asked(project: Path) -> None:
