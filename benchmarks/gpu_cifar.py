@@ -166,10 +166,12 @@ def write_params(args: argparse.Namespace) -> Params:
     done = args.folder / "params.yaml"
     if done.exists():
         return load_params(done)
+    arms = [arm for arm in ARMS if arm not in args.without]
     file = args.folder / "params-new.yaml"
     file.write_text((PRESETS / "cifar10.yaml").read_text())
     values: dict[str, Any] = {
-        "arms": [arm for arm in ARMS if arm not in args.without],
+        "arms": arms,
+        "finetuned_arms": [arm for arm in arms if arm != "pixels"],
         "selected": [SELECTED],
         "finetuned": [],
         "data.source": str(args.source.resolve()),
@@ -204,11 +206,19 @@ def write_params(args: argparse.Namespace) -> Params:
         values["finetuned"] = ["all"]
         values["finetune.all"] = recipe | {"epochs": args.finetune_epochs, "warmup_epochs": 1, "batch_size": 512}
     params = write_values(file, values)
-    # each of the twelve rates of stochastic depth would be compiled for itself
-    (args.folder / EAGER).write_text(file.read_text())
-    write_values(args.folder / EAGER, {"run.compile": False})
-    file.replace(done)
+    put_in_place(file)
     return params
+
+
+def put_in_place(file: Path) -> None:
+    """Make a finished parameter file the project's, beside one that compiles nothing.
+
+    Fine-tuning takes the latter: each of the twelve rates of stochastic depth would be compiled for itself.
+    """
+    eager = file.with_name(EAGER)
+    eager.write_text(file.read_text())
+    write_values(eager, {"run.compile": False})
+    file.replace(file.with_name("params.yaml"))
 
 
 def write_beside(folder: Path, params: Params, objective: str) -> None:
@@ -220,23 +230,19 @@ def write_beside(folder: Path, params: Params, objective: str) -> None:
     for link, target in (("data", "../data"), ("models/mim", "../../models/mim")):
         if not (place / link).is_symlink():
             (place / link).symlink_to(target)
-    section = params.graft
-    assert section.stage_lr is not None
+    assert params.graft.stage_lr is not None
+    rates = params.graft.stage_lr.base_lrs
     changes: dict[str, Any] = {
         "arms": ["graft"],
         "finetuned_arms": ["graft"],
         "contrastive.objective": objective,
-        "graft.stage_lr": {"base_lrs": [max(section.stage_lr.base_lrs)] * len(section.stage_lr.base_lrs)},
+        "graft.stage_lr": {"base_lrs": [max(rates)] * len(rates)},
     }
     file = place / "params-new.yaml"
     file.write_text((folder / "params.yaml").read_text())
-    cost = (
-        stage_cost("graft", params).flops_per_image / stage_cost("graft", write_values(file, changes)).flops_per_image
-    )
-    write_values(file, {"graft.epochs": round(section.epochs * cost)})
-    (place / EAGER).write_text(file.read_text())
-    write_values(place / EAGER, {"run.compile": False})
-    file.replace(place / "params.yaml")
+    first, own = (stage_cost("graft", of).flops_per_image for of in (params, write_values(file, changes)))
+    write_values(file, {"graft.epochs": round(params.graft.epochs * first / own)})
+    put_in_place(file)
 
 
 def jobs(params: Params, beside: list[str]) -> list[Job]:
@@ -265,9 +271,9 @@ def jobs(params: Params, beside: list[str]) -> list[Job]:
             name = "-".join(task[:2])
             # the first evaluation extracts the features, which the others wait for
             needs = (label,) if task == ("linear",) else (label, f"{label}-linear")
-            command, last = (task[0], arm, *task[1:]), 10 if task[0] == "selected" else nice
-            writes = Path(f"metrics/{arm}-{name}.json")
-            found.append(Job(f"{label}-{name}", command, writes, needs, threads, last, folder))
+            command, writes = (task[0], arm, *task[1:]), Path(f"metrics/{arm}-{name}.json")
+            gives_way = 10 if task[0] == "selected" else nice  # it takes longest
+            found.append(Job(f"{label}-{name}", command, writes, needs, threads, gives_way, folder))
     return found
 
 

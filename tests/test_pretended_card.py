@@ -1,4 +1,4 @@
-"""Every command runs on a CUDA device that is pretended: no tensor is where the next operation does not find it."""
+"""Commands give on a CUDA device that is pretended what they give on the CPU: each tensor is where it is looked for."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from arrivals import SMALL_VIEWS
 from conftest import ROOT, SMALL, Silent, merged
 from PIL import Image
 from pretended_card import CARD, CPU, pretended_card
@@ -22,7 +23,6 @@ from lgp.pretrain.mim import pretrain_mim
 from lgp.training.resume_states import StateStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory")  # torch knows that there is no device
-SMALL_VIEWS = {"count": 2, "size": 4, "crop_scale_min": 0.1, "crop_scale_max": 0.4}
 
 
 def test_device_is_pretended() -> None:
@@ -135,11 +135,14 @@ COMMANDS = [
     ["suggest", "mim"],
     ["audit", "--out", "audit.csv"],
     ["embed", "pictures", "--arm", "graft", "--out", "features.parquet"],
+    ["similar", "pictures/0.png", "--among", "features.parquet", "--count", "2"],
+    ["import", "models/mim/encoder", "--arm", "copy"],
+    ["linear", "copy"],
     ["predict", "pictures", "--with", "graft/fewshot-10pct", "--out", "probed.csv"],
     ["predict", "pictures", "--with", "graft/finetune-10pct", "--out", "tuned.csv"],
     ["export", "graft", "exported.pt2"],
 ]
-WITHOUT_DEVICE = ("prepare", "labels", "baseline", "report", "export")
+WITHOUT_DEVICE = ("prepare", "labels", "baseline", "report", "import", "export")
 # pictures of reconstructions, the weights of a chosen head in float64, the similarity of blocks, and the exported model
 WITH_PRODUCTS_OF_THE_CPU = ("mim", "linear", "suggest", "export")
 WRITTEN = ("**/metrics.json", "metrics/*.json", "**/curves.csv", "*.csv", "reports/results.csv", "features.parquet")

@@ -218,7 +218,7 @@ def _fitted(target: str, tensor: Tensor, wanted: Tensor, encoder: VisionTransfor
     prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
     if target == "pos_embed" and same_width and is_square(tensor.shape[1] - prefix):
         old, new = (round((tokens - prefix) ** 0.5) for tokens in (tensor.shape[1], wanted.shape[1]))
-        # bicubic; positions that learn are antialiased, as in timm, the paper's are not, as in MAE's and LGP's code
+        # positions that learn are timm's, and antialiased as there; the paper's are not, as in MAE's and LGP's code
         antialias = encoder.pos_embed.requires_grad
         resampled: Tensor = resample_abs_pos_embed(
             tensor.float(), [new, new], num_prefix_tokens=prefix, antialias=antialias

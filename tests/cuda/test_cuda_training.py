@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from arrivals import SMALL_VIEWS
 from card import CARD, CPU, ON_CARD, full_products  # noqa: F401 - a fixture
 from conftest import Silent, merged
 from torch import Tensor
-from torch._inductor.cudagraph_trees import get_manager
 from torch.utils.flop_counter import flop_registry
 
 from lgp.compute.precision import choose_precision, place
@@ -183,9 +183,6 @@ def test_workers_and_pinned_memory_change_nothing(
     assert losses_of(helped) == pytest.approx(losses_of(alone), rel=1e-3)
 
 
-SMALL_VIEWS = {"count": 2, "size": 4, "crop_scale_min": 0.1, "crop_scale_max": 0.4}
-
-
 @pytest.mark.parametrize(
     ("arm", "changes", "as_graphs"),
     [
@@ -210,6 +207,8 @@ def test_compiled_blocks_run_as_graphs_and_train_to_the_same_losses(
     on_card: Callable[..., Params],
     tmp_path: Path,
 ) -> None:
+    from torch._inductor.cudagraph_trees import get_manager  # loads the compiler
+
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()

@@ -229,6 +229,11 @@ def test_features_are_put_on_the_sphere_whatever_their_length() -> None:
             "",
             f"{sanity_checks.SHORT}: the loss did not fall: 3 at the beginning, 6 on average over the last epoch",
         ),
+        (
+            [2.5, 2.6],  # below the first step, above the first epoch
+            "",
+            f"{sanity_checks.SHORT}: the loss did not fall: 2.5 at the beginning, 2.6 on average over the last epoch",
+        ),
         ([5.9], "", ""),  # one epoch has nothing to fall from
         ([6.1], "the loss rose from 3 at the first step to 6.1", ""),
     ],
