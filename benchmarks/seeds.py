@@ -92,14 +92,14 @@ class Variant:
     rate_of: str | None = None
 
 
-def grafts_of(objective: str) -> dict[str, Variant]:
+def grafts_of(objective: str, name: str, what: str, lower: float = 1.0) -> dict[str, Variant]:
     """Return the grafts with an objective: plain, with small views, and with a head warm-up."""
-    (keys, (plain, small, warm)), name, what = OBJECTIVES[objective], f"graft_{objective}", f"graft, {objective}"
+    keys, (plain, small, warm) = OBJECTIVES[objective]
     of_small = keys | {"small_views": SMALL_VIEWS}
     return {
-        name: Variant("graft", what, plain, keys),
-        f"{name}_small": Variant("graft", f"{what}, small views", small, of_small, rate_of=name),
-        f"{name}_warm": Variant("graft", f"{what}, head warm-up", warm, keys, warmup=5, rate_of=name),
+        name: Variant("graft", what, plain, keys, lower),
+        f"{name}_small": Variant("graft", f"{what}, small views", small, of_small, lower, rate_of=name),
+        f"{name}_warm": Variant("graft", f"{what}, head warm-up", warm, keys, lower, 5, rate_of=name),
     }
 
 
@@ -107,9 +107,10 @@ VARIANTS = {
     PIXELS: Variant(PIXELS, "raw pixels", 0),
     "mim": Variant("mim", "MAE", 120),
     "cl": Variant("cl", "MoCo v3 from scratch", 80),
+    "cl_small": Variant("cl", "MoCo v3 from scratch, small views", 55, {"small_views": SMALL_VIEWS}, rate_of="cl"),
     "cl_vicreg": Variant("cl", "VICReg from scratch", 107, OBJECTIVES["vicreg"][0]),
-    "graft": Variant("graft", "graft, mocov3, the paper's rule: lower two thirds at 0.1 of the rate", 60, lower=0.1),
-    **{name: variant for objective in OBJECTIVES for name, variant in grafts_of(objective).items()},
+    **grafts_of("mocov3", "graft", "graft, mocov3, the paper's rule: lower two thirds at 0.1 of the rate", lower=0.1),
+    **{k: v for name in OBJECTIVES for k, v in grafts_of(name, f"graft_{name}", f"graft, {name}").items()},
 }
 TASKS = {
     "linear": ["linear"],
@@ -461,7 +462,7 @@ def main() -> None:
     parser.add_argument("--tune", nargs="*", choices=TUNED, help="choose the rates of all variants, or of these")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="two or more, for an interval")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="default: all")
-    parser.add_argument("--fine-tuned", nargs="*", choices=TUNED, default=TUNED, help="default: all that are tuned")
+    parser.add_argument("--fine-tuned", nargs="*", choices=[*VARIANTS][1:], default=TUNED, help="default: the tuned")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, one CPU core each")
     given = parser.parse_args()
     if set(TUNED_ON) & set(given.seeds):

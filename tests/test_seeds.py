@@ -86,17 +86,17 @@ def test_a_variant_changes_its_arm_and_the_contrastive_section_alone(seeds: Modu
         params = Params.model_validate(values)
         if variant.arm == "graft":
             assert params.graft.stage_lr is not None
-            lower = 0.05 if name == "graft" else 0.5
+            lower = 0.05 if name in ("graft", "graft_small", "graft_warm") else 0.5
             assert params.graft.stage_lr.base_lrs == [lower, lower, 0.5]
             assert params.graft.head_warmup_epochs == (5 if name.endswith("_warm") else 0)
-            assert (params.contrastive.small_views is not None) == name.endswith("_small")
         else:
             assert getattr(params, variant.arm).base_lr == 0.5
+        assert (params.contrastive.small_views is not None) == name.endswith("_small")
         if variant.rate_of:
             assert seeds.VARIANTS[variant.rate_of].contrastive.items() <= variant.contrastive.items()
 
 
-@pytest.mark.parametrize("name", ["cl_vicreg", "graft_swav_small", "graft_refine_warm"])
+@pytest.mark.parametrize("name", ["cl_vicreg", "cl_small", "graft_small", "graft_swav_small", "graft_refine_warm"])
 def test_variant_has_the_compute_of_its_arm_in_the_preset(name: str, seeds: ModuleType) -> None:
     arm, spent = seeds.VARIANTS[name].arm, []
     for changes in ({}, seeds.changes_of(name, 0.5)):
