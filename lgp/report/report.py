@@ -67,7 +67,7 @@ def write_report(
         out: the files to write.
     """
     arms = inputs.read()
-    results, verdict = results_table(arms), judge(arms, data)
+    results, verdict = results_table(arms), judge(arms, data, params.graft.start)
     results.to_csv(out.table, index=False)
     out.verdict.write_text("".join(f"{line}\n" for line in verdict.lines), encoding="utf-8")
     per_class_table(arms, data.classes).to_csv(out.classes, index=False)

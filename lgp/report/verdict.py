@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lgp.data.labels import LabelledImages
+from lgp.evaluate.statistics import CONFIDENCE, holm, paired_gap
 from lgp.evaluate.validation import small_validation
 from lgp.report.gains import Gain, answer, gains
-from lgp.report.outcomes import ArmOutcomes, fewest_labels, leader
+from lgp.report.outcomes import ArmOutcomes, correct_by_subset, fewest_labels, leader
 from lgp.report.pairs import Pair, compare
 from lgp.report.table import task_name
 
@@ -24,6 +25,7 @@ class Verdict:
             None: nobody is crowned.
         sentence: who is the champion, or why nobody is.
         answer: how good the leader is; empty where no arm may lead.
+        helped: what grafting changes; empty without the arm `graft` or its start.
         notes: what else a reader must know before the numbers.
         unbeaten: the measures besides the fewest labels in which a baseline is not beaten.
         pairs: the comparisons that it rests on.
@@ -34,6 +36,7 @@ class Verdict:
     champion: str | None
     sentence: str
     answer: str
+    helped: str
     notes: list[str]
     unbeaten: list[str]
     pairs: list[Pair]
@@ -45,11 +48,13 @@ class Verdict:
         """What a reader must know before the numbers. The first says in what a baseline is not beaten."""
         but = f" A baseline is not beaten in: {', '.join(self.unbeaten)}." if self.unbeaten else ""
         first = [self.answer + but, self.sentence] if self.champion else [self.sentence, self.answer]
-        return [line for line in (*first, *self.notes) if line]
+        return [line for line in (*first, self.helped, *self.notes) if line]
 
 
-def judge(arms: list[ArmOutcomes], data: LabelledImages) -> Verdict:
+def judge(arms: list[ArmOutcomes], data: LabelledImages, start: str) -> Verdict:
     """Crown the leader if it is ahead of every baseline on test with the fewest labels, and no interval holds a tie.
+
+    `start` is the arm that `graft` started from, by the parameters.
 
     Validation chooses the leader. Where it has too few images for that, nobody is crowned. Test images choose no arm:
     they may only withhold the crown. The crown needs all of these comparisons to be decided, so it needs no correction
@@ -71,9 +76,9 @@ def judge(arms: list[ArmOutcomes], data: LabelledImages) -> Verdict:
     if warning and warning not in sentence:
         notes.append(f"Warning: {warning}.")
     crown = _crown(champion, arms, fewest, pairs) if champion else ""
-    return Verdict(
-        champion, sentence, answer(arms, found), notes, [task_name(task) for task in unbeaten_in], pairs, found, crown
-    )
+    helped = _helped({a.arm: a for a in arms}, start, repeats)
+    unbeaten_tasks = [task_name(task) for task in unbeaten_in]
+    return Verdict(champion, sentence, answer(arms, found), helped, notes, unbeaten_tasks, pairs, found, crown)
 
 
 def repeated(arms: list[ArmOutcomes], data: LabelledImages) -> dict[str, str]:
@@ -82,6 +87,25 @@ def repeated(arms: list[ArmOutcomes], data: LabelledImages) -> dict[str, str]:
     same = {task: [FEW + name for name in data.names_of_same_subsets(task.removeprefix(FEW))] for task in few}
     first = {task: next(other for other in few if other in same[task]) for task in few}
     return {task: other for task, other in first.items() if other != task}
+
+
+def _helped(arms: Mapping[str, ArmOutcomes], start: str, repeats: Mapping[str, str]) -> str:
+    """Say by how much grafting changes the accuracy of frozen features, with few labels and with all of them.
+
+    Whether it helped is one question, so what is decided is corrected for its tasks alone (Holm).
+    """
+    if not {"graft", start} <= arms.keys():
+        return ""
+    graft, before = arms["graft"].tasks, arms[start].tasks
+    few = sorted((t for t in graft if t.startswith(FEW) and t not in repeats), key=lambda t: graft[t].metrics["labels"])
+    tasks = [task for task in (*few, "linear") if task in before]
+    gaps = [paired_gap(*correct_by_subset(graft[task], before[task], f"graft and {start} in {task}")) for task in tasks]
+    said = [
+        f"{gap.points:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]{'' if p < 1 - CONFIDENCE else ', undecided'} "
+        f"({task_name(task)})"
+        for task, gap, p in zip(tasks, gaps, holm([gap.p for gap in gaps]), strict=True)
+    ]
+    return f"Grafting changes the accuracy of its start, {start}, by points: {', '.join(said)}."
 
 
 def _sentence(champion: str | None, arms: list[ArmOutcomes], fewest: str, unbeaten: str, small: str) -> str:

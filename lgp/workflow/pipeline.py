@@ -38,5 +38,6 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "data",
         "model",
         "features",
+        "graft.start",
     ),
 }

@@ -84,16 +84,16 @@ def test_answer_says_how_good_the_leader_is_and_what_each_method_changes() -> No
 
 
 def test_answer_is_the_first_line_unless_nobody_is_crowned() -> None:
-    crowned = judge(ARMS, Data())  # type: ignore[arg-type]
+    crowned = judge(ARMS, Data(), "another")  # type: ignore[arg-type]
     assert crowned.lines[:2] == [crowned.answer, crowned.sentence]
     baseline = arm("pixels", -20, 0.9)
-    uncrowned = judge([baseline, *ARMS], Data())  # type: ignore[arg-type]
+    uncrowned = judge([baseline, *ARMS], Data(), "another")  # type: ignore[arg-type]
     assert uncrowned.champion is None
     assert uncrowned.lines[:2] == [uncrowned.sentence, uncrowned.answer]
 
 
 def test_what_choosing_adds_is_not_compared_between_arms() -> None:
-    tasks = {pair.task for pair in judge(ARMS, Data()).pairs}  # type: ignore[arg-type]
+    tasks = {pair.task for pair in judge(ARMS, Data(), "another").pairs}  # type: ignore[arg-type]
     frozen = {"linear", "fewshot-1pct", "fewshot-10pct", "propagate-1pct", "propagate-10pct"}
     assert tasks == {*frozen, "finetune-10pct", "semi-10pct"}
 

@@ -48,8 +48,8 @@ def arm(name: str, right: Mapping[str, int], val: float = 0.5, knn: float = 50.0
     return ArmOutcomes(name, tasks, trained)
 
 
-def judged(*arms: ArmOutcomes, data: Data | None = None) -> Verdict:
-    return judge(list(arms), data or Data())  # type: ignore[arg-type]
+def judged(*arms: ArmOutcomes, data: Data | None = None, start: str = "another") -> Verdict:
+    return judge(list(arms), data or Data(), start)  # type: ignore[arg-type]
 
 
 WEAK = {"linear": 20, "fewshot-1pct": 20, "fewshot-10pct": 20}
@@ -78,6 +78,44 @@ def test_crown_has_metric_interval_and_the_runner_up_on_val() -> None:
     alone = judged(arm("pixels", WEAK), arm("graft", {"fewshot-1pct": 70}))
     assert alone.crown.endswith("]; no other trained arm")
     assert judged(arm("pixels", {"fewshot-1pct": 90}), arm("graft", {})).crown == ""
+
+
+def test_what_grafting_changes_is_said_with_the_sign_of_the_graft() -> None:
+    public = arm("public", {"linear": 50, "fewshot-1pct": 40, "fewshot-10pct": 70}, val=0.8)
+    graft = arm("graft", {"linear": 52, "fewshot-1pct": 70, "fewshot-10pct": 50}, val=0.9)
+    found = judged(arm("pixels", WEAK, knn=9), public, graft, start="public")
+    first, second, third = re.findall(r"([+-][\d.]+) \[([+-])[\d.]+, ([+-])[\d.]+\](.*?)(?=, [+-]|\.$)", found.helped)
+    assert (first, second) == (("+30.0", "+", "+", " (1 %)"), ("-20.0", "-", "-", " (10 %)"))
+    assert third == ("+2.0", "-", "+", ", undecided (linear)")
+    assert found.helped.startswith("Grafting changes the accuracy of its start, public, by points: +30.0 [")
+    assert found.lines[:3] == [found.answer, found.sentence, found.helped]
+
+
+@pytest.mark.parametrize("start", ["public", "cl"])
+def test_nothing_is_said_of_grafting_without_the_graft_or_its_start(start: str) -> None:
+    arms = {name: arm(name, {}) for name in ("pixels", "cl", "graft")}
+    assert judged(*arms.values(), start="public").helped == ""
+    assert judged(arms["pixels"], arms["cl"], start=start).helped == ""
+    assert "its start, cl" in judged(*arms.values(), start="cl").helped
+
+
+@pytest.mark.parametrize(("more", "decided"), [(5, False), (6, True)])
+def test_what_grafting_changes_is_decided_after_the_correction_for_its_tasks(more: int, decided: bool) -> None:
+    arms = arm("mim", {}), arm("graft", {"fewshot-1pct": 50 + more}, val=0.9)
+    p = next(pair.gap.p for pair in judged(*arms).pairs if pair.task == "fewshot-1pct")
+    assert p < 0.05
+    assert (p < 0.05 / len(TASKS)) is decided
+    assert judged(*arms, start="mim").helped.split(" (1 %)")[0].endswith("undecided") is not decided
+
+
+def test_tasks_of_grafting_come_by_their_labels_and_repeats_are_left_out() -> None:
+    first = arm("mim", {}).tasks
+    tasks = {"linear": first["linear"], "fewshot-10pct": first["fewshot-10pct"], "fewshot-1pct": first["fewshot-1pct"]}
+    arms = [ArmOutcomes(name, tasks) for name in ("mim", "graft")]
+    said = judged(*arms, start="mim").helped
+    assert re.findall(r"\((.*?)\)", said) == ["1 %", "10 %", "linear"]
+    same, arms = Data(subsets={"1pct": [1], "10pct": [1]}), [arm(name, {}) for name in ("mim", "graft")]
+    assert re.findall(r"\((.*?)\)", judged(*arms, start="mim", data=same).helped) == ["1 %", "linear"]
 
 
 def test_baseline_ahead_of_every_arm_is_said() -> None:
@@ -191,4 +229,4 @@ def test_all_labels_repeat_no_others(prepared: LabelledImages) -> None:
 
 def test_verdict_reads_real_subsets(prepared: LabelledImages, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lgp.report.verdict.small_validation", lambda images: "")
-    assert judge([arm("pixels", WEAK, knn=9), arm("graft", {})], prepared).champion == "graft"
+    assert judge([arm("pixels", WEAK, knn=9), arm("graft", {})], prepared, "mim").champion == "graft"
