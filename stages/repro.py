@@ -1,4 +1,4 @@
-"""Tool `repro`: `dvc repro`, with trainings beside each other where cores are idle."""
+"""Tool `repro`: `dvc repro report`, with trainings beside each other where cores are idle."""
 
 import os
 from pathlib import Path
@@ -14,10 +14,10 @@ Jobs = Annotated[
 
 
 def repro(jobs: Jobs = None, debug: Debug = False) -> None:
-    """Run the pipeline as `dvc repro` does, with trainings beside each other where cores are idle."""
+    """Run what the report of the `arms` needs, as `dvc repro report`, with trainings side by side on idle cores."""
     from lgp.errors import LgpError
     from lgp.params.file import load_params
-    from lgp.workflow.pending import pending
+    from lgp.workflow.pending import REPORT, pending
     from lgp.workflow.side_by_side import at_a_time, run_dvc, run_side_by_side, waiting
 
     needs = waiting(pending(Path(os.environ.get("DVC_ROOT", "."))))
@@ -26,4 +26,4 @@ def repro(jobs: Jobs = None, debug: Debug = False) -> None:
             raise LgpError("prepare or labels failed, as said above: mend that and run `lgp repro` again")
         print(f"{len(needs)} trainings, {at_once} at a time: {', '.join(needs)}", flush=True)
         run_side_by_side(needs, at_once)
-    raise typer.Exit(run_dvc("repro"))
+    raise typer.Exit(run_dvc("repro", REPORT))

@@ -1,4 +1,4 @@
-"""Tool `status`: what waits, what lies about, and what `dvc repro` would do."""
+"""Tool `status`: what waits, what lies about, and what `lgp repro` would do."""
 
 import os
 import time
@@ -21,7 +21,7 @@ CACHES = {
 
 
 def status(params_file: ParamsFile = DEFAULT_PARAMS, debug: Debug = False) -> None:
-    """Show interrupted trainings, caches, runs that are not closed, and what `dvc repro` would run and why."""
+    """Show interrupted trainings, caches, runs that are not closed, and what `lgp repro` would run and why."""
     from lgp.params.file import load_params
 
     root, run = Path(os.environ.get("DVC_ROOT", ".")), load_params(params_file).run
@@ -97,16 +97,16 @@ def _show_pending(root: Path) -> None:
     try:
         found = pending(root)
     except LgpError as e:
-        print(f"`dvc repro`: {e}.")
+        print(f"`lgp repro`: {e}.")
         return
     if not found.changed:
-        print("`dvc repro` would run nothing but `inputs`.")
+        print("`lgp repro` would run nothing but `inputs`.")
         return
     if {reason for why in found.changed.values() for reason in why} == {NOT_YET}:
-        print(f"`dvc repro` would run {len(found.changed)} stages, which have not run yet: {', '.join(found.changed)}.")
+        print(f"`lgp repro` would run {len(found.changed)} stages, which have not run yet: {', '.join(found.changed)}.")
         return
     print_table(
-        "`dvc repro` would run", ["stage", "why"], [[name, "; ".join(why)] for name, why in found.changed.items()]
+        "`lgp repro` would run", ["stage", "why"], [[name, "; ".join(why)] for name, why in found.changed.items()]
     )
     if found.behind:
         print(f"Then, where these write something else: {', '.join(found.behind)}.")

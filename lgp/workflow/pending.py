@@ -1,4 +1,4 @@
-"""What `dvc repro` would run, and why, in plain words. DVC is asked; nothing is written.
+"""What `lgp repro` would run, and why, in plain words. DVC is asked; nothing is written.
 
 DVC compares files that its stage `inputs` writes. Here they are written to a temporary folder, so that an edit of the
 code or of a source is noticed before that stage has run.
@@ -17,6 +17,7 @@ from lgp.workflow.origins import flatten
 
 PIPELINE = "dvc.yaml"
 INPUTS = "inputs"  # the stage that always runs
+REPORT = "report"  # the stage whose needs are run: a training that no arm of it needs is not
 SHOWN_KEYS = 3  # of the parameters that changed
 SOURCES = {
     "images": "images of the source came, went or changed",
@@ -32,7 +33,7 @@ NOT_YET = "it has not run yet"
 
 @dataclass(frozen=True)
 class Pending:
-    """What `dvc repro` would do.
+    """What `lgp repro` would do.
 
     Attributes:
         changed: stage → the reasons why it would run.
@@ -46,10 +47,11 @@ class Pending:
 
 
 def pending(root: Path) -> Pending:
-    """Ask DVC what `dvc repro` would run in the project `root`, the current folder.
+    """Ask DVC what `lgp repro` would run in the project `root`, the current folder.
 
     Raises:
-        LgpError: DVC cannot say: there is no DVC repository or no pipeline, or DVC works on it at the moment.
+        LgpError: DVC cannot say: there is no DVC repository or no pipeline with a report, or DVC works on it at the
+            moment.
     """
     if not (root / PIPELINE).exists():
         raise LgpError(f"there is no {PIPELINE} here: `lgp init` makes a folder a project")
@@ -64,24 +66,27 @@ def pending(root: Path) -> Pending:
             write_inputs(Path(folder), PARAMS_FILE, root)
             said = repo.status(targets=[PIPELINE], with_deps=True)
             graph = repo.index.graph  # from each stage to those that it reads from
-            changed = {}
+            needs, changed = _needs(graph), {}
+            if REPORT not in needs:
+                raise LgpError(f"{PIPELINE} has no stage {REPORT}: take it anew from a folder that `lgp init` made")
+            wanted = {REPORT, *needs[REPORT]} - {INPUTS}
             for stage in graph:
                 reasons = list(_reasons(stage, said.get(stage.addressing, []), Path(folder)))
-                if reasons and stage.addressing != INPUTS and stage.path_in_repo == PIPELINE:
+                if reasons and stage.addressing in wanted and stage.path_in_repo == PIPELINE:
                     changed[stage.addressing] = reasons
-            return Pending(changed, _behind(graph, changed), _needs(graph))
+            return Pending(changed, sorted(wanted & _behind(graph, changed)), needs)
     except LockError:
         raise LgpError("DVC cannot say what it would run while it runs: ask again afterwards") from None
     except DvcException as e:
         raise LgpError(f"DVC cannot say what it would run: {one_line(e)}") from None
 
 
-def _behind(graph: Any, changed: Mapping[str, Any]) -> list[str]:
+def _behind(graph: Any, changed: Mapping[str, Any]) -> Set[str]:
     import networkx
 
     of_name = {stage.addressing: stage for stage in graph}
     found = {reader.addressing for name in changed for reader in networkx.ancestors(graph, of_name[name])}
-    return sorted(name for name in found - changed.keys() if ":" not in name)
+    return {name for name in found - changed.keys() if ":" not in name}
 
 
 def _needs(graph: Any) -> dict[str, Set[str]]:

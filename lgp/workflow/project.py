@@ -25,6 +25,10 @@ IGNORED = """# written by the pipeline; DVC keeps what belongs together
 /mlartifacts/
 /mlruns/
 dvc_plots/
+# checkpoints to import, as others publish them: too large for git
+*.pth
+*.pth.tar
+*.pt
 """
 
 

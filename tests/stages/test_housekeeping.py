@@ -106,7 +106,7 @@ def test_status_of_a_project_that_did_nothing_says_so_and_makes_no_store(project
     said = lgp("status")
     assert "There is no resume state." in said
     assert "No run is tracked yet." in said
-    assert "`dvc repro`: there is no dvc.yaml here: `lgp init` makes a folder a project." in said
+    assert "`lgp repro`: there is no dvc.yaml here: `lgp init` makes a folder a project." in said
     assert not Path("mlflow.db").exists()
 
 

@@ -1,4 +1,4 @@
-"""What `dvc repro` would run, in plain words."""
+"""What `lgp repro` would run, in plain words."""
 
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of libr
 
 STAGES = {
     "inputs": {"cmd": "true", "always_changed": True, "outs": ["inputs"]},
-    "mim": {"cmd": "true", "deps": ["inputs/code/mim"], "params": ["seed", "mim"], "outs": ["models/mim"]},
+    "mim": {
+        "cmd": "true",
+        "deps": ["inputs/code/mim", "data/prepared"],
+        "params": ["seed", "mim"],
+        "outs": ["models/mim"],
+    },
     "prepare": {"cmd": "true", "deps": ["inputs/images"], "outs": ["data/prepared"]},
     "linear": {"cmd": "true", "deps": ["models/mim"], "outs": ["predictions/mim-linear.parquet"]},
+    "report": {"cmd": "true", "deps": ["predictions"], "outs": ["report"]},
+    "cl": {"cmd": "true", "params": ["seed", "cl"], "outs": ["models/cl"]},
 }
 CODE = {"mim": "1"}
 
@@ -33,7 +40,7 @@ def project(tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPa
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": STAGES}))
     write_inputs(Path("inputs"), Path("params.yaml"), tmp_path)
-    for name in ("models/mim", "data/prepared", "predictions/mim-linear.parquet"):
+    for name in ("models/mim", "models/cl", "data/prepared", "predictions/mim-linear.parquet", "report"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(name)
     with Repo.init(no_scm=True) as repo:
@@ -51,7 +58,7 @@ def test_nothing_changed(project: Path) -> None:
 
 def test_each_change_is_told_in_plain_words(project: Path, values: dict[str, Any]) -> None:
     edit(values, {"mim": {"epochs": 7}})
-    assert pending(Path()) == Pending({"mim": ["parameters changed: mim.epochs 2 → 7"]}, ["linear"])
+    assert pending(Path()) == Pending({"mim": ["parameters changed: mim.epochs 2 → 7"]}, ["linear", "report"])
     edit(values, {"data": {"source": "nowhere"}})
     assert pending(Path()).changed == {"prepare": ["images of the source came, went or changed"]}
     edit(values, {})
@@ -61,12 +68,26 @@ def test_each_change_is_told_in_plain_words(project: Path, values: dict[str, Any
     assert pending(Path()).changed == {
         "mim": ["its code changed"],
         "linear": ["its output predictions/mim-linear.parquet is missing"],
+        "report": ["predictions changed"],
     }
     assert Path("inputs/code/mim").read_bytes() == before
     CODE["mim"] = "1"
     Path("models/mim").write_text("another")
     assert pending(Path()).changed["linear"][0] == "models/mim changed"
     assert pending(Path()).changed["mim"] == ["its output models/mim is not as the stage wrote it"]
+
+
+def test_what_no_arm_of_the_report_needs_is_left_out(project: Path, values: dict[str, Any]) -> None:
+    edit(values, {"cl": {"epochs": 7}})
+    Path("models/cl").unlink()
+    assert pending(Path()) == Pending({}, [])
+
+
+def test_a_pipeline_without_a_report_is_refused(project: Path) -> None:
+    stages = {name: stage for name, stage in STAGES.items() if name != "report"}
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    with pytest.raises(LgpError, match=r"dvc\.yaml has no stage report: take it anew"):
+        pending(Path())
 
 
 def test_many_parameters_are_counted(project: Path, values: dict[str, Any]) -> None:

@@ -237,11 +237,11 @@ def test_training_that_fails_under_dvc_fails_the_command(project: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "trainings", "expected"),
     [
-        ([], ["cl", "mim"], [("prepare", "labels"), 3, ()]),  # as many as the machine allows
-        (["--jobs", "2"], ["cl", "mim"], [("prepare", "labels"), 2, ()]),
-        (["--jobs", "1"], ["cl", "mim"], [()]),
-        (["--jobs", "2"], ["cl"], [()]),  # one has nothing to run beside
-        ([], [], [()]),
+        ([], ["cl", "mim"], [("prepare", "labels"), 3, ("report",)]),  # as many as the machine allows
+        (["--jobs", "2"], ["cl", "mim"], [("prepare", "labels"), 2, ("report",)]),
+        (["--jobs", "1"], ["cl", "mim"], [("report",)]),
+        (["--jobs", "2"], ["cl"], [("report",)]),  # one has nothing to run beside
+        ([], [], [("report",)]),
     ],
 )
 def test_jobs_that_are_asked_for_are_those_that_run(
