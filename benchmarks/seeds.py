@@ -5,7 +5,7 @@
 
 Each tuned variant has the same number of trials: every rate of `RATES`, on the seeds `TUNED_ON`, which no table
 reports. The rate with the best accuracy of frozen features on val is taken (mean over 1 % and 10 % of labels and the
-seeds). Small views and a head warm-up take the rate of the same graft without them. The rate of fine-tuning is chosen
+seeds). Small views and a head warm-up take the rate of the same variant without them. The rate of fine-tuning is chosen
 on val within each run, from the list of the preset, which is the same for all arms.
 
 Grafts have the compute of the graft in the preset `digits-paper`, and contrastive arms that of its `cl`: their epochs
@@ -13,7 +13,7 @@ follow from the operations of a step (`tests/test_seeds.py`).
 
 Each seed draws splits, subsets, first weights and batches anew. Results that FOLDER already has are not computed again,
 so the command may be stopped and called again. FOLDER keeps the digest of the code: results of another version are
-refused. A seed takes about 40 minutes on one CPU core. Both commands write beside this file.
+refused. A seed takes about an hour on one CPU core. Both commands write beside this file.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def grafts_of(objective: str, name: str, what: str, lower: float = 1.0) -> dict[
     return {
         name: Variant("graft", what, plain, keys, lower),
         f"{name}_small": Variant("graft", f"{what}, small views", small, of_small, lower, rate_of=name),
-        f"{name}_warm": Variant("graft", f"{what}, head warm-up", warm, keys, lower, 5, rate_of=name),
+        f"{name}_warm": Variant("graft", f"{what}, head warm-up", warm, keys, lower, warmup=5, rate_of=name),
     }
 
 
@@ -110,8 +110,10 @@ VARIANTS = {
     "cl_small": Variant("cl", "MoCo v3 from scratch, small views", 55, {"small_views": SMALL_VIEWS}, rate_of="cl"),
     "cl_vicreg": Variant("cl", "VICReg from scratch", 107, OBJECTIVES["vicreg"][0]),
     **grafts_of("mocov3", "graft", "graft, mocov3, the paper's rule: lower two thirds at 0.1 of the rate", lower=0.1),
-    **{k: v for name in OBJECTIVES for k, v in grafts_of(name, f"graft_{name}", f"graft, {name}").items()},
+    **{k: v for by in OBJECTIVES for k, v in grafts_of(by, f"graft_{by}", f"graft, {by}").items()},
 }
+TRAINED = [name for name in VARIANTS if name != PIXELS]
+TUNED = [name for name in TRAINED if VARIANTS[name].rate_of is None]
 TASKS = {
     "linear": ["linear"],
     "fewshot-1pct": ["fewshot", "1pct"],
@@ -191,9 +193,6 @@ def tuned_rates(version: str, names: Sequence[str]) -> dict[str, float]:
         print(f"the rates of {', '.join(old)} were chosen by another version of the code", flush=True)
     rates = {name: float(chosen["rate"][name]) for name in needed} | {PIXELS: 0.0}
     return {name: rates[VARIANTS[name].rate_of or name] for name in ("mim", *names)}
-
-
-TUNED = [name for name, variant in VARIANTS.items() if name != PIXELS and variant.rate_of is None]
 
 
 def run(folder: Path, *command: str) -> None:
@@ -462,7 +461,7 @@ def main() -> None:
     parser.add_argument("--tune", nargs="*", choices=TUNED, help="choose the rates of all variants, or of these")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="two or more, for an interval")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="default: all")
-    parser.add_argument("--fine-tuned", nargs="*", choices=[*VARIANTS][1:], default=TUNED, help="default: the tuned")
+    parser.add_argument("--fine-tuned", nargs="*", choices=TRAINED, default=TUNED, help="default: the tuned")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, one CPU core each")
     given = parser.parse_args()
     if set(TUNED_ON) & set(given.seeds):

@@ -1,9 +1,11 @@
 """Stage `import`: an encoder of another project becomes an arm."""
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +13,9 @@ from lgp.errors import LgpError
 from lgp.params.arms import BASELINES, TRAINED
 from stages.options import DEFAULT_PARAMS, ArmName, Debug, ParamsFile
 from stages.paths import PREPARED, arm_folder
+
+if TYPE_CHECKING:
+    from lgp.models.interchange import Use
 
 CheckpointFile = Annotated[
     Path,
@@ -56,8 +61,8 @@ def import_checkpoint(
         from lgp.workflow.publishing import publish_imported
 
         imported = read(file, run.params.model, run.params.data, partial, given)
-        for use in imported.uses:
-            print(f"{shown(use.name):60} {shown(use.target or '–'):40} {use.how}")
+        for (name, target, how), count in Counter(map(_of_any_block, imported.uses)).items():
+            print(f"{shown(name):60} {shown(target):40} {how}{f' ({count} blocks)' if count > 1 else ''}")
         if imported.faults:
             print(f"warning: this encoder is not the file's: {few_faults(imported.faults)}")
         if not imported.heads_from:
@@ -68,6 +73,12 @@ def import_checkpoint(
             print(f"the prepared images have {ours}: to graft on it, set data.mean and data.std to the former")
         publish_imported(run, folder, imported)
     print(f"{file} ({imported.layout}) is now the arm {arm}: list it in `arms`, or set graft.start to it")
+
+
+def _of_any_block(use: "Use") -> tuple[str, str, str]:
+    """Return name, target and use of a tensor, with a star for numbers: tensors of all blocks are told in one line."""
+    name, target = (re.sub(r"\.\d+(?=\.)", ".*", of) for of in (use.name, use.target or "–"))
+    return name, target, use.how
 
 
 @contextmanager

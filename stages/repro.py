@@ -23,7 +23,7 @@ def repro(jobs: Jobs = None, debug: Debug = False) -> None:
     needs = waiting(pending(Path(os.environ.get("DVC_ROOT", "."))))
     if len(needs) > 1 and (at_once := jobs or at_a_time(load_params(DEFAULT_PARAMS).run)) > 1:
         if run_dvc("repro", "prepare", "labels"):
-            raise LgpError("prepare or labels failed, as said above: mend that and run `lgp repro` again")
+            raise LgpError("what comes before the trainings failed, as said above: mend that and run `lgp repro` again")
         print(f"{len(needs)} trainings, {at_once} at a time: {', '.join(needs)}", flush=True)
         run_side_by_side(needs, at_once)
     raise typer.Exit(run_dvc("repro", REPORT))

@@ -38,7 +38,9 @@ def test_results_of_another_version_of_the_code_are_refused(seeds: ModuleType, t
 
 
 def chosen(seeds: ModuleType, variants: list[str], code: str) -> None:
-    rows = [{"variant": v, "rate": r, "chosen": r == 0.2, "code": code} for v in variants for r in (0.1, 0.2)]
+    """Each variant has a rate of its own, the number of its place, and another that was not chosen."""
+    places = {v: seeds.TUNED.index(v) + 1 for v in variants}
+    rows = [{"variant": v, "rate": n + r, "chosen": not r, "code": code} for v, n in places.items() for r in (0.0, 0.5)]
     pd.DataFrame(rows).to_csv(seeds.TUNING, index=False)
 
 
@@ -52,10 +54,10 @@ def test_rates_that_are_missing_are_named_and_those_of_other_code_told(
     with pytest.raises(SystemExit, match="no rates of cl: run with --tune cl first"):
         seeds.tuned_rates("one", list(seeds.VARIANTS))
     chosen(seeds, seeds.TUNED, "one")
-    assert seeds.tuned_rates("one", list(seeds.VARIANTS)) == {
-        name: 0.2 * (name != seeds.PIXELS) for name in seeds.VARIANTS
-    }
-    assert seeds.tuned_rates("one", ["graft_swav_warm"]) == {"mim": 0.2, "graft_swav_warm": 0.2}
+    plain = {name: name.removesuffix("_small").removesuffix("_warm") for name in seeds.TRAINED}
+    rates = {name: seeds.TUNED.index(of) + 1 for name, of in plain.items()}
+    assert seeds.tuned_rates("one", list(seeds.VARIANTS)) == rates | {seeds.PIXELS: 0}
+    assert seeds.tuned_rates("one", ["graft_swav_warm"]) == {n: rates[n] for n in ("mim", "graft_swav_warm")}
     assert capsys.readouterr().out == ""
     seeds.tuned_rates("another", list(seeds.VARIANTS))
     assert "mim, cl, cl_vicreg, graft" in capsys.readouterr().out
@@ -76,9 +78,8 @@ def test_every_stage_of_the_comparison_has_a_code_digest(seeds: ModuleType) -> N
 
 def test_a_variant_changes_its_arm_and_the_contrastive_section_alone(seeds: ModuleType) -> None:
     assert seeds.changes_of(seeds.PIXELS, 0.5) == {}  # nothing is trained
-    for name, variant in seeds.VARIANTS.items():
-        if name == seeds.PIXELS:
-            continue
+    for name in seeds.TRAINED:
+        variant = seeds.VARIANTS[name]
         changed, values = seeds.changes_of(name, 0.5), seeds.preset()
         assert changed.keys() <= {variant.arm, "contrastive"}
         for section, keys in changed.items():
@@ -96,18 +97,40 @@ def test_a_variant_changes_its_arm_and_the_contrastive_section_alone(seeds: Modu
             assert seeds.VARIANTS[variant.rate_of].contrastive.items() <= variant.contrastive.items()
 
 
-@pytest.mark.parametrize("name", ["cl_vicreg", "cl_small", "graft_small", "graft_swav_small", "graft_refine_warm"])
-def test_variant_has_the_compute_of_its_arm_in_the_preset(name: str, seeds: ModuleType) -> None:
-    arm, spent = seeds.VARIANTS[name].arm, []
-    for changes in ({}, seeds.changes_of(name, 0.5)):
-        values = seeds.preset()
-        for section, keys in changes.items():
-            values[section] |= keys
-        params = Params.model_validate(values)
-        epochs, warmup = getattr(params, arm).epochs, params.graft.head_warmup_epochs if arm == "graft" else 0
-        heads = stage_cost(arm, params, heads_only=True).flops_per_image if warmup else 0
-        spent.append(epochs * stage_cost(arm, params).flops_per_image + warmup * heads)
-    assert spent[1] == pytest.approx(spent[0], rel=0.01)
+def compute(seeds: ModuleType, arm: str, changes: dict[str, dict[str, Any]]) -> float:
+    values = seeds.preset()
+    for section, keys in changes.items():
+        values[section] |= keys
+    params = Params.model_validate(values)
+    epochs, warmup = getattr(params, arm).epochs, params.graft.head_warmup_epochs if arm == "graft" else 0
+    heads = stage_cost(arm, params, heads_only=True).flops_per_image if warmup else 0
+    return epochs * stage_cost(arm, params).flops_per_image + warmup * heads
+
+
+def test_variants_have_the_compute_of_their_arm_in_the_preset(seeds: ModuleType) -> None:
+    of_arm = {arm: compute(seeds, arm, {}) for arm in ("mim", "cl", "graft")}
+    found = {name: compute(seeds, seeds.VARIANTS[name].arm, seeds.changes_of(name, 0.5)) for name in seeds.TRAINED}
+    assert found == {name: pytest.approx(of_arm[seeds.VARIANTS[name].arm], rel=0.01) for name in seeds.TRAINED}
+
+
+def test_the_tuned_variants_are_fine_tuned_and_pixels_never(
+    seeds: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        asked: list[Any] = []
+        patch.setattr(seeds, "check_code", lambda *_: None)
+        patch.setattr(seeds, "load_libraries", lambda: None)
+        patch.setattr(seeds, "tuned_rates", lambda *_: {})
+        patch.setattr(seeds, "seeds_of", lambda *given: asked.append(given[4]) or sys.exit())
+        for words, expected in (([], seeds.TUNED), (["--fine-tuned", "cl_small"], ["cl_small"])):
+            patch.setattr(sys, "argv", ["seeds.py", "folder", *words])
+            with pytest.raises(SystemExit):
+                seeds.main()
+            assert asked.pop() == expected
+        patch.setattr(sys, "argv", ["seeds.py", "folder", "--fine-tuned", seeds.PIXELS])
+        with pytest.raises(SystemExit):
+            seeds.main()
+    assert "invalid choice: 'pixels'" in capsys.readouterr().err
 
 
 def test_seeds_that_chose_the_rates_are_not_reported(

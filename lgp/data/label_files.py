@@ -148,7 +148,7 @@ def write_labels_file(file: Path, labels: dict[str, str]) -> None:
 
 
 def rerun(arms: Sequence[str], first: bool) -> str:
-    """Return what `dvc repro` runs again after labels were added."""
+    """Return what `lgp repro` runs again after labels were added."""
     if first:
         return (
             "these are the first labels: test and validation images are held out now, so images, encoders of "

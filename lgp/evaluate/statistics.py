@@ -53,6 +53,10 @@ class Gap:
         """Whether the interval excludes a tie."""
         return self.low > 0 or self.high < 0
 
+    def signed(self) -> str:
+        """Return the points with their sign, and the interval."""
+        return f"{self.points:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+
 
 def paired_gap(a: np.ndarray, b: np.ndarray) -> Gap:
     """Compare two arms on the same subsets and test images.

@@ -293,7 +293,10 @@ def model_of(path: Path) -> dict[str, Any]:
         raise LgpError(f"{path} has no patch embedding and positions, which tell the dimensions: set `model` yourself")
     if _fits(checkpoint, ARCHITECTURE, embed_dim=width, depth=depth, patch_size=patch, num_heads=1):
         if not isinstance(heads, int) or heads < 1 or width % heads:
-            raise LgpError(f"nothing tells the number of attention heads of {path} (width {width}): set `model`")
+            raise LgpError(
+                f"nothing tells the number of attention heads of {path}: set `model` to patch_size {patch}, width "
+                f"{width}, depth {depth} and its heads (most ViTs have width / 64), and import it without --write"
+            )
         return {"timm": None, "patch_size": patch, "width": width, "depth": depth, "heads": int(heads)}
     named = checkpoint.architecture()
     pattern = f"vit_{SIZES.get(width, '*')}_patch{patch}*"

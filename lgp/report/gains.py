@@ -46,10 +46,6 @@ class Gain:
         """Whether the method differs from its base after the correction for the other methods."""
         return self.p < 1 - CONFIDENCE
 
-    def interval(self) -> str:
-        """Return the points, and the 95 % interval of this comparison alone."""
-        return f"{self.gap.points:+.1f} [{self.gap.low:+.1f}, {self.gap.high:+.1f}]"
-
 
 def answer(arms: list[ArmOutcomes], found: list[Gain]) -> str:
     """Say how good the leader is with the fewest labels and with all, and what the methods add; nothing without one.
@@ -70,7 +66,7 @@ def answer(arms: list[ArmOutcomes], found: list[Gain]) -> str:
     ]
     here = [gain for gain in found if (gain.arm, gain.base) == (best.arm, fewest)]
     said += [
-        f"{METHODS[gain.method]} this by {gain.interval()} points{'' if gain.decided else ', undecided'}."
+        f"{METHODS[gain.method]} this by {gain.gap.signed()} points{'' if gain.decided else ', undecided'}."
         for gain in here
     ]
     return " ".join(said)

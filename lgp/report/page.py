@@ -113,7 +113,7 @@ def _added(found: list[Gain]) -> list[str]:
         lines += _paragraph(
             "Semi-supervised: fine-tuning goes on with the unlabelled training images, compared with fine-tuning alone."
         )
-    cells = {(g.arm, g.base, g.method): f"**{g.interval()}**" if g.decided else g.interval() for g in found}
+    cells = {(g.arm, g.base, g.method): f"**{g.gap.signed()}**" if g.decided else g.gap.signed() for g in found}
     rows = dict.fromkeys((g.arm, g.base) for g in found)
     body = [[arm, task_name(base), *(cells.get((arm, base, method), "–") for method in methods)] for arm, base in rows]
     return [*lines, "", *_table(["arm", "labels", *methods], body)]

@@ -54,11 +54,14 @@ class Verdict:
 def judge(arms: list[ArmOutcomes], data: LabelledImages, start: str) -> Verdict:
     """Crown the leader if it is ahead of every baseline on test with the fewest labels, and no interval holds a tie.
 
-    `start` is the arm that `graft` started from, by the parameters.
-
     Validation chooses the leader. Where it has too few images for that, nobody is crowned. Test images choose no arm:
     they may only withhold the crown. The crown needs all of these comparisons to be decided, so it needs no correction
     for their number (intersection-union test, Berger 1982).
+
+    Args:
+        arms: outcomes of all arms.
+        data: images and labels.
+        start: the arm that `graft` starts from.
     """
     repeats = repeated(arms, data)
     # what choosing adds is compared within each arm
@@ -92,20 +95,21 @@ def repeated(arms: list[ArmOutcomes], data: LabelledImages) -> dict[str, str]:
 def _helped(arms: Mapping[str, ArmOutcomes], start: str, repeats: Mapping[str, str]) -> str:
     """Say by how much grafting changes the accuracy of frozen features, with few labels and with all of them.
 
-    Whether it helped is one question, so what is decided is corrected for its tasks alone (Holm).
+    Whether it helped is one question, so what is decided is corrected for its tasks alone (Holm). Nothing is said of
+    arms that are missing or not trained.
     """
-    if not {"graft", start} <= arms.keys():
+    if not all(name in arms and arms[name].trained for name in ("graft", start)):
         return ""
     graft, before = arms["graft"].tasks, arms[start].tasks
     few = sorted((t for t in graft if t.startswith(FEW) and t not in repeats), key=lambda t: graft[t].metrics["labels"])
-    tasks = [task for task in (*few, "linear") if task in before]
+    tasks = [*few, "linear"]
     gaps = [paired_gap(*correct_by_subset(graft[task], before[task], f"graft and {start} in {task}")) for task in tasks]
     said = [
-        f"{gap.points:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]{'' if p < 1 - CONFIDENCE else ', undecided'} "
-        f"({task_name(task)})"
+        f"{task_name(task)} ({graft[task].metrics['labels']:,.0f} labels) {gap.signed()}"
+        f"{'' if p < 1 - CONFIDENCE else ', undecided'}"
         for task, gap, p in zip(tasks, gaps, holm([gap.p for gap in gaps]), strict=True)
     ]
-    return f"Grafting changes the accuracy of its start, {start}, by points: {', '.join(said)}."
+    return f"Grafting on {start} changes the accuracy of frozen features, in points: {'; '.join(said)}."
 
 
 def _sentence(champion: str | None, arms: list[ArmOutcomes], fewest: str, unbeaten: str, small: str) -> str:

@@ -64,15 +64,17 @@ def pending(root: Path) -> Pending:
     try:
         with Repo(str(root)) as repo, TemporaryDirectory() as folder:
             write_inputs(Path(folder), PARAMS_FILE, root)
-            said = repo.status(targets=[PIPELINE], with_deps=True)
             graph = repo.index.graph  # from each stage to those that it reads from
             needs, changed = _needs(graph), {}
             if REPORT not in needs:
-                raise LgpError(f"{PIPELINE} has no stage {REPORT}: take it anew from a folder that `lgp init` made")
+                raise LgpError(
+                    f"{PIPELINE} has no stage {REPORT}: copy {PIPELINE} from a project that `lgp init` makes"
+                )
             wanted = {REPORT, *needs[REPORT]} - {INPUTS}
+            said = repo.status(targets=[REPORT], with_deps=True)
             for stage in graph:
                 reasons = list(_reasons(stage, said.get(stage.addressing, []), Path(folder)))
-                if reasons and stage.addressing in wanted and stage.path_in_repo == PIPELINE:
+                if reasons and stage.addressing in wanted:
                     changed[stage.addressing] = reasons
             return Pending(changed, sorted(wanted & _behind(graph, changed)), needs)
     except LockError:
@@ -86,7 +88,7 @@ def _behind(graph: Any, changed: Mapping[str, Any]) -> Set[str]:
 
     of_name = {stage.addressing: stage for stage in graph}
     found = {reader.addressing for name in changed for reader in networkx.ancestors(graph, of_name[name])}
-    return {name for name in found - changed.keys() if ":" not in name}
+    return found - changed.keys()
 
 
 def _needs(graph: Any) -> dict[str, Set[str]]:

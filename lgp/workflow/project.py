@@ -29,6 +29,7 @@ dvc_plots/
 *.pth
 *.pth.tar
 *.pt
+*.safetensors
 """
 
 

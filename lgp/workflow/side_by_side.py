@@ -37,8 +37,8 @@ def at_a_time(run: RunParams) -> int:
 def waiting(found: Pending) -> dict[str, Set[str]]:
     """Return the trainings that `lgp repro` would run, each with the trainings that it waits for.
 
-    One that reads from another pipeline, as from a control of the paper, is left out: whether that is due is not known
-    here. So is one that waits for any other stage that is due.
+    One that reads from another pipeline, as from a control of the paper, is left out, and so is the control: DVC runs
+    them afterwards. So is one that waits for any other stage that is due.
     """
     due = {*found.changed, *found.behind}
     here = {name for name in due if not any(":" in other for other in found.needs[name])}

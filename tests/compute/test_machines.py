@@ -384,11 +384,12 @@ def test_two_hosts_meet_and_a_link_that_goes_down_ends_both_in_one_line() -> Non
 
 
 def line_of(process: "subprocess.Popen[str]") -> str:
-    """Return the next line of a host; what there is where it says nothing for two minutes, and is killed."""
+    """Return the next line of a host. One that says nothing for two minutes is killed, and its errors are shown."""
     assert process.stdout is not None
+    assert process.stderr is not None
     late = threading.Timer(120, process.kill)
     late.start()
-    try:
-        return process.stdout.readline()
-    finally:
-        late.cancel()
+    line = process.stdout.readline()
+    late.cancel()
+    assert line, process.stderr.read()
+    return line

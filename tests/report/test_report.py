@@ -318,7 +318,9 @@ def test_report_is_written_whole(
     page, html = out.page.read_text(), out.html.read_text()
     verdict = read_verdict(out.verdict)
     assert verdict[1].startswith("cl is the champion: it has the best validation accuracy with the fewest labels (1 %)")
-    assert verdict[2].startswith("Grafting changes the accuracy of its start, mim, by points: +")
+    assert verdict[2].startswith(
+        "Grafting on mim changes the accuracy of frozen features, in points: 1 % (10 labels) +"
+    )
     assert " ".join(page.split()).startswith(f"# Label efficiency **{verdict[0]}** {verdict[1]} {verdict[2]}")
     assert f"{len(prepared.ids('train'))} train, 0 unlabeled, {len(prepared.ids('val'))} val" in page
     assert "leader of the pictures (best validation accuracy at the fewest labels) is cl" in page
@@ -347,7 +349,7 @@ def test_report_takes_the_start_of_the_graft_from_the_parameters(
         "graft": params.graft.model_dump() | {"start": "cl", "end": "mim", "policy": policy}
     }
     write_report(Params.model_validate(values), prepared, inputs, features_of, out)
-    assert any("the accuracy of its start, cl, by" in line for line in read_verdict(out.verdict))
+    assert any("Grafting on cl changes" in line for line in read_verdict(out.verdict))
 
 
 def test_report_crowns_nobody_where_pixels_are_ahead(tmp_path: Path, params: Params, prepared: LabelledImages) -> None:

@@ -84,10 +84,13 @@ def test_what_grafting_changes_is_said_with_the_sign_of_the_graft() -> None:
     public = arm("public", {"linear": 50, "fewshot-1pct": 40, "fewshot-10pct": 70}, val=0.8)
     graft = arm("graft", {"linear": 52, "fewshot-1pct": 70, "fewshot-10pct": 50}, val=0.9)
     found = judged(arm("pixels", WEAK, knn=9), public, graft, start="public")
-    first, second, third = re.findall(r"([+-][\d.]+) \[([+-])[\d.]+, ([+-])[\d.]+\](.*?)(?=, [+-]|\.$)", found.helped)
-    assert (first, second) == (("+30.0", "+", "+", " (1 %)"), ("-20.0", "-", "-", " (10 %)"))
-    assert third == ("+2.0", "-", "+", ", undecided (linear)")
-    assert found.helped.startswith("Grafting changes the accuracy of its start, public, by points: +30.0 [")
+    told = r"([\w %]+ \([\d,]+ labels\)) ([+-][\d.]+) \[([+-])[\d.]+, ([+-])[\d.]+\](.*?)[;.]"
+    first, second, third = re.findall(told, found.helped.partition(": ")[2].replace("; ", ";"))
+    assert (first, second) == (("1 % (10 labels)", "+30.0", "+", "+", ""), ("10 % (100 labels)", "-20.0", "-", "-", ""))
+    assert third == ("linear (1,000 labels)", "+2.0", "-", "+", ", undecided")
+    assert found.helped.startswith(
+        "Grafting on public changes the accuracy of frozen features, in points: 1 % (10 labels) +30.0 ["
+    )
     assert found.lines[:3] == [found.answer, found.sentence, found.helped]
 
 
@@ -96,7 +99,9 @@ def test_nothing_is_said_of_grafting_without_the_graft_or_its_start(start: str) 
     arms = {name: arm(name, {}) for name in ("pixels", "cl", "graft")}
     assert judged(*arms.values(), start="public").helped == ""
     assert judged(arms["pixels"], arms["cl"], start=start).helped == ""
-    assert "its start, cl" in judged(*arms.values(), start="cl").helped
+    assert "Grafting on cl changes" in judged(*arms.values(), start="cl").helped
+    for name in ("cl", "graft"):
+        assert judged(*(arms | {name: replace(arms[name], trained=False)}).values(), start="cl").helped == ""
 
 
 @pytest.mark.parametrize(("more", "decided"), [(5, False), (6, True)])
@@ -105,7 +110,7 @@ def test_what_grafting_changes_is_decided_after_the_correction_for_its_tasks(mor
     p = next(pair.gap.p for pair in judged(*arms).pairs if pair.task == "fewshot-1pct")
     assert p < 0.05
     assert (p < 0.05 / len(TASKS)) is decided
-    assert judged(*arms, start="mim").helped.split(" (1 %)")[0].endswith("undecided") is not decided
+    assert judged(*arms, start="mim").helped.split(";")[0].endswith("undecided") is not decided
 
 
 def test_tasks_of_grafting_come_by_their_labels_and_repeats_are_left_out() -> None:
@@ -113,9 +118,9 @@ def test_tasks_of_grafting_come_by_their_labels_and_repeats_are_left_out() -> No
     tasks = {"linear": first["linear"], "fewshot-10pct": first["fewshot-10pct"], "fewshot-1pct": first["fewshot-1pct"]}
     arms = [ArmOutcomes(name, tasks) for name in ("mim", "graft")]
     said = judged(*arms, start="mim").helped
-    assert re.findall(r"\((.*?)\)", said) == ["1 %", "10 %", "linear"]
+    assert re.findall(r"(\w+(?: %)?) \(", said) == ["1 %", "10 %", "linear"]
     same, arms = Data(subsets={"1pct": [1], "10pct": [1]}), [arm(name, {}) for name in ("mim", "graft")]
-    assert re.findall(r"\((.*?)\)", judged(*arms, start="mim", data=same).helped) == ["1 %", "linear"]
+    assert re.findall(r"(\w+(?: %)?) \(", judged(*arms, start="mim", data=same).helped) == ["1 %", "linear"]
 
 
 def test_baseline_ahead_of_every_arm_is_said() -> None:

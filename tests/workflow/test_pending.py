@@ -83,10 +83,26 @@ def test_what_no_arm_of_the_report_needs_is_left_out(project: Path, values: dict
     assert pending(Path()) == Pending({}, [])
 
 
+def test_a_control_that_the_report_needs_is_told(project: Path, values: dict[str, Any]) -> None:
+    Path("controls").mkdir()
+    joint = {"cmd": "true", "wdir": "..", "params": ["joint"], "outs": ["models/joint"]}
+    of_joint = {"cmd": "true", "deps": ["models/joint"], "outs": ["predictions/joint-linear.parquet"]}
+    Path("controls/dvc.yaml").write_text(yaml.safe_dump({"stages": {"joint": joint}}))
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": STAGES | {"linear_joint": of_joint}}))
+    for name in ("models/joint", "predictions/joint-linear.parquet"):
+        Path(name).write_text(name)
+    with Repo() as repo:
+        repo.commit(force=True)
+    edit(values, {"joint": {"epochs": 7}})
+    found = pending(Path())
+    assert found.changed.keys() == {"controls/dvc.yaml:joint"}
+    assert found.behind == ["linear_joint", "report"]
+
+
 def test_a_pipeline_without_a_report_is_refused(project: Path) -> None:
     stages = {name: stage for name, stage in STAGES.items() if name != "report"}
     Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
-    with pytest.raises(LgpError, match=r"dvc\.yaml has no stage report: take it anew"):
+    with pytest.raises(LgpError, match=r"dvc\.yaml has no stage report: copy dvc"):
         pending(Path())
 
 

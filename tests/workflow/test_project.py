@@ -12,7 +12,8 @@ from lgp.workflow.project import init_project
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of libraries that DVC uses
 
-WRITTEN = ["params.yaml", "dvc.yaml", "controls/dvc.yaml", ".dvc", ".dvcignore", ".gitignore"]
+WRITTEN = {"params.yaml", "dvc.yaml", "controls/dvc.yaml", ".dvc/config", ".dvcignore", ".gitignore"}
+CHECKPOINTS = ("public.pth", "other/moco.pth.tar", "clip.pt", "timm/model.safetensors")
 
 
 def unknown_to_git(folder: Path) -> set[str]:
@@ -20,9 +21,7 @@ def unknown_to_git(folder: Path) -> set[str]:
     return {line[3:] for line in said.stdout.decode().splitlines()}
 
 
-def test_project_in_git_has_the_pipeline_and_keeps_what_is_large_out_of_git(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_project_in_git_has_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "mine"
     said = init_project(folder, "digits-paper", git=True)
     assert said[0] == f"{folder} is a project now, with the parameters of the preset digits-paper"
@@ -31,16 +30,19 @@ def test_project_in_git_has_the_pipeline_and_keeps_what_is_large_out_of_git(
     monkeypatch.chdir(folder)
     with Repo() as repo:
         assert "report" in {stage.addressing for stage in repo.index.stages}
-        assert repo.config["core"]["analytics"] is False
-    assert {name for name in WRITTEN if name != ".dvc"} <= unknown_to_git(folder)
-    before = unknown_to_git(folder)
-    checkpoints = ["public.pth", "other/moco.pth.tar", "clip.pt"]
-    for name in ["models/mim/metrics.json", "data/prepared/a", ".lgp/a", "mlflow.db", *checkpoints]:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    assert unknown_to_git(folder) == before
-    for pattern in (folder / ".gitignore").read_text().splitlines():
-        assert pattern.lstrip("/").rstrip("/") in {p.strip("/") for p in (ROOT / ".gitignore").read_text().splitlines()}
+        assert repo.config["core"]["analytics"] is repo.config["core"]["autostage"] is False
+    assert unknown_to_git(folder) >= WRITTEN
+
+
+def test_what_is_large_stays_out_of_git(tmp_path: Path) -> None:
+    init_project(tmp_path, "digits", git=True)
+    before = unknown_to_git(tmp_path)
+    for name in ("models/mim/metrics.json", "data/prepared/a", ".lgp/a", "mlflow.db", *CHECKPOINTS):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert unknown_to_git(tmp_path) == before
+    ours, theirs = ((of / ".gitignore").read_text().splitlines() for of in (ROOT, tmp_path))
+    assert {line.strip("/") for line in theirs} <= {line.strip("/") for line in ours}
 
 
 def test_project_below_a_git_repository_keeps_its_ignore_file(tmp_path: Path) -> None:

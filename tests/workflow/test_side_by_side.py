@@ -146,7 +146,7 @@ def test_trainings_that_are_due_wait_for_those_that_are_due() -> None:
     assert waiting(Pending({"cl": ["it"]}, ["linear@cl"], needs | {"linear@cl": {"cl"}})) == {"cl": set()}
     blocked = Pending({"controls/dvc.yaml:joint": ["it"]}, ["finetune@joint-10pct"], needs)
     assert waiting(blocked) == {}
-    # `pending` does not know of another pipeline's stages: what reads from one is left to DVC
+    # another pipeline's stages, and what reads from them, are left to DVC
     assert waiting(Pending({"mim": ["it"], "finetune@joint-10pct": ["it"]}, [], needs)) == {"mim": set()}
     assert waiting(Pending({}, [], needs)) == {}
 
@@ -300,7 +300,7 @@ sys.exit(command.wait())
 """
 
 
-@pytest.mark.parametrize("many", [True, False])  # several trainings, or the rest in one `dvc repro`
+@pytest.mark.parametrize("many", [True, False])  # several trainings, or the rest in one `dvc repro report`
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stop_waits_until_trainings_have_saved(number: signal.Signals, many: bool, project: Path) -> None:
     """Ctrl-C goes to the whole group, as from a terminal. SIGTERM goes to the command alone."""
