@@ -50,19 +50,19 @@ def test_epochs_take_the_given_time(cifar: Params) -> None:
 
 def test_ratio_of_the_preset_stays(cifar: Params) -> None:
     epochs = {arm: proposed(cifar, source_of(), 60).values[f"{arm}.epochs"] for arm in ARMS}
-    assert epochs["mim"] / epochs["cl"] == pytest.approx(40 / 20, rel=0.05)
-    assert epochs["graft"] / epochs["cl"] == pytest.approx(12 / 20, rel=0.05)
+    assert epochs["mim"] / epochs["cl"] == pytest.approx(cifar.mim.epochs / cifar.cl.epochs, rel=0.05)
+    assert epochs["graft"] / epochs["cl"] == pytest.approx(cifar.graft.epochs / cifar.cl.epochs, rel=0.05)
 
 
 def test_minutes_are_of_whole_batches(cifar: Params) -> None:
-    assert training_minutes(cifar, "cl", SPEEDS, 5000) == pytest.approx(20 * 39 * 128 / 100 / 60)
+    assert training_minutes(cifar, "cl", SPEEDS, 5000) == pytest.approx(cifar.cl.epochs * 39 * 128 / 100 / 60)
 
 
 def test_epochs_stay_within_bounds_and_say_so(cifar: Params) -> None:
     many, few = proposed(cifar, source_of(10**6)), proposed(cifar, source_of(300, classes=2), 600)
-    assert [many.values[f"{arm}.epochs"] for arm in ARMS] == [17, 8, 5]
+    assert [many.values[f"{arm}.epochs"] for arm in ARMS] == [12, 8, 5]
     assert any("set data.max_train_images to" in note for note in many.notes)
-    assert [few.values[f"{arm}.epochs"] for arm in ARMS] == [400, 200, 120]
+    assert [few.values[f"{arm}.epochs"] for arm in ARMS] == [10 * getattr(cifar, arm).epochs for arm in ARMS]
     assert "10 times the preset's" in few.notes[-1]
 
 
