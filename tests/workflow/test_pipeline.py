@@ -214,7 +214,7 @@ def changed(folder: Path) -> tuple[set[str], set[str]]:
         ({"labels": {"shares": {"2pct": 0.02}}}, {"labels", "report"} | EVALUATIONS),
         ({"labels": {"leaks": "drop_test"}}, {"labels", "report"} | EVALUATIONS),
         ({"graft": {"epochs": 7}}, {"graft", "report"} | of_arm("graft")),
-        ({"arms": ["pixels", "cl"], "finetuned_arms": ["cl"], "graft": {"epochs": 7}}, {"report"}),  # of arms
+        ({"arms": ["pixels", "cl"], "finetuned_arms": ["cl"], "graft": {"epochs": 7}}, {"report"}),  # no arm needs it
         ({"cl": {"epochs": 7}}, {"cl", "report"} | of_arm("cl")),
         ({"mim": {"epochs": 7}}, {"mim", "graft", "report"} | of_arm("mim", "graft")),
         ({"mim": {"base_lr": 1e-3}}, {"mim", "graft", "report"} | of_arm("mim", "graft")),
