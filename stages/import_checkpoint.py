@@ -61,8 +61,8 @@ def import_checkpoint(
         from lgp.workflow.publishing import publish_imported
 
         imported = read(file, run.params.model, run.params.data, partial, given)
-        for (name, target, how), count in Counter(map(_of_any_block, imported.uses)).items():
-            print(f"{shown(name):60} {shown(target):40} {how}{f' ({count} blocks)' if count > 1 else ''}")
+        for (name, target, how), count in Counter(map(_of_any_number, imported.uses)).items():
+            print(f"{shown(name):60} {shown(target):40} {how}{f' ({count} tensors)' if count > 1 else ''}")
         if imported.faults:
             print(f"warning: this encoder is not the file's: {few_faults(imported.faults)}")
         if not imported.heads_from:
@@ -75,8 +75,8 @@ def import_checkpoint(
     print(f"{file} ({imported.layout}) is now the arm {arm}: list it in `arms`, or set graft.start to it")
 
 
-def _of_any_block(use: "Use") -> tuple[str, str, str]:
-    """Return name, target and use of a tensor, with a star for numbers: tensors of all blocks are told in one line."""
+def _of_any_number(use: "Use") -> tuple[str, str, str]:
+    """Return name, target and use of a tensor, a star for each number: one line tells the tensors of all blocks."""
     name, target = (re.sub(r"\.\d+(?=\.)", ".*", of) for of in (use.name, use.target or "–"))
     return name, target, use.how
 

@@ -76,15 +76,20 @@ def test_every_stage_of_the_comparison_has_a_code_digest(seeds: ModuleType) -> N
     assert set(seeds.STAGES) <= seeds.code_digests(ROOT).keys()
 
 
+def params_of(seeds: ModuleType, changes: dict[str, dict[str, Any]]) -> Params:
+    values = seeds.preset()
+    for section, keys in changes.items():
+        values[section] |= keys
+    return Params.model_validate(values)
+
+
 def test_a_variant_changes_its_arm_and_the_contrastive_section_alone(seeds: ModuleType) -> None:
     assert seeds.changes_of(seeds.PIXELS, 0.5) == {}  # nothing is trained
     for name in seeds.TRAINED:
         variant = seeds.VARIANTS[name]
-        changed, values = seeds.changes_of(name, 0.5), seeds.preset()
+        changed = seeds.changes_of(name, 0.5)
         assert changed.keys() <= {variant.arm, "contrastive"}
-        for section, keys in changed.items():
-            values[section] |= keys
-        params = Params.model_validate(values)
+        params = params_of(seeds, changed)
         if variant.arm == "graft":
             assert params.graft.stage_lr is not None
             lower = 0.05 if name in ("graft", "graft_small", "graft_warm") else 0.5
@@ -98,10 +103,7 @@ def test_a_variant_changes_its_arm_and_the_contrastive_section_alone(seeds: Modu
 
 
 def compute(seeds: ModuleType, arm: str, changes: dict[str, dict[str, Any]]) -> float:
-    values = seeds.preset()
-    for section, keys in changes.items():
-        values[section] |= keys
-    params = Params.model_validate(values)
+    params = params_of(seeds, changes)
     epochs, warmup = getattr(params, arm).epochs, params.graft.head_warmup_epochs if arm == "graft" else 0
     heads = stage_cost(arm, params, heads_only=True).flops_per_image if warmup else 0
     return epochs * stage_cost(arm, params).flops_per_image + warmup * heads

@@ -25,7 +25,7 @@ class Verdict:
             None: nobody is crowned.
         sentence: who is the champion, or why nobody is.
         answer: how good the leader is; empty where no arm may lead.
-        helped: what grafting changes; empty without the arm `graft` or its start.
+        helped: what grafting changes; empty unless `graft` and its start are among the arms, and trained.
         notes: what else a reader must know before the numbers.
         unbeaten: the measures besides the fewest labels in which a baseline is not beaten.
         pairs: the comparisons that it rests on.

@@ -17,7 +17,7 @@ from lgp.workflow.origins import flatten
 
 PIPELINE = "dvc.yaml"
 INPUTS = "inputs"  # the stage that always runs
-REPORT = "report"  # the stage whose needs are run: a training that no arm of it needs is not
+REPORT = "report"  # the stage that is asked for: a training that none of its arms needs does not run
 SHOWN_KEYS = 3  # of the parameters that changed
 SOURCES = {
     "images": "images of the source came, went or changed",
@@ -72,9 +72,8 @@ def pending(root: Path) -> Pending:
                 )
             wanted = {REPORT, *needs[REPORT]} - {INPUTS}
             said = repo.status(targets=[REPORT], with_deps=True)
-            for stage in graph:
-                reasons = list(_reasons(stage, said.get(stage.addressing, []), Path(folder)))
-                if reasons and stage.addressing in wanted:
+            for stage in (stage for stage in graph if stage.addressing in wanted):
+                if reasons := list(_reasons(stage, said.get(stage.addressing, []), Path(folder))):
                     changed[stage.addressing] = reasons
             return Pending(changed, sorted(wanted & _behind(graph, changed)), needs)
     except LockError:

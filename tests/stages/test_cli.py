@@ -445,7 +445,7 @@ def test_exported_checkpoint_comes_in_as_an_arm_and_is_grafted_on(
     imported = lgp("import", "mae.pth", "--arm", "mae")
     assert imported.exit_code == 0, imported.output
     assert "decoder_blocks.*.attn.qkv.weight" in imported.output
-    told = re.findall(r"^(blocks\.\S+) +\1 +encoder \(3 blocks\)$", imported.output, re.MULTILINE)
+    told = re.findall(r"^(blocks\.\S+) +\1 +encoder \(3 tensors\)$", imported.output, re.MULTILINE)
     assert len(told) == len(set(told)) == 12  # of each block
     assert normalization_of(Path("models/mae/encoder")) == normalization_of(finished / "models/mim/encoder")
     arms = {"arms": ["mae", "graft"], "finetuned_arms": ["mae", "graft"]}
