@@ -447,6 +447,7 @@ def test_exported_checkpoint_comes_in_as_an_arm_and_is_grafted_on(
     assert "decoder_blocks.*.attn.qkv.weight" in imported.output
     told = re.findall(r"^(blocks\.\S+) +\1 +encoder \(3 tensors\)$", imported.output, re.MULTILINE)
     assert len(told) == len(set(told)) == 12  # of each block
+    assert re.search(r"^decoder_pred\.bias +– +decoder$", imported.output, re.MULTILINE)
     assert normalization_of(Path("models/mae/encoder")) == normalization_of(finished / "models/mim/encoder")
     arms = {"arms": ["mae", "graft"], "finetuned_arms": ["mae", "graft"]}
     write(merged(values, {**arms, "graft": {"start": "mae", "end": "mae"}}))

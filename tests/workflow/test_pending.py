@@ -25,9 +25,9 @@ STAGES = {
     "prepare": {"cmd": "true", "deps": ["inputs/images"], "outs": ["data/prepared"]},
     "linear": {"cmd": "true", "deps": ["models/mim"], "outs": ["predictions/mim-linear.parquet"]},
     "report": {"cmd": "true", "deps": ["predictions"], "outs": ["report"]},
-    "cl": {"cmd": "true", "params": ["seed", "cl"], "outs": ["models/cl"]},
+    "cl": {"cmd": "true", "deps": ["inputs/code/cl"], "params": ["seed", "cl"], "outs": ["models/cl"]},
 }
-CODE = {"mim": "1"}
+CODE = {"mim": "1", "cl": "1"}
 
 
 @pytest.fixture
@@ -79,6 +79,7 @@ def test_each_change_is_told_in_plain_words(project: Path, values: dict[str, Any
 
 def test_what_no_arm_of_the_report_needs_is_left_out(project: Path, values: dict[str, Any]) -> None:
     edit(values, {"cl": {"epochs": 7}})
+    CODE["cl"] = "2"
     Path("models/cl").unlink()
     assert pending(Path()) == Pending({}, [])
 

@@ -30,7 +30,8 @@ def test_project_in_git_has_the_pipeline(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(folder)
     with Repo() as repo:
         assert "report" in {stage.addressing for stage in repo.index.stages}
-        assert repo.config["core"]["analytics"] is repo.config["core"]["autostage"] is False
+        assert repo.config["core"]["analytics"] is False
+    assert "autostage = false" in Path(".dvc/config").read_text()  # whatever the user's own configuration says
     assert unknown_to_git(folder) >= WRITTEN
 
 
